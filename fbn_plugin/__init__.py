@@ -1,0 +1,47 @@
+"""Filtered batch normalization and its relatives for detectron2, timm, torchvision and plain PyTorch.
+
+``import fbn_plugin`` imports torch and nothing heavier; a framework is imported by :func:`register`.
+"""
+
+from torch import nn
+
+from fbn_plugin import convert, frameworks, ops
+from fbn_plugin.frameworks import register, unregister
+from fbn_plugin.layers import (
+    FilteredBatchNorm1d,
+    FilteredBatchNorm2d,
+    FilteredBatchNorm3d,
+    FilteredGroupNorm,
+    FilteredInstanceNorm2d,
+    FilteredLayerNorm2d,
+    LayerNorm2d,
+)
+from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NORMS",
+    "FilteredBatchNorm1d",
+    "FilteredBatchNorm2d",
+    "FilteredBatchNorm3d",
+    "FilteredGroupNorm",
+    "FilteredInstanceNorm2d",
+    "FilteredLayerNorm2d",
+    "LayerNorm2d",
+    "convert_norm",
+    "get_norm",
+    "norm_factory",
+    "ops",
+    "parse_spec",
+    "register",
+    "unregister",
+]
+
+
+def convert_norm(model: nn.Module, spec: str) -> nn.Module:
+    frameworks.load_converters()
+    return convert.convert_norm(model, spec)
+
+
+convert_norm.__doc__ = convert.convert_norm.__doc__

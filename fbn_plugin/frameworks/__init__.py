@@ -1,0 +1,44 @@
+"""How a norm gets into a framework: one file a framework, each with ``register()`` and ``unregister()``."""
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from types import ModuleType
+
+FRAMEWORKS = ("detectron2", "timm", "torchvision")
+
+
+def _adapters(names) -> dict[str, ModuleType]:
+    adapters = {}
+    for name in names:
+        try:
+            adapters[name] = importlib.import_module(f"fbn_plugin.frameworks.{name}")
+        except ImportError as error:
+            warnings.warn(f"{name} is installed but cannot be imported, so it gets no norms: {error}", stacklevel=3)
+    return adapters
+
+
+def register() -> list[str]:
+    """Plug the registered norms into every installed framework, however often and in whatever import order.
+
+    Returns:
+        The names of the frameworks, out of ``detectron2``, ``timm`` and ``torchvision``.
+    """
+    adapters = _adapters(name for name in FRAMEWORKS if importlib.util.find_spec(name) is not None)
+    for adapter in adapters.values():
+        adapter.register()
+    return list(adapters)
+
+
+def unregister() -> None:
+    """Take out of the frameworks what :func:`register` put in."""
+    for name in FRAMEWORKS:
+        adapter = sys.modules.get(f"fbn_plugin.frameworks.{name}")
+        if adapter is not None:
+            adapter.unregister()
+
+
+def load_converters() -> None:
+    """Let ``convert_norm`` know the norm classes of those frameworks that are in use: a model of theirs can only exist if they are imported."""
+    _adapters(name for name in FRAMEWORKS if name in sys.modules)

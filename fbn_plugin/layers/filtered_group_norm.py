@@ -1,0 +1,138 @@
+"""Filtered group, layer and instance normalization: the filter on the values of one sample, in training and evaluation alike.
+
+Horváth and Al-afandi, "Filtered Batch Normalization" (2020), section IV-D, puts the filter into group normalization and names layer normalization as
+a further host; instance normalization is a group for each channel. Plain ``LayerNorm2d`` is here because PyTorch has no channels-first one.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fbn_plugin.layers.filtered_batch_norm import FilterMixin
+from fbn_plugin.ops.filtered_norm import filtered_group_norm
+
+
+class FilteredGroupNorm(FilterMixin, nn.GroupNorm):
+    """Filtered group normalization (Horváth and Al-afandi 2020, section IV-D), a drop-in for :class:`torch.nn.GroupNorm`.
+
+    Args:
+        num_groups: groups of channels, each normalized by its own moments in each sample; divides ``num_channels``.
+        num_channels: C.
+        t_sigma: cut in standard deviations, above 1; ``inf`` is plain group normalization.
+        eps, affine, device, dtype: as in :class:`torch.nn.GroupNorm`.
+        grad_mode, gaussian_correction: as in :class:`FilteredBatchNorm2d`.
+
+    Shape:
+        input and output ``(N, C, *spatial)``.
+
+    Raises:
+        ValueError: an option out of range, or groups that do not divide the channels.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        t_sigma: float = 5.0,
+        eps: float = 1e-5,
+        affine: bool = True,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if num_groups < 1 or num_channels % num_groups:
+            raise ValueError(f"num_groups must divide num_channels, got {num_groups} groups for {num_channels} channels")
+        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        self._init_filter(t_sigma, grad_mode, gaussian_correction)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return filtered_group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self._filter_options())
+
+
+class FilteredInstanceNorm2d(FilteredGroupNorm):
+    """Filtered instance normalization: each channel of each sample by its own filtered moments, with a learned scale and shift.
+
+    The same as :class:`FilteredGroupNorm` with a group for each channel; there are no running statistics.
+
+    Args:
+        num_features: C.
+        t_sigma, eps, affine, grad_mode, gaussian_correction, device, dtype: as in :class:`FilteredGroupNorm`.
+
+    Shape:
+        input and output ``(N, C, H, W)``, or any other number of spatial dimensions, with more than one position.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        t_sigma: float = 5.0,
+        eps: float = 1e-5,
+        affine: bool = True,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(num_features, num_features, t_sigma, eps, affine, grad_mode, gaussian_correction, device=device, dtype=dtype)
+
+    @property
+    def num_features(self) -> int:
+        return self.num_channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[2:].numel() == 1:
+            raise ValueError(f"Expected more than 1 spatial element, got input size {input.shape}")
+        return super().forward(input)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalization over the channels at each position, channels first, as detectron2 and timm understand ``LN``.
+
+    Args:
+        num_channels: C.
+        eps, affine: as ``eps`` and ``elementwise_affine`` of :class:`torch.nn.LayerNorm`.
+
+    Shape:
+        input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-6, affine: bool = True, device=None, dtype=None) -> None:
+        super().__init__(num_channels, eps, affine, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        last = input.movedim(1, -1)
+        return F.layer_norm(last, self.normalized_shape, self.weight, self.bias, self.eps).movedim(-1, 1)
+
+
+class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
+    """Layer normalization over the channels at each position, by filtered moments.
+
+    For the other layer normalization of images, over all channels and positions of a sample, use ``FilteredGroupNorm(1, num_channels)``.
+
+    Args:
+        num_channels: C. No value lies further than ``sqrt(C - 1)`` deviations from the mean of C values, so a larger cut filters nothing.
+        t_sigma, grad_mode, gaussian_correction: as in :class:`FilteredGroupNorm`.
+        eps, affine, device, dtype: as in :class:`LayerNorm2d`.
+
+    Shape:
+        input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        t_sigma: float = 5.0,
+        eps: float = 1e-6,
+        affine: bool = True,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(num_channels, eps, affine, device=device, dtype=dtype)
+        self._init_filter(t_sigma, grad_mode, gaussian_correction)
+
+    def forward(self, input: Tensor) -> Tensor:
+        last = input.movedim(1, -1)
+        rows = filtered_group_norm(last.reshape(-1, last.shape[-1]), 1, self.weight, self.bias, self.eps, **self._filter_options())
+        return rows.view(last.shape).movedim(-1, 1)

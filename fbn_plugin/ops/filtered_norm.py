@@ -1,0 +1,202 @@
+"""The operators that layers call: filtered batch and group normalization as PyTorch operators with fake and autograd rules.
+
+``torch.compile`` and ``torch.export`` see ``fbn_plugin::filtered_norm`` as one operator. What is kept for the backward pass is the input and a few
+numbers a normalized set; the mask is recomputed from the band's two edges. Source: Horváth and Al-afandi, "Filtered Batch Normalization" (2020).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fbn_plugin.ops import reference
+
+GRAD_MODES = ("exact", "paper")
+
+
+def check_filter(t_sigma: float, grad_mode: str = "exact") -> float:
+    """Return ``t_sigma`` as a float; ValueError if a filter option has no meaning.
+
+    The cut must lie above one deviation: only then does Chebyshev's inequality promise that at least one value is kept.
+    """
+    if isinstance(t_sigma, bool) or not isinstance(t_sigma, (int, float)) or not t_sigma > 1:
+        raise ValueError(f"t_sigma must be a number greater than 1 (inf filters nothing), got {t_sigma!r}")
+    if grad_mode not in GRAD_MODES:
+        raise ValueError(f"grad_mode must be one of {', '.join(map(repr, GRAD_MODES))}, got {grad_mode!r}")
+    return float(t_sigma)
+
+
+@torch.library.custom_op("fbn_plugin::filtered_norm", mutates_args=())
+def _filtered_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    t_sigma: float,
+    eps: float,
+    gaussian_correction: bool,
+    grad_mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, moments = reference.filtered_norm(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction)
+    return (y, *moments)
+
+
+@_filtered_norm.register_fake
+def _(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction, grad_mode):
+    stats = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
+    dtype = reference.accumulate_dtype(x.dtype)
+    return (torch.empty_like(x), *(x.new_empty(stats, dtype=dtype) for _ in range(5)))
+
+
+@torch.library.custom_op("fbn_plugin::filtered_norm_backward", mutates_args=())
+def _filtered_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    count: Tensor,
+    num_groups: int,
+    t_sigma: float,
+    eps: float,
+    gaussian_correction: bool,
+    grad_mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    moments = reference.FilteredMoments(mean, var, lower, upper, count)
+    return reference.filtered_norm_backward(grad, x, weight, moments, num_groups, t_sigma, eps, gaussian_correction, grad_mode)
+
+
+@_filtered_norm_backward.register_fake
+def _(grad, x, weight, mean, *_):
+    per_channel = x.shape[1:2]
+    return torch.empty_like(x), mean.new_empty(per_channel), mean.new_empty(per_channel)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    x, weight, bias, *options = inputs
+    _, *moments = output
+    ctx.mark_non_differentiable(*moments)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, *moments)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.options = options
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 8
+    x, weight, *moments = ctx.saved_tensors
+    dx, d_weight, d_bias = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
+    d_weight = None if weight is None else d_weight.to(weight.dtype)
+    d_bias = None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype)
+    return dx, d_weight, d_bias, *(None,) * 5
+
+
+def _no_double_backward(ctx, *_):
+    raise RuntimeError("filtered normalization has no second derivative: it cannot be differentiated twice")
+
+
+_filtered_norm.register_autograd(_backward, setup_context=_keep_for_backward)
+_filtered_norm_backward.register_autograd(_no_double_backward)
+
+
+def filtered_batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    t_sigma: float = 5.0,
+    grad_mode: str = "exact",
+    gaussian_correction: bool = False,
+) -> Tensor:
+    """Filtered batch normalization (Horváth and Al-afandi 2020, Eq. 2-8).
+
+    In training the mean and variance of a channel are computed a second time, without the values further than ``t_sigma`` deviations from
+    the first mean; every value is normalized by them. In evaluation it is ``F.batch_norm``, to the bit and to the node in an exported graph.
+
+    Args:
+        x: ``(N, C, *spatial)`` of any floating dtype; statistics are float32, or float64 for float64.
+        weight, bias: ``(C,)`` scale and shift, or None.
+        running_mean, running_var: ``(C,)``; updated in place in training, used in evaluation. They become averages of the filtered mean and
+            of the unbiased filtered variance ``var * M / (M - 1)``, ``M`` the number of kept values. A channel whose batch holds a NaN or an
+            infinity gives NaN, as in batch normalization, but leaves its running statistics as they were.
+        training: use the batch's moments.
+        momentum: weight of the new batch in the running statistics.
+        eps: added to the variance, in the band's width (Eq. 3) and in the divisor (Eq. 7).
+        t_sigma: cut in deviations, above 1; ``inf`` is plain batch normalization.
+        grad_mode: ``"exact"``, the gradient of the forward pass with the mask held constant, or ``"paper"``, Eq. 9-13 as printed.
+        gaussian_correction: divide the filtered variance by the variance of a unit Gaussian cut at ``t_sigma``, so that the filter leaves a clean
+            Gaussian as it is.
+
+    Returns:
+        Tensor like ``x``.
+
+    Raises:
+        ValueError: ``t_sigma`` or ``grad_mode`` out of range, one value per channel in training, or a channel count that does not fit.
+    """
+    t_sigma = check_filter(t_sigma, grad_mode)
+    if not training or math.isinf(t_sigma) or x.numel() == 0:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        if tensor is not None and tensor.numel() != x.shape[1]:
+            raise ValueError(f"{name} has {tensor.numel()} elements, but the input has {x.shape[1]} channels")
+    y, mean, var, _, _, count = _filtered_norm(x, weight, bias, 0, t_sigma, eps, gaussian_correction, grad_mode)
+    if running_mean is not None and running_var is not None:
+        _update_running_stats(running_mean, running_var, mean, var, count, momentum)
+    return y
+
+
+@torch.no_grad()
+def _update_running_stats(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float) -> None:
+    unbiased = var * (count / (count - 1).clamp_min(1))
+    # A NaN in a running statistic stays for good and shows only in evaluation; the batch's NaN output is warning enough.
+    finite = torch.isfinite(mean) & torch.isfinite(unbiased)
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        running.copy_(torch.where(finite, (1 - momentum) * running + momentum * batch, running))
+
+
+def filtered_group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    t_sigma: float = 5.0,
+    grad_mode: str = "exact",
+    gaussian_correction: bool = False,
+) -> Tensor:
+    """Filtered group normalization: the filter of Eq. 4-8 on the values of each sample's group (Horváth and Al-afandi 2020, section IV-D).
+
+    There are no running statistics: training and evaluation are the same.
+
+    Args:
+        x: ``(N, C, *spatial)`` of any floating dtype, ``C`` divisible by ``num_groups``.
+        num_groups: 1 is layer normalization over a whole sample, ``C`` is instance normalization.
+        weight, bias: ``(C,)`` or None.
+        eps, t_sigma, grad_mode, gaussian_correction: as in :func:`filtered_batch_norm`.
+
+    Returns:
+        Tensor like ``x``.
+
+    Raises:
+        ValueError: ``t_sigma`` or ``grad_mode`` out of range, a single value in all, or groups that do not divide the channels.
+    """
+    t_sigma = check_filter(t_sigma, grad_mode)
+    channels = x.shape[1]
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(f"num_groups must divide the number of channels, got {num_groups} groups for {channels} channels")
+    if math.isinf(t_sigma) or x.numel() == 0:
+        return F.group_norm(x, num_groups, weight, bias, eps)
+    if x.numel() == num_groups:
+        raise ValueError(f"Expected more than 1 value per group, got input size {x.shape} for {num_groups} groups")
+    y, *_ = _filtered_norm(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction, grad_mode)
+    return y

@@ -1,0 +1,174 @@
+"""Filtered normalization in plain PyTorch: the arithmetic of Horváth and Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-13.
+
+Written to be read and to be right: it takes any floating dtype, device, layout and number of dimensions, is the oracle that other backends are
+tested against, and the fallback where none of them applies. Nothing here knows autograd, modules or running statistics.
+
+Batch and group normalization differ only in which values share a mean and a deviation, so both are written as a reduction over some dimensions
+of one view of the input:
+
+======  =================================  ==============================  =====================
+form    view of x                          reduced dimensions              one mean for each
+======  =================================  ==============================  =====================
+batch   ``(N, C, *spatial)``               ``N`` and ``spatial``           channel, ``(C,)``
+group   ``(N, G, C / G, *spatial)``        ``C / G`` and ``spatial``       sample, group, ``(N, G)``
+======  =================================  ==============================  =====================
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class FilteredMoments(NamedTuple):
+    """Moments of the values that the filter keeps, one entry for each normalized set (batch form: ``(C,)``, group form: ``(N, G)``).
+
+    All are float32, or float64 for float64 input. A value ``x`` is kept if ``lower <= x <= upper``.
+    """
+
+    mean: Tensor  # mu', Eq. 6
+    var: Tensor  # sigma'^2 without eps, biased, Eq. 7
+    lower: Tensor  # mu - t_sigma * sigma, Eq. 5
+    upper: Tensor  # mu + t_sigma * sigma, Eq. 5
+    count: Tensor  # number of kept values, the M = sum f of Eq. 6
+
+
+def gaussian_kappa(t_sigma: float) -> float:
+    """Variance of a unit Gaussian that is cut at ``±t_sigma``: ``1 - 2 T phi(T) / (2 Phi(T) - 1)``.
+
+    It is what the filter takes away from the variance of a clean Gaussian (0.774 at T = 2, 0.973 at 3), which the paper leaves in.
+    """
+    if math.isinf(t_sigma):
+        return 1.0
+    density = math.exp(-0.5 * t_sigma**2) / math.sqrt(2 * math.pi)
+    return 1 - 2 * t_sigma * density / math.erf(t_sigma / math.sqrt(2))
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics: float64 for float64, float32 for everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _View(NamedTuple):
+    """One form's view of an ``(N, C, *spatial)`` tensor, see the table at the top of the file."""
+
+    shape: tuple[int, ...]  # of the view
+    reduced: tuple[int, ...]  # dimensions that share a mean
+    stats: tuple[int, ...]  # a statistic's shape, to broadcast against the view
+    channel: tuple[int, ...]  # a per-channel parameter's shape, to broadcast against the view
+    not_channel: tuple[int, ...]  # dimensions that share a parameter
+
+
+def _view(x: Tensor, num_groups: int) -> _View:
+    n, c, *spatial = x.shape
+    ones = (1,) * len(spatial)
+    if num_groups == 0:
+        reduced = (0, *range(2, x.dim()))
+        return _View((n, c, *spatial), reduced, (1, c, *ones), (1, c, *ones), reduced)
+    g, k = num_groups, c // num_groups
+    space = tuple(range(3, x.dim() + 1))
+    return _View((n, g, k, *spatial), (2, *space), (n, g, 1, *ones), (1, g, k, *ones), (0, *space))
+
+
+def _moments(x: Tensor, reduced: tuple[int, ...], t_sigma: float, eps: float, gaussian_correction: bool) -> FilteredMoments:
+    var, mean = torch.var_mean(x, dim=reduced, correction=0, keepdim=True)
+    sigma = torch.sqrt(var + eps)
+    # With T > 1 Chebyshev's inequality keeps at least one value. It speaks of exact moments: where the deviation is below the rounding of the
+    # mean (a constant 1e6, say), the band is widened by that rounding, so that the promise holds for the computed ones too.
+    finfo = torch.finfo(x.dtype)
+    half_width = torch.maximum(t_sigma * sigma.clamp_min(finfo.tiny), sigma + 16 * finfo.eps * mean.abs())
+    lower, upper = mean - half_width, mean + half_width
+
+    # A second look at the kept values around their first mean recovers the digits that summing large values loses.
+    kept = (x >= lower) & (x <= upper)
+    count = kept.sum(dim=reduced, keepdim=True).to(x.dtype)
+    rough_mean = torch.where(kept, x, 0).sum(dim=reduced, keepdim=True) / count
+    deviation = torch.where(kept, x - rough_mean, 0)
+    shift = deviation.sum(dim=reduced, keepdim=True) / count
+    var = (deviation.square().sum(dim=reduced, keepdim=True) / count - shift.square()).clamp_min(0)
+    if gaussian_correction:
+        var = var / gaussian_kappa(t_sigma)
+    return FilteredMoments(rough_mean + shift, var, lower, upper, count)
+
+
+def filtered_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    t_sigma: float,
+    eps: float,
+    gaussian_correction: bool,
+) -> tuple[Tensor, FilteredMoments]:
+    """Normalize ``x`` by the moments of the values within ``t_sigma`` deviations of the mean (Eq. 2-8).
+
+    Args:
+        x: ``(N, C, *spatial)``, not empty.
+        weight, bias: ``(C,)`` or None.
+        num_groups: 0 for the batch form, otherwise the number of groups of the group form.
+        t_sigma: cut in deviations, above 1; ``inf`` filters nothing.
+        eps: added to the variance, both where the band is drawn and where the result is divided.
+        gaussian_correction: divide the filtered variance by :func:`gaussian_kappa`.
+
+    Returns:
+        ``y`` in the shape, dtype and memory format of ``x``, filtered values normalized along with the rest, and the moments.
+        A set that holds a NaN or an infinity has no band: its moments, and so its outputs, are NaN.
+    """
+    view = _view(x, num_groups)
+    values = x.reshape(view.shape).to(accumulate_dtype(x.dtype))
+    moments = _moments(values, view.reduced, t_sigma, eps, gaussian_correction)
+    y = (values - moments.mean) * torch.rsqrt(moments.var + eps)
+    if weight is not None:
+        y = y * weight.to(y.dtype).view(view.channel)
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(view.channel)
+    flat = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
+    moments = FilteredMoments(*(m.reshape(flat) for m in moments))
+    return torch.empty_like(x).copy_(y.reshape(x.shape)), moments
+
+
+def filtered_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    moments: FilteredMoments,
+    num_groups: int,
+    t_sigma: float,
+    eps: float,
+    gaussian_correction: bool,
+    grad_mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`filtered_norm` for ``x``, ``weight`` and ``bias``, given ``grad = dL/dy``; the mask carries none.
+
+    With ``g = weight * grad``, ``xhat = (x - mean) / sigma'``, ``f`` the mask, ``M = sum f`` and sums over one normalized set:
+
+    ``exact``, the true gradient: ``dx = (g - f (sum g + xhat sum g xhat / k) / M) / sigma'``, where k is :func:`gaussian_kappa` if
+    that correction is on and 1 otherwise; ``dweight = sum grad xhat``, ``dbias = sum grad``.
+
+    ``paper``, Eq. 9-13 as printed: the mask multiplies the summands of every sum, and in ``dx`` only the term of the variance:
+    ``dx = (g - (sum f g + f xhat sum f g xhat / k) / M) / sigma'``, ``dweight = sum f grad xhat``, ``dbias = sum f grad``.
+    (The second summand of Eq. 10 is zero by the definition of the filtered mean, Eq. 6.)
+    """
+    view = _view(x, num_groups)
+    values = x.reshape(view.shape).to(moments.mean.dtype)
+    grad = grad.reshape(view.shape).to(values.dtype)
+    mean, var, lower, upper, count = (m.view(view.stats) for m in moments)
+    rstd = torch.rsqrt(var + eps)
+    xhat = (values - mean) * rstd
+    mask = ((values >= lower) & (values <= upper)).to(values.dtype)
+
+    if grad_mode == "paper":
+        masked, spread = grad * mask, 1.0
+    else:
+        masked, spread = grad, mask
+    d_bias = masked.sum(dim=view.not_channel)
+    d_weight = (masked * xhat).sum(dim=view.not_channel)
+
+    scale = 1.0 if weight is None else weight.to(values.dtype).view(view.channel)
+    sum_g = (masked * scale).sum(dim=view.reduced, keepdim=True)
+    sum_g_xhat = (masked * scale * xhat).sum(dim=view.reduced, keepdim=True)
+    if gaussian_correction:
+        sum_g_xhat = sum_g_xhat / gaussian_kappa(t_sigma)
+    dx = rstd * (grad * scale - (spread * sum_g + mask * xhat * sum_g_xhat) / count)
+    return torch.empty_like(x).copy_(dx.reshape(x.shape)), d_weight.flatten(), d_bias.flatten()

@@ -1,0 +1,199 @@
+"""The one place where a norm has a name: ``NORMS``, and the spec strings that configs are written in.
+
+A spec is a registered name, optionally with options: ``"FBN"``, ``"FBN(t_sigma=4.0)"``, ``"FGN(num_groups=16, t_sigma=3)"``. Values are Python
+literals (``inf`` is allowed for floats); nothing is evaluated. The string alone says which layer is built, so a saved config rebuilds its model.
+"""
+
+import ast
+import difflib
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fvcore.common.registry import Registry
+from torch import nn
+
+from fbn_plugin import layers
+from fbn_plugin.ops.filtered_norm import check_filter
+
+NORMS = Registry("NORM")
+NORMS.__doc__ = """Registered norms: name -> builder.
+
+A builder is called as ``builder(num_channels, dims=2, device=None, dtype=None, **options)`` and returns a module; ``dims`` is the number of
+spatial dimensions. The options that a spec may set are read from its signature. Add one of your own with ``@NORMS.register()``::
+
+    @NORMS.register()
+    def MyNorm(num_channels, dims=2, device=None, dtype=None, eps=1e-5):
+        return ...
+"""
+
+_NOT_OPTIONS = ("num_channels", "dims", "device", "dtype")
+
+
+def _register(name: str, *classes: type[nn.Module], **defaults) -> None:
+    """Register module classes under ``name``: one for 1, 2 and 3 spatial dimensions each, or a single one for any number.
+
+    The options are the keyword arguments of the class. ``defaults`` replace or add to theirs; an option that the class takes before the number of
+    channels (``num_groups``) is passed by keyword like the others.
+    """
+    parameters = dict(inspect.signature(classes[0]).parameters)
+    channels = next(key for key in parameters if key in ("num_channels", "num_features"))
+    options = {key: p.default for key, p in parameters.items() if key not in (channels, "device", "dtype", "process_group")}
+    options.update(defaults)
+
+    def build(num_channels, dims=2, device=None, dtype=None, **given):
+        cls = classes[dims - 1] if len(classes) == 3 else classes[0]
+        return cls(**{channels: num_channels}, **{**defaults, **given}, device=device, dtype=dtype)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    build.__signature__ = inspect.Signature(
+        [inspect.Parameter("num_channels", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        + [inspect.Parameter(k, kind, default=v) for k, v in {"dims": 2, "device": None, "dtype": None, **options}.items()]
+    )
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"Builder of {', '.join(cls.__name__ for cls in classes)}."
+    NORMS.register(build)
+
+
+_register("BN", nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_register("SyncBN", nn.SyncBatchNorm)
+_register("GN", nn.GroupNorm, num_groups=32)
+_register("LN", layers.LayerNorm2d)
+_register("IN", nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, affine=True)
+_register("FBN", layers.FilteredBatchNorm1d, layers.FilteredBatchNorm2d, layers.FilteredBatchNorm3d)
+_register("FGN", layers.FilteredGroupNorm, num_groups=32)
+_register("FLN", layers.FilteredLayerNorm2d)
+_register("FIN", layers.FilteredInstanceNorm2d)
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A norm's registered name and the options that a spec gives it. ``str`` writes the canonical spec string."""
+
+    name: str
+    options: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in self.options.items())
+        return f"{self.name}({options})" if options else self.name
+
+
+def norm_options(name: str) -> dict:
+    """Names and default values of the options that a registered norm takes in a spec."""
+    parameters = inspect.signature(NORMS.get(name)).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in _NOT_OPTIONS and p.kind is not p.VAR_KEYWORD}
+
+
+def _unknown(what: str, word: str, known: list[str]) -> ValueError:
+    by_lower = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    hint = f" (did you mean {by_lower[nearest[0]]!r}?)" if nearest else ""
+    return ValueError(f"{what} {word!r}{hint}: accepted are {', '.join(known) or 'none'}")
+
+
+def _literal(node: ast.expr):
+    if isinstance(node, ast.Name) and node.id == "inf":
+        return math.inf
+    return ast.literal_eval(node)
+
+
+def _check_value(name: str, key: str, value, default) -> None:
+    if key == "t_sigma":
+        check_filter(value)
+    elif key == "grad_mode":
+        check_filter(math.inf, value)
+    elif isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"option {key!r} of {name} takes True or False, got {value!r}")
+    elif isinstance(default, (int, float)):
+        allowed = (int, float, type(None)) if key == "momentum" else type(default) if isinstance(default, int) else (int, float)
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            raise ValueError(f"option {key!r} of {name} takes a number such as {default!r}, got {value!r}")
+
+
+def parse_spec(spec: str | NormSpec) -> NormSpec:
+    """Read a spec string and check it against the registry.
+
+    Raises:
+        ValueError: not of the form ``NAME`` or ``NAME(option=value, ...)``, an unknown name or option, or a value out of range.
+    """
+    if isinstance(spec, NormSpec):
+        return spec
+    match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", spec, re.DOTALL) if isinstance(spec, str) else None
+    if match is None:
+        raise ValueError(f"a norm is written NAME or NAME(option=value, ...), such as 'FBN(t_sigma=4.0)', got {spec!r}")
+    name, arguments = match[1], match[2] or ""
+    if name not in NORMS:
+        raise _unknown("unknown norm", name, [key for key, _ in NORMS])
+    try:
+        call = ast.parse(f"f({arguments})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+            raise ValueError
+        options = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"a norm's options are written option=value with literal values, got {spec!r}") from error
+    defaults = norm_options(name)
+    for key, value in options.items():
+        if key not in defaults:
+            raise _unknown(f"unknown option of {name}", key, list(defaults))
+        _check_value(name, key, value, defaults[key])
+    return NormSpec(name, options)
+
+
+class NormFactory(functools.partial):
+    """Builds one kind of norm: ``factory(num_channels, device=None, dtype=None)``, made by :func:`norm_factory`.
+
+    It is a ``functools.partial`` of the registered builder, so frameworks that accept a partial as ``norm_layer`` accept it; it can be pickled
+    and copied, and further keyword arguments override the spec's.
+    """
+
+    spec: NormSpec
+
+    def __reduce__(self):
+        return norm_factory, (str(self.spec), self.keywords["dims"])
+
+    def __repr__(self) -> str:
+        dims = self.keywords["dims"]
+        return f"norm_factory({str(self.spec)!r}{'' if dims == 2 else f', dims={dims}'})"
+
+
+def norm_factory(spec: str | NormSpec, dims: int = 2) -> NormFactory:
+    """A callable that builds the norm that ``spec`` names, to pass as ``norm_layer=``.
+
+    Args:
+        spec: such as ``"FBN(t_sigma=4.0)"``.
+        dims: number of spatial dimensions of the inputs: 1, 2 or 3.
+
+    Raises:
+        ValueError: see :func:`parse_spec`.
+    """
+    spec = parse_spec(spec)
+    if dims not in (1, 2, 3):
+        raise ValueError(f"dims must be 1, 2 or 3, got {dims!r}")
+    factory = NormFactory(NORMS.get(spec.name), dims=dims, **spec.options)
+    factory.spec = spec
+    return factory
+
+
+def get_norm(spec: str | NormSpec | Callable | None, num_channels: int, dims: int = 2, device=None, dtype=None) -> nn.Module | None:
+    """Build the norm that ``spec`` names for ``num_channels`` channels.
+
+    Args:
+        spec: a spec string, a callable ``(num_channels) -> nn.Module``, or ``""`` or None for no norm.
+        num_channels: C.
+        dims: number of spatial dimensions of the inputs: 1, 2 or 3.
+
+    Returns:
+        A module, or None for no norm.
+
+    Raises:
+        ValueError: see :func:`parse_spec`; or the norm does not fit the number of channels.
+    """
+    if spec is None or spec == "":
+        return None
+    if callable(spec):
+        return spec(num_channels)
+    return norm_factory(spec, dims)(num_channels, device=device, dtype=dtype)
