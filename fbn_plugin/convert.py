@@ -1,4 +1,5 @@
-"""Swap the norms of a built model, keeping weights and statistics: for models that take no norm argument, and for trained ones."""
+"""Swap the norms of a built model, keeping weights and statistics: for models that take no norm argument, and for
+trained ones."""
 
 import warnings
 from collections.abc import Callable
@@ -27,13 +28,14 @@ def register_converter(module_type: type[nn.Module], converter: Converter) -> No
 
 
 def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Hand the parameters, running statistics and training flag of ``old`` over to ``new``, as far as both have them; return ``new``.
+    """Hand the parameters, running statistics and training flag of ``old`` over to ``new``, as far as both have them;
+    return ``new``.
 
     The tensors themselves move, so an optimizer that holds the old parameters keeps training the new norm.
     """
     for name in _STATE:
         tensor = getattr(old, name, None)
-        if tensor is not None and getattr(new, name, None) is not None:
+        if getattr(new, name, None) is not None and (tensor is not None or name in ("weight", "bias")):
             setattr(new, name, tensor)
     return new.train(old.training)
 
@@ -41,7 +43,8 @@ def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
 def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     """Build the factory's norm for the channels of the batch normalization ``old``, with its options and state.
 
-    ``eps``, ``momentum``, ``affine`` and ``track_running_stats`` are those of ``old`` where the new norm has them and the spec does not set them.
+    ``eps``, ``momentum``, ``affine`` and ``track_running_stats`` are those of ``old`` where the new norm has them and
+    the spec does not set them.
     """
     reference = next((t for t in (old.weight, old.running_mean) if t is not None), None)
     placement = {} if reference is None else {"device": reference.device, "dtype": reference.dtype}
@@ -72,10 +75,12 @@ def _converter(module: nn.Module) -> Converter | None:
 
 
 def convert_norm(model: nn.Module, spec: str) -> nn.Module:
-    """Replace every batch normalization in ``model`` (filtered and synchronized ones too) by the norm that ``spec`` names.
+    """Replace every batch normalization in ``model`` (filtered and synchronized ones too) by the norm that ``spec``
+    names.
 
-    Weights, biases, running statistics, ``eps``, ``momentum``, the training flag, device, dtype and ``requires_grad`` are kept as far as the new
-    norm has them; parameters stay the same objects. A module that is used twice stays shared.
+    Weights, biases, running statistics, ``eps``, ``momentum``, the training flag, device, dtype and ``requires_grad``
+    are kept as far as the new norm has them; parameters stay the same objects. A module that is used twice stays
+    shared.
 
     Args:
         model: changed in place.
@@ -88,7 +93,8 @@ def convert_norm(model: nn.Module, spec: str) -> nn.Module:
         ValueError: a bad spec, or a norm that does not fit a layer's channels; the model is then as it was.
 
     Warns:
-        UserWarning: subclasses of batch normalization with a forward of their own that no converter is registered for are left as they are.
+        UserWarning: subclasses of batch normalization with a forward of their own that no converter is registered for
+        are left as they are.
     """
     factories = {dims: norm_factory(spec, dims) for dims in (1, 2, 3)}
     replaced: dict[nn.Module, nn.Module] = {}

@@ -1,7 +1,8 @@
 """The one place where a norm has a name: ``NORMS``, and the spec strings that configs are written in.
 
-A spec is a registered name, optionally with options: ``"FBN"``, ``"FBN(t_sigma=4.0)"``, ``"FGN(num_groups=16, t_sigma=3)"``. Values are Python
-literals (``inf`` is allowed for floats); nothing is evaluated. The string alone says which layer is built, so a saved config rebuilds its model.
+A spec is a registered name, optionally with options: ``"FBN"``, ``"FBN(t_sigma=4.0)"``, ``"FGN(num_groups=16,
+t_sigma=3)"``. Values are Python literals (``inf`` is allowed for floats); nothing is evaluated. The string alone says
+which layer is built, so a saved config rebuilds its model.
 """
 
 import ast
@@ -22,8 +23,9 @@ from fbn_plugin.ops.filtered_norm import check_filter
 NORMS = Registry("NORM")
 NORMS.__doc__ = """Registered norms: name -> builder.
 
-A builder is called as ``builder(num_channels, dims=2, device=None, dtype=None, **options)`` and returns a module; ``dims`` is the number of
-spatial dimensions. The options that a spec may set are read from its signature. Add one of your own with ``@NORMS.register()``::
+A builder is called as ``builder(num_channels, dims=2, device=None, dtype=None, **options)`` and returns a module;
+``dims`` is the number of spatial dimensions. The options that a spec may set are read from its signature. Add one of
+your own with ``@NORMS.register()``::
 
     @NORMS.register()
     def MyNorm(num_channels, dims=2, device=None, dtype=None, eps=1e-5):
@@ -34,14 +36,17 @@ _NOT_OPTIONS = ("num_channels", "dims", "device", "dtype")
 
 
 def _register(name: str, *classes: type[nn.Module], **defaults) -> None:
-    """Register module classes under ``name``: one for 1, 2 and 3 spatial dimensions each, or a single one for any number.
+    """Register module classes under ``name``: one for 1, 2 and 3 spatial dimensions each, or a single one for any
+    number.
 
-    The options are the keyword arguments of the class. ``defaults`` replace or add to theirs; an option that the class takes before the number of
-    channels (``num_groups``) is passed by keyword like the others.
+    The options are the keyword arguments of the class. ``defaults`` replace or add to theirs; an option that the class
+    takes before the number of channels (``num_groups``) is passed by keyword like the others.
     """
     parameters = dict(inspect.signature(classes[0]).parameters)
     channels = next(key for key in parameters if key in ("num_channels", "num_features"))
-    options = {key: p.default for key, p in parameters.items() if key not in (channels, "device", "dtype", "process_group")}
+    options = {
+        key: p.default for key, p in parameters.items() if key not in (channels, "device", "dtype", "process_group")
+    }
     options.update(defaults)
 
     def build(num_channels, dims=2, device=None, dtype=None, **given):
@@ -51,7 +56,10 @@ def _register(name: str, *classes: type[nn.Module], **defaults) -> None:
     kind = inspect.Parameter.KEYWORD_ONLY
     build.__signature__ = inspect.Signature(
         [inspect.Parameter("num_channels", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-        + [inspect.Parameter(k, kind, default=v) for k, v in {"dims": 2, "device": None, "dtype": None, **options}.items()]
+        + [
+            inspect.Parameter(k, kind, default=v)
+            for k, v in {"dims": 2, "device": None, "dtype": None, **options}.items()
+        ]
     )
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"Builder of {', '.join(cls.__name__ for cls in classes)}."
@@ -109,7 +117,13 @@ def _check_value(name: str, key: str, value, default) -> None:
         if not isinstance(value, bool):
             raise ValueError(f"option {key!r} of {name} takes True or False, got {value!r}")
     elif isinstance(default, (int, float)):
-        allowed = (int, float, type(None)) if key == "momentum" else type(default) if isinstance(default, int) else (int, float)
+        allowed = (
+            (int, float, type(None))
+            if key == "momentum"
+            else type(default)
+            if isinstance(default, int)
+            else (int, float)
+        )
         if isinstance(value, bool) or not isinstance(value, allowed):
             raise ValueError(f"option {key!r} of {name} takes a number such as {default!r}, got {value!r}")
 
@@ -118,7 +132,8 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
     """Read a spec string and check it against the registry.
 
     Raises:
-        ValueError: not of the form ``NAME`` or ``NAME(option=value, ...)``, an unknown name or option, or a value out of range.
+        ValueError: not of the form ``NAME`` or ``NAME(option=value, ...)``, an unknown name or option, or a value out
+        of range.
     """
     if isinstance(spec, NormSpec):
         return spec
@@ -146,8 +161,8 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
 class NormFactory(functools.partial):
     """Builds one kind of norm: ``factory(num_channels, device=None, dtype=None)``, made by :func:`norm_factory`.
 
-    It is a ``functools.partial`` of the registered builder, so frameworks that accept a partial as ``norm_layer`` accept it; it can be pickled
-    and copied, and further keyword arguments override the spec's.
+    It is a ``functools.partial`` of the registered builder, so frameworks that accept a partial as ``norm_layer``
+    accept it; it can be pickled and copied, and further keyword arguments override the spec's.
     """
 
     spec: NormSpec
@@ -178,7 +193,9 @@ def norm_factory(spec: str | NormSpec, dims: int = 2) -> NormFactory:
     return factory
 
 
-def get_norm(spec: str | NormSpec | Callable | None, num_channels: int, dims: int = 2, device=None, dtype=None) -> nn.Module | None:
+def get_norm(
+    spec: str | NormSpec | Callable | None, num_channels: int, dims: int = 2, device=None, dtype=None
+) -> nn.Module | None:
     """Build the norm that ``spec`` names for ``num_channels`` channels.
 
     Args:

@@ -40,5 +40,6 @@ def unregister() -> None:
 
 
 def load_converters() -> None:
-    """Let ``convert_norm`` know the norm classes of those frameworks that are in use: a model of theirs can only exist if they are imported."""
+    """Let ``convert_norm`` know the norm classes of those frameworks that are in use: a model of theirs can only exist
+    if they are imported."""
     _adapters(name for name in FRAMEWORKS if name in sys.modules)

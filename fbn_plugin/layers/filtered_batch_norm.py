@@ -1,7 +1,8 @@
 """Filtered batch normalization as modules: ``nn.BatchNorm*`` that leaves the outliers out of its moments in training.
 
-They subclass ``nn.BatchNorm*`` and keep its parameters, buffers and evaluation, so that freezing, weight decay, folding, export and checkpoints
-treat them as batch normalization, which in evaluation they are. Source: Horváth and Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
+They subclass ``nn.BatchNorm*`` and keep its parameters, buffers and evaluation, so that freezing, weight decay,
+folding, export and checkpoints treat them as batch normalization, which in evaluation they are. Source: Horváth and
+Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
 """
 
 from torch import Tensor, nn
@@ -73,23 +74,30 @@ class _FilteredBatchNorm(FilteredBatchNormMixin):
 
 _DOC = """Filtered batch normalization over {shape} (Horváth and Al-afandi 2020, Eq. 2-8).
 
-    A drop-in for :class:`torch.nn.{base}` with the same ``state_dict`` keys and the same evaluation. In training, the moments are recomputed
-    without the values further than ``t_sigma`` deviations from the channel's mean, and every value is normalized by them.
+    A drop-in for :class:`torch.nn.{base}` with the same ``state_dict`` keys and the same evaluation. In training, the
+    moments are recomputed without the values further than ``t_sigma`` deviations from the channel's mean, and every
+    value is normalized by them.
 
     Args:
         num_features: C.
-        t_sigma: cut in standard deviations, above 1; ``inf`` is plain batch normalization. The paper uses 2 to 7, and 5 for Mask R-CNN.
-        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.{base}`; ``momentum=None`` is a cumulative average.
-        grad_mode: ``"exact"``, the gradient of the forward pass with the mask held constant, or ``"paper"``, Eq. 9-13 as printed.
-        gaussian_correction: divide the filtered variance by that of a unit Gaussian cut at ``t_sigma``; the paper does not.
+        t_sigma: cut in standard deviations, above 1; ``inf`` is plain batch normalization. The paper uses 2 to 7, and 5
+            for Mask R-CNN.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.{base}`; ``momentum=None`` is
+            a cumulative average.
+        grad_mode: ``"exact"``, the gradient of the forward pass with the mask held constant, or ``"paper"``, Eq. 9-13
+            as printed.
+        gaussian_correction: divide the filtered variance by that of a unit Gaussian cut at ``t_sigma``; the paper does
+            not.
 
     Shape:
         input and output {shape}.
 
     Raises:
-        ValueError: an option out of range; in ``forward``, an input of another rank, or one value per channel in training.
+        ValueError: an option out of range; in ``forward``, an input of another rank, or one value per channel in
+        training.
 
-    A NaN or an infinity makes its channel's output NaN, as in batch normalization, but is kept out of the running statistics.
+    A NaN or an infinity makes its channel's output NaN, as in batch normalization, but is kept out of the running
+    statistics.
     """
 
 

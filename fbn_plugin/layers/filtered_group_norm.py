@@ -1,7 +1,9 @@
-"""Filtered group, layer and instance normalization: the filter on the values of one sample, in training and evaluation alike.
+"""Filtered group, layer and instance normalization: the filter on the values of one sample, in training and evaluation
+alike.
 
-Horváth and Al-afandi, "Filtered Batch Normalization" (2020), section IV-D, puts the filter into group normalization and names layer normalization as
-a further host; instance normalization is a group for each channel. Plain ``LayerNorm2d`` is here because PyTorch has no channels-first one.
+Horváth and Al-afandi, "Filtered Batch Normalization" (2020), section IV-D, puts the filter into group normalization and
+names layer normalization as a further host; instance normalization is a group for each channel. Plain ``LayerNorm2d``
+is here because PyTorch has no channels-first one.
 """
 
 import torch.nn.functional as F
@@ -12,7 +14,8 @@ from fbn_plugin.ops.filtered_norm import filtered_group_norm
 
 
 class FilteredGroupNorm(FilterMixin, nn.GroupNorm):
-    """Filtered group normalization (Horváth and Al-afandi 2020, section IV-D), a drop-in for :class:`torch.nn.GroupNorm`.
+    """Filtered group normalization (Horváth and Al-afandi 2020, section IV-D), a drop-in for
+    :class:`torch.nn.GroupNorm`.
 
     Args:
         num_groups: groups of channels, each normalized by its own moments in each sample; divides ``num_channels``.
@@ -41,7 +44,9 @@ class FilteredGroupNorm(FilterMixin, nn.GroupNorm):
         dtype=None,
     ) -> None:
         if num_groups < 1 or num_channels % num_groups:
-            raise ValueError(f"num_groups must divide num_channels, got {num_groups} groups for {num_channels} channels")
+            raise ValueError(
+                f"num_groups must divide num_channels, got {num_groups} groups for {num_channels} channels"
+            )
         super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
@@ -50,7 +55,8 @@ class FilteredGroupNorm(FilterMixin, nn.GroupNorm):
 
 
 class FilteredInstanceNorm2d(FilteredGroupNorm):
-    """Filtered instance normalization: each channel of each sample by its own filtered moments, with a learned scale and shift.
+    """Filtered instance normalization: each channel of each sample by its own filtered moments, with a learned scale
+    and shift.
 
     The same as :class:`FilteredGroupNorm` with a group for each channel; there are no running statistics.
 
@@ -73,7 +79,9 @@ class FilteredInstanceNorm2d(FilteredGroupNorm):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(num_features, num_features, t_sigma, eps, affine, grad_mode, gaussian_correction, device=device, dtype=dtype)
+        super().__init__(
+            num_features, num_features, t_sigma, eps, affine, grad_mode, gaussian_correction, device=device, dtype=dtype
+        )
 
     @property
     def num_features(self) -> int:
@@ -107,10 +115,12 @@ class LayerNorm2d(nn.LayerNorm):
 class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
     """Layer normalization over the channels at each position, by filtered moments.
 
-    For the other layer normalization of images, over all channels and positions of a sample, use ``FilteredGroupNorm(1, num_channels)``.
+    For the other layer normalization of images, over all channels and positions of a sample, use ``FilteredGroupNorm(1,
+    num_channels)``.
 
     Args:
-        num_channels: C. No value lies further than ``sqrt(C - 1)`` deviations from the mean of C values, so a larger cut filters nothing.
+        num_channels: C. No value lies further than ``sqrt(C - 1)`` deviations from the mean of C values, so a larger
+            cut filters nothing.
         t_sigma, grad_mode, gaussian_correction: as in :class:`FilteredGroupNorm`.
         eps, affine, device, dtype: as in :class:`LayerNorm2d`.
 
@@ -134,5 +144,7 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         last = input.movedim(1, -1)
-        rows = filtered_group_norm(last.reshape(-1, last.shape[-1]), 1, self.weight, self.bias, self.eps, **self._filter_options())
+        rows = filtered_group_norm(
+            last.reshape(-1, last.shape[-1]), 1, self.weight, self.bias, self.eps, **self._filter_options()
+        )
         return rows.view(last.shape).movedim(-1, 1)

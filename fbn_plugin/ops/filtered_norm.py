@@ -1,7 +1,9 @@
-"""The operators that layers call: filtered batch and group normalization as PyTorch operators with fake and autograd rules.
+"""The operators that layers call: filtered batch and group normalization as PyTorch operators with fake and autograd
+rules.
 
-``torch.compile`` and ``torch.export`` see ``fbn_plugin::filtered_norm`` as one operator. What is kept for the backward pass is the input and a few
-numbers a normalized set; the mask is recomputed from the band's two edges. Source: Horváth and Al-afandi, "Filtered Batch Normalization" (2020).
+``torch.compile`` and ``torch.export`` see ``fbn_plugin::filtered_norm`` as one operator. What is kept for the backward
+pass is the input and a few numbers a normalized set; the mask is recomputed from the band's two edges. Source: Horváth
+and Al-afandi, "Filtered Batch Normalization" (2020).
 """
 
 import math
@@ -66,7 +68,9 @@ def _filtered_norm_backward(
     grad_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     moments = reference.FilteredMoments(mean, var, lower, upper, count)
-    return reference.filtered_norm_backward(grad, x, weight, moments, num_groups, t_sigma, eps, gaussian_correction, grad_mode)
+    return reference.filtered_norm_backward(
+        grad, x, weight, moments, num_groups, t_sigma, eps, gaussian_correction, grad_mode
+    )
 
 
 @_filtered_norm_backward.register_fake
@@ -118,35 +122,44 @@ def filtered_batch_norm(
 ) -> Tensor:
     """Filtered batch normalization (Horváth and Al-afandi 2020, Eq. 2-8).
 
-    In training the mean and variance of a channel are computed a second time, without the values further than ``t_sigma`` deviations from
-    the first mean; every value is normalized by them. In evaluation it is ``F.batch_norm``, to the bit and to the node in an exported graph.
+    In training the mean and variance of a channel are computed a second time, without the values further than
+    ``t_sigma`` deviations from the first mean; every value is normalized by them. In evaluation it is ``F.batch_norm``,
+    to the bit and to the node in an exported graph.
 
     Args:
         x: ``(N, C, *spatial)`` of any floating dtype; statistics are float32, or float64 for float64.
         weight, bias: ``(C,)`` scale and shift, or None.
-        running_mean, running_var: ``(C,)``; updated in place in training, used in evaluation. They become averages of the filtered mean and
-            of the unbiased filtered variance ``var * M / (M - 1)``, ``M`` the number of kept values. A channel whose batch holds a NaN or an
-            infinity gives NaN, as in batch normalization, but leaves its running statistics as they were.
+        running_mean, running_var: ``(C,)``; updated in place in training, used in evaluation. They become averages of
+            the filtered mean and of the unbiased filtered variance ``var * M / (M - 1)``, ``M`` the number of kept
+            values. A channel whose batch holds a NaN or an infinity gives NaN, as in batch normalization, but leaves
+            its running statistics as they were.
         training: use the batch's moments.
         momentum: weight of the new batch in the running statistics.
         eps: added to the variance, in the band's width (Eq. 3) and in the divisor (Eq. 7).
         t_sigma: cut in deviations, above 1; ``inf`` is plain batch normalization.
-        grad_mode: ``"exact"``, the gradient of the forward pass with the mask held constant, or ``"paper"``, Eq. 9-13 as printed.
-        gaussian_correction: divide the filtered variance by the variance of a unit Gaussian cut at ``t_sigma``, so that the filter leaves a clean
-            Gaussian as it is.
+        grad_mode: ``"exact"``, the gradient of the forward pass with the mask held constant, or ``"paper"``, Eq. 9-13
+            as printed.
+        gaussian_correction: divide the filtered variance by the variance of a unit Gaussian cut at ``t_sigma``, so that
+            the filter leaves a clean Gaussian as it is.
 
     Returns:
         Tensor like ``x``.
 
     Raises:
-        ValueError: ``t_sigma`` or ``grad_mode`` out of range, one value per channel in training, or a channel count that does not fit.
+        ValueError: ``t_sigma`` or ``grad_mode`` out of range, one value per channel in training, or a channel count
+        that does not fit.
     """
     t_sigma = check_filter(t_sigma, grad_mode)
     if not training or math.isinf(t_sigma) or x.numel() == 0:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+    for name, tensor in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
         if tensor is not None and tensor.numel() != x.shape[1]:
             raise ValueError(f"{name} has {tensor.numel()} elements, but the input has {x.shape[1]} channels")
     y, mean, var, _, _, count = _filtered_norm(x, weight, bias, 0, t_sigma, eps, gaussian_correction, grad_mode)
@@ -156,9 +169,12 @@ def filtered_batch_norm(
 
 
 @torch.no_grad()
-def _update_running_stats(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float) -> None:
+def _update_running_stats(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
+) -> None:
     unbiased = var * (count / (count - 1).clamp_min(1))
-    # A NaN in a running statistic stays for good and shows only in evaluation; the batch's NaN output is warning enough.
+    # A NaN in a running statistic stays for good and shows only in evaluation; the batch's NaN output is warning
+    # enough.
     finite = torch.isfinite(mean) & torch.isfinite(unbiased)
     for running, batch in ((running_mean, mean), (running_var, unbiased)):
         running.copy_(torch.where(finite, (1 - momentum) * running + momentum * batch, running))
@@ -174,7 +190,8 @@ def filtered_group_norm(
     grad_mode: str = "exact",
     gaussian_correction: bool = False,
 ) -> Tensor:
-    """Filtered group normalization: the filter of Eq. 4-8 on the values of each sample's group (Horváth and Al-afandi 2020, section IV-D).
+    """Filtered group normalization: the filter of Eq. 4-8 on the values of each sample's group (Horváth and Al-afandi
+    2020, section IV-D).
 
     There are no running statistics: training and evaluation are the same.
 
@@ -188,12 +205,15 @@ def filtered_group_norm(
         Tensor like ``x``.
 
     Raises:
-        ValueError: ``t_sigma`` or ``grad_mode`` out of range, a single value in all, or groups that do not divide the channels.
+        ValueError: ``t_sigma`` or ``grad_mode`` out of range, a single value in all, or groups that do not divide the
+        channels.
     """
     t_sigma = check_filter(t_sigma, grad_mode)
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"num_groups must divide the number of channels, got {num_groups} groups for {channels} channels")
+        raise ValueError(
+            f"num_groups must divide the number of channels, got {num_groups} groups for {channels} channels"
+        )
     if math.isinf(t_sigma) or x.numel() == 0:
         return F.group_norm(x, num_groups, weight, bias, eps)
     if x.numel() == num_groups:

@@ -1,10 +1,12 @@
-"""Filtered normalization in plain PyTorch: the arithmetic of Horváth and Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-13.
+"""Filtered normalization in plain PyTorch: the arithmetic of Horváth and Al-afandi, "Filtered Batch Normalization"
+(2020), Eq. 2-13.
 
-Written to be read and to be right: it takes any floating dtype, device, layout and number of dimensions, is the oracle that other backends are
-tested against, and the fallback where none of them applies. Nothing here knows autograd, modules or running statistics.
+Written to be read and to be right: it takes any floating dtype, device, layout and number of dimensions, is the oracle
+that other backends are tested against, and the fallback where none of them applies. Nothing here knows autograd,
+modules or running statistics.
 
-Batch and group normalization differ only in which values share a mean and a deviation, so both are written as a reduction over some dimensions
-of one view of the input:
+Batch and group normalization differ only in which values share a mean and a deviation, so both are written as a
+reduction over some dimensions of one view of the input:
 
 ======  =================================  ==============================  =====================
 form    view of x                          reduced dimensions              one mean for each
@@ -22,7 +24,8 @@ from torch import Tensor
 
 
 class FilteredMoments(NamedTuple):
-    """Moments of the values that the filter keeps, one entry for each normalized set (batch form: ``(C,)``, group form: ``(N, G)``).
+    """Moments of the values that the filter keeps, one entry for each normalized set (batch form: ``(C,)``, group form:
+    ``(N, G)``).
 
     All are float32, or float64 for float64 input. A value ``x`` is kept if ``lower <= x <= upper``.
     """
@@ -37,7 +40,8 @@ class FilteredMoments(NamedTuple):
 def gaussian_kappa(t_sigma: float) -> float:
     """Variance of a unit Gaussian that is cut at ``±t_sigma``: ``1 - 2 T phi(T) / (2 Phi(T) - 1)``.
 
-    It is what the filter takes away from the variance of a clean Gaussian (0.774 at T = 2, 0.973 at 3), which the paper leaves in.
+    It is what the filter takes away from the variance of a clean Gaussian (0.774 at T = 2, 0.973 at 3), which the paper
+    leaves in.
     """
     if math.isinf(t_sigma):
         return 1.0
@@ -71,11 +75,14 @@ def _view(x: Tensor, num_groups: int) -> _View:
     return _View((n, g, k, *spatial), (2, *space), (n, g, 1, *ones), (1, g, k, *ones), (0, *space))
 
 
-def _moments(x: Tensor, reduced: tuple[int, ...], t_sigma: float, eps: float, gaussian_correction: bool) -> FilteredMoments:
+def _moments(
+    x: Tensor, reduced: tuple[int, ...], t_sigma: float, eps: float, gaussian_correction: bool
+) -> FilteredMoments:
     var, mean = torch.var_mean(x, dim=reduced, correction=0, keepdim=True)
     sigma = torch.sqrt(var + eps)
-    # With T > 1 Chebyshev's inequality keeps at least one value. It speaks of exact moments: where the deviation is below the rounding of the
-    # mean (a constant 1e6, say), the band is widened by that rounding, so that the promise holds for the computed ones too.
+    # With T > 1 Chebyshev's inequality keeps at least one value. It speaks of exact moments: where the deviation is
+    # below the rounding of the mean (a constant 1e6, say), the band is widened by that rounding, so that the promise
+    # holds for the computed ones too.
     finfo = torch.finfo(x.dtype)
     half_width = torch.maximum(t_sigma * sigma.clamp_min(finfo.tiny), sigma + 16 * finfo.eps * mean.abs())
     lower, upper = mean - half_width, mean + half_width
@@ -112,8 +119,8 @@ def filtered_norm(
         gaussian_correction: divide the filtered variance by :func:`gaussian_kappa`.
 
     Returns:
-        ``y`` in the shape, dtype and memory format of ``x``, filtered values normalized along with the rest, and the moments.
-        A set that holds a NaN or an infinity has no band: its moments, and so its outputs, are NaN.
+        ``y`` in the shape, dtype and memory format of ``x``, filtered values normalized along with the rest, and the
+        moments. A set that holds a NaN or an infinity has no band: its moments, and so its outputs, are NaN.
     """
     view = _view(x, num_groups)
     values = x.reshape(view.shape).to(accumulate_dtype(x.dtype))
@@ -139,16 +146,18 @@ def filtered_norm_backward(
     gaussian_correction: bool,
     grad_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`filtered_norm` for ``x``, ``weight`` and ``bias``, given ``grad = dL/dy``; the mask carries none.
+    """Gradients of :func:`filtered_norm` for ``x``, ``weight`` and ``bias``, given ``grad = dL/dy``; the mask carries
+    none.
 
-    With ``g = weight * grad``, ``xhat = (x - mean) / sigma'``, ``f`` the mask, ``M = sum f`` and sums over one normalized set:
+    With ``g = weight * grad``, ``xhat = (x - mean) / sigma'``, ``f`` the mask, ``M = sum f`` and sums over one
+    normalized set:
 
-    ``exact``, the true gradient: ``dx = (g - f (sum g + xhat sum g xhat / k) / M) / sigma'``, where k is :func:`gaussian_kappa` if
-    that correction is on and 1 otherwise; ``dweight = sum grad xhat``, ``dbias = sum grad``.
+    ``exact``, the true gradient: ``dx = (g - f (sum g + xhat sum g xhat / k) / M) / sigma'``, where k is
+    :func:`gaussian_kappa` if that correction is on and 1 otherwise; ``dweight = sum grad xhat``, ``dbias = sum grad``.
 
-    ``paper``, Eq. 9-13 as printed: the mask multiplies the summands of every sum, and in ``dx`` only the term of the variance:
-    ``dx = (g - (sum f g + f xhat sum f g xhat / k) / M) / sigma'``, ``dweight = sum f grad xhat``, ``dbias = sum f grad``.
-    (The second summand of Eq. 10 is zero by the definition of the filtered mean, Eq. 6.)
+    ``paper``, Eq. 9-13 as printed: the mask multiplies the summands of every sum, and in ``dx`` only the term of the
+    variance: ``dx = (g - (sum f g + f xhat sum f g xhat / k) / M) / sigma'``, ``dweight = sum f grad xhat``, ``dbias =
+    sum f grad``. (The second summand of Eq. 10 is zero by the definition of the filtered mean, Eq. 6.)
     """
     view = _view(x, num_groups)
     values = x.reshape(view.shape).to(moments.mean.dtype)
