@@ -1,0 +1,29 @@
+# make test   install into .venv and run the tests
+# make demo   install into .venv, train a small Mask R-CNN with BN and with FBN, write demo_output/report.html
+#             (DATA=folder: on a COCO-format data set of your own)
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?=
+OUTPUT ?= demo_output
+
+.PHONY: test demo lint clean
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python tools/demo.py --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)")
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
