@@ -1,0 +1,42 @@
+"""What the command lines of `tools/` share: their arguments, and one line instead of a traceback for bad input."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+
+__all__ = ["UserError", "add_config_arguments", "user_errors"]
+
+
+class UserError(ValueError):
+    """Bad input that shows up late, in the middle of a run: an image file cut short, a diverged loss."""
+
+
+@contextlib.contextmanager
+def user_errors(*types: type[BaseException]) -> Iterator[None]:
+    """Print an error of the given types as `error: sentence` and exit with code 2; all else keeps its traceback.
+
+    Without types: what set-up raises for bad input (ValueError, OSError, missing package). Wrap the training itself in
+    `user_errors(UserError)`, so that a bug keeps its traceback.
+    """
+    types = types or (ValueError, OSError, ModuleNotFoundError)
+    try:
+        yield
+    except types as error:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            sentence = f"this needs the package {error.name!r}, which is not installed"
+        else:
+            # A DataLoader worker sends its whole traceback as the message; the sentence comes last.
+            sentence = str(error).strip().rsplit(f"{type(error).__name__}: ", 1)[-1]
+        print(f"error: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add detectron2's `--config-file`, `--resume`, `--eval-only` and trailing `KEY VALUE ...` overrides."""
+    parser.add_argument("--config-file", metavar="FILE", help="YAML configuration file")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint"
+    )
+    parser.add_argument("overrides", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="config overrides, in pairs")

@@ -1,0 +1,110 @@
+"""One process or many: set-up from torchrun's environment, rank helpers, collectives that one process may call too."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+__all__ = [
+    "all_gather",
+    "barrier",
+    "broadcast_buffers",
+    "broadcast_object",
+    "finish",
+    "init",
+    "is_main",
+    "rank",
+    "reduce_mean",
+    "world_size",
+]
+
+
+def init(device: str = "cuda") -> torch.device:
+    """Join torchrun's process group, if there is one, and return this process's device.
+
+    Args:
+        device: `"cuda"` falls back to `"cpu"` where no GPU is present; `"cpu"`, `"cuda:1"` and the like are taken as
+            they are.
+
+    Raises:
+        ValueError: `device` is no device, or there are more processes than GPUs on this machine.
+    """
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use 'cuda', 'cuda:0' or 'cpu'") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        chosen = torch.device("cpu")
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if chosen.type == "cuda":
+        if launched:
+            chosen = torch.device("cuda", local_rank)
+        index = chosen.index or 0
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"this process wants cuda:{index}, but there are {torch.cuda.device_count()} GPUs here")
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    if launched and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and logs."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Every process's `value` (any picklable object), by rank, on every process."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` (any picklable object) on every process."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's buffers, so that running statistics agree before an evaluation that is shared out."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def reduce_mean(values: dict[str, float]) -> dict[str, float]:
+    """The mean over processes of each entry; the keys must be the same everywhere."""
+    gathered = all_gather(values)
+    return {name: sum(each[name] for each in gathered) / len(gathered) for name in values}
