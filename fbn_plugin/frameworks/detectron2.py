@@ -1,0 +1,113 @@
+"""detectron2: spec strings wherever it reads a norm name (``MODEL.*.NORM`` in YAML, ``norm=`` and ``conv_norm=`` in
+LazyConfig).
+
+detectron2 builds norms by ``get_norm`` of ``detectron2/layers/batch_norm.py``, which knows a closed set of names and
+which its modules bind when they are imported. So :func:`register` rebinds it in every loaded module that holds it;
+modules that are imported later find ours. Only RetinaNet's head looks at the name itself, to keep statistics per level:
+it is taught to do so for our names.
+
+Not reached: DensePose's DeepLab head compares with ``"GN"`` and builds no norm for any other name, ``"BN"`` included.
+"""
+
+import functools
+import logging
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+from detectron2.config import configurable
+from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm, batch_norm
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fbn_plugin.convert import build_like, register_converter
+from fbn_plugin.registry import NORMS, NormFactory, norm_factory
+
+DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
+_detectron2_get_norm = batch_norm.get_norm
+_detectron2_retinanet_init = RetinaNetHead.__init__
+_logger = logging.getLogger(__name__)
+
+# In one process this class is plain batch normalization; its forward differs only in how ranks are averaged.
+register_converter(NaiveSyncBatchNorm, build_like)
+
+
+def check_norm(norm: str | Callable | None) -> NormFactory | str | Callable | None:
+    """What detectron2's own ``get_norm`` is to be given for ``norm``: names of detectron2's and callables as they are,
+    and a factory for a spec of ours.
+
+    Raises:
+        ValueError: neither a name of detectron2's nor a valid spec.
+    """
+    if not isinstance(norm, str) or norm in DETECTRON2_NORMS:
+        return norm
+    try:
+        return norm_factory(norm)
+    except ValueError as error:
+        if norm.partition("(")[0].strip() in NORMS:
+            raise
+        own = ", ".join(name for name in DETECTRON2_NORMS if name and name not in NORMS)
+        raise ValueError(f"{error}; and, without options, detectron2's {own}") from None
+
+
+def get_norm(norm: str | Callable | None, out_channels: int) -> nn.Module | None:
+    """Build a norm as detectron2's ``get_norm`` does, or, where it does not know the name, as the spec ``norm`` says.
+
+    Args:
+        norm: a name of detectron2's, which keeps its meaning there; a spec such as ``"FBN(t_sigma=4.0)"``; a callable
+            ``(out_channels) -> nn.Module``; or ``""`` or None for no norm.
+        out_channels: C.
+
+    Raises:
+        ValueError: neither a name of detectron2's nor a valid spec.
+    """
+    return _detectron2_get_norm(check_norm(norm), out_channels)
+
+
+def _per_level(retinanet_init: Callable) -> Callable:
+    """RetinaNet's head shares its convolutions between the levels of the pyramid, but for ``"BN"`` it keeps statistics
+    of each level. Do the same for a spec that is a batch normalization; a callable is shared, as in detectron2."""
+
+    @functools.wraps(retinanet_init)
+    def __init__(self, *, input_shape, conv_dims, norm="", **kwargs):
+        factory = check_norm(norm)
+        if isinstance(factory, NormFactory) and isinstance(factory(conv_dims[0]), _BatchNorm):
+            _logger.info(f"RetinaNetHead: {norm} with statistics of its own for each of {len(input_shape)} levels.")
+            norm = functools.partial(_norm_per_level, factory, len(input_shape))
+        retinanet_init(self, input_shape=input_shape, conv_dims=conv_dims, norm=norm, **kwargs)
+
+    return __init__
+
+
+def _norm_per_level(factory: NormFactory, levels: int, channels: int) -> CycleBatchNormList:
+    return CycleBatchNormList(
+        levels,
+        bn_class=lambda num_features, affine: factory(num_features, affine=affine),
+        num_features=channels,
+        affine=factory.spec.options.get("affine", True),
+    )
+
+
+# ``configurable`` goes around the wrapper, so that it sees the norm whether the head is built from a config or not.
+_retinanet_init = configurable(_per_level(_detectron2_retinanet_init.__wrapped__))
+
+
+def _rebind(old: Callable, new: Callable) -> None:
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and module is not sys.modules[__name__]:
+            for name in [name for name, value in vars(module).items() if value is old]:
+                setattr(module, name, new)
+
+
+def register() -> None:
+    """Make spec strings valid wherever detectron2 reads a norm name, in modules already imported and in later ones."""
+    _rebind(_detectron2_get_norm, get_norm)
+    RetinaNetHead.__init__ = _retinanet_init
+
+
+def unregister() -> None:
+    """Give detectron2 its own ``get_norm`` back."""
+    _rebind(get_norm, _detectron2_get_norm)
+    RetinaNetHead.__init__ = _detectron2_retinanet_init
