@@ -1,0 +1,274 @@
+"""How a norm gets into timm: spec strings, filtered classes and ``norm_factory(...)`` as ``norm_layer=``, the
+norm+activation forms of the registered norms, and what converts timm's own ``BatchNormAct2d``.
+
+timm finds a norm in ``get_norm_layer`` and ``get_norm_act_layer`` (timm/layers/create_norm.py and create_norm_act.py,
+read in 1.0.31). Its models bind these by name when they are imported, so :func:`register` puts ours in their place in
+every loaded module.
+"""
+
+import difflib
+import functools
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+
+from timm.layers import (
+    BatchNormAct2d,
+    GroupNormAct,
+    LayerNormAct2d,
+    SyncBatchNormAct,
+    create_act_layer,
+    create_norm,
+    create_norm_act,
+    norm_act,
+    register_notrace_module,
+    split_batchnorm,
+)
+from timm.layers.typing import LayerType
+from timm.models import _prune
+from torch import Tensor, nn
+
+from fbn_plugin import layers
+from fbn_plugin.convert import build_like, convert_norm, register_converter
+from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
+from fbn_plugin.registry import NORMS, NormFactory, NormSpec, norm_factory, parse_spec
+
+
+class _NormAct:
+    """timm's convention for a norm with its activation, to stand before the norm's class in the bases.
+
+    Args:
+        *args, **kwargs: those of the norm.
+        apply_act: False leaves the activation out.
+        act_layer: class or timm name of the activation; None for no activation.
+        act_kwargs: arguments of the activation.
+        inplace: let the activation overwrite the normalized values, if it can.
+        drop_layer: class of a layer between norm and activation.
+    """
+
+    def __init__(
+        self,
+        *args,
+        apply_act: bool = True,
+        act_layer: LayerType | None = nn.ReLU,
+        act_kwargs: dict | None = None,
+        inplace: bool = True,
+        drop_layer: Callable[[], nn.Module] | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        act = create_act_layer(act_layer, **{"inplace": inplace, **(act_kwargs or {})}) if apply_act else None
+        self.drop = nn.Identity() if drop_layer is None else drop_layer()
+        self.act = nn.Identity() if act is None else act
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
+class FilteredBatchNormAct2d(_NormAct, layers.FilteredBatchNorm2d, BatchNormAct2d):
+    """Filtered batch normalization and activation: :class:`fbn_plugin.FilteredBatchNorm2d` in the form of timm's
+    ``BatchNormAct2d``, with the same ``state_dict`` keys and the same evaluation.
+
+    Takes the arguments of :class:`fbn_plugin.FilteredBatchNorm2d` and those of ``BatchNormAct2d``.
+    """
+
+
+class FilteredGroupNormAct(_NormAct, layers.FilteredGroupNorm):
+    """Filtered group normalization and activation; the number of channels comes first, as timm calls its norms."""
+
+    def __init__(self, num_channels: int, num_groups: int = 32, **kwargs) -> None:
+        super().__init__(num_groups, num_channels, **kwargs)
+
+
+class FilteredLayerNormAct2d(_NormAct, layers.FilteredLayerNorm2d):
+    """Filtered layer normalization over the channels, and activation."""
+
+
+class FilteredInstanceNormAct2d(_NormAct, layers.FilteredInstanceNorm2d):
+    """Filtered instance normalization and activation."""
+
+
+class InstanceNormAct2d(_NormAct, nn.InstanceNorm2d):
+    """Instance normalization and activation, which timm has no class for."""
+
+
+def _sync_batch_norm_act(num_features: int, **kwargs) -> SyncBatchNormAct:
+    """timm's synchronized form, which timm makes by conversion only."""
+    return _THEIRS["convert_sync_batchnorm"](BatchNormAct2d(num_features, **kwargs))
+
+
+# The norm+activation form of each registered norm, timm's own where there is one, with the defaults of the registry.
+_FORMS: dict[str, Callable[..., nn.Module]] = {
+    "BN": BatchNormAct2d,
+    "SyncBN": _sync_batch_norm_act,
+    "GN": GroupNormAct,
+    "LN": functools.partial(LayerNormAct2d, eps=1e-6),
+    "IN": functools.partial(InstanceNormAct2d, affine=True),
+    "FBN": FilteredBatchNormAct2d,
+    "FGN": FilteredGroupNormAct,
+    "FLN": FilteredLayerNormAct2d,
+    "FIN": FilteredInstanceNormAct2d,
+}
+_FORM_OF_CLASS = {
+    layers.FilteredBatchNorm2d: FilteredBatchNormAct2d,
+    layers.FilteredLayerNorm2d: FilteredLayerNormAct2d,
+    layers.FilteredInstanceNorm2d: FilteredInstanceNormAct2d,
+}
+
+
+def _form(spec: NormSpec) -> functools.partial:
+    """The norm+activation form of the norm that ``spec`` names, with its options bound."""
+    if spec.name not in _FORMS:
+        raise ValueError(f"norm {spec.name!r} has no norm+activation form in timm: accepted are {', '.join(_FORMS)}")
+    return functools.partial(_FORMS[spec.name], **spec.options)
+
+
+def _find_spec(text: str, timm_names: Iterable[str]) -> NormSpec:
+    """The spec that a string given as ``norm_layer`` means, if it is none of timm's: a registered name in any case,
+    with or without its punctuation, and options as in any spec."""
+
+    def fold(name: str) -> str:
+        return re.sub("[^a-z0-9]", "", name.lower())
+
+    name, bracket, options = text.partition("(")
+    ours = [key for key, _ in NORMS]
+    found = [key for key in ours if key.lower() == name.strip().lower()] or [k for k in ours if fold(k) == fold(name)]
+    if not found:
+        known = [fold(key) for key in ours] + sorted(timm_names)
+        nearest = difflib.get_close_matches(fold(name), known, n=1)
+        hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+        raise ValueError(f"unknown norm_layer {text!r}{hint}: accepted are {', '.join(known)}")
+    return parse_spec(found[0] + bracket + options)
+
+
+def get_norm_layer(norm_layer: LayerType | None) -> Callable[..., nn.Module] | None:
+    """timm's ``get_norm_layer``, which also knows the specs of registered norms. timm's own names come first.
+
+    Raises:
+        ValueError: a string that neither knows, or a wrong option.
+    """
+    try:
+        return _THEIRS["get_norm_layer"](norm_layer)
+    except KeyError:
+        return norm_factory(_find_spec(norm_layer, create_norm._NORM_MAP))
+
+
+def get_norm_act_layer(
+    norm_layer: LayerType | None, act_layer: LayerType | None = None
+) -> Callable[..., nn.Module] | None:
+    """timm's ``get_norm_act_layer``, which also knows registered norms, given as a spec, a filtered class, a
+    ``norm_factory(...)`` or a partial of these. The activation is bound as timm binds it for its own classes.
+
+    Raises:
+        ValueError: a string that neither knows, a wrong option, or a norm without a norm+activation form.
+    """
+    target, options = norm_layer, {}
+    while isinstance(target, functools.partial):
+        target, options = target.func, {**target.keywords, **options}
+    if isinstance(target, str):
+        try:
+            return _THEIRS["get_norm_act_layer"](norm_layer, act_layer)
+        except KeyError:
+            form = _form(_find_spec(target, create_norm_act._NORM_ACT_MAP))
+    elif (name := getattr(target, "__name__", None)) in NORMS and NORMS.get(name) is target:
+        options.pop("dims", None)
+        form = _form(NormSpec(name))
+    elif isinstance(target, type) and issubclass(target, _NormAct):
+        form = target
+    elif target in _FORM_OF_CLASS:
+        form = _FORM_OF_CLASS[target]
+    else:
+        return _THEIRS["get_norm_act_layer"](norm_layer, act_layer)
+    return functools.partial(form, **{"act_layer": act_layer, **options})
+
+
+def adapt_model_from_string(parent_module: nn.Module, *args, **kwargs) -> nn.Module:
+    """timm's function for its pruned models, which builds every norm anew as batch normalization: filter them again."""
+    model = _THEIRS["adapt_model_from_string"](parent_module, *args, **kwargs)
+    for name, old in parent_module.named_modules():
+        if isinstance(old, FilteredBatchNormMixin):
+            spec = NormSpec("FBN", old._filter_options())
+            model.set_submodule(name, convert_norm(model.get_submodule(name), spec))
+    return model
+
+
+def _warn_of_lost_filter(conversion: Callable) -> Callable:
+    @functools.wraps(conversion)
+    def converted(module: nn.Module, *args, **kwargs) -> nn.Module:
+        filtered = sum(isinstance(m, FilteredBatchNormMixin) for m in module.modules())
+        if filtered:
+            message = f"timm's {conversion.__name__} makes batch norms without the filter of {filtered} filtered ones"
+            warnings.warn(message, stacklevel=2)
+        return conversion(module, *args, **kwargs)
+
+    return converted
+
+
+_THEIRS = {
+    function.__name__: function
+    for function in (
+        create_norm.get_norm_layer,
+        create_norm_act.get_norm_act_layer,
+        norm_act.convert_sync_batchnorm,
+        split_batchnorm.convert_splitbn_model,
+        _prune.adapt_model_from_string,
+    )
+}
+_OURS = {
+    "get_norm_layer": get_norm_layer,
+    "get_norm_act_layer": get_norm_act_layer,
+    "convert_sync_batchnorm": _warn_of_lost_filter(_THEIRS["convert_sync_batchnorm"]),
+    "convert_splitbn_model": _warn_of_lost_filter(_THEIRS["convert_splitbn_model"]),
+    "adapt_model_from_string": adapt_model_from_string,
+}
+
+
+def _replace(old: dict[str, Callable], new: dict[str, Callable]) -> None:
+    for module in list(sys.modules.values()):
+        if module in (norm_act, split_batchnorm):  # their conversions call themselves by name for each child
+            continue
+        namespace = getattr(module, "__dict__", {})
+        for name, function in old.items():
+            if namespace.get(name) is function:
+                setattr(module, name, new[name])
+
+
+def register() -> None:
+    """Make timm understand registered norms as ``norm_layer``, in models that are loaded already and in later ones."""
+    _replace(_THEIRS, _OURS)
+
+
+def unregister() -> None:
+    """Give timm its own functions back; models that are built stay as they are."""
+    _replace(_OURS, _THEIRS)
+
+
+def _convert(old: nn.Module, factory: NormFactory) -> nn.Module:
+    form = _form(factory.spec)
+    form.spec = factory.spec
+    new = build_like(old, form)
+    new.drop = getattr(old, "drop", new.drop)  # SyncBatchNormAct may have neither
+    new.act = getattr(old, "act", nn.Identity())
+    return new
+
+
+for _norm_act_class in (BatchNormAct2d, SyncBatchNormAct):
+    register_converter(_norm_act_class, _convert)
+
+# FX feature extraction traces into modules from outside torch.nn, unless they are registered as leaves.
+for _leaf in (
+    layers.FilteredBatchNorm1d,
+    layers.FilteredBatchNorm2d,
+    layers.FilteredBatchNorm3d,
+    layers.FilteredGroupNorm,
+    layers.FilteredInstanceNorm2d,
+    layers.FilteredLayerNorm2d,
+    layers.LayerNorm2d,
+    FilteredBatchNormAct2d,
+    FilteredGroupNormAct,
+    FilteredLayerNormAct2d,
+    FilteredInstanceNormAct2d,
+    InstanceNormAct2d,
+):
+    register_notrace_module(_leaf)
