@@ -148,6 +148,8 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
         if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError
         options = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
+        if len(options) < len(call.keywords):
+            raise ValueError
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"a norm's options are written option=value with literal values, got {spec!r}") from error
     defaults = norm_options(name)

@@ -1,0 +1,142 @@
+"""Spec strings, the registry and the factories that frameworks receive."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import fbn_plugin
+from fbn_plugin import NORMS, get_norm, norm_factory, parse_spec
+from fbn_plugin.registry import norm_options
+
+EXPECTED = {
+    "BN": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    "SyncBN": (nn.SyncBatchNorm,) * 3,
+    "GN": (nn.GroupNorm,) * 3,
+    "LN": (fbn_plugin.LayerNorm2d,) * 3,
+    "IN": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    "FBN": (fbn_plugin.FilteredBatchNorm1d, fbn_plugin.FilteredBatchNorm2d, fbn_plugin.FilteredBatchNorm3d),
+    "FGN": (fbn_plugin.FilteredGroupNorm,) * 3,
+    "FLN": (fbn_plugin.FilteredLayerNorm2d,) * 3,
+    "FIN": (fbn_plugin.FilteredInstanceNorm2d,) * 3,
+}
+
+
+def test_the_table_here_is_the_registry():
+    assert [name for name, _ in NORMS] == list(EXPECTED)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_name_builds_its_class_and_normalizes(name, dims):
+    norm = get_norm(name, 32, dims=dims)
+    assert type(norm) is EXPECTED[name][dims - 1]
+    if name != "SyncBN":  # which refuses to train on a CPU
+        y = norm(torch.randn(2, 32, *[3] * dims) * 3 + 1)
+        assert y.mean().abs() < 0.1 and 0.8 < y.std() < 1.2
+    assert norm.weight.shape == (32,), "every norm has a scale and a shift unless told otherwise"
+
+
+def test_options_reach_the_layer():
+    norm = get_norm("FBN(t_sigma=4.0, eps=1e-3, momentum=None, affine=False, grad_mode='paper')", 8)
+    assert (norm.t_sigma, norm.eps, norm.momentum, norm.weight, norm.grad_mode) == (4.0, 1e-3, None, None, "paper")
+    assert get_norm("FBN(t_sigma=inf)", 8).t_sigma == math.inf
+    assert get_norm("FGN(num_groups=4, t_sigma=3)", 8).num_groups == 4
+    assert get_norm("GN(num_groups=2)", 8).num_groups == 2
+    norm = get_norm("FBN", 8, device="meta", dtype=torch.float64)
+    assert norm.weight.is_meta and norm.weight.dtype == torch.float64
+
+
+def test_no_norm_and_callables():
+    assert get_norm("", 8) is None and get_norm(None, 8) is None
+    assert isinstance(get_norm(nn.BatchNorm2d, 8), nn.BatchNorm2d)
+    assert isinstance(get_norm(norm_factory("FBN"), 8), fbn_plugin.FilteredBatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("FBM", "unknown norm 'FBM' \\(did you mean 'FBN'\\?\\): accepted are BN, SyncBN, .*FIN$"),
+        ("fbn", "did you mean 'FBN'"),
+        ("Banana", "unknown norm 'Banana'.*: accepted are BN"),
+        ("FBN(t_sgma=3)", "unknown option of FBN 't_sgma' \\(did you mean 't_sigma'\\?\\): accepted are t_sigma, eps"),
+        ("FBN(num_groups=3)", "unknown option of FBN 'num_groups'"),
+        ("FBN(num_channels=3)", "unknown option of FBN 'num_channels'"),
+        ("FBN(t_sigma=0.5)", "t_sigma must be a number greater than 1 .*, got 0.5"),
+        ("FBN(grad_mode='true')", "grad_mode must be one of 'exact', 'paper', got 'true'"),
+        ("FBN(eps='a')", "option 'eps' of FBN takes a number such as 1e-05, got 'a'"),
+        ("FBN(affine=1)", "option 'affine' of FBN takes True or False, got 1"),
+        ("FGN(num_groups=2.5)", "option 'num_groups' of FGN takes a number such as 32, got 2.5"),
+        ("FGN(num_groups=3)", "got 3 groups for 8 channels"),
+        ("FBN(3)", "options are written option=value"),
+        ("FBN(t_sigma=x)", "options are written option=value"),
+        ("FBN(t_sigma=__import__('os').getcwd())", "options are written option=value"),
+        ("FBN(**{})", "options are written option=value"),
+        ("FBN(t_sigma=2, t_sigma=3)", "options are written option=value"),
+        ("FBN(t_sigma=2))(", "a norm is written NAME or NAME"),
+        ("FBN(t_sigma=2", "a norm is written NAME or NAME"),
+        ("3", "a norm is written NAME or NAME"),
+        (3, "a norm is written NAME or NAME.*got 3"),
+    ],
+)
+def test_bad_specs_are_one_sentence(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
+        get_norm(spec, 8)
+    assert "\n" not in str(error.value)
+
+
+def test_dims_out_of_range():
+    with pytest.raises(ValueError, match="dims must be 1, 2 or 3, got 4"):
+        norm_factory("FBN", dims=4)
+
+
+numbers = st.floats(1.001, 1e6) | st.integers(2, 100) | st.just(math.inf)
+
+
+@given(st.sampled_from(["FBN", "FGN", "FLN", "FIN"]), numbers, st.floats(0, 1), st.sampled_from(["exact", "paper"]))
+def test_specs_survive_the_trip_through_text(name, t_sigma, eps, mode):
+    spec = parse_spec(f"  {name} ( t_sigma = {t_sigma} , eps={eps},grad_mode={mode!r})")
+    assert spec.options == {"t_sigma": t_sigma, "eps": eps, "grad_mode": mode}
+    assert parse_spec(str(spec)) == spec
+
+
+@given(st.text(max_size=30))
+def test_no_text_does_anything_but_parse_or_say_why(text):
+    try:
+        spec = parse_spec(text)
+    except ValueError as error:
+        assert str(error)
+    else:
+        assert spec.name in NORMS
+
+
+@pytest.mark.parametrize("spec", ["FBN(t_sigma=inf)", "FGN(num_groups=4, t_sigma=3)", "BN"])
+def test_factories_can_be_pickled_copied_and_printed(spec):
+    factory = norm_factory(spec, dims=1)
+    for twin in (pickle.loads(pickle.dumps(factory)), copy.deepcopy(factory), eval(repr(factory))):
+        assert twin.spec == factory.spec and repr(twin(8)) == repr(factory(8))
+
+
+def test_factory_overrides():
+    assert norm_factory("FBN(eps=1e-3)")(8, eps=1e-2).eps == 1e-2
+
+
+def test_a_norm_of_ones_own():
+    @NORMS.register()
+    def Scale(num_channels, dims=2, device=None, dtype=None, init=2.0):
+        norm = nn.Conv2d(num_channels, num_channels, 1, groups=num_channels, bias=False, device=device, dtype=dtype)
+        nn.init.constant_(norm.weight, init)
+        return norm
+
+    try:
+        assert norm_options("Scale") == {"init": 2.0}
+        assert get_norm("Scale(init=3.0)", 4).weight.eq(3).all()
+        with pytest.raises(ValueError, match="unknown option of Scale 'inti' \\(did you mean 'init'"):
+            get_norm("Scale(inti=3.0)", 4)
+    finally:
+        NORMS._obj_map.pop("Scale")
