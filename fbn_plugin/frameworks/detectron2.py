@@ -73,7 +73,7 @@ def _per_level(retinanet_init: Callable) -> Callable:
     @functools.wraps(retinanet_init)
     def __init__(self, *, input_shape, conv_dims, norm="", **kwargs):
         factory = check_norm(norm)
-        if isinstance(factory, NormFactory) and isinstance(factory(conv_dims[0]), _BatchNorm):
+        if factory is not norm and isinstance(factory(conv_dims[0]), _BatchNorm):
             _logger.info(f"RetinaNetHead: {norm} with statistics of its own for each of {len(input_shape)} levels.")
             norm = functools.partial(_norm_per_level, factory, len(input_shape))
         retinanet_init(self, input_shape=input_shape, conv_dims=conv_dims, norm=norm, **kwargs)

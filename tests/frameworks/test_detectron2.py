@@ -1,0 +1,648 @@
+"""The detectron2 adapter against detectron2 itself: every place that reads a norm name, and what detectron2 then does
+to the norm (freezing, weight decay, checkpoints, statistics per level). Models are tiny; no weights, no data."""
+
+import copy
+import functools
+import logging
+import pickle
+import subprocess
+import sys
+import textwrap
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+pytest.importorskip("detectron2", reason="detectron2 is not installed")
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import LazyCall, LazyConfig, get_cfg, instantiate
+from detectron2.layers import (
+    ASPP,
+    CycleBatchNormList,
+    DepthwiseSeparableConv2d,
+    FrozenBatchNorm2d,
+    NaiveSyncBatchNorm,
+    ShapeSpec,
+    batch_norm,
+)
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone import FPN, RegNet, ResNet, SimpleFeaturePyramid, ViT
+from detectron2.modeling.backbone.regnet import ResBasicBlock, ResBottleneckBlock, SimpleStem, VanillaBlock
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, DeformBottleneckBlock
+from detectron2.modeling.backbone.vit import ResBottleneckBlock as ViTBottleneckBlock
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
+from detectron2.solver import build_optimizer
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
+
+import fbn_plugin
+from fbn_plugin import FilteredBatchNorm2d, FilteredGroupNorm
+from fbn_plugin.frameworks import detectron2 as adapter
+
+pytestmark = pytest.mark.detectron2
+
+SPEC = "FBN(t_sigma=4.0)"
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    torch.manual_seed(0)
+    adapter.register()
+    yield
+    adapter.unregister()
+
+
+def norms(module):
+    """Names and modules of what detectron2 can put in as a norm, outside torch's own containers."""
+    kinds = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d, batch_norm.LayerNorm)
+    return {name: m for name, m in module.named_modules() if isinstance(m, kinds)}
+
+
+def training_losses(model, objects=(2, 2)):
+    with EventStorage():
+        return model.train()(batch(objects))
+
+
+def assert_all_filtered(module, expected=None):
+    found = norms(module)
+    assert found
+    for name, norm in found.items():
+        assert type(norm) is FilteredBatchNorm2d, name
+        assert norm.t_sigma == 4.0, name
+    if expected is not None:
+        assert len(found) == expected
+
+
+def assert_trains(module, *inputs):
+    """Forward and backward are finite, and every norm has seen data."""
+    before = {name: norm.running_mean.clone() for name, norm in norms(module).items()}
+    outputs = module.train()(*inputs)
+    outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
+    flat = [
+        t
+        for o in (outputs if isinstance(outputs, (list, tuple)) else [outputs])
+        for t in (o if isinstance(o, (list, tuple)) else [o])
+    ]
+    sum(t.square().mean() for t in flat if isinstance(t, torch.Tensor) and t.requires_grad).backward()
+    for name, norm in norms(module).items():
+        assert not torch.equal(norm.running_mean, before[name]), name
+        assert norm.weight is None or norm.weight.grad.isfinite().all(), name
+
+
+def tiny_config(architecture="GeneralizedRCNN", norm=SPEC, box_head_norm="", **overrides):
+    """A Mask R-CNN (or RetinaNet, PanopticFPN) on a ResNet-50 FPN with a few channels."""
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.MODEL.BACKBONE.NAME = (
+        "build_retinanet_resnet_fpn_backbone" if architecture == "RetinaNet" else "build_resnet_fpn_backbone"
+    )
+    cfg.MODEL.RESNETS.NORM = norm
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 8
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 8
+    cfg.MODEL.RESNETS.OUT_FEATURES = (
+        ["res3", "res4", "res5"] if architecture == "RetinaNet" else ["res2", "res3", "res4", "res5"]
+    )
+    cfg.MODEL.FPN.IN_FEATURES = cfg.MODEL.RESNETS.OUT_FEATURES
+    cfg.MODEL.FPN.NORM = norm
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    cfg.MODEL.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = 50
+    cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 16
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "FastRCNNConvFCHead"
+    cfg.MODEL.ROI_BOX_HEAD.NUM_CONV = 2
+    cfg.MODEL.ROI_BOX_HEAD.CONV_DIM = 16
+    cfg.MODEL.ROI_BOX_HEAD.NUM_FC = 1
+    cfg.MODEL.ROI_BOX_HEAD.FC_DIM = 16
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_BOX_HEAD.NORM = norm
+    cfg.MODEL.MASK_ON = True
+    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    cfg.MODEL.ROI_MASK_HEAD.NUM_CONV = 2
+    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 16
+    cfg.MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION = 14
+    cfg.MODEL.ROI_MASK_HEAD.NORM = norm
+    cfg.MODEL.RETINANET.NORM = norm
+    cfg.MODEL.RETINANET.NUM_CONVS = 2
+    cfg.MODEL.SEM_SEG_HEAD.NORM = norm
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 16
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 4
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    cfg.merge_from_list([item for pair in overrides.items() for item in pair])
+    return cfg
+
+
+def batch(objects=(2, 2), size=64):
+    """Two images of noise with boxes and masks (or none) and a semantic map."""
+    images = []
+    for count in objects:
+        instances = Instances((size, size))
+        corners = torch.rand(count, 2) * size / 2
+        instances.gt_boxes = Boxes(torch.cat([corners, corners + 24], dim=1))
+        instances.gt_classes = torch.zeros(count, dtype=torch.long)
+        masks = torch.zeros(count, size, size, dtype=torch.bool)
+        for mask, (x, y) in zip(masks, corners.long().tolist()):
+            mask[y : y + 24, x : x + 24] = True
+        instances.gt_masks = BitMasks(masks)
+        images.append(
+            {
+                "image": torch.randint(0, 256, (3, size, size), dtype=torch.uint8),
+                "instances": instances,
+                "sem_seg": torch.randint(0, 4, (size, size)),
+            }
+        )
+    return images
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_detectron2s_own_names_keep_their_meaning():
+    """Each listed name exists in detectron2, and gives what detectron2 gives."""
+    adapter.unregister()
+    own = {name: batch_norm.get_norm(name, 64) for name in adapter.DETECTRON2_NORMS}
+    adapter.register()
+    for name, norm in own.items():
+        ours = batch_norm.get_norm(name, 64)
+        assert type(ours) is type(norm), name
+        assert repr(ours) == repr(norm), name
+
+
+def test_callables_and_no_norm():
+    assert batch_norm.get_norm(None, 8) is None
+    assert batch_norm.get_norm("", 8) is None
+    assert type(batch_norm.get_norm(nn.InstanceNorm2d, 8)) is nn.InstanceNorm2d
+    norm = batch_norm.get_norm(fbn_plugin.norm_factory("FBN(t_sigma=3)"), 8)
+    assert type(norm) is FilteredBatchNorm2d and norm.t_sigma == 3
+
+
+def test_specs():
+    assert batch_norm.get_norm("FBN", 8).t_sigma == 5.0
+    assert batch_norm.get_norm(SPEC, 8).t_sigma == 4.0
+    norm = batch_norm.get_norm("FGN(num_groups=16)", 32)
+    assert type(norm) is FilteredGroupNorm and norm.num_groups == 16
+    assert batch_norm.get_norm("GN(num_groups=4)", 8).num_groups == 4
+
+
+@pytest.mark.parametrize(
+    "norm, words",
+    [
+        ("FBM", ["FBM", "did you mean 'FBN'", "SyncBN", "FGN", "FrozenBN", "naiveSyncBN"]),
+        ("FrozenBN(eps=1e-3)", ["FrozenBN", "without options"]),
+        ("FBN(sigma=4)", ["sigma", "did you mean 't_sigma'"]),
+        ("FBN(t_sigma=0.5)", ["0.5"]),
+        ("FBN(4)", ["FBN(4)"]),
+    ],
+)
+def test_a_wrong_name_is_one_sentence(norm, words):
+    with pytest.raises(ValueError) as error:
+        batch_norm.get_norm(norm, 8)
+    message = str(error.value)
+    assert all(word in message for word in words)
+    assert "\n" not in message
+
+
+# --- registration --------------------------------------------------------------------------------------------------
+
+
+def test_every_loaded_module_gets_it_and_gives_it_back(monkeypatch):
+    adapter.unregister()
+    module = types.ModuleType("someones_model")
+    exec("from detectron2.layers import get_norm as build_norm", vars(module))
+    monkeypatch.setitem(sys.modules, "someones_model", module)
+    holders = {
+        name for name, m in sys.modules.items() if getattr(m, "__dict__", {}).get("get_norm") is batch_norm.get_norm
+    }
+    assert {f"detectron2.modeling.backbone.{name}" for name in ("resnet", "fpn", "regnet", "vit")} <= holders
+    original_init = RetinaNetHead.__init__
+    with pytest.raises(KeyError):
+        module.build_norm("FBN", 8)
+
+    adapter.register()
+    adapter.register()
+    for name in holders:
+        assert sys.modules[name].get_norm is adapter.get_norm, name
+    assert module.build_norm is adapter.get_norm
+    late = {}
+    exec("from detectron2.layers.batch_norm import get_norm", late)
+    assert late["get_norm"] is adapter.get_norm
+
+    adapter.unregister()
+    adapter.unregister()
+    for name in holders:
+        assert sys.modules[name].get_norm.__module__ == "detectron2.layers.batch_norm", name
+    assert module.build_norm.__module__ == "detectron2.layers.batch_norm"
+    assert RetinaNetHead.__init__ is original_init
+    with pytest.raises(KeyError):
+        batch_norm.get_norm("FBN", 8)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("", "import detectron2.projects.deeplab.resnet as module"),
+        ("import detectron2.layers", "import detectron2.projects.deeplab.resnet as module"),
+        ("import detectron2.projects.deeplab.resnet as module", ""),
+    ],
+    ids=["registered first", "after detectron2.layers", "registered last"],
+)
+def test_import_order(before, after):
+    code = f"""
+        import fbn_plugin
+        {before}
+        assert "detectron2" in fbn_plugin.register()
+        {after}
+        stem = module.DeepLabStem(out_channels=8, norm="FBN")
+        assert all(type(c.norm) is fbn_plugin.FilteredBatchNorm2d for c in (stem.conv1, stem.conv2, stem.conv3))
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True)
+
+
+# --- every place that reads a norm ---------------------------------------------------------------------------------
+
+
+def resnet(block, **kwargs):
+    stem = BasicStem(3, 8, norm=SPEC)
+    stage = ResNet.make_stage(block, 2, in_channels=8, out_channels=16, stride_per_block=[2, 1], norm=SPEC, **kwargs)
+    return ResNet(stem, [stage], out_features=["res2"])
+
+
+def regnet(block):
+    return RegNet(
+        stem_class=SimpleStem,
+        stem_width=8,
+        block_class=block,
+        depth=2,
+        w_a=8,
+        w_0=8,
+        w_m=2,
+        group_width=8,
+        norm=SPEC,
+    )
+
+
+def simple_feature_pyramid():
+    vit = ViT(
+        img_size=32,
+        patch_size=8,
+        embed_dim=16,
+        depth=1,
+        num_heads=2,
+        window_size=0,
+        use_rel_pos=False,
+        out_feature="last_feat",
+    )
+    for p in vit.parameters():
+        p.requires_grad_(False)
+    return SimpleFeaturePyramid(vit, "last_feat", out_channels=16, scale_factors=(4.0, 2.0, 1.0, 0.5), norm=SPEC)
+
+
+def fpn():
+    return FPN(resnet(BasicBlock), ["res2"], out_channels=16, norm=SPEC)
+
+
+def box_head():
+    shape = ShapeSpec(channels=16, height=14, width=14)
+    return FastRCNNConvFCHead(shape, conv_dims=[8, 8], fc_dims=[4], conv_norm=SPEC)
+
+
+def aspp(**kwargs):
+    return ASPP(16, 8, [1, 2, 3], norm=SPEC, activation=nn.functional.relu, **kwargs)
+
+
+PYRAMID = {f"p{i}": ShapeSpec(channels=16, stride=2**i) for i in (2, 3)}
+IMAGE, FEATURES, ROIS = (2, 3, 32, 32), (2, 16, 8, 8), (3, 16, 14, 14)
+
+PLACES = {
+    "ResNet basic": (lambda: resnet(BasicBlock), IMAGE, 6),
+    "ResNet bottleneck": (lambda: resnet(BottleneckBlock, bottleneck_channels=8), IMAGE, 8),
+    "ResNeXt": (lambda: resnet(BottleneckBlock, bottleneck_channels=8, num_groups=4), IMAGE, 8),
+    "RegNet": (lambda: regnet(ResBottleneckBlock), IMAGE, None),
+    "RegNet basic": (lambda: regnet(ResBasicBlock), IMAGE, None),
+    "RegNet vanilla": (lambda: regnet(VanillaBlock), IMAGE, None),
+    "FPN": (fpn, IMAGE, 8),
+    "ViT residual block": (lambda: ViTBottleneckBlock(16, 16, 8, norm=SPEC), FEATURES, 3),
+    "box head": (box_head, ROIS, 2),
+    "ASPP": (aspp, FEATURES, 5),
+    "ASPP separable": (functools.partial(aspp, use_depthwise_separable_conv=True), FEATURES, 8),
+    "separable convolution": (lambda: DepthwiseSeparableConv2d(16, 8, norm1=SPEC, norm2=SPEC), FEATURES, 2),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_place(place):
+    build, shape, count = PLACES[place]
+    module = build()
+    assert_all_filtered(module, count)
+    assert_trains(module, torch.randn(shape))
+
+
+def test_deformable_block():
+    """Built only: detectron2's deformable convolution does not run on a CPU."""
+    assert_all_filtered(DeformBottleneckBlock(8, 16, bottleneck_channels=8, norm=SPEC), 4)
+
+
+def test_simple_feature_pyramid():
+    module = simple_feature_pyramid()
+    pyramid = nn.ModuleList(module.stages)
+    assert_all_filtered(pyramid, 9)
+    module.net.eval()
+    outputs = module(torch.randn(2, 3, 32, 32))
+    assert all(o.isfinite().all() for o in outputs.values())
+
+
+def test_mask_head():
+    head = MaskRCNNConvUpsampleHead(ShapeSpec(channels=16), num_classes=2, conv_dims=[8, 8, 8], conv_norm=SPEC)
+    assert_all_filtered(head, 2)
+    assert_trains(nn.Sequential(*head), torch.randn(ROIS))
+
+
+def test_semantic_head():
+    head = SemSegFPNHead(PYRAMID, num_classes=3, conv_dims=8, common_stride=4, norm=SPEC)
+    assert_all_filtered(head, 2)
+    features = {"p2": torch.randn(2, 16, 8, 8), "p3": torch.randn(2, 16, 4, 4)}
+    loss = head(features, torch.randint(0, 3, (2, 32, 32)))[1]["loss_sem_seg"]
+    assert loss.isfinite()
+
+
+def test_deeplab():
+    deeplab = pytest.importorskip("detectron2.projects.deeplab")
+    resnet_module = sys.modules["detectron2.projects.deeplab.resnet"]
+    assert_all_filtered(resnet_module.DeepLabStem(out_channels=8, norm=SPEC), 3)
+    shapes = {"res2": ShapeSpec(channels=16, stride=4), "res5": ShapeSpec(channels=16, stride=16)}
+    head = deeplab.DeepLabV3PlusHead(
+        shapes,
+        project_channels=[8],
+        aspp_dilations=[1, 2, 3],
+        aspp_dropout=0.0,
+        decoder_channels=[8, 8],
+        common_stride=4,
+        norm=SPEC,
+        train_size=None,
+        num_classes=3,
+    )
+    assert_all_filtered(head, 8)
+    features = {"res2": torch.randn(2, 16, 16, 16), "res5": torch.randn(2, 16, 4, 4)}
+    assert head(features, torch.randint(0, 3, (2, 64, 64)))[1]["loss_sem_seg"].isfinite()
+
+
+def test_panoptic_deeplab():
+    pytest.importorskip("panopticapi", reason="Panoptic-DeepLab needs panopticapi")
+    panoptic_deeplab = pytest.importorskip("detectron2.projects.panoptic_deeplab")
+    shapes = {"res2": ShapeSpec(channels=16, stride=4), "res5": ShapeSpec(channels=16, stride=16)}
+    common = {
+        "project_channels": [8],
+        "aspp_dilations": [1, 2, 3],
+        "aspp_dropout": 0.0,
+        "decoder_channels": [8, 8],
+        "common_stride": 4,
+        "norm": SPEC,
+        "train_size": None,
+        "head_channels": 8,
+    }
+    instance = panoptic_deeplab.PanopticDeepLabInsEmbedHead(
+        shapes, center_loss_weight=1.0, offset_loss_weight=1.0, **common
+    )
+    semantic = panoptic_deeplab.PanopticDeepLabSemSegHead(
+        shapes, loss_weight=1.0, loss_type="cross_entropy", loss_top_k=1.0, ignore_value=255, num_classes=3, **common
+    )
+    assert_all_filtered(instance)
+    assert_all_filtered(semantic)
+
+
+def test_tridentnet():
+    tridentnet = pytest.importorskip("tridentnet", reason="TridentNet's project folder is not on the path")
+    assert_all_filtered(tridentnet.TridentBottleneckBlock(8, 16, bottleneck_channels=8, norm=SPEC), 4)
+
+
+def test_densepose():
+    densepose = pytest.importorskip("densepose", reason="DensePose is not installed")
+    decoder = sys.modules["densepose.modeling.roi_heads.roi_head"].Decoder
+    cfg = get_cfg()
+    densepose.add_densepose_config(cfg)
+    cfg.MODEL.ROI_DENSEPOSE_HEAD.DECODER_NORM = SPEC
+    assert_all_filtered(decoder(cfg, PYRAMID, ["p2", "p3"]), 2)
+
+
+# --- whole models --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "RetinaNet", "PanopticFPN"])
+def test_yaml_builds_and_trains(architecture):
+    model = build_model(tiny_config(architecture, **{"MODEL.BACKBONE.FREEZE_AT": 0}))
+    assert all(type(m) is FilteredBatchNorm2d for m in norms(model).values())
+    bias = [name for name, m in model.backbone.named_modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
+    assert not [name for name in bias if "fpn" in name], "a convolution before a norm needs no bias"
+    losses = training_losses(model)
+    total = sum(losses.values())
+    total.backward()
+    assert total.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        model(batch())
+
+
+def test_heads_without_objects():
+    """No object in the batch leaves the mask head with an empty input: training goes on, its statistics stay."""
+    model = build_model(tiny_config())
+    norm = model.roi_heads.mask_head.mask_fcn1.norm
+    losses = training_losses(model, objects=(0, 0))
+    sum(losses.values()).backward()
+    assert torch.equal(norm.running_mean, torch.zeros_like(norm.running_mean))
+    assert torch.equal(norm.running_var, torch.ones_like(norm.running_var))
+    assert norm.weight.grad.isfinite().all()
+
+
+def test_the_saved_config_alone_rebuilds_the_model(tmp_path):
+    model = build_model(tiny_config())
+    (tmp_path / "config.yaml").write_text(tiny_config().dump())
+    cfg = get_cfg()
+    cfg.merge_from_file(str(tmp_path / "config.yaml"), allow_unsafe=False)
+    rebuilt = build_model(cfg)
+    assert repr(rebuilt) == repr(model)
+    rebuilt.load_state_dict(model.state_dict())
+
+
+def test_lazy_config(tmp_path):
+    cfg = LazyCall(FPN)(
+        bottom_up=LazyCall(ResNet)(
+            stem=LazyCall(BasicStem)(in_channels=3, out_channels=64, norm=SPEC),
+            stages=LazyCall(ResNet.make_default_stages)(depth=18, norm=SPEC),
+            out_features=["res5"],
+        ),
+        in_features=["res5"],
+        out_channels=8,
+        norm=SPEC,
+    )
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    for config in (cfg, LazyConfig.load(str(tmp_path / "config.yaml"))):
+        assert_all_filtered(instantiate(config), 22)
+
+
+# --- what detectron2 does to norms ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("freeze_at, frozen_stages", [(0, []), (1, ["stem"]), (2, ["stem", "res2"])])
+def test_freeze_at(freeze_at, frozen_stages):
+    """Frozen stages have neither trainable parameters nor moving statistics; the others have both."""
+    model = build_model(tiny_config(**{"MODEL.BACKBONE.FREEZE_AT": freeze_at}))
+    bottom_up = model.backbone.bottom_up
+    before = {name: norm.running_mean.clone() for name, norm in norms(bottom_up).items()}
+    sum(training_losses(model).values()).backward()
+    seen = set()
+    for name, norm in norms(bottom_up).items():
+        stage = name.split(".")[0]
+        seen.add(stage)
+        frozen = stage in frozen_stages
+        assert type(norm) is (FrozenBatchNorm2d if frozen else FilteredBatchNorm2d), name
+        assert torch.equal(norm.running_mean, before[name]) == frozen, name
+        assert bool(list(norm.parameters())) != frozen, name
+    assert seen == {"stem", "res2", "res3", "res4", "res5"}
+
+
+def test_frozen_filtered_norm_computes_what_evaluation_computes():
+    norm = FilteredBatchNorm2d(8)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.normal_(norm.weight)
+    frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(copy.deepcopy(norm))
+    x = torch.randn(2, 8, 4, 4)
+    torch.testing.assert_close(frozen(x), norm.eval()(x))
+
+
+def test_unfreezing_gives_batch_norm_and_conversion_the_filter_back():
+    frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(nn.Sequential(FilteredBatchNorm2d(8)))
+    thawed = FrozenBatchNorm2d.convert_frozenbatchnorm2d_to_batchnorm2d(frozen)
+    assert type(thawed[0]) is nn.BatchNorm2d
+    assert type(fbn_plugin.convert_norm(thawed, "FBN")[0]) is FilteredBatchNorm2d
+
+
+def test_weight_decay_norm():
+    cfg = tiny_config(**{"SOLVER.WEIGHT_DECAY": 0.1, "SOLVER.WEIGHT_DECAY_NORM": 0.025, "MODEL.BACKBONE.FREEZE_AT": 0})
+    model = build_model(cfg)
+    decay = {p: group["weight_decay"] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
+    in_norms = {p for norm in norms(model).values() for p in norm.parameters()}
+    assert in_norms
+    assert all(decay[p] == (0.025 if p in in_norms else 0.1) for p in model.parameters())
+
+
+def randomize(model):
+    with torch.no_grad():
+        for p in [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]:
+            p.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "RetinaNet"])
+@pytest.mark.parametrize("source, target", [("BN", SPEC), (SPEC, "BN")])
+def test_checkpoints_load_both_ways(tmp_path, caplog, source, target, architecture):
+    saved = randomize(build_model(tiny_config(architecture, norm=source)))
+    DetectionCheckpointer(saved, save_dir=str(tmp_path)).save("model")
+    loaded = build_model(tiny_config(architecture, norm=target))
+    with caplog.at_level(logging.INFO):
+        DetectionCheckpointer(loaded).load(str(tmp_path / "model.pth"))
+    assert not [r for r in caplog.records if "not found" in r.message or "not used" in r.message or "Skip" in r.message]
+    expected = saved.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+
+
+def test_converted_imagenet_weights_load(tmp_path):
+    """The zoo's backbones are pickles without the prefix, matched by name: weights and statistics reach the norms."""
+    model = build_model(tiny_config(**{"MODEL.BACKBONE.FREEZE_AT": 0}))
+    weights = {
+        name: torch.rand(value.shape).numpy()
+        for name, value in model.backbone.bottom_up.state_dict().items()
+        if "num_batches_tracked" not in name
+    }
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "torchvision", "matching_heuristics": True}))
+    DetectionCheckpointer(model).load(str(path))
+    state = model.backbone.bottom_up.state_dict()
+    assert any("running_var" in name for name in weights)
+    for name, value in weights.items():
+        assert torch.equal(state[name], torch.from_numpy(value)), name
+
+
+def retinanet_head(norm, levels=3):
+    return RetinaNetHead(
+        input_shape=[ShapeSpec(channels=16)] * levels, num_classes=2, num_anchors=1, conv_dims=[16, 16], norm=norm
+    )
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_retinanet_keeps_statistics_per_level(affine):
+    head = retinanet_head(f"FBN(t_sigma=4.0, affine={affine})")
+    lists = [m for m in head.modules() if isinstance(m, CycleBatchNormList)]
+    assert [len(m) for m in lists] == [3] * 4
+    assert_all_filtered(head, 12)
+    assert all((m.weight is not None if affine else not hasattr(m, "weight")) for m in lists)
+    head([torch.randn(2, 16, 8, 8) + level for level in range(3)])
+    for norms_of_levels in lists:
+        assert all(norm.num_batches_tracked == 1 for norm in norms_of_levels)
+        assert not torch.equal(norms_of_levels[0].running_mean, norms_of_levels[1].running_mean)
+
+
+def test_retinanet_like_batch_norm():
+    """With nothing to filter, the head computes what detectron2's own BN head does, in the same state_dict."""
+    own, ours = retinanet_head("BN"), retinanet_head("FBN(t_sigma=inf)")
+    ours.load_state_dict(own.state_dict())
+    features = [torch.randn(2, 16, 8, 8) for _ in range(3)]
+    for a, b in zip(own(features)[0], ours(features)[0]):
+        torch.testing.assert_close(a, b)
+    for (name, a), b in zip(own.state_dict().items(), ours.state_dict().values()):
+        torch.testing.assert_close(a, b, msg=name)
+    copy.deepcopy(ours)
+
+
+@pytest.mark.parametrize("norm, kind", [("FGN(num_groups=4)", FilteredGroupNorm), ("GN(num_groups=8)", nn.GroupNorm)])
+def test_retinanet_shares_other_norms(norm, kind):
+    head = retinanet_head(norm)
+    assert [type(m) for m in norms(head).values()] == [kind] * 4
+
+
+def test_retinanet_shares_callables():
+    """As detectron2 has it: the class or factory, in place of its name, asks for shared statistics."""
+    head = retinanet_head(fbn_plugin.norm_factory(SPEC))
+    assert not [m for m in head.modules() if isinstance(m, CycleBatchNormList)]
+    assert_all_filtered(head, 4)
+
+
+def test_retinanet_wrong_name():
+    with pytest.raises(ValueError, match="FBM"):
+        retinanet_head("FBM")
+
+
+def test_precise_bn_takes_filtered_norms():
+    """With nothing filtered, its population statistics are those of batch normalization."""
+    data = [torch.randn(4, 3, 16, 16) for _ in range(3)]
+    results = []
+    for spec in ("BN", "FBN(t_sigma=inf)"):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), batch_norm.get_norm(spec, 8)).train()
+        assert len(get_bn_modules(model)) == 1
+        update_bn_stats(model, data, num_iters=3)
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, msg=name)
+
+
+def test_convert_norm_knows_detectron2s_batch_norms():
+    model = nn.Sequential(NaiveSyncBatchNorm(8), CycleBatchNormList(2, num_features=8))
+    model[0].running_mean.fill_(3)
+    fbn_plugin.convert_norm(model, SPEC)
+    assert_all_filtered(model, 3)
+    assert (model[0].running_mean == 3).all()
+    assert not model[1][0].affine
