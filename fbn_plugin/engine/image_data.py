@@ -16,11 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset
+from timm.data.readers import create_reader
 from torch.utils.data import Dataset
+
+from fbn_plugin.engine.cli import UserError
 
 CIFAR10_JPEG_FILE = "cifar10_jpeg.npz"
 
@@ -41,29 +44,37 @@ class ImageData:
     classes: tuple[str, ...]
 
 
-class InMemoryImages(Dataset):
-    """Images held in memory as arrays or as encoded bytes, given out as (PIL image, class index).
+class Images(Dataset):
+    """Images given out as (PIL image, class index), or through `transform` once timm's loader has set one.
 
     Args:
-        images: uint8 arrays of shape (H, W) or (H, W, 3), or the bytes of image files.
-        labels: one class index per image.
+        samples: sequence of (image, class index), where an image is a uint8 array of shape (H, W) or (H, W, 3), the
+            bytes of an image file, or an open one. A timm reader is such a sequence.
         mode: PIL mode that every image is converted to, "RGB" or "L".
+
+    Raises:
+        UserError: on access, an image that cannot be decoded. (timm's own dataset would take the next one instead.)
     """
 
-    def __init__(self, images: Sequence[np.ndarray | bytes], labels: Sequence[int], mode: str = "RGB"):
-        if len(images) != len(labels):
-            raise ValueError(f"there are {len(images)} images but {len(labels)} labels.")
-        self.images, self.labels, self.mode = images, [int(label) for label in labels], mode
+    def __init__(self, samples: Sequence[tuple[Any, int]], mode: str = "RGB"):
+        self.samples, self.mode = samples, mode
         self.transform: Callable | None = None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.samples)
 
     def __getitem__(self, index: int):
-        image = self.images[index]
-        image = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else Image.fromarray(image)
-        image = image.convert(self.mode)
-        return (image if self.transform is None else self.transform(image)), self.labels[index]
+        image, label = self.samples[index]
+        try:
+            if isinstance(image, np.ndarray):
+                image = Image.fromarray(image)
+            else:
+                image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+            image = image.convert(self.mode)
+        except (OSError, SyntaxError) as error:
+            name = self.samples.filename(index) if hasattr(self.samples, "filename") else f"number {index}"
+            raise UserError(f"image {name} cannot be decoded: {error}") from None
+        return (image if self.transform is None else self.transform(image)), int(label)
 
 
 def read_idx(path: str | os.PathLike) -> np.ndarray:
@@ -75,56 +86,57 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
         try:
             data = gzip.decompress(compressed.read_bytes())
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{compressed} is not a whole gzip file: {error}.") from None
+            raise ValueError(f"{compressed} is not a whole gzip file: {error}") from None
     else:
-        raise FileNotFoundError(f"neither {path} nor {path.name}.gz exists.")
+        raise FileNotFoundError(f"neither {path} nor {path.name}.gz exists")
     if data[:3] != b"\0\0\x08" or len(data) < 4:
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {data[:4]!r}.")
+        raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {data[:4]!r}")
     ndim = data[3]
     shape = np.frombuffer(data, ">u4", ndim, offset=4) if len(data) >= 4 + 4 * ndim else ()
     values = np.frombuffer(data, np.uint8, offset=min(4 + 4 * ndim, len(data)))
     if len(shape) != ndim or values.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path} is cut short or damaged: {values.size} bytes for shape {tuple(map(int, shape))}.")
+        raise ValueError(f"{path} is cut short or damaged: {values.size} bytes for shape {tuple(map(int, shape))}")
     return values.reshape(shape)
 
 
 def find_root(root: str) -> Path:
-    """`root` as given or else below $DETECTRON2_DATASETS (default "datasets"); FileNotFoundError if it is in neither."""
+    """`root` as given, or else below $DETECTRON2_DATASETS (default "datasets"); FileNotFoundError if in neither."""
     if not root:
-        raise FileNotFoundError("DATASETS.ROOT is empty; it must name the folder with the images.")
+        raise FileNotFoundError("DATASETS.ROOT is empty; it must name the folder with the images")
     places = [Path(root).expanduser(), Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / root]
     for place in places:
         if place.exists():
             return place
-    raise FileNotFoundError(f"DATASETS.ROOT '{root}' does not exist, neither as {places[0]} nor as {places[1]}.")
+    raise FileNotFoundError(f"DATASETS.ROOT '{root}' does not exist, neither as {places[0]} nor as {places[1]}")
 
 
 def _from_timm(title: str, train_root: Path, val_root: Path, mode: str) -> ImageData:
     def read(path: Path, class_map: dict | None = None):
         try:
-            dataset = create_dataset("", root=str(path), search_split=False, class_map=class_map, input_img_mode=mode)
+            reader = create_reader("", root=str(path), class_map=class_map)
         except (RuntimeError, ValueError, tarfile.ReadError):  # how timm's readers fail where no image is found
-            raise ValueError(f"no images found in {path}; expected are <class>/<image> below it.") from None
+            raise ValueError(f"no images found in {path}; expected are <class>/<image> below it") from None
         # Folder and tar readers name the same mapping differently.
-        reader = dataset.reader
-        return dataset, reader.class_to_idx if hasattr(reader, "class_to_idx") else reader.class_name_to_idx
+        return reader, reader.class_to_idx if hasattr(reader, "class_to_idx") else reader.class_name_to_idx
 
     train, class_to_idx = read(train_root)
     val, val_classes = read(val_root)
     if unknown := sorted(set(val_classes) - set(class_to_idx)):
-        what = "images outside of class folders" if unknown == [""] else f"classes that {train_root} lacks: {unknown[:5]}"
-        raise ValueError(f"{val_root} has {what}; every image must lie in a folder named as its class in {train_root}.")
+        what = (
+            "images outside of class folders" if unknown == [""] else f"classes that {train_root} lacks: {unknown[:5]}"
+        )
+        raise ValueError(f"{val_root} has {what}; every image must lie in a folder named as its class in {train_root}")
     if val_classes != class_to_idx:
         # timm numbers the classes of each folder on its own; a class without validation images would shift the others.
         val, _ = read(val_root, class_to_idx)
-    return ImageData(title, train, val, tuple(sorted(class_to_idx, key=class_to_idx.get)))
+    return ImageData(title, Images(train, mode), Images(val, mode), tuple(sorted(class_to_idx, key=class_to_idx.get)))
 
 
 def _pick(root: Path, names: Sequence[str], what: str) -> Path:
     for name in names:
         if (root / name).exists():
             return root / name
-    raise FileNotFoundError(f"{root} has no {what} ({' or '.join(names)}).")
+    raise FileNotFoundError(f"{root} has no {what} ({' or '.join(names)})")
 
 
 def _image_folder(root: str, mode: str) -> ImageData:
@@ -144,11 +156,13 @@ def _mnist(root: str, mode: str) -> ImageData:
     root = find_root(root)
     # torchvision keeps the files in MNIST/raw.
     root = next((folder for folder in (root, root / "MNIST/raw") if any(folder.glob("train-images-idx3-ubyte*"))), root)
-    train, val = (
-        InMemoryImages(read_idx(root / f"{split}-images-idx3-ubyte"), read_idx(root / f"{split}-labels-idx1-ubyte"), mode)
-        for split in ("train", "t10k")
-    )
-    return ImageData("MNIST", train, val, tuple("0123456789"))
+    parts = []
+    for split in ("train", "t10k"):
+        images, labels = read_idx(root / f"{split}-images-idx3-ubyte"), read_idx(root / f"{split}-labels-idx1-ubyte")
+        if len(images) != len(labels):
+            raise ValueError(f"{root} has {len(images)} {split} images but {len(labels)} labels")
+        parts.append(Images(list(zip(images, labels)), mode))
+    return ImageData("MNIST", *parts, tuple("0123456789"))
 
 
 def _cifar10(root: str, mode: str) -> ImageData:
@@ -162,8 +176,8 @@ def _cifar10(root: str, mode: str) -> ImageData:
         raise FileNotFoundError(
             f"{root / CIFAR10.base_folder} is missing, incomplete or damaged; expected are the original python batches."
         ) from None
-    as_images = [InMemoryImages(dataset.data, dataset.targets, mode) for dataset in (train, val)]
-    return ImageData("CIFAR-10", *as_images, tuple(train.classes))
+    parts = [Images(list(zip(part.data, part.targets)), mode) for part in (train, val)]
+    return ImageData("CIFAR-10", *parts, tuple(train.classes))
 
 
 def _cifar10_jpeg(root: str, mode: str) -> ImageData:
@@ -172,16 +186,16 @@ def _cifar10_jpeg(root: str, mode: str) -> ImageData:
     try:
         with np.load(path) as archive:
             arrays = dict(archive)
-        splits = []
+        parts = []
         for split in ("train", "test"):
             data, offsets = arrays[f"{split}_jpeg"], arrays[f"{split}_offsets"]
             images = [data[start:stop].tobytes() for start, stop in pairwise(offsets)]
-            splits.append(InMemoryImages(images, arrays[f"{split}_labels"], mode))
+            parts.append(Images(list(zip(images, arrays[f"{split}_labels"], strict=True)), mode))
         classes = tuple(map(str, arrays["class_names"]))
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an archive of JPEG bytes as load_image_data describes it: {error}.") from None
+        raise ValueError(f"{path} is not an archive of JPEG bytes as load_image_data describes it: {error}") from None
     # The pixels are not the original ones: results must not pass for results on CIFAR-10.
-    return ImageData("CIFAR-10 (JPEG)", *splits, classes)
+    return ImageData("CIFAR-10 (JPEG)", *parts, classes)
 
 
 def _digits(root: str, mode: str) -> ImageData:
@@ -190,10 +204,12 @@ def _digits(root: str, mode: str) -> ImageData:
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    train_x, val_x, train_y, val_y = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    train_x, val_x, train_y, val_y = train_test_split(
+        images, digits.target, test_size=0.2, stratify=digits.target, random_state=0
+    )
     classes = tuple(str(name) for name in digits.target_names)
-    train, val = InMemoryImages(train_x, train_y, mode), InMemoryImages(val_x, val_y, mode)
-    return ImageData("handwritten digits (scikit-learn)", train, val, classes)
+    parts = [Images(list(zip(*part)), mode) for part in ((train_x, train_y), (val_x, val_y))]
+    return ImageData("handwritten digits (scikit-learn)", *parts, classes)
 
 
 IMAGE_DATA: dict[str, Callable[[str, str], ImageData]] = {
@@ -226,7 +242,7 @@ def load_image_data(name: str, root: str = "", mode: str = "RGB") -> ImageData:
         FileNotFoundError: files are missing.
     """
     if name not in IMAGE_DATA:
-        raise ValueError(f"DATASETS.NAME '{name}' is not known; accepted are {', '.join(IMAGE_DATA)}.")
+        raise ValueError(f"DATASETS.NAME '{name}' is not known; accepted are {', '.join(IMAGE_DATA)}")
     if mode not in ("RGB", "L"):
-        raise ValueError(f"INPUT.FORMAT '{mode}' is not known; accepted are RGB and L.")
+        raise ValueError(f"INPUT.FORMAT '{mode}' is not known; accepted are RGB and L")
     return IMAGE_DATA[name](root, mode)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from fbn_plugin.engine.image_data import InMemoryImages, find_root, load_image_data, read_idx
+from fbn_plugin.engine.cli import UserError
+from fbn_plugin.engine.image_data import Images, find_root, load_image_data, read_idx
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 
@@ -101,7 +102,7 @@ def test_mnist_with_more_labels_than_images(tmp_path):
     for split in ("train", "t10k"):
         (tmp_path / f"{split}-images-idx3-ubyte").write_bytes(idx_bytes(np.zeros((2, 28, 28), np.uint8)))
         (tmp_path / f"{split}-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(3, np.uint8)))
-    with pytest.raises(ValueError, match="2 images but 3 labels"):
+    with pytest.raises(ValueError, match="2 train images but 3 labels"):
         load_image_data("mnist", str(tmp_path))
 
 
@@ -120,7 +121,10 @@ def test_cifar10_batches(tmp_path, monkeypatch):
 
     # Two images a batch, under the checksums that torchvision compares with before it unpickles.
     names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
-    sums = [[name, write(name, {"data": images[2 * i : 2 * i + 2].reshape(2, -1), "labels": [i, 9 - i]})] for i, name in enumerate(names)]
+    sums = [
+        [name, write(name, {"data": images[2 * i : 2 * i + 2].reshape(2, -1), "labels": [i, 9 - i]})]
+        for i, name in enumerate(names)
+    ]
     monkeypatch.setattr(CIFAR10, "train_list", sums[:5])
     monkeypatch.setattr(CIFAR10, "test_list", sums[5:])
     meta = {"label_names": list("abcdefghij")}
@@ -241,24 +245,35 @@ def test_wrong_names_list_what_is_accepted():
         load_image_data("minst")
     with pytest.raises(ValueError, match=r"'BGR'.*RGB and L"):
         load_image_data("digits", mode="BGR")
-    with pytest.raises(ValueError, match="1 images but 2 labels"):
-        InMemoryImages([colour(1)], [0, 1])
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
+    write_folder(tmp_path, "train", {"ant": [1, 2]})
+    write_folder(tmp_path, "val", {"ant": [1]})
+    damaged = tmp_path / "train/ant/1.png"
+    damaged.write_bytes(damaged.read_bytes()[:45])
+    data = load_image_data("image_folder", str(tmp_path))
+    with pytest.raises(UserError, match=r"ant/1\.png cannot be decoded"):
+        data.train[1]
+    with pytest.raises(UserError, match="number 0 cannot be decoded"):
+        Images([(b"no image", 3)])[0]
 
 
 @pytest.mark.skipif(not (DATA / "mnist").exists(), reason="MNIST is not there")
 def test_real_mnist():
     data = load_image_data("mnist", str(DATA / "mnist"), "L")
     assert (len(data.train), len(data.val)) == (60000, 10000)
-    assert data.train.labels[:10] == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4] and data.val.labels[:4] == [7, 2, 1, 0]
-    assert hashlib.md5(idx_bytes(data.val.images)).hexdigest() == "2646ac647ad5339dbf082846283269ea"
+    images, labels = zip(*data.val.samples)
+    assert [label for _, label in data.train.samples[:5]] == [5, 0, 4, 1, 9] and labels[:4] == (7, 2, 1, 0)
+    assert hashlib.md5(idx_bytes(np.stack(images))).hexdigest() == "2646ac647ad5339dbf082846283269ea"
 
 
 @pytest.mark.skipif(not (DATA / "cifar10_jpeg").exists(), reason="CIFAR-10 (JPEG) is not there")
 def test_real_cifar10_jpeg():
     data = load_image_data("cifar10_jpeg", str(DATA / "cifar10_jpeg"))
     assert data.title == "CIFAR-10 (JPEG)" and data.classes[:2] == ("airplane", "automobile")
-    assert np.bincount(data.train.labels).tolist() == [5000] * 10
-    assert np.bincount(data.val.labels).tolist() == [1000] * 10
+    assert np.bincount([label for _, label in data.train.samples]).tolist() == [5000] * 10
+    assert np.bincount([label for _, label in data.val.samples]).tolist() == [1000] * 10
     image, label = data.val[-1 + len(data.val)]
     assert image.size == (32, 32) and image.mode == "RGB" and label == 9
 
