@@ -82,7 +82,8 @@ def main(args=None) -> None:
     print("\nAverage precision on the validation images, in percent:\n")
     print(format_table(ap_table(runs)))
     facts = [
-        "Mask R-CNN with a ResNet-18 FPN, trained from scratch at two images a batch. The two runs differ in the norm alone, and have the same seed.",
+        "Mask R-CNN with a ResNet-18 FPN, trained from scratch at two images a batch. The two runs have the same seed "
+        "and differ in the norm alone.",
         "This is a demonstration at reduced size, one run each: it shows that both train, not which is better.",
     ]
     report = args.output / "report.html"
