@@ -44,15 +44,15 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     """Build the factory's norm for the channels of the batch normalization ``old``, with its options and state.
 
     ``eps``, ``momentum``, ``affine`` and ``track_running_stats`` are those of ``old`` where the new norm has them and
-    the spec does not set them.
+    the spec does not set them; an instance normalization tracks no statistics unless the spec says so.
     """
     reference = next((t for t in (old.weight, old.running_mean) if t is not None), None)
     placement = {} if reference is None else {"device": reference.device, "dtype": reference.dtype}
-    kept = {
-        name: getattr(old, name)
-        for name in norm_options(factory.spec.name)
-        if name in ("eps", "momentum", "affine", "track_running_stats") and name not in factory.spec.options
-    }
+    defaults = norm_options(factory.spec.name)
+    inherited = {"eps", "momentum", "affine"} & defaults.keys()
+    if defaults.get("track_running_stats"):
+        inherited.add("track_running_stats")
+    kept = {name: getattr(old, name) for name in inherited - factory.spec.options.keys()}
     return copy_norm_state(old, factory(old.num_features, **kept, **placement))
 
 

@@ -130,3 +130,10 @@ def test_a_forward_of_its_own_is_left_with_a_warning_or_converted_by_its_convert
 def test_a_model_without_norms_is_returned_as_it_is():
     model = nn.Linear(2, 2)
     assert convert_norm(model, "FBN") is model
+
+
+def test_instance_norm_does_not_inherit_running_statistics():
+    model = convert_norm(network(), "IN")
+    assert isinstance(model[1], nn.InstanceNorm2d) and not model[1].track_running_stats and model[1].eps == 1e-3
+    x = torch.randn(2, 8, 9, 9)
+    assert torch.equal(model[1].train()(x), model[1].eval()(x))
