@@ -98,7 +98,10 @@ class RandomState:
 
 
 class AtomicCheckpointer(Checkpointer):
-    """fvcore's Checkpointer; `save` is called by every process, gathers what is theirs, and rank 0 writes."""
+    """fvcore's Checkpointer with atomic writes; a run is resumed only into the very same model.
+
+    `save` is called by every process, gathers what is theirs, and rank 0 writes.
+    """
 
     def save(self, name: str, **kwargs: Any) -> None:
         data = {"model": self.model.state_dict()}
@@ -109,6 +112,28 @@ class AtomicCheckpointer(Checkpointer):
             self.tag_last_checkpoint(os.path.basename(path))
             self.logger.info("saved %s", path)
         distributed.barrier()
+
+    def load(self, path: str, checkpointables: list[str] | None = None, strict: bool | None = None) -> dict[str, Any]:
+        """Load a file, or nothing for an empty path; see fvcore.
+
+        Args:
+            path: file or http(s) address.
+            checkpointables: names of what to load besides the model; None is all, to resume.
+            strict: ValueError, not a warning, where the weights do not fit the model; by default when resuming.
+        """
+        if path and "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(f"checkpoint {path} is not there")
+        self._strict = checkpointables is None if strict is None else strict
+        return super().load(path, checkpointables)
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        wrong = [f"{key} (shape {old}, the model's is {new})" for key, old, new in incompatible.incorrect_shapes]
+        shapes = {key for key, _, _ in incompatible.incorrect_shapes}
+        wrong += [f"{key} (missing)" for key in incompatible.missing_keys if key not in shapes]
+        wrong += [f"{key} (not in the model)" for key in incompatible.unexpected_keys]
+        if self._strict and wrong:
+            raise ValueError(f"the checkpoint does not fit this model in {len(wrong)} entries, such as {wrong[0]}")
+        super()._log_incompatible_keys(incompatible)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         atomic_write(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename.encode())

@@ -59,8 +59,8 @@ def finish() -> None:
 
 
 def rank() -> int:
-    """This process's number, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """This process's number, from 0; torchrun's word for it before `init`."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
@@ -104,7 +104,10 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def reduce_mean(values: dict[str, float]) -> dict[str, float]:
+def reduce_mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """The mean over processes of each entry; the keys must be the same everywhere."""
-    gathered = all_gather(values)
-    return {name: sum(each[name] for each in gathered) / len(gathered) for name in values}
+    if world_size() == 1:
+        return values
+    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return dict(zip(values, (sums / world_size()).tolist()))

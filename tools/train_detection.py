@@ -1,0 +1,42 @@
+"""Train and evaluate torchvision's Mask R-CNN on COCO-format data, with the norms that a YAML file names.
+
+    python tools/train_detection.py --config-file configs/... OUTPUT_DIR runs/fbn MODEL.RESNETS.NORM "FBN(t_sigma=4)"
+    torchrun --nproc-per-node 8 tools/train_detection.py --config-file configs/... --resume
+
+The vocabulary is detectron2's; `KEY VALUE` pairs override the file. OUTPUT_DIR receives `metrics.json`, TensorBoard
+files, `log.txt`, `config.yaml`, checkpoints (`model_final.pth`), and the detections under `inference/`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fbn_plugin.engine.cli import UserError, add_config_arguments, user_errors
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the command line; return the last evaluation's metrics."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument(
+        "--log-period", type=int, default=20, metavar="N", help="iterations between two lines of metrics.json"
+    )
+    args = parser.parse_args(argv)
+    if args.log_period < 1:
+        parser.error(f"--log-period must be 1 or more, not {args.log_period}")
+    with user_errors():
+        from fbn_plugin.engine import distributed
+        from fbn_plugin.engine.detection import DetectionTrainer, load_detection_config
+        from fbn_plugin.engine.logging import setup_logging
+
+        setup_logging()
+        cfg = load_detection_config(args.config_file, args.overrides)
+        trainer = DetectionTrainer(cfg, resume=args.resume, eval_only=args.eval_only, log_period=args.log_period)
+    with user_errors(UserError, FloatingPointError):
+        metrics = trainer.evaluate() if args.eval_only else trainer.train()
+    distributed.finish()
+    return metrics
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
