@@ -1,0 +1,444 @@
+"""timm takes the registered norms: as ``norm_layer``, by conversion, and through the places of timm that test for
+batch normalization (timm 1.0.31)."""
+
+import copy
+import functools
+import pickle
+import sys
+import types
+import warnings
+
+import pytest
+import timm
+import timm.layers
+import timm.utils
+import torch
+from timm.layers import BatchNormAct2d, SyncBatchNormAct, create_norm, create_norm_act
+from timm.optim import param_groups_weight_decay
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import fbn_plugin
+from fbn_plugin import NORMS, FilteredBatchNorm2d, FilteredInstanceNorm2d, FilteredLayerNorm2d, norm_factory
+from fbn_plugin.frameworks import timm as adapter
+from fbn_plugin.frameworks.timm import FilteredBatchNormAct2d
+from fbn_plugin.layers.filtered_batch_norm import FilterMixin
+
+NAMES = ["BN", "SyncBN", "GN", "LN", "IN", "FBN", "FGN", "FLN", "FIN"]
+FORMS = {
+    "name": "fbn",
+    "spec": "FBN(t_sigma=5.0, grad_mode='exact')",
+    "class": FilteredBatchNorm2d,
+    "partial": functools.partial(FilteredBatchNorm2d, t_sigma=5),
+    "factory": norm_factory("FBN(t_sigma=5)"),
+    "partial of a factory": functools.partial(norm_factory("FBN"), t_sigma=5),
+}
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    torch.manual_seed(0)
+    adapter.register()
+    yield
+    adapter.unregister()
+
+
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def others_of(model: nn.Module) -> dict[str, type]:
+    return {name: type(m) for name, m in model.named_modules() if not isinstance(m, _BatchNorm)}
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """In evaluation mode, with scales and shifts that differ from their initial values, and statistics to match."""
+    for norm in norms_of(model).values():
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 64, 64))
+    return model.eval()
+
+
+# --- norm_layer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_efficientnet", "cs3darknet_focus_s", "densenet121", "regnetx_002", "resnetv2_18"]
+)
+def test_every_form_of_norm_layer_gives_the_same_network(name, form):
+    plain = timm.create_model(name, num_classes=10)
+    model = timm.create_model(name, num_classes=10, norm_layer=form)
+    assert {type(m) for m in norms_of(model).values()} <= {FilteredBatchNorm2d, FilteredBatchNormAct2d}
+    assert {m.t_sigma for m in norms_of(model).values()} == {5.0}
+    assert norms_of(model).keys() == norms_of(plain).keys()
+    assert others_of(model) == others_of(plain)  # all activations among them
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_options_of_the_spec_arrive(name):
+    model = timm.create_model(name, norm_layer="fbn(t_sigma=2, momentum=0.3, grad_mode='paper', eps=1e-2)")
+    options = {(m.t_sigma, m.momentum, m.grad_mode, m.eps) for m in norms_of(model).values()}
+    assert options == {(2.0, 0.3, "paper", 1e-2)}
+
+
+def test_a_models_own_options_join_those_of_the_spec():
+    # dpn and maxxvit bind eps over what get_norm_act_layer returns; ConvNormAct then looks that up once more
+    layer = functools.partial(timm.layers.get_norm_act_layer("fbn(t_sigma=3)", "silu"), eps=0.5)
+    norm = timm.layers.get_norm_act_layer(layer, nn.ReLU)(8)
+    assert isinstance(norm, FilteredBatchNormAct2d)
+    assert (norm.t_sigma, norm.eps, type(norm.act).__name__) == (3.0, 0.5, "SiLU")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_registered_norm_has_a_norm_act_form(name):
+    options = "(num_groups=4)" if name in ("GN", "FGN") else ""
+    images = torch.randn(4, 16, 6, 6) + 1
+    plain = fbn_plugin.get_norm(name + options, 16)
+    layer = timm.layers.get_norm_act_layer(name.lower() + options, act_layer=nn.Tanh)
+    norm = layer(16, inplace=True, device="cpu", dtype=torch.float32)
+    assert norm.state_dict().keys() == plain.state_dict().keys()
+    assert all(getattr(norm, key) == getattr(plain, key) for key in ("eps", "momentum") if hasattr(plain, key))
+    for module in (plain, norm):
+        with torch.no_grad():
+            module.weight.copy_(torch.linspace(0.5, 1.5, 16))
+            module.bias.copy_(torch.linspace(-1, 1, 16))
+    if name == "SyncBN":  # needs a process group in training
+        plain, norm = plain.eval(), norm.eval()
+    torch.testing.assert_close(norm(images), plain(images).tanh())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_of_timms_norm_act_convention(name):
+    options = "(num_groups=4)" if name in ("GN", "FGN") else ""
+    build = timm.layers.get_norm_act_layer(name.lower() + options, act_layer="leaky_relu")
+    norm = build(16, act_kwargs={"negative_slope": 0.3}, inplace=False, drop_layer=nn.Dropout2d)
+    assert norm.act.negative_slope == 0.3
+    assert not norm.act.inplace
+    assert isinstance(norm.drop, nn.Dropout2d)
+    assert isinstance(build(16, apply_act=False).act, nn.Identity)
+    assert isinstance(timm.layers.get_norm_act_layer(name.lower() + options)(16).act, nn.Identity)
+    with pytest.raises(TypeError, match="apply_akt"):
+        build(16, apply_akt=False)
+
+
+@pytest.mark.parametrize("cls", [FilteredLayerNorm2d, FilteredInstanceNorm2d])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_classes_without_batch_statistics(name, cls):
+    model = timm.create_model(name, num_classes=10, norm_layer=functools.partial(cls, t_sigma=2))
+    norms = [m for m in model.modules() if isinstance(m, FilterMixin)]
+    assert len(norms) == len(norms_of(timm.create_model(name)))
+    assert all(isinstance(m, cls) and m.t_sigma == 2 for m in norms)
+    assert not norms_of(model)
+    output = model(torch.randn(2, 3, 96, 96))
+    output.sum().backward()
+    assert output.isfinite().all()
+
+
+def test_create_norm_layer_functions_know_specs():
+    assert isinstance(timm.layers.create_norm_layer("fbn", 8), FilteredBatchNorm2d)
+    norm = timm.layers.create_norm_act_layer("fgn(num_groups=2)", 8, act_layer="gelu")
+    assert (norm.num_groups, type(norm.act).__name__) == (2, "GELU")
+
+
+@pytest.mark.parametrize("name", ["batchnorm", "BatchNorm2d", "groupnorm", "layernorm2d", "rms_norm", ""])
+def test_timms_own_names_keep_their_meaning(name):
+    ours = timm.layers.get_norm_layer(name), timm.layers.get_norm_act_layer(name, nn.ReLU)
+    adapter.unregister()
+    theirs = timm.layers.get_norm_layer(name), timm.layers.get_norm_act_layer(name, nn.ReLU)
+    assert ours[0] is theirs[0]
+    assert repr(ours[1]) == repr(theirs[1])
+
+
+def test_no_registered_name_shadows_one_of_timms():
+    ours = {key.lower() for key, _ in NORMS}
+    own = {"frn"}  # timm's norm+activation FilterResponseNormAct2d; it stays timm's
+    assert not ours & (create_norm._NORM_MAP.keys() | create_norm_act._NORM_ACT_MAP.keys()) - own
+
+
+def test_timms_own_norms_pass_as_before():
+    model = timm.create_model("test_efficientnet", norm_layer=functools.partial(nn.BatchNorm2d, eps=0.01))
+    assert {(type(m), m.eps) for m in norms_of(model).values()} == {(BatchNormAct2d, 0.01)}
+    assert timm.layers.get_norm_layer(None) is None
+    assert timm.layers.get_norm_act_layer(None) is None
+
+
+@pytest.mark.parametrize("get", ["get_norm_layer", "get_norm_act_layer"])
+def test_an_unknown_name_is_one_sentence_that_lists_what_exists(get):
+    with pytest.raises(ValueError, match=r"unknown norm_layer 'fbm' \(did you mean 'fbn'\?\): .*fgn.*groupnorm"):
+        getattr(timm.layers, get)("fbm")
+    with pytest.raises(ValueError, match=r"unknown option of FBN 'sigma'.*t_sigma"):
+        getattr(timm.layers, get)("fbn(sigma=3)")
+
+
+def test_a_norm_that_is_registered_later_works_where_it_can():
+    @NORMS.register()
+    def Later(num_channels, dims=2, device=None, dtype=None, eps=1e-5):
+        return nn.GroupNorm(1, num_channels, eps, device=device, dtype=dtype)
+
+    try:
+        assert timm.layers.get_norm_layer("later(eps=0.5)")(8).eps == 0.5
+        with pytest.raises(ValueError, match=r"'Later' has no norm\+activation form in timm: accepted are BN.*FBN"):
+            timm.layers.get_norm_act_layer("later", nn.ReLU)
+    finally:
+        NORMS._obj_map.pop("Later")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_norm_act_layers_and_modules_can_be_pickled_and_copied(name):
+    options = "(num_groups=4)" if name in ("GN", "FGN") else ""
+    layer = pickle.loads(pickle.dumps(timm.layers.get_norm_act_layer(name + options, nn.SiLU)))
+    norm = layer(16).eval()
+    images = torch.randn(2, 16, 5, 5)
+    for twin in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        torch.testing.assert_close(twin(images), norm(images))
+        assert "SiLU" in repr(twin)
+
+
+# --- register, unregister --------------------------------------------------------------------------------------------
+
+
+def _imports_timms_functions(name: str) -> types.ModuleType:
+    module = types.ModuleType(name)
+    exec("from timm.layers import get_norm_layer, get_norm_act_layer, convert_sync_batchnorm", vars(module))
+    sys.modules[name] = module
+    return module
+
+
+def test_register_and_unregister_reach_modules_imported_before_and_after():
+    adapter.unregister()
+    names = ("get_norm_layer", "get_norm_act_layer", "convert_sync_batchnorm")
+    try:
+        early = _imports_timms_functions("imported_early")
+        theirs = [getattr(early, name) for name in names]
+        adapter.register()
+        adapter.register()
+        late = _imports_timms_functions("imported_late")
+        for module in (early, late):
+            assert [getattr(module, name).__module__ for name in names[:2]] == [adapter.__name__] * 2
+            assert isinstance(module.get_norm_act_layer("fbn", nn.ReLU)(4), FilteredBatchNormAct2d)
+        adapter.unregister()
+        adapter.unregister()
+        for module in (early, late, timm.layers):
+            assert [getattr(module, name) for name in names] == theirs
+        with pytest.raises(KeyError):
+            timm.create_model("test_efficientnet", norm_layer="fbn")
+    finally:
+        sys.modules.pop("imported_early", None)
+        sys.modules.pop("imported_late", None)
+
+
+def test_no_loaded_module_keeps_timms_lookup():
+    names = ("get_norm_layer", "get_norm_act_layer")
+    holders = [m for key, m in sys.modules.items() if key.startswith("timm") for n in names if n in vars(m)]
+    assert len(holders) > 30
+    assert not [m.__name__ for m in holders for n in names if vars(m).get(n) is adapter._THEIRS[n]]
+
+
+def test_fbn_plugin_register_includes_timm():
+    adapter.unregister()
+    assert "timm" in fbn_plugin.register()
+    try:
+        assert norms_of(timm.create_model("test_resnet", norm_layer="fbn"))
+    finally:
+        fbn_plugin.unregister()
+
+
+# --- convert_norm ----------------------------------------------------------------------------------------------------
+
+
+def test_converting_batch_norm_act_keeps_all_but_the_moments():
+    model = trained(timm.create_model("test_efficientnet", num_classes=10, act_layer="gelu", drop_path_rate=0.0))
+    model.bn1.drop = nn.Dropout(0.0)
+    images = torch.randn(2, 3, 64, 64)
+    before, others, state = model(images), others_of(model), model.state_dict()
+    act, drop, weight = model.bn1.act, model.bn1.drop, model.bn1.weight
+    weight.requires_grad_(False)
+
+    assert fbn_plugin.convert_norm(model, "FBN(t_sigma=2)") is model
+
+    assert {type(m) for m in norms_of(model).values()} == {FilteredBatchNormAct2d}
+    assert {m.t_sigma for m in norms_of(model).values()} == {2.0}
+    assert (model.bn1.act is act, model.bn1.drop is drop, model.bn1.weight is weight) == (True, True, True)
+    assert not model.bn1.weight.requires_grad
+    assert not model.bn1.training
+    assert others_of(model) == others
+    assert model.state_dict().keys() == state.keys()
+    torch.testing.assert_close(model(images), before)
+
+    # and back: the same network again
+    fbn_plugin.convert_norm(model, "BN")
+    assert {type(m) for m in norms_of(model).values()} == {BatchNormAct2d}
+    torch.testing.assert_close(model(images), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_norm_act_converts_to_every_norm(name):
+    options = "(num_groups=4)" if name in ("GN", "FGN") else ""
+    old = BatchNormAct2d(16, eps=0.1, act_layer=nn.SiLU)
+    nn.init.uniform_(old.weight, 0.5, 1.5)
+    act = old.act
+    new = fbn_plugin.convert_norm(old, name + options)
+    assert new.act is act
+    assert new.weight is old.weight
+    assert new.eps == 0.1
+    images = torch.randn(4, 16, 5, 5)
+    expected = fbn_plugin.get_norm(name + options, 16).eval()
+    expected.eps = 0.1
+    expected.load_state_dict(new.state_dict())
+    torch.testing.assert_close(new.eval()(images), act(expected(images)))
+
+
+def test_timms_synchronized_norms_convert():
+    model = timm.layers.convert_sync_batchnorm(trained(timm.create_model("test_efficientnet", num_classes=10)))
+    images = torch.randn(2, 3, 64, 64)
+    before = model(images)
+    assert {type(m) for m in norms_of(model).values()} == {SyncBatchNormAct}
+    fbn_plugin.convert_norm(model, "FBN")
+    assert {type(m) for m in norms_of(model).values()} == {FilteredBatchNormAct2d}
+    torch.testing.assert_close(model(images), before)
+    assert isinstance(fbn_plugin.convert_norm(SyncBatchNormAct(4), "FBN").act, nn.Identity)  # made without either
+
+
+def test_a_norm_without_norm_act_form_is_refused_before_anything_changes():
+    model = timm.create_model("test_efficientnet")
+    NORMS._obj_map["Later"] = lambda num_channels, dims=2, device=None, dtype=None: nn.GroupNorm(1, num_channels)
+    try:
+        with pytest.raises(ValueError, match="cannot convert 'bn1' to Later: .*no norm.activation form"):
+            fbn_plugin.convert_norm(model, "Later")
+    finally:
+        NORMS._obj_map.pop("Later")
+    assert {type(m) for m in norms_of(model).values()} == {BatchNormAct2d}
+
+
+# --- where timm tests for batch normalization ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_freezing_makes_frozen_norms_with_the_same_evaluation(name):
+    model = trained(timm.create_model(name, num_classes=10, norm_layer="fbn"))
+    images = torch.randn(2, 3, 64, 64)
+    before, count = model(images), len(norms_of(model))
+    frozen = timm.layers.freeze_batch_norm_2d(model)
+    assert not norms_of(frozen)
+    assert sum("FrozenBatchNorm" in type(m).__name__ for m in frozen.modules()) == count
+    torch.testing.assert_close(frozen.train()(images), before, rtol=1e-4, atol=1e-5)  # statistics stay
+    # What timm unfreezes is batch normalization: frozen norms do not say what they were. Convert once more.
+    thawed = timm.layers.unfreeze_batch_norm_2d(frozen)
+    assert not any(isinstance(m, FilterMixin) for m in thawed.modules())
+    fbn_plugin.convert_norm(thawed, "FBN")
+    assert all(isinstance(m, FilteredBatchNorm2d) for m in norms_of(thawed).values())
+    torch.testing.assert_close(thawed.eval()(images), before)
+
+
+def test_freeze_of_submodules():
+    model = timm.create_model("test_resnet", norm_layer="fbn")
+    timm.utils.freeze(model, ["bn1", "layer1"])
+    assert "FrozenBatchNorm" in type(model.bn1).__name__
+    assert not norms_of(model.layer1)
+    assert norms_of(model.layer2)
+    assert not any(p.requires_grad for p in model.layer1.parameters())
+
+
+@pytest.mark.parametrize("conversion", ["convert_sync_batchnorm", "convert_splitbn_model"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_conversions_that_lose_the_filter_say_so_once(name, conversion):
+    convert = getattr(timm.layers, conversion)
+    model = trained(timm.create_model(name, num_classes=10, norm_layer="fbn"))
+    images = torch.randn(2, 3, 64, 64)
+    before = model(images)
+    with pytest.warns(UserWarning) as caught:
+        converted = convert(model)
+    count = len(norms_of(timm.create_model(name)))
+    assert [str(w.message) for w in caught] == [
+        f"timm's {conversion} makes batch norms without the filter of {count} filtered ones"
+    ]
+    torch.testing.assert_close(converted.eval()(images), before)  # the activations are kept
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(timm.create_model(name))
+
+
+def test_weight_decay_leaves_the_norms_out():
+    model = timm.create_model("test_efficientnet", norm_layer="fbn")
+    none, decayed = param_groups_weight_decay(model, weight_decay=0.1)
+    assert (none["weight_decay"], decayed["weight_decay"]) == (0.0, 0.1)
+    affine = {id(p) for norm in norms_of(model).values() for p in norm.parameters()}
+    assert affine <= {id(p) for p in none["params"]}
+    assert not affine & {id(p) for p in decayed["params"]}
+
+
+def test_distribute_bn_averages_all_running_statistics(monkeypatch):
+    model = trained(timm.create_model("test_efficientnet", norm_layer="fbn"))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda buffer, op: buffer.add_(1.0))  # the other rank's: 1
+    timm.utils.distribute_bn(model, world_size=2, reduce=True)
+    for key, value in model.state_dict().items():
+        averaged = key.endswith(("running_mean", "running_var"))
+        torch.testing.assert_close(value, (before[key] + 1) / 2 if averaged else before[key])
+
+
+def test_zero_init_last_reaches_the_last_norm_of_each_block():
+    model = timm.create_model("test_resnet", norm_layer="fbn")
+    for stage in (model.layer1, model.layer2):
+        block = stage[0]
+        last = getattr(block, "bn3", block.bn2)
+        assert not last.weight.any()
+        assert block.bn1.weight.all()
+
+
+@pytest.mark.parametrize("name", ["mobileone_s0", "repghostnet_050", "fastvit_t8", "ghostnetv3_050", "repvit_m1"])
+def test_reparameterization_folds_the_norms(name):
+    model = fbn_plugin.convert_norm(timm.create_model(name, num_classes=10), "FBN")
+    count, images = len(norms_of(trained(model))), torch.randn(2, 3, 64, 64)
+    before = model(images)
+    folded = timm.utils.reparameterize_model(model)
+    assert len(norms_of(folded)) < count
+    torch.testing.assert_close(folded(images), before, rtol=1e-3, atol=1e-4)
+
+
+def test_pruned_models_keep_the_filter():
+    # timm rebuilds their norms as batch normalization. (Its pruned EfficientNets refuse any norm_layer.)
+    model = timm.create_model("ecaresnet50d_pruned", num_classes=10, norm_layer="fbn(t_sigma=3)")
+    plain = timm.create_model("ecaresnet50d_pruned", num_classes=10)
+    assert {(type(m), m.t_sigma) for m in norms_of(model).values()} == {(FilteredBatchNorm2d, 3.0)}
+    assert others_of(model) == others_of(plain)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_features_only(name):
+    plain = trained(timm.create_model(name, features_only=True))
+    model = timm.create_model(name, features_only=True, norm_layer="fbn")
+    model.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    for feature, expected in zip(model.eval()(images), plain(images), strict=True):
+        torch.testing.assert_close(feature, expected)
+
+
+@pytest.mark.parametrize("norm_layer", ["fbn", "fgn(num_groups=4)", "fln", "fin", "in"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_fx_feature_extraction_does_not_trace_into_the_norms(name, norm_layer):
+    model = timm.create_model(name, norm_layer=norm_layer)
+    extractor = timm.layers.create_feature_extractor(model, ["bn1"])
+    assert "bn1" in {node.target for node in extractor.graph.nodes if node.op == "call_module"}
+    expected = []
+    model.bn1.register_forward_hook(lambda module, inputs, output: expected.append(output.clone()))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        model.eval()(images)
+        torch.testing.assert_close(extractor.eval()(images)["bn1"], expected[0])
+    extractor.train()(images)["bn1"].sum().backward()
+
+
+def test_norms_see_the_filter_in_training():
+    torch.manual_seed(0)
+    filtered, plain = FilteredBatchNormAct2d(4, t_sigma=2), BatchNormAct2d(4)
+    images = torch.randn(4, 4, 8, 8)
+    images[0, :, 0, 0] = 100.0
+    assert filtered(images).std() > 5 * plain(images).std()  # the outlier does not shrink the rest
+    assert filtered.running_var.max() < 1.2 < 4 < plain.running_var.min()

@@ -1,0 +1,113 @@
+"""FBN in one model of every family of timm: ``tools/check_timm_families.py``, a test a family."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models import list_modules
+from torch import nn
+
+import fbn_plugin
+from fbn_plugin.frameworks import timm as adapter
+
+_spec = importlib.util.spec_from_file_location(
+    "check_timm_families", Path(__file__).parents[2] / "tools" / "check_timm_families.py"
+)
+tool = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = tool  # dataclasses look their module up
+_spec.loader.exec_module(tool)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    adapter.register()
+    yield
+    adapter.unregister()
+
+
+@pytest.mark.parametrize("family", list_modules())
+def test_family(family):
+    name = tool.smallest_model(family)
+    if name is None:
+        pytest.skip(f"no model of timm.models.{family} has batch normalization")
+    result = tool.check(name)
+    assert not result.problems
+    assert result.norms > 0
+
+
+def test_smallest_model_is_the_smallest():
+    import timm
+
+    counts = {
+        name: sum(p.numel() for p in timm.create_model(name).parameters())
+        for name in timm.list_models(module="lcnetv2")
+    }
+    assert tool.smallest_model("lcnetv2") == min(counts, key=counts.get)
+    assert tool.smallest_model("nest") is None
+
+
+@pytest.mark.parametrize("name", ["regnetx_002", "test_coatnet"])  # by norm_layer, by convert_norm
+def test_a_lost_activation_is_noticed(name, monkeypatch):
+    forms = {key: _without_activation(form) for key, form in adapter._FORMS.items()}
+    monkeypatch.setattr(adapter, "_FORMS", forms)
+    convert = adapter._convert
+
+    def losing(old, factory):
+        new = convert(old, factory)
+        new.act = nn.Identity()
+        return new
+
+    for cls in (adapter.BatchNormAct2d, adapter.SyncBatchNormAct):
+        monkeypatch.setitem(fbn_plugin.convert._CONVERTERS, cls, losing)
+    assert any("other modules changed" in problem for problem in tool.check(name).problems)
+
+
+def _without_activation(form):
+    def build(*args, **kwargs):
+        norm = form(*args, **kwargs)
+        norm.act = nn.Identity()
+        return norm
+
+    return build
+
+
+def test_another_network_with_the_same_modules_is_noticed(monkeypatch):
+    forward = adapter.FilteredBatchNormAct2d.forward
+    monkeypatch.setattr(adapter.FilteredBatchNormAct2d, "forward", lambda self, x: self.act(forward(self, x)) + 1e-3)
+    problems = tool.check("test_efficientnet").problems
+    assert any("evaluation differs" in problem for problem in problems), problems
+
+
+def test_plain_norms_that_are_left_are_noticed(monkeypatch):
+    monkeypatch.setattr(fbn_plugin, "convert_norm", lambda model, spec: model)
+    assert any("plain batch normalization is left" in problem for problem in tool.check("repghostnet_050").problems)
+
+
+def test_command_prints_the_count(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check_timm_families.py", "resnet", "ghostnet", "nest"])
+    with pytest.raises(SystemExit) as exit:
+        tool.main()
+    assert not exit.value.code
+    output = capsys.readouterr().out
+    assert "2 of 2 timm" in output
+    assert "1 through norm_layer=" in output
+    assert "1 through convert_norm" in output
+    assert "families without batch normalization: 1" in output
+
+
+def test_command_refuses_an_unknown_family(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check_timm_families.py", "resnext"])
+    with pytest.raises(SystemExit) as exit:
+        tool.main()
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("error: timm has no family resnext: accepted are")
+
+
+def test_meta_models_have_the_same_norms():
+    import timm
+
+    with torch.device("meta"), tool._SkipInit():
+        counted = tool.batch_norms(timm.create_model("test_efficientnet"))
+    assert counted.keys() == tool.batch_norms(timm.create_model("test_efficientnet")).keys()
