@@ -2,6 +2,7 @@
 writes, one sentence for a damaged file, and the random states of every process.
 """
 
+import logging
 import os
 import pickle
 import random
@@ -12,6 +13,8 @@ import torch
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 
 from fbn_plugin.engine import distributed
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["AtomicCheckpointer", "PeriodicCheckpointer", "RandomState", "atomic_write", "load_file"]
 
@@ -110,7 +113,7 @@ class AtomicCheckpointer(Checkpointer):
             path = os.path.join(self.save_dir, f"{name}.pth")
             atomic_write(path, write=lambda file: torch.save(data, file))
             self.tag_last_checkpoint(os.path.basename(path))
-            self.logger.info("saved %s", path)
+            logger.info("saved %s", path)
         distributed.barrier()
 
     def load(self, path: str, checkpointables: list[str] | None = None, strict: bool | None = None) -> dict[str, Any]:

@@ -521,10 +521,10 @@ class DetectionTrainer:
         periodic = PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER)
         path = os.path.join(cfg.OUTPUT_DIR, "metrics.json")
         logger.info(
-            "training on %s, %d processes, iterations %d to %d, seed %d",
+            "training on %s, %d process(es), iteration %d to %d, seed %d",
             self.device,
             distributed.world_size(),
-            self.start,
+            self.start + 1,
             cfg.SOLVER.MAX_ITER,
             self.seed,
         )

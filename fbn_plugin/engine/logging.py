@@ -38,7 +38,8 @@ def setup_logging(output_dir: str | os.PathLike | None = None) -> None:
         for old in logger.handlers[:]:
             logger.removeHandler(old)
             old.close()
-        logger.setLevel(logging.INFO if handlers else logging.ERROR)
+        level = logging.INFO if name == "fbn_plugin" else logging.WARNING  # fvcore tells of every part that it loads
+        logger.setLevel(level if handlers else logging.ERROR)
         logger.propagate = False
         for handler in handlers or [logging.NullHandler()]:
             logger.addHandler(handler)
