@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "fbn_plugin" / "__init__.py").read_text(), re.MULTILINE)[1]
@@ -13,6 +13,17 @@ DETECTION = ["torchvision>=0.21", "pycocotools", "tensorboard", "tqdm", "matplot
 DEMO = [*DETECTION, "scikit-learn"]
 TEST = ["pytest", "hypothesis", "ruff"]
 
+# Not a Python module: a library that fbn_plugin/ops/cpu.py loads. Without a compiler the package installs all the same.
+# It is not linked to an OpenMP runtime, so that it uses the one that PyTorch brings.
+KERNELS = Extension(
+    "fbn_plugin.ops._cpu",
+    sources=["fbn_plugin/ops/cpu.cpp"],
+    depends=["fbn_plugin/ops/cpu_kernels.h"],
+    language="c++",
+    extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"],
+    optional=True,
+)
+
 setup(
     name="fbn_plugin",
     version=VERSION,
@@ -20,6 +31,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    ext_modules=[KERNELS],
     packages=find_packages(include=["fbn_plugin", "fbn_plugin.*"]),
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy", "fvcore", "yacs", "pyyaml"],

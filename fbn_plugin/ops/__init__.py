@@ -1,5 +1,5 @@
 """Functional filtered normalization: see :mod:`fbn_plugin.ops.filtered_norm`."""
 
-from fbn_plugin.ops.filtered_norm import filtered_batch_norm, filtered_group_norm
+from fbn_plugin.ops.filtered_norm import backends, explain, filtered_batch_norm, filtered_group_norm
 
-__all__ = ["filtered_batch_norm", "filtered_group_norm"]
+__all__ = ["backends", "explain", "filtered_batch_norm", "filtered_group_norm"]

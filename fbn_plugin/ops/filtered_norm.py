@@ -7,14 +7,33 @@ and Al-afandi, "Filtered Batch Normalization" (2020).
 """
 
 import math
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fbn_plugin.ops import reference
+from fbn_plugin.ops import cpu, reference
 
 GRAD_MODES = ("exact", "paper")
+
+
+def _backend(x: Tensor) -> ModuleType:
+    return reference if cpu.refuses(x) else cpu
+
+
+def backends() -> dict[str, str]:
+    """The backends in the order in which they are asked, each with what it is or why it cannot be used here."""
+    kernels = cpu.library()
+    if not isinstance(kernels, str):
+        kernels = f"C++ kernels for {kernels.fbn_instruction_set().decode()}"
+    return {"cpu": kernels, "reference": "plain PyTorch, takes everything"}
+
+
+def explain(x: Tensor) -> str:
+    """Which backend filters ``x`` in training, and why."""
+    reason = cpu.refuses(x)
+    return f"reference: {reason}" if reason else f"cpu: {backends()['cpu']}"
 
 
 def check_filter(t_sigma: float, grad_mode: str = "exact") -> float:
@@ -40,7 +59,7 @@ def _filtered_norm(
     gaussian_correction: bool,
     grad_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, moments = reference.filtered_norm(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction)
+    y, moments = _backend(x).filtered_norm(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction)
     return (y, *moments)
 
 
@@ -68,7 +87,7 @@ def _filtered_norm_backward(
     grad_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     moments = reference.FilteredMoments(mean, var, lower, upper, count)
-    return reference.filtered_norm_backward(
+    return _backend(x).filtered_norm_backward(
         grad, x, weight, moments, num_groups, t_sigma, eps, gaussian_correction, grad_mode
     )
 

@@ -1,0 +1,204 @@
+"""The C++ kernels against the float64 reference: forward, moments, both gradients; and what they leave to it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fbn_plugin import ops
+from fbn_plugin.ops import cpu, reference
+from fbn_plugin.ops.reference import FilteredMoments
+
+built = pytest.mark.skipif(isinstance(cpu.library(), str), reason=f"no C++ kernels here: {cpu.library()}")
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def batch(shape, dtype, channels_last, seed, t_sigma=2.0, num_groups=0):
+    """Input with a mean per channel and outliers, no value of which lies near the edges of a band."""
+    generator = torch.Generator().manual_seed(seed)
+    per_channel = (1, shape[1], *[1] * (len(shape) - 2))
+    x = torch.randn(shape, generator=generator) * 2 + torch.randn(per_channel, generator=generator) * 5
+    x.flatten()[seed % 7 :: 61] *= 20
+    x = x.to(dtype)
+    # Where the band ends exactly is a matter of rounding; values there are moved to the middle of their set.
+    view = x.double().reshape(reference._view(x, num_groups).shape)
+    dims = reference._view(x, num_groups).reduced
+    while True:
+        var, mean = torch.var_mean(view, dims, correction=0, keepdim=True)
+        near = ((view - mean).abs() / (var + 1e-5).sqrt() - t_sigma).abs() < 1e-4
+        if not near.any():
+            break
+        view = torch.where(near, mean, view).to(dtype).double()
+    x = view.reshape(shape).to(dtype)
+    return x.contiguous(memory_format=CHANNELS_LAST[len(shape)]) if channels_last else x
+
+
+def run(backend, x, grad, weight, bias, num_groups, t_sigma, correction, mode):
+    y, moments = backend.filtered_norm(x, weight, bias, num_groups, t_sigma, 1e-5, correction)
+    gradients = backend.filtered_norm_backward(grad, x, weight, moments, num_groups, t_sigma, 1e-5, correction, mode)
+    return y, moments, gradients
+
+
+def close(got, expected, tolerance, name):
+    scale = expected.abs().max().clamp_min(1e-3)
+    error = ((got.double() - expected).abs().max() / scale).item()
+    assert error <= tolerance, f"{name}: relative error {error:.1e}"
+
+
+shapes = st.one_of(
+    st.tuples(st.integers(3, 40), st.sampled_from([2, 6, 34])),
+    st.tuples(st.integers(1, 4), st.sampled_from([2, 6]), st.integers(4, 150)),
+    st.tuples(st.integers(1, 5), st.sampled_from([2, 6, 16, 34, 66, 130]), st.integers(2, 12), st.integers(2, 12)),
+    st.tuples(st.integers(1, 2), st.sampled_from([2, 4]), st.integers(60, 75), st.integers(60, 75)),
+    st.tuples(st.integers(2, 3), st.sampled_from([4, 20]), st.integers(2, 4), st.integers(2, 4), st.integers(2, 4)),
+)
+
+
+@built
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=shapes,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    num_groups=st.sampled_from([0, 1, 2]),
+    channels_last=st.booleans(),
+    t_sigma=st.sampled_from([1.5, 2.0, 5.0]),
+    correction=st.booleans(),
+    mode=st.sampled_from(["exact", "paper"]),
+    affine=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_with_the_reference(shape, dtype, num_groups, channels_last, t_sigma, correction, mode, affine, seed):
+    channels_last = channels_last and len(shape) in CHANNELS_LAST
+    x = batch(shape, dtype, channels_last, seed, t_sigma, num_groups)
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.rand(shape[1], generator=generator) + 0.5 if affine else None
+    bias = torch.randn(shape[1], generator=generator) if affine else None
+    assert cpu.refuses(x) is None
+    options = num_groups, t_sigma, correction, mode
+    y, moments, (dx, d_weight, d_bias) = run(cpu, x, grad, weight, bias, *options)
+    double = [None if t is None else t.double() for t in (x, grad, weight, bias)]
+    y_ref, ref, (dx_ref, d_weight_ref, d_bias_ref) = run(reference, *double, *options)
+
+    assert y.stride() == x.stride() and dx.stride() == x.stride() and y.dtype == dx.dtype == dtype
+    assert torch.equal(moments.count.double(), ref.count), "the mask is the same to the last value"
+    one_rounding = torch.finfo(dtype).eps
+    close(moments.mean, ref.mean, 1e-5, "mean")
+    close(moments.var, ref.var, 1e-5, "var")
+    close(y, y_ref, one_rounding + 1e-5, "y")
+    close(d_bias, d_bias_ref, 1e-5, "d_bias")
+    close(d_weight, d_weight_ref, 2e-4, "d_weight")
+    if ref.count.min() > 4:  # with a few values, dx is what is left of sums that cancel
+        close(dx, dx_ref, one_rounding + 1e-4, "dx")
+
+
+@built
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(4, 32, 14, 14), (2, 16, 60, 70), (8, 24, 3, 5)], ids=str)
+def test_error_is_at_most_twice_that_of_batch_norm(shape, channels_last):
+    """Float32, where both round: outputs and gradients against float64; nothing filtered, so that both do the same."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) + 3
+    grad = torch.randn(shape, generator=generator)
+    if channels_last:
+        x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
+    weight, bias = torch.rand(shape[1], generator=generator) + 0.5, torch.randn(shape[1], generator=generator)
+
+    def native(x, grad, weight, bias):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = F.batch_norm(leaves[0], None, None, *leaves[1:], training=True)
+        return [y, *torch.autograd.grad(y, leaves, grad)]
+
+    y, _, gradients = run(cpu, x, grad, weight, bias, 0, 1e6, False, "exact")
+    exact = native(*(t.double() for t in (x, grad, weight, bias)))
+    for ours, theirs, truth in zip((y, *gradients), native(x, grad, weight, bias), exact):
+        spacing = torch.finfo(torch.float32).eps * truth.abs().max()
+        assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + spacing
+
+
+@built
+@pytest.mark.parametrize("num_groups", [0, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large_mean_keeps_its_digits(num_groups, channels_last):
+    x = batch((8, 4, 20, 20), torch.float32, channels_last, 1, num_groups=num_groups) / 4 + 1e4
+    _, moments = cpu.filtered_norm(x, None, None, num_groups, 3.0, 1e-5, False)
+    _, exact = reference.filtered_norm(x.double(), None, None, num_groups, 3.0, 1e-5, False)
+    torch.testing.assert_close(moments.var.double(), exact.var, rtol=1e-4, atol=0)
+    torch.testing.assert_close(moments.mean.double(), exact.mean, rtol=1e-7, atol=0)
+
+
+@built
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_extreme_first_value_does_not_cost_the_others_their_digits(channels_last):
+    x = batch((4, 4, 20, 20), torch.float32, channels_last, 1)
+    x[0, :, 0, 0] = 1e7
+    _, moments = cpu.filtered_norm(x, None, None, 0, 3.0, 1e-5, False)
+    _, exact = reference.filtered_norm(x.double(), None, None, 0, 3.0, 1e-5, False)
+    torch.testing.assert_close(moments.var.double(), exact.var, rtol=1e-4, atol=0)
+
+
+@built
+@pytest.mark.parametrize("num_groups", [0, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_repeat_whatever_the_number_of_threads(num_groups, channels_last):
+    x = batch((3, 66, 13, 17), torch.float32, channels_last, 2)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    weight, bias = torch.rand(66), torch.rand(66)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 1):
+            torch.set_num_threads(threads)
+            y, moments, gradients = run(cpu, x, grad, weight, bias, num_groups, 2.0, False, "exact")
+            results.append([y, *moments, *gradients])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_what_is_refused_goes_to_the_reference_and_explain_says_why():
+    x = torch.randn(4, 6, 5, 5)
+    for other, reason in (
+        (x.double(), "torch.float64 is not float32 or bfloat16"),
+        (x.half(), "torch.float16 is not"),
+        (x[:, ::2], "neither contiguous nor channels-last"),
+        (x.transpose(2, 3), "neither contiguous nor channels-last"),
+        (x.to("meta"), "the tensor is on meta"),
+    ):
+        assert ops.explain(other).startswith("reference: ") and reason in ops.explain(other)
+    strided = ops.filtered_batch_norm(x[:, ::2], training=True, t_sigma=2.0)
+    torch.testing.assert_close(strided, ops.filtered_batch_norm(x[:, ::2].contiguous(), training=True, t_sigma=2.0))
+
+
+@built
+def test_explain_names_the_kernels():
+    assert ops.explain(torch.randn(4, 6)) == f"cpu: {ops.backends()['cpu']}"
+    assert ops.backends()["cpu"].startswith("C++ kernels for ")
+
+
+def test_without_kernels_everything_works_and_says_so(monkeypatch):
+    x = batch((4, 6, 5, 5), torch.float32, False, 3).requires_grad_()
+    with_kernels = ops.filtered_batch_norm(x, training=True, t_sigma=2.0)
+    (gradient,) = torch.autograd.grad(with_kernels.square().sum(), x)
+    monkeypatch.setattr(cpu, "library", lambda: "the C++ kernels were not built")
+    without = ops.filtered_batch_norm(x, training=True, t_sigma=2.0)
+    torch.testing.assert_close(without, with_kernels)
+    torch.testing.assert_close(torch.autograd.grad(without.square().sum(), x)[0], gradient, rtol=1e-4, atol=1e-5)
+    assert ops.explain(x) == "reference: the C++ kernels were not built"
+    assert ops.backends()["cpu"] == "the C++ kernels were not built"
+
+
+@built
+def test_moments_are_those_of_the_set_and_nothing_else():
+    """A value changed in one channel leaves every other channel's result as it was, bit for bit."""
+    x = batch((3, 34, 6, 7), torch.float32, True, 4)
+    y, moments = cpu.filtered_norm(x, None, None, 0, 2.0, 1e-5, False)
+    changed = x.clone(memory_format=torch.preserve_format)
+    changed[1, 5, 2, 2] += 100
+    y2, moments2 = cpu.filtered_norm(changed, None, None, 0, 2.0, 1e-5, False)
+    others = torch.arange(34) != 5
+    assert torch.equal(y[:, others], y2[:, others]) and not torch.equal(y[:, 5], y2[:, 5])
+    assert all(torch.equal(a[others], b[others]) for a, b in zip(moments, moments2))
+    assert isinstance(moments, FilteredMoments)
