@@ -1,7 +1,9 @@
-// CPU kernels of filtered batch and group normalization (Horváth and Al-afandi 2020, Eq. 2-13): plain C++ on raw pointers, no torch headers.
+// CPU kernels of filtered batch and group normalization (Horváth and Al-afandi 2020, Eq. 2-13): plain C++ on raw
+// pointers, no torch headers.
 //
-// Compiled for several instruction sets, chosen when the library is first called. OpenMP's runtime is the one that PyTorch has loaded: the library
-// is built with -fopenmp but not linked to a runtime of its own, which would bring a second pool of threads.
+// Compiled for several instruction sets, chosen when the library is first called. OpenMP's runtime is the one that
+// PyTorch has loaded: the library is built with -fopenmp but not linked to a runtime of its own, which would bring a
+// second pool of threads.
 
 #include <cmath>
 #include <cstdint>
@@ -9,8 +11,8 @@
 #include <cstring>
 
 struct Shape {
-    int64_t n, c, s;   // samples, channels, positions
-    int64_t groups;    // 0: batch form
+    int64_t n, c, s;  // samples, channels, positions
+    int64_t groups;   // 0: batch form
 };
 
 struct Options {
@@ -49,18 +51,23 @@ namespace avx512 {
 static int instruction_set() {
     static const int level = [] {
         __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl"))
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
             return 2;
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
     }();
     return level;
 }
-#define DISPATCH(call)                          \
-    switch (instruction_set()) {                \
-        case 2: avx512::call; break;            \
-        case 1: avx2::call; break;              \
-        default: generic::call;                 \
+#define DISPATCH(call)           \
+    switch (instruction_set()) { \
+        case 2:                  \
+            avx512::call;        \
+            break;               \
+        case 1:                  \
+            avx2::call;          \
+            break;               \
+        default:                 \
+            generic::call;       \
     }
 #else
 static int instruction_set() { return 0; }
@@ -74,13 +81,14 @@ const char* fbn_instruction_set() {
     return names[instruction_set()];
 }
 
-void fbn_forward(const Shape* d, const Options* o, const void* x, void* y, const float* weight, const float* bias, const Moments* m) {
+void fbn_forward(const Shape* d, const Options* o, const void* x, void* y, const float* weight, const float* bias,
+                 const Moments* m) {
     DISPATCH(forward(*d, *o, x, y, weight, bias, *m));
 }
 
 // `scratch` holds 2 * n * c doubles.
-void fbn_backward(const Shape* d, const Options* o, const void* g, const void* x, void* dx, const float* weight, const Moments* m, float* d_weight,
-                  float* d_bias, double* scratch) {
+void fbn_backward(const Shape* d, const Options* o, const void* g, const void* x, void* dx, const float* weight,
+                  const Moments* m, float* d_weight, float* d_bias, double* scratch) {
     DISPATCH(backward(*d, *o, g, x, dx, weight, *m, d_weight, d_bias, scratch));
 }
 }

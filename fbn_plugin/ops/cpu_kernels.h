@@ -1,8 +1,10 @@
-// Filtered normalization for one instruction set; cpu.cpp includes this file once for each, inside a namespace of its own.
+// Filtered normalization for one instruction set; cpu.cpp includes this file once for each, inside a namespace of its
+// own.
 //
-// Everything works on 16 lanes of float. A statistic is summed in lanes around a value of its own set ("shift"), so that a large mean costs no
-// digits, for at most a few thousand values (a "tile"), and the tiles are added up in double. The first pass also keeps each tile's smallest and
-// largest value: a tile that lies within the band has its sums already, and only the others are read a second time, through the mask.
+// Everything works on 16 lanes of float. A statistic is summed in lanes around a value of its own set ("shift"), so
+// that a large mean costs no digits, for at most a few thousand values (a "tile"), and the tiles are added up in
+// double. The first pass also keeps each tile's smallest and largest value: a tile that lies within the band has its
+// sums already, and only the others are read a second time, through the mask.
 
 typedef float f16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
@@ -76,11 +78,13 @@ static inline float middle(float a, float b, float c) {
     return c < low ? low : c > high ? high : c;
 }
 
-// A value from the bulk of a set, even if some are far off: the median of three medians of three, `value(i)` being the i-th of `n`.
+// A value from the bulk of a set, even if some are far off: the median of three medians of three, `value(i)` being the
+// i-th of `n`.
 template <class F>
 static inline float typical(int64_t n, F value) {
     float thirds[3];
-    for (int64_t i = 0; i < 3; ++i) thirds[i] = middle(value((6 * i + 1) * n / 18), value((6 * i + 3) * n / 18), value((6 * i + 5) * n / 18));
+    for (int64_t i = 0; i < 3; ++i)
+        thirds[i] = middle(value((6 * i + 1) * n / 18), value((6 * i + 3) * n / 18), value((6 * i + 5) * n / 18));
     return middle(thirds[0], thirds[1], thirds[2]);
 }
 
@@ -115,7 +119,8 @@ static inline void report(const Set& s, int64_t i, const Moments& out) {
     out.count[i] = (float)s.count;
 }
 
-// ---- contiguous layout: a set is a number of runs of consecutive values -----------------------------------------------------------------------
+// ---- contiguous layout: a set is a number of runs of consecutive values
+// -----------------------------------------------------------------------
 
 struct Tile {
     double sum, square, count;
@@ -169,7 +174,8 @@ static Tile measure_kept(const typename T::scalar* x, Runs r, float shift, float
 }
 
 template <class T>
-static void normalize(const typename T::scalar* x, typename T::scalar* y, int64_t n, float mean, float scale, float shift) {
+static void normalize(const typename T::scalar* x, typename T::scalar* y, int64_t n, float mean, float scale,
+                      float shift) {
     f16 m = splat(mean), a = splat(scale), b = splat(shift);
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) T::store(y + i, (T::load(x + i) - m) * a + b);
@@ -228,7 +234,8 @@ static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const
 }
 
 template <class T>
-static void forward_contiguous(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight, const float* bias, const Moments& out) {
+static void forward_contiguous(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight,
+                               const float* bias, const Moments& out) {
     typedef typename T::scalar scalar;
     const scalar* x = (const scalar*)x_;
     scalar* y = (scalar*)y_;
@@ -261,7 +268,8 @@ struct Sums {
 };
 
 template <class T, bool PAPER>
-static Sums gradient_sums(const typename T::scalar* g, const typename T::scalar* x, Runs r, float mean, float lower, float upper) {
+static Sums gradient_sums(const typename T::scalar* g, const typename T::scalar* x, Runs r, float mean, float lower,
+                          float upper) {
     f16 m = splat(mean), lo = splat(lower), hi = splat(upper), sum0{}, sum1{}, dot0{}, dot1{};
     for (int64_t j = 0; j < r.runs; ++j, x += r.stride, g += r.stride) {
         int64_t i = 0;
@@ -295,26 +303,34 @@ static inline f16 input_gradient(f16 g, f16 x, f16 scale, f16 offset, f16 slope,
 }
 
 template <class T, bool PAPER>
-static void write_gradient(const typename T::scalar* g, const typename T::scalar* x, typename T::scalar* dx, int64_t n, const Line& l) {
-    f16 a = splat(l.scale), b = splat(l.offset), k = splat(l.slope), m = splat(l.mean), lo = splat(l.lower), hi = splat(l.upper);
+static void write_gradient(const typename T::scalar* g, const typename T::scalar* x, typename T::scalar* dx, int64_t n,
+                           const Line& l) {
+    f16 a = splat(l.scale), b = splat(l.offset), k = splat(l.slope), m = splat(l.mean), lo = splat(l.lower),
+        hi = splat(l.upper);
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
         T::store(dx + i, input_gradient<PAPER>(T::load(g + i), T::load(x + i), a, b, k, m, lo, hi));
     if (i < n) {
-        f16 last = input_gradient<PAPER>(load_some<T>(g + i, n - i, 0.f), load_some<T>(x + i, n - i, 0.f), a, b, k, m, lo, hi);
+        f16 last =
+            input_gradient<PAPER>(load_some<T>(g + i, n - i, 0.f), load_some<T>(x + i, n - i, 0.f), a, b, k, m, lo, hi);
         store_some<T>(dx + i, n - i, last);
     }
 }
 
 static inline Line line_of(const Moments& m, int64_t i, double weight, double sum_g, double sum_gx, const Options& o) {
     double rstd = 1 / sqrt((double)m.var[i] + o.eps), count = m.count[i];
-    return {(float)(weight * rstd), (float)(rstd * sum_g / count), (float)(rstd * rstd * rstd * sum_gx / (o.kappa * count)),
-            m.mean[i], m.lower[i], m.upper[i]};
+    return {(float)(weight * rstd),
+            (float)(rstd * sum_g / count),
+            (float)(rstd * rstd * rstd * sum_gx / (o.kappa * count)),
+            m.mean[i],
+            m.lower[i],
+            m.upper[i]};
 }
 
 template <class T, bool PAPER>
-static void backward_contiguous(const Shape& d, const Options& o, const void* g_, const void* x_, void* dx_, const float* weight, const Moments& m,
-                                float* d_weight, float* d_bias, double* scratch) {
+static void backward_contiguous(const Shape& d, const Options& o, const void* g_, const void* x_, void* dx_,
+                                const float* weight, const Moments& m, float* d_weight, float* d_bias,
+                                double* scratch) {
     typedef typename T::scalar scalar;
     const scalar *g = (const scalar*)g_, *x = (const scalar*)x_;
     scalar* dx = (scalar*)dx_;
@@ -375,9 +391,11 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
     }
 }
 
-// ---- channels-last layout: rows of C values, one for each sample and position; a set is some columns of some rows ------------------------------
+// ---- channels-last layout: rows of C values, one for each sample and position; a set is some columns of some rows
+// ------------------------------
 
-// Rows are cut into tiles that do not cross a sample where samples are apart (group form). "Part" is a sample, or the whole batch.
+// Rows are cut into tiles that do not cross a sample where samples are apart (group form). "Part" is a sample, or the
+// whole batch.
 struct Rows {
     int64_t c, parts, rows_per_part, tiles_per_part, rows_per_tile;
     Rows(const Shape& d) : c(d.c), parts(d.groups ? d.n : 1), rows_per_part(d.groups ? d.s : d.n * d.s) {
@@ -410,7 +428,8 @@ static inline f16 load_columns(const typename T::scalar* p, int64_t n) {
 }
 
 template <class T, int V, bool WHOLE>
-static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t stride, int64_t n, const float* shift, const Columns& out, int64_t at) {
+static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t stride, int64_t n, const float* shift,
+                            const Columns& out, int64_t at) {
     f16 k[V], sum[V], square[V], low[V], high[V];
     for (int v = 0; v < V; ++v) {
         k[v] = load_columns<Float32, WHOLE>(shift + v * LANES, n);
@@ -423,15 +442,18 @@ static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t s
             sum[v] += d, square[v] += d * d, low[v] = smaller(low[v], a), high[v] = larger(high[v], a);
         }
     for (int64_t i = 0; i < V * LANES && i < n; ++i) {
-        out.sum[at + i] = sum[i / LANES][i % LANES], out.square[at + i] = square[i / LANES][i % LANES], out.count[at + i] = (double)rows;
+        out.sum[at + i] = sum[i / LANES][i % LANES], out.square[at + i] = square[i / LANES][i % LANES],
+                     out.count[at + i] = (double)rows;
         out.low[at + i] = low[i / LANES][i % LANES], out.high[at + i] = high[i / LANES][i % LANES];
     }
 }
 
 template <class T, bool WHOLE>
-static void measure_kept_columns(const typename T::scalar* x, int64_t rows, int64_t stride, int64_t n, const float* shift, const float* lower,
-                                 const float* upper, const Columns& out, int64_t at) {
-    f16 k = load_columns<Float32, WHOLE>(shift, n), lo = load_columns<Float32, WHOLE>(lower, n), hi = load_columns<Float32, WHOLE>(upper, n);
+static void measure_kept_columns(const typename T::scalar* x, int64_t rows, int64_t stride, int64_t n,
+                                 const float* shift, const float* lower, const float* upper, const Columns& out,
+                                 int64_t at) {
+    f16 k = load_columns<Float32, WHOLE>(shift, n), lo = load_columns<Float32, WHOLE>(lower, n),
+        hi = load_columns<Float32, WHOLE>(upper, n);
     f16 sum{}, square{};
     i16 count{};
     for (int64_t r = 0; r < rows; ++r, x += stride) {
@@ -440,30 +462,31 @@ static void measure_kept_columns(const typename T::scalar* x, int64_t rows, int6
         f16 d = only(kept, a - k);
         sum += d, square += d * d, count -= kept;
     }
-    for (int64_t i = 0; i < LANES && i < n; ++i) out.sum[at + i] = sum[i], out.square[at + i] = square[i], out.count[at + i] = count[i];
+    for (int64_t i = 0; i < LANES && i < n; ++i)
+        out.sum[at + i] = sum[i], out.square[at + i] = square[i], out.count[at + i] = count[i];
 }
 
 // Runs `body(first channel, number of channels)` over blocks of 64 channels, then 16, then what is left.
-#define FOR_BLOCKS(c, WIDE, NARROW, REST)             \
-    {                                                 \
-        int64_t at = 0;                               \
+#define FOR_BLOCKS(c, WIDE, NARROW, REST)              \
+    {                                                  \
+        int64_t at = 0;                                \
         for (; at + 4 * LANES <= c; at += 4 * LANES) { \
-            const int64_t n = 4 * LANES;              \
-            WIDE;                                     \
-        }                                             \
-        for (; at + LANES <= c; at += LANES) {        \
-            const int64_t n = LANES;                  \
-            NARROW;                                   \
-        }                                             \
-        if (at < c) {                                 \
-            const int64_t n = c - at;                 \
-            REST;                                     \
-        }                                             \
+            const int64_t n = 4 * LANES;               \
+            WIDE;                                      \
+        }                                              \
+        for (; at + LANES <= c; at += LANES) {         \
+            const int64_t n = LANES;                   \
+            NARROW;                                    \
+        }                                              \
+        if (at < c) {                                  \
+            const int64_t n = c - at;                  \
+            REST;                                      \
+        }                                              \
     }
 
 // Add the columns of a set around its first shift.
-static inline void add_columns(const Columns& columns, const float* shift, const Rows& rows, int64_t part, int64_t first, int64_t channels,
-                               double& sum, double& square, double& count) {
+static inline void add_columns(const Columns& columns, const float* shift, const Rows& rows, int64_t part,
+                               int64_t first, int64_t channels, double& sum, double& square, double& count) {
     sum = square = count = 0;
     for (int64_t c = first; c < first + channels; ++c) {
         double a = 0, b = 0, n = 0, d = (double)shift[part * rows.c + c] - shift[part * rows.c + first];
@@ -476,15 +499,20 @@ static inline void add_columns(const Columns& columns, const float* shift, const
 }
 
 template <class T, bool WHOLE>
-static inline void normalize_columns(const typename T::scalar* x, typename T::scalar* y, int64_t n, const float* mean, const float* scale, const float* shift) {
-    f16 v = (load_columns<T, WHOLE>(x, n) - load_columns<Float32, WHOLE>(mean, n)) * load_columns<Float32, WHOLE>(scale, n) +
+static inline void normalize_columns(const typename T::scalar* x, typename T::scalar* y, int64_t n, const float* mean,
+                                     const float* scale, const float* shift) {
+    f16 v = (load_columns<T, WHOLE>(x, n) - load_columns<Float32, WHOLE>(mean, n)) *
+                load_columns<Float32, WHOLE>(scale, n) +
             load_columns<Float32, WHOLE>(shift, n);
-    if (WHOLE) T::store(y, v);
-    else store_some<T>(y, n, v);
+    if (WHOLE)
+        T::store(y, v);
+    else
+        store_some<T>(y, n, v);
 }
 
 template <class T>
-static void forward_channels_last(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight, const float* bias, const Moments& out) {
+static void forward_channels_last(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight,
+                                  const float* bias, const Moments& out) {
     typedef typename T::scalar scalar;
     const scalar* x = (const scalar*)x_;
     scalar* y = (scalar*)y_;
@@ -492,7 +520,8 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
     const int64_t C = d.c, channels = d.groups ? d.c / d.groups : 1, sets_per_part = C / channels;
     Columns columns(rows.tiles() * C);
     float* shift = (float*)malloc(sizeof(float) * rows.parts * C * 5);
-    float *lower = shift + rows.parts * C, *upper = lower + rows.parts * C, *scale = upper + rows.parts * C, *offset = scale + rows.parts * C;
+    float *lower = shift + rows.parts * C, *upper = lower + rows.parts * C, *scale = upper + rows.parts * C,
+          *offset = scale + rows.parts * C;
     float* mean = lower;  // the band is not needed once the moments are known
 #pragma omp parallel num_threads(o.threads)
     {
@@ -517,7 +546,8 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
             Set s;
             add_columns(columns, shift, rows, part, first, channels, sum, square, count);
             draw_band(s, shift[part * C + first], sum, square, count, o);
-            for (int64_t c = first; c < first + channels; ++c) lower[part * C + c] = s.lower, upper[part * C + c] = s.upper;
+            for (int64_t c = first; c < first + channels; ++c)
+                lower[part * C + c] = s.lower, upper[part * C + c] = s.upper;
         }
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < rows.tiles(); ++t) {
@@ -527,12 +557,15 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                 int64_t n = C - at < LANES ? C - at : LANES;
                 bool outlier = false;
                 for (int64_t i = at; i < at + n; ++i)
-                    outlier |= !(columns.low[t * C + i] >= lower[part + i] && columns.high[t * C + i] <= upper[part + i]);
+                    outlier |=
+                        !(columns.low[t * C + i] >= lower[part + i] && columns.high[t * C + i] <= upper[part + i]);
                 if (!outlier) continue;
                 if (n == LANES)
-                    measure_kept_columns<T, true>(p + at, rows.count(t), C, n, shift + part + at, lower + part + at, upper + part + at, columns, t * C + at);
+                    measure_kept_columns<T, true>(p + at, rows.count(t), C, n, shift + part + at, lower + part + at,
+                                                  upper + part + at, columns, t * C + at);
                 else
-                    measure_kept_columns<T, false>(p + at, rows.count(t), C, n, shift + part + at, lower + part + at, upper + part + at, columns, t * C + at);
+                    measure_kept_columns<T, false>(p + at, rows.count(t), C, n, shift + part + at, lower + part + at,
+                                                   upper + part + at, columns, t * C + at);
             }
         }
 #pragma omp for schedule(static)
@@ -559,7 +592,8 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                 const scalar* p = x + (rows.first(t) + r) * C;
                 scalar* q = y + (rows.first(t) + r) * C;
                 int64_t at = 0;
-                for (; at + LANES <= C; at += LANES) normalize_columns<T, true>(p + at, q + at, LANES, m + at, a + at, b + at);
+                for (; at + LANES <= C; at += LANES)
+                    normalize_columns<T, true>(p + at, q + at, LANES, m + at, a + at, b + at);
                 if (at < C) normalize_columns<T, false>(p + at, q + at, C - at, m + at, a + at, b + at);
             }
         }
@@ -568,12 +602,14 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
 }
 
 template <class T, bool PAPER, int V, bool WHOLE>
-static void gradient_columns(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t stride, int64_t n, const float* mean,
-                             const float* lower, const float* upper, const Columns& out, int64_t at) {
+static void gradient_columns(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t stride,
+                             int64_t n, const float* mean, const float* lower, const float* upper, const Columns& out,
+                             int64_t at) {
     f16 m[V], lo[V], hi[V], sum[V], dot[V];
     for (int v = 0; v < V; ++v) {
         m[v] = load_columns<Float32, WHOLE>(mean + v * LANES, n);
-        lo[v] = load_columns<Float32, WHOLE>(lower + v * LANES, n), hi[v] = load_columns<Float32, WHOLE>(upper + v * LANES, n);
+        lo[v] = load_columns<Float32, WHOLE>(lower + v * LANES, n),
+        hi[v] = load_columns<Float32, WHOLE>(upper + v * LANES, n);
         sum[v] = dot[v] = f16{};
     }
     for (int64_t r = 0; r < rows; ++r, x += stride, g += stride)
@@ -583,22 +619,29 @@ static void gradient_columns(const typename T::scalar* g, const typename T::scal
             if (PAPER) ga = only((a >= lo[v]) & (a <= hi[v]), ga);
             sum[v] += ga, dot[v] += ga * (a - m[v]);
         }
-    for (int64_t i = 0; i < V * LANES && i < n; ++i) out.sum[at + i] = sum[i / LANES][i % LANES], out.square[at + i] = dot[i / LANES][i % LANES];
+    for (int64_t i = 0; i < V * LANES && i < n; ++i)
+        out.sum[at + i] = sum[i / LANES][i % LANES], out.square[at + i] = dot[i / LANES][i % LANES];
 }
 
 template <class T, bool PAPER, bool WHOLE>
-static inline void write_gradient_columns(const typename T::scalar* g, const typename T::scalar* x, typename T::scalar* dx, int64_t n, const float* scale,
-                                          const float* offset, const float* slope, const float* mean, const float* lower, const float* upper) {
-    f16 v = input_gradient<PAPER>(load_columns<T, WHOLE>(g, n), load_columns<T, WHOLE>(x, n), load_columns<Float32, WHOLE>(scale, n),
-                                  load_columns<Float32, WHOLE>(offset, n), load_columns<Float32, WHOLE>(slope, n),
-                                  load_columns<Float32, WHOLE>(mean, n), load_columns<Float32, WHOLE>(lower, n), load_columns<Float32, WHOLE>(upper, n));
-    if (WHOLE) T::store(dx, v);
-    else store_some<T>(dx, n, v);
+static inline void write_gradient_columns(const typename T::scalar* g, const typename T::scalar* x,
+                                          typename T::scalar* dx, int64_t n, const float* scale, const float* offset,
+                                          const float* slope, const float* mean, const float* lower,
+                                          const float* upper) {
+    f16 v = input_gradient<PAPER>(load_columns<T, WHOLE>(g, n), load_columns<T, WHOLE>(x, n),
+                                  load_columns<Float32, WHOLE>(scale, n), load_columns<Float32, WHOLE>(offset, n),
+                                  load_columns<Float32, WHOLE>(slope, n), load_columns<Float32, WHOLE>(mean, n),
+                                  load_columns<Float32, WHOLE>(lower, n), load_columns<Float32, WHOLE>(upper, n));
+    if (WHOLE)
+        T::store(dx, v);
+    else
+        store_some<T>(dx, n, v);
 }
 
 template <class T, bool PAPER>
-static void backward_channels_last(const Shape& d, const Options& o, const void* g_, const void* x_, void* dx_, const float* weight, const Moments& m,
-                                   float* d_weight, float* d_bias, double* scratch) {
+static void backward_channels_last(const Shape& d, const Options& o, const void* g_, const void* x_, void* dx_,
+                                   const float* weight, const Moments& m, float* d_weight, float* d_bias,
+                                   double* scratch) {
     typedef typename T::scalar scalar;
     const scalar *g = (const scalar*)g_, *x = (const scalar*)x_;
     scalar* dx = (scalar*)dx_;
@@ -620,9 +663,13 @@ static void backward_channels_last(const Shape& d, const Options& o, const void*
         for (int64_t t = 0; t < rows.tiles(); ++t) {
             const int64_t start = rows.first(t) * C, part = rows.part(t) * C, r = rows.count(t);
             const float *k = mean + part, *lo = lower + part, *hi = upper + part;
-            FOR_BLOCKS(C, (gradient_columns<T, PAPER, 4, true>(g + start + at, x + start + at, r, C, n, k + at, lo + at, hi + at, columns, t * C + at)),
-                       (gradient_columns<T, PAPER, 1, true>(g + start + at, x + start + at, r, C, n, k + at, lo + at, hi + at, columns, t * C + at)),
-                       (gradient_columns<T, PAPER, 1, false>(g + start + at, x + start + at, r, C, n, k + at, lo + at, hi + at, columns, t * C + at)))
+            FOR_BLOCKS(C,
+                       (gradient_columns<T, PAPER, 4, true>(g + start + at, x + start + at, r, C, n, k + at, lo + at,
+                                                            hi + at, columns, t * C + at)),
+                       (gradient_columns<T, PAPER, 1, true>(g + start + at, x + start + at, r, C, n, k + at, lo + at,
+                                                            hi + at, columns, t * C + at)),
+                       (gradient_columns<T, PAPER, 1, false>(g + start + at, x + start + at, r, C, n, k + at, lo + at,
+                                                             hi + at, columns, t * C + at)))
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows.parts * sets_per_part; ++i) {
@@ -655,11 +702,13 @@ static void backward_channels_last(const Shape& d, const Options& o, const void*
                 const int64_t start = (rows.first(t) + r) * C;
                 int64_t at = 0;
                 for (; at + LANES <= C; at += LANES)
-                    write_gradient_columns<T, PAPER, true>(g + start + at, x + start + at, dx + start + at, LANES, scale + p + at, offset + p + at,
-                                                           slope + p + at, mean + p + at, lower + p + at, upper + p + at);
+                    write_gradient_columns<T, PAPER, true>(g + start + at, x + start + at, dx + start + at, LANES,
+                                                           scale + p + at, offset + p + at, slope + p + at,
+                                                           mean + p + at, lower + p + at, upper + p + at);
                 if (at < C)
-                    write_gradient_columns<T, PAPER, false>(g + start + at, x + start + at, dx + start + at, C - at, scale + p + at, offset + p + at,
-                                                            slope + p + at, mean + p + at, lower + p + at, upper + p + at);
+                    write_gradient_columns<T, PAPER, false>(g + start + at, x + start + at, dx + start + at, C - at,
+                                                            scale + p + at, offset + p + at, slope + p + at,
+                                                            mean + p + at, lower + p + at, upper + p + at);
             }
         }
     }
@@ -668,21 +717,22 @@ static void backward_channels_last(const Shape& d, const Options& o, const void*
 
 #undef FOR_BLOCKS
 
-static void forward(const Shape& d, const Options& o, const void* x, void* y, const float* weight, const float* bias, const Moments& m) {
+static void forward(const Shape& d, const Options& o, const void* x, void* y, const float* weight, const float* bias,
+                    const Moments& m) {
     auto run = o.channels_last ? (o.bfloat16 ? forward_channels_last<BFloat16> : forward_channels_last<Float32>)
                                : (o.bfloat16 ? forward_contiguous<BFloat16> : forward_contiguous<Float32>);
     run(d, o, x, y, weight, bias, m);
 }
 
 template <class T>
-static void backward_of(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight, const Moments& m,
-                        float* d_weight, float* d_bias, double* scratch) {
+static void backward_of(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
+                        const Moments& m, float* d_weight, float* d_bias, double* scratch) {
     auto run = o.channels_last ? (o.paper ? backward_channels_last<T, true> : backward_channels_last<T, false>)
                                : (o.paper ? backward_contiguous<T, true> : backward_contiguous<T, false>);
     run(d, o, g, x, dx, weight, m, d_weight, d_bias, scratch);
 }
 
-static void backward(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight, const Moments& m, float* d_weight,
-                     float* d_bias, double* scratch) {
+static void backward(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
+                     const Moments& m, float* d_weight, float* d_bias, double* scratch) {
     (o.bfloat16 ? backward_of<BFloat16> : backward_of<Float32>)(d, o, g, x, dx, weight, m, d_weight, d_bias, scratch);
 }
