@@ -126,7 +126,7 @@ def _coerce(key: str, value: Any, default: Any) -> Any:
         return type(default)(value)
     if isinstance(default, tuple) and isinstance(value, str | int | float) and not isinstance(value, bool):
         return (value,)  # one dataset, one size
-    raise ValueError(f"{key} takes a {type(default).__name__} such as {default!r}, not {value!r}")
+    raise ValueError(f"{key} must be of type {type(default).__name__}, such as {default!r}, not {value!r}")
 
 
 def _set(cfg: CfgNode, key: str, value: Any) -> None:

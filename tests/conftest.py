@@ -1,0 +1,71 @@
+"""A small COCO-format set for the tests of the engine and the tools: coloured rectangles and ellipses, exact masks."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from pycocotools import mask as mask_utils
+
+CLASSES = ((7, "box"), (3, "disc"))  # ids neither ordered nor from 1
+
+
+def write_shapes(folder, count: int, seed: int, split: str) -> None:
+    """Images 96x80 and 80x96 with one to three shapes; boxes as polygons, discs as RLE; the last image is empty."""
+    rng = np.random.default_rng(seed)
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / split).mkdir()
+    content = {"images": [], "annotations": [], "categories": [{"id": i, "name": name} for i, name in CLASSES]}
+    for number in range(count):
+        width, height = (96, 80) if number % 3 else (80, 96)
+        image = Image.fromarray(rng.integers(0, 90, (height, width, 3), dtype=np.uint8))
+        draw = ImageDraw.Draw(image)
+        for _ in range(0 if number == count - 1 else rng.integers(1, 4)):
+            x, y = rng.integers(0, (width - 40, height - 40))
+            w, h = rng.integers(20, 40, 2)
+            category, name = CLASSES[rng.integers(2)]
+            color = tuple(int(value) for value in rng.integers(120, 256, 3))
+            if name == "box":
+                draw.rectangle((x, y, x + w - 1, y + h - 1), fill=color)
+                segmentation = [[int(v) for v in (x, y, x + w, y, x + w, y + h, x, y + h)]]
+                box, area = [int(x), int(y), int(w), int(h)], int(w * h)
+            else:
+                draw.ellipse((x, y, x + w - 1, y + h - 1), fill=color)
+                mask = Image.new("L", (width, height))
+                ImageDraw.Draw(mask).ellipse((x, y, x + w - 1, y + h - 1), fill=1)
+                rle = mask_utils.encode(np.asfortranarray(np.asarray(mask)))
+                box, area = mask_utils.toBbox(rle).tolist(), int(mask_utils.area(rle))
+                segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]),
+                    "image_id": number,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": area,
+                    "iscrowd": 0,
+                    "segmentation": segmentation,
+                }
+            )
+        image.save(folder / split / f"{number}.png")
+        content["images"].append({"id": number, "file_name": f"{number}.png", "width": width, "height": height})
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def one_thread():
+    """For tests of many small tensor operations, which more threads slow down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A folder with splits train (8 images) and val (4 images), no `info`, an annotation with id 0."""
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder, 8, 0, "train")
+    write_shapes(folder, 4, 1, "val")
+    return folder
