@@ -5,35 +5,39 @@
     python tools/train_classification.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
     torchrun --nproc-per-node 8 tools/train_classification.py --config-file configs/ImageNet/resnet50_FBN.yaml
 
-`KEY VALUE` pairs at the end override the file, as in detectron2. All keys: fbn_plugin.engine.classification.get_cfg.
+`KEY VALUE` pairs at the end override the file, as in detectron2; `classification_config` in
+fbn_plugin/engine/classification.py lists the keys. OUTPUT_DIR receives `metrics.json`, TensorBoard files, `log.txt`,
+`config.yaml`, `results.json` and checkpoints (`model_final.pth`).
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 
 from fbn_plugin.engine.cli import UserError, add_config_arguments, user_errors
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the command line; return the last evaluation's metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     with user_errors():
         from fbn_plugin.engine import distributed
-        from fbn_plugin.engine.classification import ClassificationTrainer, get_cfg
+        from fbn_plugin.engine.classification import ClassificationTrainer, classification_config
         from fbn_plugin.engine.config import load_config
         from fbn_plugin.engine.logging import setup_logging
 
         setup_logging()
-        trainer = ClassificationTrainer(
-            load_config(get_cfg(), args.config_file, args.overrides), args.resume, args.eval_only
-        )
-    with user_errors(UserError):
+        cfg = load_config(classification_config(), args.config_file, args.overrides)
+        trainer = ClassificationTrainer(cfg, resume=args.resume, eval_only=args.eval_only)
+    with user_errors(UserError, FloatingPointError):
         result = trainer.evaluate() if args.eval_only else trainer.train()
     if distributed.is_main():
         print(trainer.describe(result))
     distributed.finish()
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

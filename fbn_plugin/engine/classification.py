@@ -10,8 +10,7 @@ import logging
 import math
 import os
 import platform
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,24 +20,24 @@ from fvcore.common.config import CfgNode
 from timm.data import Mixup, create_loader, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.transforms import str_to_interp_mode
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, RandomCrop, Resize
+from tqdm import tqdm
 
 from fbn_plugin import convert_norm
 from fbn_plugin.engine import distributed
-from fbn_plugin.engine.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write, load_file
-from fbn_plugin.engine.cli import UserError
+from fbn_plugin.engine.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write
 from fbn_plugin.engine.config import save_config
 from fbn_plugin.engine.image_data import load_image_data
-from fbn_plugin.engine.logging import TrainingLog, setup_logging
+from fbn_plugin.engine.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.sampling import InfiniteSampler, SeededDataset
 
-__all__ = ["ClassificationTrainer", "create_model", "evaluate", "get_cfg"]
+__all__ = ["ClassificationTrainer", "classification_config", "create_model", "evaluate"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ SCHEDULERS = ("constant", "cosine", "multistep", "poly", "tanh")
 TRAIN_CROPS = ("none", "padded", "random_resized")
 
 
-def get_cfg() -> CfgNode:
+def classification_config() -> CfgNode:
     """Every key of `tools/train_classification.py` with its default."""
     cfg = CfgNode()
 
@@ -132,7 +131,7 @@ def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
     except RuntimeError as error:  # timm: unknown name, unknown tag, or no such pretrained weights
         nearest = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest and nearest[0] != name else ""
-        raise ValueError(f"timm cannot build {name!r}: {error}{hint}") from error
+        raise ValueError(f"timm cannot build {name!r}: {str(error).rstrip('.')}{hint}") from error
     if not norm:
         return model
     old = {module for module in model.modules() if isinstance(module, _BatchNorm)}
@@ -156,6 +155,35 @@ def _pixel_statistics(cfg: CfgNode) -> dict[str, tuple[float, ...]]:
     return {"mean": tuple(x / 255 for x in mean), "std": tuple(x / 255 for x in std)}
 
 
+def build_train_transform(cfg: CfgNode, prefetch: bool) -> Callable:
+    """timm's training transform, with INPUT.TRAIN_CROP as its crop.
+
+    Args:
+        prefetch: leave the scaling and normalization to timm's PrefetchLoader.
+    """
+    crop, size = cfg.INPUT.TRAIN_CROP, cfg.INPUT.SIZE
+    try:
+        transform = create_transform(
+            size,
+            is_training=True,
+            no_aug=crop == "none",
+            scale=cfg.INPUT.SCALE,
+            ratio=cfg.INPUT.RATIO,
+            hflip=cfg.INPUT.HFLIP,
+            color_jitter=cfg.INPUT.COLOR_JITTER or None,
+            auto_augment=cfg.INPUT.AUTO_AUGMENT or None,
+            interpolation=cfg.INPUT.INTERPOLATION,
+            use_prefetcher=prefetch,
+            **_pixel_statistics(cfg),
+        )
+    except AssertionError:
+        raise ValueError(f"INPUT.AUTO_AUGMENT {cfg.INPUT.AUTO_AUGMENT!r} is not a policy that timm knows") from None
+    if crop == "padded":  # timm has no crop of a padded image; it stands where timm has its random resized crop
+        resize = Resize(size, str_to_interp_mode(cfg.INPUT.INTERPOLATION))
+        transform.transforms[0] = Compose([resize, RandomCrop(size, cfg.INPUT.PADDING)])
+    return transform
+
+
 def build_train_loader(
     cfg: CfgNode, dataset: Dataset, device: torch.device, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -166,24 +194,7 @@ def build_train_loader(
     so that a run may be interrupted at any iteration.
     """
     prefetch = device.type == "cuda"
-    crop, size = cfg.INPUT.TRAIN_CROP, cfg.INPUT.SIZE
-    statistics = _pixel_statistics(cfg)
-    dataset.transform = create_transform(
-        size,
-        is_training=True,
-        no_aug=crop == "none",
-        scale=cfg.INPUT.SCALE,
-        ratio=cfg.INPUT.RATIO,
-        hflip=cfg.INPUT.HFLIP,
-        color_jitter=cfg.INPUT.COLOR_JITTER or None,
-        auto_augment=cfg.INPUT.AUTO_AUGMENT or None,
-        interpolation=cfg.INPUT.INTERPOLATION,
-        use_prefetcher=prefetch,
-        **statistics,
-    )
-    if crop == "padded":  # timm knows no crop of a padded image; it stands where timm has its random resized crop
-        resize = Resize(size, str_to_interp_mode(cfg.INPUT.INTERPOLATION))
-        dataset.transform.transforms[0] = Compose([resize, RandomCrop(size, cfg.INPUT.PADDING)])
+    dataset.transform = build_train_transform(cfg, prefetch)
     rank, world_size = distributed.rank(), distributed.world_size()
     batch_size = cfg.SOLVER.IMS_PER_BATCH // world_size
     loader = DataLoader(
@@ -195,7 +206,7 @@ def build_train_loader(
         pin_memory=prefetch,
     )
     if prefetch:
-        loader = PrefetchLoader(loader, channels=len(cfg.INPUT.FORMAT), device=device, **statistics)
+        loader = PrefetchLoader(loader, channels=len(cfg.INPUT.FORMAT), device=device, **_pixel_statistics(cfg))
     return iter(loader)
 
 
@@ -235,7 +246,7 @@ def evaluate(
     sums = dict.fromkeys(["loss", *(f"top{k}" for k in top_k)], 0.0)
     training = model.training
     model.eval()
-    for images, targets in loader:
+    for images, targets in tqdm(loader, "evaluating", leave=False, disable=None if distributed.is_main() else True):
         images, targets = images[:left].to(device), targets[:left].to(device)
         if left == 0:
             break
@@ -265,18 +276,20 @@ def _check(cfg: CfgNode) -> None:
         ("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, 1),
         ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 0),
         ("INPUT.SIZE", cfg.INPUT.SIZE, 1),
+        ("INPUT.PADDING", cfg.INPUT.PADDING, 0),
+        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
         ("SEED", cfg.SEED, 0),
     ):
         need(value >= least, f"{key} must be at least {least}, got {value}")
     need(
         solver.IMS_PER_BATCH % world_size == 0,
-        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be shared out among {world_size} processes",
+        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of the number of processes, {world_size}",
     )
     need(
         0 <= solver.WARMUP_EPOCHS < solver.MAX_EPOCH,
         f"SOLVER.WARMUP_EPOCHS must be from 0 to less than MAX_EPOCH {solver.MAX_EPOCH}, got {solver.WARMUP_EPOCHS}",
     )
-    _pixel_statistics(cfg)
+    need(min(cfg.MODEL.PIXEL_STD) > 0, f"MODEL.PIXEL_STD must be positive, got {cfg.MODEL.PIXEL_STD}")
     need(0 < cfg.INPUT.CROP_PCT <= 1, f"INPUT.CROP_PCT must be in (0, 1], got {cfg.INPUT.CROP_PCT}")
     need(
         not (cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX) or solver.IMS_PER_BATCH // world_size % 2 == 0,
@@ -286,17 +299,19 @@ def _check(cfg: CfgNode) -> None:
         ("INPUT.TRAIN_CROP", cfg.INPUT.TRAIN_CROP, TRAIN_CROPS),
         ("INPUT.INTERPOLATION", cfg.INPUT.INTERPOLATION, ("bilinear", "bicubic", "nearest")),
         ("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, SCHEDULERS),
+        ("SOLVER.OPTIMIZER", solver.OPTIMIZER, list_optimizers()),
     ):
         need(value in accepted, f"{key} {value!r} is not known; accepted are {', '.join(accepted)}")
+    build_train_transform(cfg, prefetch=False)
 
 
 class ClassificationTrainer:
     """Trains and evaluates what a config describes. Building it checks all input and writes nothing.
 
     Args:
-        cfg: of `get_cfg`.
+        cfg: `classification_config` with a file merged in.
         resume: continue from the last checkpoint in OUTPUT_DIR, if there is one.
-        eval_only: the weights to evaluate must fit the model entirely.
+        eval_only: only evaluate: MODEL.WEIGHTS, which must fit the whole model, or with `resume` the last checkpoint.
 
     Raises:
         ValueError, OSError: bad values in the config, missing or damaged files.
@@ -306,6 +321,15 @@ class ClassificationTrainer:
         self.cfg, solver = cfg, cfg.SOLVER
         self.device = distributed.init(cfg.MODEL.DEVICE)
         _check(cfg)
+        if self.device.type == "cpu" and cfg.MODEL.NORM.startswith("SyncBN"):
+            raise ValueError("SyncBN runs on GPUs only; use BN on the CPU")
+        previous = os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+        if eval_only and not (cfg.MODEL.WEIGHTS or cfg.MODEL.PRETRAINED or (resume and previous)):
+            raise ValueError(
+                "nothing to evaluate: set MODEL.WEIGHTS, MODEL.PRETRAINED, or --resume with a checkpoint in OUTPUT_DIR"
+            )
+        if previous and not (resume or eval_only):
+            raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run; add --resume to continue it, or choose another")
         self.data = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
@@ -343,30 +367,14 @@ class ClassificationTrainer:
         self.scaler = torch.amp.GradScaler(enabled=solver.AMP.ENABLED and self.device.type == "cuda")
         self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, optimizer=self.optimizer, scaler=self.scaler)
         self.start_iter = 0
-        if resume and self.checkpointer.has_checkpoint():
-            self._resume(self.checkpointer.get_checkpoint_file())
-        elif eval_only and cfg.MODEL.WEIGHTS:
-            self._load_all_weights(load_file(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
-        elif eval_only and not cfg.MODEL.PRETRAINED:
-            raise ValueError("--eval-only needs MODEL.WEIGHTS, MODEL.PRETRAINED, or --resume and a checkpoint")
+        if resume and previous:
+            last = self.checkpointer.get_checkpoint_file()
+            state = self.checkpointer.load(last)
+            if "iteration" not in state:
+                raise ValueError(f"checkpoint {last} is not of a run of this tool: it has no iteration")
+            self.start_iter = state["iteration"] + 1
         else:
-            self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
-
-    def _load_all_weights(self, checkpoint: dict, path: str) -> None:
-        new, own = checkpoint["model"], self.model.state_dict()
-        wrong = [key for key in {**own, **new} if key not in new or key not in own or new[key].shape != own[key].shape]
-        if wrong:
-            raise ValueError(f"{path} does not fit {self.cfg.MODEL.NAME}: {len(wrong)} entries, such as {wrong[0]!r}")
-        self.model.load_state_dict(new)
-
-    def _resume(self, path: str) -> None:
-        checkpoint = load_file(path)
-        if missing := {"iteration", "optimizer", "scaler"} - checkpoint.keys():
-            raise ValueError(f"{path} is not a checkpoint to resume from: it has no {', '.join(sorted(missing))}")
-        self._load_all_weights(checkpoint, path)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.start_iter = checkpoint["iteration"] + 1
+            self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
 
     def evaluate(self) -> dict[str, float]:
         """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set."""
@@ -386,10 +394,12 @@ class ClassificationTrainer:
         """Train from the start, or from where the checkpoint left off, to the end; return the final evaluation.
 
         Writes config.yaml, log.txt, metrics.json, TensorBoard files, checkpoints and results.json to OUTPUT_DIR.
-        A run that is interrupted and resumed ends with the same weights as one that is not.
+        On the CPU a run that is interrupted and resumed ends with the same bits as one that is not; on a GPU some
+        backward passes add in no fixed order.
 
         Raises:
-            UserError: the loss is no longer finite, or an image cannot be decoded.
+            FloatingPointError: the loss is not finite.
+            UserError: an image cannot be decoded.
         """
         cfg, solver, data = self.cfg, self.cfg.SOLVER, self.data
         if distributed.is_main():
@@ -423,10 +433,11 @@ class ClassificationTrainer:
         batches = build_train_loader(cfg, data.train, self.device, self.start_iter)
         result = None
         with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter) as log:
+            timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
-                started = time.perf_counter()
+                timer()
                 images, targets = (tensor.to(self.device) for tensor in next(batches))
-                loaded = time.perf_counter()
+                data_time = timer()
                 _seed(cfg.SEED, iteration)
                 if mixup:
                     images, targets = mixup(images, targets)
@@ -438,14 +449,13 @@ class ClassificationTrainer:
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
 
-                losses = distributed.reduce_mean({"total_loss": loss.item()})
+                losses = distributed.reduce_mean({"total_loss": loss.item()}, self.device)
                 if not math.isfinite(losses["total_loss"]):
-                    raise UserError(
-                        f"the loss is {losses['total_loss']} at iteration {iteration}: "
-                        f"training diverged at SOLVER.BASE_LR {solver.BASE_LR}"
+                    raise FloatingPointError(
+                        f"the loss is {losses['total_loss']} at iteration {iteration}; lower SOLVER.BASE_LR"
                     )
-                lr, now = self.optimizer.param_groups[0]["lr"], time.perf_counter()
-                log.step(iteration, **losses, lr=lr, time=now - started, data_time=loaded - started)
+                lr = self.optimizer.param_groups[0]["lr"]
+                log.step(iteration, **losses, lr=lr, time=data_time + timer(), data_time=data_time)
 
                 epoch, rest = divmod(iteration + 1, self.iters_per_epoch)
                 due = rest == 0 and cfg.TEST.EVAL_PERIOD and epoch % cfg.TEST.EVAL_PERIOD == 0
