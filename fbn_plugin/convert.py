@@ -100,6 +100,8 @@ def convert_norm(model: nn.Module, spec: str) -> nn.Module:
     replaced: dict[nn.Module, nn.Module] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in left):  # the norms inside of a norm that is left
+            continue
         converter = _converter(module)
         if converter is not None:
             try:

@@ -137,3 +137,19 @@ def test_instance_norm_does_not_inherit_running_statistics():
     assert isinstance(model[1], nn.InstanceNorm2d) and not model[1].track_running_stats and model[1].eps == 1e-3
     x = torch.randn(2, 8, 9, 9)
     assert torch.equal(model[1].train()(x), model[1].eval()(x))
+
+
+def test_norms_inside_of_a_norm_that_is_left_are_left():
+    class Split(nn.BatchNorm2d):
+        def __init__(self, num_features):
+            super().__init__(num_features)
+            self.auxiliary = nn.BatchNorm2d(num_features)
+
+        def forward(self, input):
+            return super().forward(input) + self.auxiliary(input)
+
+    model = nn.Sequential(Split(4), nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match="1 norms are left as they are: no converter for Split"):
+        convert_norm(model, "FBN")
+    assert type(model[0].auxiliary) is nn.BatchNorm2d
+    assert type(model[1]) is fbn_plugin.FilteredBatchNorm2d
