@@ -425,9 +425,9 @@ def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> torch.opt
         else:
             scaling = ["rescaled", "rescaled" if solver.RESCALE_INTERVAL else "fixed"]
             schedule = CompositeParamScheduler([rise, schedule], [warmup, 1 - warmup], scaling)
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda iteration: schedule(min(iteration / solver.MAX_ITER, 1.0))
-    )
+    # fvcore's schedules end before 1; the rate after the last iteration is asked for, and not used.
+    last = solver.MAX_ITER - 1
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda it: schedule(min(it, last) / solver.MAX_ITER))
 
 
 def _collate(batch: list[tuple[Tensor, dict[str, Any]]]) -> tuple[tuple, tuple]:
