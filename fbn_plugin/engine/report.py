@@ -168,7 +168,7 @@ def write_report(
     runs: Mapping[str, Path],
     commands: Sequence[str],
 ) -> None:
-    """Write the page.
+    """Write the page, and its two pictures beside it as ``curves.png`` and ``detections.png``.
 
     Args:
         path: the HTML file.
@@ -183,15 +183,16 @@ def write_report(
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    def picture(png: bytes, text: str) -> str:
+    def picture(name: str, png: bytes, text: str) -> str:
+        Path(path).with_name(name).write_bytes(png)
         return f'<p><img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
 
     body = [f"<p>{html.escape(fact)}</p>" for fact in facts]
     body += ["<h2>Average precision on the validation images</h2>", "<table>", line(header, "th")]
     body += [*(line(row, "td") for row in rows), "</table>"]
-    body += ["<h2>Training</h2>", picture(plot_curves(runs), "training loss and AP curves")]
+    body += ["<h2>Training</h2>", picture("curves.png", plot_curves(runs), "training loss and AP curves")]
     body += ["<h2>Detections</h2>", '<p class="note">Validation images; detections with a score of at least 50 %.</p>']
-    body += [picture(plot_detections(data, runs), "ground truth and detections on validation images")]
+    body += [picture("detections.png", plot_detections(data, runs), "ground truth and detections on validation images")]
     body += ["<h2>Commands</h2>", f"<pre>{html.escape(chr(10).join(commands))}</pre>"]
     body += [f'<p class="note">{html.escape(hardware())}</p>']
     Path(path).write_text(_PAGE.format(title=html.escape(title), body="\n".join(body)), encoding="utf-8")
