@@ -1,5 +1,5 @@
 # make test   install into .venv and run the tests
-# make demo   install into .venv, train a small Mask R-CNN with BN and with FBN, write demo_output/report.html
+# make demo   install into .venv, train a small Mask R-CNN with BN and with FBN, write a report below demo_output/
 #             (DATA=folder: on a COCO-format data set of your own)
 
 PYTHON ?= python3

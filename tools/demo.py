@@ -2,7 +2,7 @@
 
 Makes a COCO-format set from scikit-learn's digits and photographs (or takes one of yours), runs
 ``tools/train_detection.py`` with two configs that differ in the norm alone, prints a table of average precisions, and
-writes a report with curves and detections.
+writes a report with curves and detections. Called again, it goes on where it was interrupted.
 """
 
 import argparse
@@ -19,6 +19,13 @@ from fbn_plugin.engine.report import ap_table, format_table, write_report
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("BN", "FBN")
 
+# For photographs, which are larger than the digits' and may be mirrored.
+OWN_DATA = (
+    *("INPUT.MIN_SIZE_TRAIN", "256", "INPUT.MAX_SIZE_TRAIN", "427"),
+    *("INPUT.MIN_SIZE_TEST", "256", "INPUT.MAX_SIZE_TEST", "427"),
+    *("INPUT.RANDOM_FLIP", "horizontal"),
+)
+
 
 def parse_args(args=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,50 +39,26 @@ def parse_args(args=None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def own_data_overrides(data: Path) -> tuple[list[str], str]:
-    """Overrides that put a folder of one's own in the place of the digits, and the name of its validation set.
-
-    Raises:
-        FileNotFoundError, ValueError: the folder has no train or val annotations, or they are wrong.
-    """
-    train, val = (f"{data.resolve()}:{split}" for split in ("train", "val"))
-    classes = len(resolve_dataset(train).class_names)
-    resolve_dataset(val)
-    overrides = [
-        *("DATASETS.TRAIN", f"('{train}',)"),
-        *("DATASETS.TEST", f"('{val}',)"),
-        *("MODEL.ROI_HEADS.NUM_CLASSES", str(classes)),
-        *("INPUT.MIN_SIZE_TRAIN", "(256,)"),
-        *("INPUT.MAX_SIZE_TRAIN", "427"),
-        *("INPUT.MIN_SIZE_TEST", "256"),
-        *("INPUT.MAX_SIZE_TEST", "427"),
-        *("INPUT.RANDOM_FLIP", "horizontal"),
-    ]
-    return overrides, val
-
-
 def main(args=None) -> None:
     args = parse_args(args)
+    name = Path(args.data).resolve().name if args.data else "digits_on_photos"
+    output = args.output / name
     with user_errors():
-        if args.data:
-            overrides, val_name = own_data_overrides(Path(args.data))
-            title = f"BN and FBN on {Path(args.data).resolve().name}"
-        else:
-            folder = make_digits_on_photos(args.output / "digits_on_photos").resolve()
-            overrides = ["DATASETS.TRAIN", f"('{folder}:train',)", "DATASETS.TEST", f"('{folder}:val',)"]
-            val_name = f"{folder}:val"
-            title = "BN and FBN on handwritten digits"
+        folder = args.data or make_digits_on_photos(output / "data")
+        train, val = (resolve_dataset(f"{folder}:{split}") for split in ("train", "val"))
+        overrides = ["DATASETS.TRAIN", train.name, "DATASETS.TEST", val.name]
+    if args.data:
+        overrides += ["MODEL.ROI_HEADS.NUM_CLASSES", str(len(train.class_names)), *OWN_DATA]
 
     commands, runs = [], {}
     for norm in NORMS:
-        runs[norm] = args.output / norm
-        config = ROOT / "configs" / "Demo" / f"mask_rcnn_R_18_FPN_{norm}.yaml"
-        command = [sys.executable, str(ROOT / "tools" / "train_detection.py"), "--config-file", str(config)]
-        command += [*overrides, "OUTPUT_DIR", str(runs[norm]), *args.overrides]
-        commands.append(shlex.join(["python", "tools/train_detection.py", "--config-file", *command[3:]]))
-        commands[-1] = commands[-1].replace(f"{ROOT}/", "")
+        runs[norm] = output / norm
+        config = f"configs/Demo/mask_rcnn_R_18_FPN_{norm}.yaml"
+        arguments = ["--resume", *overrides, "OUTPUT_DIR", str(runs[norm]), *args.overrides]
+        commands.append(shlex.join(["python", "tools/train_detection.py", "--config-file", config, *arguments]))
         print(f"\n$ {commands[-1]}", flush=True)
-        status = subprocess.run(command).returncode
+        tool = [sys.executable, str(ROOT / "tools" / "train_detection.py"), "--config-file", str(ROOT / config)]
+        status = subprocess.run([*tool, *arguments]).returncode
         if status:
             raise SystemExit(status)
 
@@ -86,8 +69,8 @@ def main(args=None) -> None:
         "and differ in the norm alone.",
         "This is a demonstration at reduced size, one run each: it shows that both train, not which is better.",
     ]
-    report = args.output / "report.html"
-    write_report(report, title, facts, resolve_dataset(val_name), runs, commands)
+    report = output / "report.html"
+    write_report(report, f"BN and FBN on {name}", facts, val, runs, commands)
     print(f"\nCurves and detections: {report}")
 
 

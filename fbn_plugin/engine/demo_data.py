@@ -58,7 +58,7 @@ def _compose(rng: np.random.Generator, photo: np.ndarray, digits: np.ndarray, co
     return canvas, [(index, mask) for index, mask, _ in instances]
 
 
-def make_digits_on_photos(folder: str | Path, num_train: int = 400, num_val: int = 100, seed: int = 0) -> Path:
+def make_digits_on_photos(folder: str | Path, num_train: int = 400, num_val: int = 60, seed: int = 0) -> Path:
     """Write the set to ``folder`` in COCO layout: ``train/``, ``val/``, ``annotations/instances_{train,val}.json``.
 
     Args:

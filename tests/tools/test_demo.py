@@ -34,9 +34,9 @@ def test_runs_on_data_of_ones_own(tmp_path):
     assert done.returncode == 0, done.stderr
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert [row.split("|")[1].strip() for row in table] == ["norm", "-----:", "BN", "FBN"]
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "mine" / "report.html").read_text()
     assert "BN and FBN on mine" in page and page.count("data:image/png;base64,") == 2
-    assert (tmp_path / "out" / "detections.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "mine" / "detections.png").stat().st_size > 10_000
 
 
 def test_a_folder_that_is_not_there(tmp_path):
