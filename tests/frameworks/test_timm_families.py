@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from timm.models import list_modules
 from torch import nn
@@ -18,6 +19,15 @@ _spec = importlib.util.spec_from_file_location(
 tool = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = tool  # dataclasses look their module up
 _spec.loader.exec_module(tool)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The images are so small that more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +48,6 @@ def test_family(family):
 
 
 def test_smallest_model_is_the_smallest():
-    import timm
-
     counts = {
         name: sum(p.numel() for p in timm.create_model(name).parameters())
         for name in timm.list_models(module="lcnetv2")
@@ -106,8 +114,6 @@ def test_command_refuses_an_unknown_family(capsys, monkeypatch):
 
 
 def test_meta_models_have_the_same_norms():
-    import timm
-
     with torch.device("meta"), tool._SkipInit():
         counted = tool.batch_norms(timm.create_model("test_efficientnet"))
     assert counted.keys() == tool.batch_norms(timm.create_model("test_efficientnet")).keys()
