@@ -169,6 +169,11 @@ class NormFactory(functools.partial):
 
     spec: NormSpec
 
+    def __call__(self, *args, **kwargs) -> nn.Module:
+        if "num_features" in kwargs:  # some models name the argument as nn.BatchNorm2d does
+            kwargs["num_channels"] = kwargs.pop("num_features")
+        return super().__call__(*args, **kwargs)
+
     def __reduce__(self):
         return norm_factory, (str(self.spec), self.keywords["dims"])
 

@@ -124,6 +124,7 @@ def test_factories_can_be_pickled_copied_and_printed(spec):
 
 def test_factory_overrides():
     assert norm_factory("FBN(eps=1e-3)")(8, eps=1e-2).eps == 1e-2
+    assert norm_factory("FGN(num_groups=4)")(num_features=8).num_channels == 8
 
 
 def test_a_norm_of_ones_own():
