@@ -124,7 +124,7 @@ def test_configs_differ_in_the_norm_alone(folder):
     ("overrides", "sentence"),
     [
         ({"SOLVER__IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
-        ({"SOLVER__WARMUP_EPOCHS": 12}, "SOLVER.WARMUP_EPOCHS must be from 0 to less than MAX_EPOCH 12, got 12"),
+        ({"SOLVER__WARMUP_EPOCHS": 8}, "SOLVER.WARMUP_EPOCHS must be from 0 to less than MAX_EPOCH 8, got 8"),
         ({"SOLVER__LR_SCHEDULER_NAME": "cosin"}, "'cosin' is not known; accepted are constant, cosine"),
         ({"SOLVER__OPTIMIZER": "sdg"}, "SOLVER.OPTIMIZER 'sdg' is not known; accepted are .*adamw"),
         ({"INPUT__TRAIN_CROP": "rrc"}, "'rrc' is not known; accepted are none, padded, random_resized"),
