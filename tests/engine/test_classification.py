@@ -9,8 +9,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data.loader import PrefetchLoader, fast_collate
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
 from fbn_plugin.engine import classification, distributed
 from fbn_plugin.engine.checkpoint import load_file
@@ -26,6 +28,7 @@ from fbn_plugin.engine.classification import (
 from fbn_plugin.engine.config import load_config
 from fbn_plugin.engine.image_data import Images
 from fbn_plugin.engine.logging import TrainingLog, read_metrics
+from fbn_plugin.engine.sampling import InfiniteSampler, SeededDataset
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -183,6 +186,25 @@ def test_padded_crop_takes_a_window_of_the_padded_image():
         windows[(transform(Image.fromarray(image))[0] * 102 + 51).round().byte().numpy().tobytes()] for _ in range(300)
     }
     assert len(seen) > 15  # of 25 places
+
+
+@pytest.mark.parametrize("crop", ["none", "padded", "random_resized"])
+def test_what_a_gpu_normalizes_is_the_same_image(crop):
+    """timm's PrefetchLoader gets bytes and normalizes them on its device; that may be the CPU."""
+    statistics = {"MODEL__PIXEL_MEAN": "[51.0, 60.0, 70.0]", "MODEL__PIXEL_STD": "[102.0, 80.0, 90.0]"}
+    augmentation = {"INPUT__TRAIN_CROP": crop, "INPUT__HFLIP": 0.5, "INPUT__COLOR_JITTER": 0.4}
+    cfg = config(**statistics, **augmentation, INPUT__FORMAT="RGB", INPUT__SIZE=8)
+    data = Images(ramp_images(8).samples, "RGB")
+    stream = {"batch_size": 8, "sampler": InfiniteSampler(8, seed=0)}
+    batches = []
+    for prefetch in (False, True):
+        data.transform = build_train_transform(cfg, prefetch)
+        loader = DataLoader(SeededDataset(data, 0), **stream, collate_fn=fast_collate if prefetch else None)
+        if prefetch:
+            loader = PrefetchLoader(loader, **classification._pixel_statistics(cfg), device=CPU)
+        batches.append(next(iter(loader)))
+    torch.testing.assert_close(batches[0][0], batches[1][0], rtol=0, atol=1e-5)
+    assert torch.equal(batches[0][1], batches[1][1])
 
 
 def test_a_stream_of_epochs_that_may_start_anywhere():
