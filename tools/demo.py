@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fbn_plugin.engine.cli import user_errors
+from fbn_plugin.engine.cli import format_table, user_errors
 from fbn_plugin.engine.coco_data import resolve_dataset
 from fbn_plugin.engine.demo_data import make_digits_on_photos
-from fbn_plugin.engine.report import ap_table, format_table, write_report
+from fbn_plugin.engine.report import ap_table, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("BN", "FBN")

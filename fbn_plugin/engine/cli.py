@@ -1,11 +1,12 @@
-"""What the command lines of `tools/` share: their arguments, and one line instead of a traceback for bad input."""
+"""What the command lines of `tools/` share: their arguments, their tables, and one line instead of a traceback for bad
+input."""
 
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-__all__ = ["UserError", "add_config_arguments", "user_errors"]
+__all__ = ["UserError", "add_config_arguments", "format_table", "user_errors"]
 
 
 class UserError(ValueError):
@@ -40,3 +41,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint"
     )
     parser.add_argument("overrides", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="config overrides, in pairs")
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Align rows for a terminal, in Markdown."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    return "\n".join(lines)

@@ -37,14 +37,6 @@ def ap_table(runs: Mapping[str, Path]) -> list[list[str]]:
     return rows
 
 
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Align rows for a terminal, in Markdown."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-    return "\n".join(lines)
-
-
 def _figure(*size: float, **grid):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -8,9 +8,10 @@ import re
 import pytest
 from PIL import Image
 
+from fbn_plugin.engine.cli import format_table
 from fbn_plugin.engine.coco_data import resolve_dataset
 from fbn_plugin.engine.demo_data import make_digits_on_photos
-from fbn_plugin.engine.report import ap_table, format_table, write_report
+from fbn_plugin.engine.report import ap_table, write_report
 
 
 @pytest.fixture(scope="module")

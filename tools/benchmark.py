@@ -1,0 +1,109 @@
+"""Time filtered batch normalization against native BatchNorm: layers, and training steps of whole models.
+
+    python tools/benchmark.py --output benchmark.json --plot benchmark.png
+    python tools/benchmark.py --models resnet50 --seconds-per-row 300
+    python tools/benchmark.py --from benchmark.json --plot benchmark.png
+
+Prints tables in Markdown: medians, quartiles and ratios of peers that take turns in one run. Without --layers and
+--models it does both. The output file is rewritten after each row, so an interrupted run keeps what it has.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fbn_plugin.engine.cli import user_errors
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.lower().split("x")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a shape is NxCxHxW, such as 16x64x56x56, not {text!r}") from None
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", action="store_true", help="time single layers")
+    parser.add_argument("--models", nargs="*", metavar="NAME", help="time models: vgg16 resnet50 mask_rcnn_R_50_FPN")
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxCxHxW", help="of the layers' inputs")
+    parser.add_argument("--layouts", nargs="+", metavar="NAME", help="contiguous, channels_last")
+    parser.add_argument("--dtypes", nargs="+", metavar="NAME", help="float32, float16, bfloat16")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, metavar="N", help="on the CPU; default: PyTorch's choice")
+    parser.add_argument("--seconds-per-row", type=float, metavar="S", help="default: 5 for layers, 60 for models")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="of the models; default: each model's own")
+    parser.add_argument("--compile", action="store_true", help="time the naive form under torch.compile too")
+    parser.add_argument("--quick", action="store_true", help="small and short, to see that everything runs")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the results")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE.json", help="show these, measure nothing")
+    args = parser.parse_args(argv)
+    if args.source is not None:
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+        if idle := set(given) - {"source", "plot"}:
+            parser.error(f"--from measures nothing, so --{min(idle).replace('_', '-')} has no meaning with it")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Run the command line; return the results."""
+    args = parse_args(argv)
+    with user_errors():
+        from fbn_plugin.engine import benchmark
+        from fbn_plugin.engine.benchmark_report import markdown, plot
+        from fbn_plugin.engine.checkpoint import atomic_write
+
+        for path, suffix in ((args.output, ".json"), (args.plot, ".png")):
+            if path is not None and (path.suffix != suffix or not path.parent.is_dir()):
+                raise ValueError(f"{path}: a file ending in {suffix} in a folder that exists is needed")
+        if args.source is None:
+            settings = _settings(args)
+        else:
+            results = benchmark.load(args.source)
+    if args.source is None:
+
+        def on_row(results: dict, row: dict) -> None:
+            print(_progress(row), file=sys.stderr, flush=True)
+            if args.output is not None:
+                atomic_write(args.output, (json.dumps(results, indent=1) + "\n").encode())
+
+        with user_errors(ModuleNotFoundError):
+            results = benchmark.run(settings, on_row)
+    print(markdown(results))
+    if args.plot is not None:
+        with user_errors():
+            atomic_write(args.plot, plot(results))
+    return results
+
+
+def _settings(args: argparse.Namespace):
+    from fbn_plugin.engine import benchmark
+
+    both = not args.layers and args.models is None
+    models = tuple(benchmark.MODELS) if both or args.models == [] else tuple(args.models or ())
+    return benchmark.Settings(
+        device=args.device,
+        threads=args.threads,
+        layers=args.layers or both,
+        models=models,
+        shapes=args.shapes,
+        layouts=args.layouts,
+        dtypes=args.dtypes,
+        seconds_per_row=args.seconds_per_row,
+        batch_size=args.batch_size,
+        compiled=args.compile,
+        quick=args.quick,
+    )
+
+
+def _progress(row: dict) -> str:
+    what = row.get("model") or f"{'x'.join(map(str, row['shape']))} outliers {row['outliers']:g} {row['pass']}"
+    ratios = (f"{name} {peer['ratio'][1]:.3g}" for name, peer in row["peers"].items() if name != peer["to"])
+    return f"{what} {row['layout']} {row['dtype']}: {', '.join(ratios)}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
