@@ -21,14 +21,14 @@ def _shape(text: str) -> tuple[int, ...]:
     try:
         return tuple(map(int, text.lower().split("x")))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"a shape is NxCxHxW, such as 16x64x56x56, not {text!r}") from None
+        raise ValueError(f"a shape is NxCxHxW, such as 16x64x56x56, not {text!r}") from None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", action="store_true", help="time single layers")
     parser.add_argument("--models", nargs="*", metavar="NAME", help="time models: vgg16 resnet50 mask_rcnn_R_50_FPN")
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="NxCxHxW", help="of the layers' inputs")
+    parser.add_argument("--shapes", nargs="+", metavar="NxCxHxW", help="of the layers' inputs")
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help="contiguous, channels_last")
     parser.add_argument("--dtypes", nargs="+", metavar="NAME", help="float32, float16, bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
@@ -41,17 +41,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE.json", help="show these, measure nothing")
     args = parser.parse_args(argv)
-    if args.source is not None:
-        given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-        if idle := set(given) - {"source", "plot"}:
-            parser.error(f"--from measures nothing, so --{min(idle).replace('_', '-')} has no meaning with it")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.source is not None and (idle := given - {"source", "plot"}):
+        raise ValueError(f"--from measures nothing, so --{min(idle).replace('_', '-')} has no meaning with it")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Run the command line; return the results."""
-    args = parse_args(argv)
     with user_errors():
+        args = parse_args(argv)
+
         from fbn_plugin.engine import benchmark
         from fbn_plugin.engine.benchmark_report import markdown, plot
         from fbn_plugin.engine.checkpoint import atomic_write
@@ -89,7 +89,7 @@ def _settings(args: argparse.Namespace):
         threads=args.threads,
         layers=args.layers or both,
         models=models,
-        shapes=args.shapes,
+        shapes=None if args.shapes is None else tuple(map(_shape, args.shapes)),
         layouts=args.layouts,
         dtypes=args.dtypes,
         seconds_per_row=args.seconds_per_row,

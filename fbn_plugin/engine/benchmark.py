@@ -350,7 +350,8 @@ def _layer_call(module: nn.Module, x: Tensor, grad: Tensor, which: str) -> Call:
 
 def _build_layers(settings: Settings, x: Tensor, notes: list[str]) -> dict[str, tuple[Peer, nn.Module]]:
     channels, built = x.shape[1], {}
-    torch.compiler.reset()  # or the compiler gives up after a few shapes
+    if settings.compiled:
+        torch.compiler.reset()  # or it gives up after a few shapes
     for peer in [*LAYER_PEERS, *([COMPILED] if settings.compiled else [])]:
         module = peer.build(channels).to(x.device)
         if "GN" in peer.name:
@@ -439,11 +440,23 @@ def _training_data(name: str, size: tuple[int, int, int], device: str) -> tuple:
     return list(images), [target] * batch
 
 
+def _fix_work(model: nn.Module, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
+    """Give a detector's heads the same regions at every step, whatever the norm; the images keep their size."""
+    height, width = images[0].shape[1:]
+    model.transform.min_size, model.transform.max_size = (min(height, width),), max(height, width)
+    generator = torch.Generator().manual_seed(0)
+    near = targets[0]["boxes"].cpu().repeat(10, 1)
+    near = near + 0.1 * min(height, width) * (torch.rand(near.shape, generator=generator) - 0.5)
+    corners = torch.rand(1000, 2, 2, generator=generator).sort(dim=1).values.flatten(1)
+    regions = torch.cat([near, corners * torch.tensor([width, height, width, height])]).to(images[0].device)
+    model.rpn.register_forward_hook(lambda rpn, inputs, output: ([regions] * len(images), output[1]))
+
+
 def _training_step(model: nn.Module, images, targets, layout: str, dtype: str, device: str) -> Call:
     model.to(device, memory_format=LAYOUTS[layout]).train()
     detector = isinstance(images, list)
-    if detector:  # no resizing: the images have their size already
-        model.transform.min_size, model.transform.max_size = (min(images[0].shape[1:]),), max(images[0].shape[1:])
+    if detector:
+        _fix_work(model, images, targets)
     else:
         images = images.contiguous(memory_format=LAYOUTS[layout])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
@@ -520,9 +533,10 @@ def environment() -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "fbn_plugin": fbn_plugin.__version__,
+        "torch": torch.__version__,
         "backends": ops.backends(),
     }
-    for package in ("torch", "torchvision", "triton"):
+    for package in ("torchvision", "triton"):
         facts[package] = version(package)
     if hasattr(os, "getloadavg"):
         facts["load_at_start"] = round(os.getloadavg()[0], 2)

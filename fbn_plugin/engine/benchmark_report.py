@@ -20,7 +20,9 @@ COLORS = {
     "compiled naive FBN": "#eeaa66",
     "naive FBN": "#ee6677",
 }
-# Ratios beyond are cut, and written out.
+LIGHT = ("FBN T=2", "FBN, ReLU", "FGN T=2", "GN", "no norm", "compiled naive FBN")
+QUARTILES, WITHOUT, ROOFLINE = "quartiles", "without outliers", "BN's traffic at copy bandwidth"
+# Bars beyond are cut; their figure says how long they are.
 LIMIT = 1.75
 
 
@@ -53,16 +55,22 @@ def _kinds(rows: Sequence[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
 
 
 def summary_table(results: Mapping) -> list[list[str]]:
-    """Rows of text, header first: each peer's best, median and worst row of layers."""
-    table = [["pass", "dtype", "ratio", "median row", "best row", "worst row", "rows"]]
+    """Rows of text, header first: each peer's median, best and worst row of layers, and its median ratio of
+    memory."""
+    table = [["pass", "dtype", "ratio", "median row", "best row", "worst row", "memory", "rows"]]
     for (which, dtype), rows in _kinds(results["layers"]).items():
         for name in _names(rows):
             found = [row["peers"][name] for row in rows if name in row["peers"]]
             if found[0]["to"] != name:
                 ratios = [peer["ratio"][1] for peer in found]
                 values = (statistics.median(ratios), min(ratios), max(ratios))
-                ratio = f"({name}) / ({found[0]['to']})"
-                table.append([which, dtype, ratio, *(f"{value:.2f}" for value in values), str(len(ratios))])
+                cells = [which, dtype, f"({name}) / ({found[0]['to']})", *(f"{value:.2f}" for value in values)]
+                memory = [
+                    _memory(row["peers"][name]) / _memory(row["peers"][found[0]["to"]])
+                    for row in rows
+                    if name in row["peers"] and which == "forward+backward"
+                ]
+                table.append([*cells, f"{statistics.median(memory):.2f}" if memory else "-", str(len(ratios))])
     return table
 
 
@@ -124,14 +132,14 @@ def markdown(results: Mapping) -> str:
         )
     if results["models"]:
         parts += ["### One training step", format_table(model_table(results["models"]))]
-        parts.append(
-            "Peak is the most memory that a step allocates beyond what is there before it; saved, on a CPU, what "
-            "autograd keeps for the backward pass."
-        )
+    parts.append(
+        "Memory: on a GPU the most that is allocated beyond what is there before (peak), on a CPU what autograd keeps "
+        "for the backward pass (saved)."
+    )
     return "\n\n".join(parts + [f"Note: {note}." for note in results["notes"]]) + "\n"
 
 
-def _bars(axes, groups: Sequence[tuple[str, Mapping[str, Mapping]]], limit: float, marks=None) -> None:
+def _bars(axes, groups: Sequence[tuple[str, Mapping[str, Mapping]]], marks: Mapping[int, float]) -> None:
     """Horizontal bars ``{name: {value, low, high, other}}`` in labelled groups, the first group on top."""
     names = [name for name in COLORS if any(name in bars for _, bars in groups)]
     height = 0.84 / max(len(names), 1)
@@ -140,29 +148,28 @@ def _bars(axes, groups: Sequence[tuple[str, Mapping[str, Mapping]]], limit: floa
         for index, name in enumerate(shown):
             bar = bars[name]
             y = position + (index - (len(shown) - 1) / 2) * height
-            width = min(bar["value"], limit)
-            axes.barh(y, width, 0.9 * height, color=COLORS[name], label=name)
-            if bar["value"] > limit:
-                axes.text(
-                    limit * 0.99, y, f"{bar['value']:.1f} ▸", ha="right", va="center", fontsize=7.5, color="white"
-                )
+            axes.barh(y, min(bar["value"], LIMIT), 0.9 * height, color=COLORS[name], label=name)
+            text = f"{bar['value']:.2f}" if bar["value"] <= LIMIT else f"{bar['value']:.1f}"
+            axes.text(0.02, y, text, va="center", fontsize=7.5, color="black" if name in LIGHT else "white")
+            if bar["value"] > LIMIT:
+                axes.text(LIMIT, y, "▸", ha="right", va="center", fontsize=9, color="white")
                 continue
-            end = min(max(bar["high"], width, bar.get("other", 0)), limit)
-            axes.plot([bar["low"], min(bar["high"], limit)], [y, y], color="#333333", linewidth=0.9)
+            axes.plot([bar["low"], min(bar["high"], LIMIT)], [y, y], color="#333333", linewidth=0.9, label=QUARTILES)
             if "other" in bar:
-                axes.plot(min(bar["other"], limit), y, "D", markersize=3.2, color="white", markeredgecolor="#333333")
-            axes.text(end + 0.02 * limit, y, f"{bar['value']:.2f}", ha="left", va="center", fontsize=7.5)
-        for value in (marks or {}).get(position, ()):
-            axes.plot([value, value], [position - 0.45, position + 0.45], ":", color="black", linewidth=1.2)
+                style = {"markersize": 3.2, "color": "white", "markeredgecolor": "#333333", "label": WITHOUT}
+                axes.plot(min(bar["other"], LIMIT), y, "D", **style)
+        if position in marks:
+            ends = [position - 0.45, position + 0.45]
+            axes.plot([marks[position]] * 2, ends, ":", color="black", linewidth=1.2, label=ROOFLINE)
     axes.axvspan(0, 1, color="#f2f2f2", zorder=0)
     axes.axvline(1, color="black", linewidth=1.2)
-    axes.set(xlim=(0, limit), ylim=(len(groups) - 0.5, -0.5))
+    axes.set(xlim=(0, LIMIT), ylim=(len(groups) - 0.5, -0.5))
     axes.set_yticks(range(len(groups)), [label for label, _ in groups])
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 
 
-def _layer_groups(rows: Sequence[Mapping]) -> tuple[list[tuple[str, dict]], dict[int, list[float]]]:
+def _layer_groups(rows: Sequence[Mapping]) -> tuple[list[tuple[str, dict]], dict[int, float]]:
     """Rows of one panel as groups of bars, and the roofline of each: the bar with outliers, a diamond without."""
     groups, marks = [], {}
     shapes = list(dict.fromkeys(_shape(row) for row in rows))
@@ -175,7 +182,7 @@ def _layer_groups(rows: Sequence[Mapping]) -> tuple[list[tuple[str, dict]], dict
             if rest and name in rest[0]["peers"]:
                 bars[name]["other"] = rest[0]["peers"][name]["ratio"][1]
         groups.append((shape.replace("x", "×"), bars))
-        marks[position] = [first["roofline_ms"]["BN"] / first["peers"]["BN"]["ms"][1]]
+        marks[position] = first["roofline_ms"]["BN"] / first["peers"]["BN"]["ms"][1]
     return groups, marks
 
 
@@ -203,50 +210,39 @@ def plot(results: Mapping) -> bytes:
     from matplotlib.figure import Figure
 
     rows = [row for row in results["layers"] if row["pass"] == "forward+backward"]
-    layouts = list(dict.fromkeys(row["layout"] for row in rows))
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    lines = [[(layout, dtype) for layout in layouts] for dtype in dtypes]
     if not rows and not results["models"]:
         raise ValueError("the results hold nothing to draw")
-    shapes = len({_shape(row) for row in rows})
-    heights = [0.9 + 0.17 * shapes * len(_names(rows))] * len(lines)
+    layouts, dtypes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("layout", "dtype"))
+    bars = len({_shape(row) for row in rows}) * len(_names(rows))
+    heights = [0.9 + 0.155 * bars] * len(dtypes)
     if results["models"]:
         heights.append(0.9 + 0.75 * len(results["models"]))
-    figure = Figure(figsize=(11, sum(heights) + 0.9), layout="constrained")
+    figure = Figure(figsize=(11, sum(heights) + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
-    for index, panels in enumerate(lines):
-        for column, (axes, (layout, dtype)) in enumerate(
-            zip(grid[index].subgridspec(1, len(panels)).subplots(squeeze=False)[0], panels)
-        ):
-            _bars(axes, *_arguments(rows, layout, dtype))
+    for line, dtype in enumerate(dtypes):
+        panels = grid[line].subgridspec(1, len(layouts)).subplots(squeeze=False)[0]
+        for axes, layout in zip(panels, layouts):
+            _bars(axes, *_layer_groups([row for row in rows if (row["layout"], row["dtype"]) == (layout, dtype)]))
             axes.set_title(f"layer, {dtype}, {layout}", fontsize=10, loc="left")
             axes.set_xlabel("forward + backward time, native = 1")
-            if column:
-                axes.tick_params(axis="y", labelleft=False)
+            axes.tick_params(axis="y", labelleft=axes is panels[0])
     if results["models"]:
         times, memories = _model_groups(results["models"])
-        left, right = grid[len(lines)].subgridspec(1, 2).subplots()
-        _bars(left, times, LIMIT)
-        _bars(right, memories, LIMIT)
+        left, right = grid[len(dtypes)].subgridspec(1, 2).subplots()
+        _bars(left, times, {})
+        _bars(right, memories, {})
         left.set_title("model", fontsize=10, loc="left")
         left.set_xlabel("time of a training step, BN = 1")
         peak = any("peak_bytes" in peer for row in results["models"] for peer in row["peers"].values())
         right.set_xlabel(f"{'peak memory of a step' if peak else 'memory kept for backward'}, BN = 1")
         right.tick_params(axis="y", labelleft=False)
     _legend(figure)
-    figure.suptitle(
-        f"Left of the line is faster than native BatchNorm (FGN: than GroupNorm)\n{environment_line(results)}",
-        fontsize=10,
-    )
+    title = "Shaded: less than native BatchNorm (FGN: GroupNorm; with ReLU: BatchNorm, then ReLU)"
+    figure.suptitle(f"{title}\n{environment_line(results)}", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
-
-
-def _arguments(rows: Sequence[Mapping], layout: str, dtype: str) -> tuple:
-    groups, marks = _layer_groups([row for row in rows if (row["layout"], row["dtype"]) == (layout, dtype)])
-    return groups, LIMIT, marks
 
 
 def _legend(figure) -> None:
@@ -254,5 +250,6 @@ def _legend(figure) -> None:
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             found.setdefault(label, handle)
-    found = {name: found[name] for name in COLORS if name in found}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    labels = [name for name in (*COLORS, QUARTILES, WITHOUT, ROOFLINE) if name in found]
+    handles = [found[name] for name in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
