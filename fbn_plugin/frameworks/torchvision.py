@@ -2,7 +2,8 @@
 builds a Mask R-CNN with a norm of one's choice in backbone, FPN and heads.
 
 torchvision's own detection builders choose between FrozenBatchNorm2d and BatchNorm2d themselves. Models without a
-`norm_layer` argument (VGG, DenseNet, ShuffleNet, ...) are converted after building: `convert_norm(model, "FBN")`.
+`norm_layer` argument (VGG, DenseNet, ShuffleNet, ...) are converted after building: `convert_norm(model, "FBN")`. The
+argument replaces the settings of a model too: for MobileNetV3 give `"FBN(eps=1e-3, momentum=0.01)"`.
 """
 
 import functools
