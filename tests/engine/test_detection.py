@@ -246,6 +246,12 @@ def test_the_batch_is_shared_evenly(config, monkeypatch):
         DetectionTrainer(config(SOLVER__IMS_PER_BATCH=3))
 
 
+def test_freezing_random_weights_is_remarked(config, caplog, monkeypatch):
+    monkeypatch.setattr(detection.logging.getLogger("fbn_plugin"), "propagate", True)
+    DetectionTrainer(config(MODEL__BACKBONE__FREEZE_AT=2))
+    assert "FREEZE_AT 2 freezes random weights" in caplog.text
+
+
 def test_a_run_is_not_written_over_and_not_resumed_with_another_model(config):
     cfg = config(SOLVER__MAX_ITER=1)
     DetectionTrainer(cfg).train()
