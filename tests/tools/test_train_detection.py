@@ -70,7 +70,6 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(arguments, 
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (tmp_path / "killed/model_final.pth").exists()
-    assert run(*arguments, *output).returncode == 2  # not without --resume
     resumed = run("--resume", *arguments, *output)
     assert resumed.returncode == 0 and "iteration 4 to 6" in resumed.stdout, resumed.stderr
     assert_same(weights(tmp_path / "out"), weights(tmp_path / "killed"))
