@@ -1,11 +1,15 @@
 # make test   install into .venv and run the tests
 # make demo   install into .venv, train a small Mask R-CNN with BN and with FBN, write a report below demo_output/
-#             (DATA=folder: on a COCO-format data set of your own)
+#             (DATA=folder: on a COCO-format data set of your own; ARGS="SOLVER.MAX_ITER 300": config overrides)
 
 PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
 OUTPUT ?= demo_output
+ARGS ?=
+
+# Threads that wait give their core away. Without this, one other process on the machine makes small layers many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: test demo lint clean
 
@@ -19,7 +23,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python tools/demo.py --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)")
+	$(VENV)/bin/python tools/demo.py --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

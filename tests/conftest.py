@@ -1,6 +1,7 @@
-"""A small COCO-format set for the tests of the engine and the tools: coloured rectangles and ellipses, exact masks."""
+"""What the tests share: a small COCO-format set of rectangles and ellipses, and a clean slate for log and threads."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -51,6 +52,19 @@ def write_shapes(folder, count: int, seed: int, split: str) -> None:
         image.save(folder / split / f"{number}.png")
         content["images"].append({"id": number, "file_name": f"{number}.png", "width": width, "height": height})
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(autouse=True)
+def fresh_logging():
+    """Take back what ``setup_logging`` did, so that no test hears or misses another's messages."""
+    yield
+    for name in ("fbn_plugin", "fvcore"):
+        logger = logging.getLogger(name)
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.propagate = True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

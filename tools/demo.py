@@ -66,7 +66,7 @@ def main(args=None) -> None:
     print(format_table(ap_table(runs)))
     facts = [
         "Mask R-CNN with a ResNet-18 FPN, trained from scratch at two images a batch. The two runs have the same seed "
-        "and differ in the norm alone.",
+        f"and differ in the norm alone. {len(train.images)} training images, {len(val.images)} validation images.",
         "This is a demonstration at reduced size, one run each: it shows that both train, not which is better.",
     ]
     report = output / "report.html"

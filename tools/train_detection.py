@@ -3,8 +3,8 @@
     python tools/train_detection.py --config-file configs/... OUTPUT_DIR runs/fbn MODEL.RESNETS.NORM "FBN(t_sigma=4)"
     torchrun --nproc-per-node 8 tools/train_detection.py --config-file configs/... --resume
 
-The vocabulary is detectron2's; `KEY VALUE` pairs override the file. OUTPUT_DIR receives `metrics.json`, TensorBoard
-files, `log.txt`, `config.yaml`, checkpoints (`model_final.pth`), and the detections under `inference/`.
+The vocabulary is detectron2's; ``KEY VALUE`` pairs override the file. OUTPUT_DIR receives ``metrics.json``, TensorBoard
+files, ``log.txt``, ``config.yaml``, checkpoints (``model_final.pth``), and the detections under ``inference/``.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         setup_logging()
         cfg = load_detection_config(args.config_file, args.overrides)
         trainer = DetectionTrainer(cfg, resume=args.resume, eval_only=args.eval_only, log_period=args.log_period)
-    with user_errors(UserError, FloatingPointError):
+    with user_errors(UserError, FloatingPointError, OSError):
         metrics = trainer.evaluate() if args.eval_only else trainer.train()
     distributed.finish()
     return metrics

@@ -1,1 +1,1 @@
-"""Training and evaluation loops behind `tools/`: configuration, data, checkpoints, logs, and one module a task."""
+"""Training and evaluation loops behind ``tools/``: configuration, data, checkpoints, logs, and one module a task."""

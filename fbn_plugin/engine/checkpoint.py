@@ -1,5 +1,5 @@
-"""Checkpoints that survive an interruption: fvcore's Checkpointer (file names, `last_checkpoint`, loading) with atomic
-writes, one sentence for a damaged file, and the random states of every process.
+"""Checkpoints that survive an interruption: fvcore's Checkpointer (file names, ``last_checkpoint``, loading) with
+atomic writes, one sentence for a damaged file, and the random states of every process.
 """
 
 import logging
@@ -20,7 +20,7 @@ __all__ = ["AtomicCheckpointer", "PeriodicCheckpointer", "RandomState", "atomic_
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | None = None, write=None) -> None:
-    """Replace `path` in one step: a reader, or a crash at any moment, finds the old file or the new one, whole.
+    """Replace ``path`` in one step: a reader, or a crash at any moment, finds the old file or the new one, whole.
 
     Args:
         path: file to write; its folder must exist.
@@ -51,10 +51,10 @@ def atomic_write(path: str | os.PathLike, data: bytes | None = None, write=None)
 
 
 def load_file(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a checkpoint or a plain state dict to the CPU, without running code from it (`weights_only`).
+    """Read a checkpoint or a plain state dict to the CPU, without running code from it (``weights_only``).
 
     Returns:
-        the file's dictionary; a plain state dict comes back as `{"model": state_dict}`.
+        the file's dictionary; a plain state dict comes back as ``{"model": state_dict}``.
 
     Raises:
         FileNotFoundError, ValueError: no such file; not a PyTorch file, or one cut short.
@@ -75,7 +75,7 @@ class RandomState:
     """The states of Python's, NumPy's and PyTorch's generators (CPU and own GPU) in every process, as one
     checkpointable.
 
-    `state_dict` is a collective call. Loading with another number of processes leaves the generators as they are.
+    ``state_dict`` is a collective call. Loading with another number of processes leaves the generators as they are.
     """
 
     def state_dict(self) -> dict[str, list]:
@@ -103,7 +103,7 @@ class RandomState:
 class AtomicCheckpointer(Checkpointer):
     """fvcore's Checkpointer with atomic writes; a run is resumed only into the very same model.
 
-    `save` is called by every process, gathers what is theirs, and rank 0 writes.
+    ``save`` is called by every process, gathers what is theirs, and rank 0 writes.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:

@@ -1,5 +1,5 @@
-"""What the command lines of `tools/` share: their arguments, their tables, and one line instead of a traceback for bad
-input."""
+"""What the command lines of ``tools/`` share: their arguments, their tables, and one line instead of a traceback for
+bad input."""
 
 import argparse
 import contextlib
@@ -15,10 +15,10 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def user_errors(*types: type[BaseException]) -> Iterator[None]:
-    """Print an error of the given types as `error: sentence` and exit with code 2; all else keeps its traceback.
+    """Print an error of the given types as ``error: sentence`` and exit with code 2; all else keeps its traceback.
 
     Without types: what set-up raises for bad input (ValueError, OSError, missing package). Wrap the training itself in
-    `user_errors(UserError)`, so that a bug keeps its traceback.
+    ``user_errors(UserError)``, so that a bug keeps its traceback.
     """
     types = types or (ValueError, OSError, ModuleNotFoundError)
     try:
@@ -34,7 +34,7 @@ def user_errors(*types: type[BaseException]) -> Iterator[None]:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add detectron2's `--config-file`, `--resume`, `--eval-only` and trailing `KEY VALUE ...` overrides."""
+    """Add detectron2's ``--config-file``, ``--resume``, ``--eval-only`` and trailing ``KEY VALUE ...`` overrides."""
     parser.add_argument("--config-file", metavar="FILE", help="YAML configuration file")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """COCO-format data: finding a set on disk by name, checking it, and giving out its images with boxes, labels and masks.
 
-A set is named as detectron2 names its own (`coco_2017_train`) or as `FOLDER:SPLIT`. Class labels are contiguous in the
-order of the category ids, as in detectron2, shifted by one for torchvision, where 0 is the background.
+A set is named as detectron2 names its own (``coco_2017_train``) or as ``FOLDER:SPLIT``. Class labels are contiguous in
+the order of the category ids, as in detectron2, shifted by one for torchvision, where 0 is the background.
 """
 
 import contextlib
@@ -54,10 +54,10 @@ class CocoDataset:
     """A COCO-format set that was found, read and checked.
 
     Attributes:
-        name: as given to `resolve_dataset`.
+        name: as given to ``resolve_dataset``.
         json_file, image_root: where it lies.
         images, annotations, categories: the file's lists; categories in the order of their ids. Annotations are
-            numbered from 1, have `iscrowd` and `area`, and a `segmentation` only where it is a usable one.
+            numbered from 1, have ``iscrowd`` and ``area``, and a ``segmentation`` only where it is a usable one.
     """
 
     name: str
@@ -76,7 +76,7 @@ class CocoDataset:
         return tuple(category["id"] for category in self.categories)
 
     def usable_annotations(self, masks: bool) -> list[dict[str, Any]]:
-        """The annotations, without those that lack a mask where `masks` are wanted."""
+        """The annotations, without those that lack a mask where ``masks`` are wanted."""
         return [each for each in self.annotations if "segmentation" in each or not masks]
 
     def coco_api(self, masks: bool) -> COCO:
@@ -98,11 +98,11 @@ def resolve_dataset(name: str) -> CocoDataset:
     """Find and read a COCO-format set.
 
     Args:
-        name: detectron2's name (`coco_2017_train`, `coco_2017_val`, ...; below $DETECTRON2_DATASETS, default
-            `datasets`), or `FOLDER:SPLIT`. FOLDER is absolute, or relative to $DETECTRON2_DATASETS or to the current
-            folder. Annotations are looked for in FOLDER/annotations, FOLDER and FOLDER/SPLIT (`instances_train.json`,
-            `train.json`, `instances_train2017.json`, ...), images in FOLDER/SPLIT, FOLDER/SPLIT2017, FOLDER/images,
-            FOLDER/images/SPLIT and FOLDER.
+        name: detectron2's name (``coco_2017_train``, ``coco_2017_val``, ...; below $DETECTRON2_DATASETS, default
+            ``datasets``), or ``FOLDER:SPLIT``. FOLDER is absolute, or relative to $DETECTRON2_DATASETS or to the
+            current folder. Annotations are looked for in FOLDER/annotations, FOLDER and FOLDER/SPLIT
+            (``instances_train.json``, ``train.json``, ``instances_train2017.json``, ...), images in FOLDER/SPLIT,
+            FOLDER/SPLIT2017, FOLDER/images, FOLDER/images/SPLIT and FOLDER.
 
     Raises:
         FileNotFoundError, ValueError: one sentence with the path or the entry that is wrong.
@@ -247,10 +247,11 @@ class Augmentation:
     """Resize the short side and flip at random; draws from Python's global generator.
 
     Args:
-        min_sizes: short sides in pixels: values to choose from, or with `sampling="range"` the lowest and the highest.
+        min_sizes: short sides in pixels: values to choose from, or with ``sampling="range"`` the lowest and the
+            highest.
         max_size: bound on the long side, which wins over the short one.
-        sampling: `"choice"` or `"range"`.
-        flip: `"horizontal"`, `"vertical"` or `"none"`; done with probability 1/2.
+        sampling: ``"choice"`` or ``"range"``.
+        flip: ``"horizontal"``, ``"vertical"`` or ``"none"``; done with probability 1/2.
     """
 
     min_sizes: tuple[int, ...]
@@ -269,7 +270,7 @@ class Augmentation:
 
 
 def scaled_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
-    """Height and width with the short side at `short`, or less where the long side would exceed `longest`."""
+    """Height and width with the short side at ``short``, or less where the long side would exceed ``longest``."""
     scale = min(short / min(height, width), longest / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
@@ -277,8 +278,9 @@ def scaled_size(height: int, width: int, short: int, longest: int) -> tuple[int,
 class CocoDetection(Dataset):
     """Images and targets in torchvision's form.
 
-    An item is `(image, target)`: image (3, H, W) float RGB in 0..1; target with `boxes` (N, 4) xyxy pixels, `labels`
-    (N) from 1, `masks` (N, H, W) uint8 where asked for, and `image_id`. Crowds and objects without extent are left out.
+    An item is ``(image, target)``: image (3, H, W) float RGB in 0..1; target with ``boxes`` (N, 4) xyxy pixels,
+    ``labels`` (N) from 1, ``masks`` (N, H, W) uint8 where asked for, and ``image_id``. Crowds and objects without
+    extent are left out.
 
     Args:
         datasets: sets with the same categories, one after another.

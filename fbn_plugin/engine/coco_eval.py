@@ -25,8 +25,8 @@ def coco_results(data: CocoDataset, image_id: int, output: dict[str, torch.Tenso
     Args:
         data: the set that the image is of; label 1 is its first category.
         image_id: the image's id.
-        output: torchvision's `boxes` (N, 4) xyxy pixels, `scores` (N), `labels` (N), and `masks` (N, 1, H, W) in 0..1
-            if there are any; masks are cut at 0.5.
+        output: torchvision's ``boxes`` (N, 4) xyxy pixels, ``scores`` (N), ``labels`` (N), and ``masks`` (N, 1, H, W)
+            in 0..1 if there are any; masks are cut at 0.5.
     """
     boxes = output["boxes"].double().cpu()
     boxes[:, 2:] -= boxes[:, :2]
@@ -47,13 +47,13 @@ def evaluate_coco(
 
     Args:
         data: ground truth.
-        results: detections in COCO's results format, see `coco_results`.
+        results: detections in COCO's results format, see ``coco_results``.
         masks: evaluate masks besides boxes.
         max_detections: detections that count in an image; COCO's own limit is 100, and images may hold more objects.
 
     Returns:
-        `bbox/AP`, `bbox/AP50`, `bbox/AP75`, `bbox/APs`, `bbox/APm`, `bbox/APl`, with more than one class
-        `bbox/AP-<class>`, and the same under `segm/`. NaN where the set has no object that counts.
+        ``bbox/AP``, ``bbox/AP50``, ``bbox/AP75``, ``bbox/APs``, ``bbox/APm``, ``bbox/APl``, with more than one class
+        ``bbox/AP-<class>``, and the same under ``segm/``. NaN where the set has no object that counts.
     """
     metrics = {}
     for task in ("bbox", "segm") if masks else ("bbox",):

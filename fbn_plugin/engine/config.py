@@ -1,6 +1,6 @@
-"""Configuration from YAML files with `_BASE_` and `KEY VALUE` overrides, in detectron2's vocabulary.
+"""Configuration from YAML files with ``_BASE_`` and ``KEY VALUE`` overrides, in detectron2's vocabulary.
 
-Built on fvcore's CfgNode, with three differences from its `merge_from_file`: an unknown key is answered with the
+Built on fvcore's CfgNode, with three differences from its ``merge_from_file``: an unknown key is answered with the
 nearest known one, an integer is taken where a number is expected, and keys that a tool knows but does not use are
 reported, not refused.
 """
@@ -26,14 +26,14 @@ def load_config(
     overrides: Sequence[str] = (),
     unused: Sequence[str] = (),
 ) -> CfgNode:
-    """Return a frozen copy of `defaults` with a file and then overrides merged in.
+    """Return a frozen copy of ``defaults`` with a file and then overrides merged in.
 
     Args:
         defaults: every key that the tool reads, with its default; a value must have its default's type.
-        config_file: YAML file; its `_BASE_` is a path (or a list of paths) relative to the file.
-        overrides: `["KEY", "VALUE", ...]` as they come from the command line; values are Python literals or plain
+        config_file: YAML file; its ``_BASE_`` is a path (or a list of paths) relative to the file.
+        overrides: ``["KEY", "VALUE", ...]`` as they come from the command line; values are Python literals or plain
             strings.
-        unused: keys (with shell wildcards: `"MODEL.RETINANET.*"`) that are accepted but have no effect; those that
+        unused: keys (with shell wildcards: ``"MODEL.RETINANET.*"``) that are accepted but have no effect; those that
             occur are logged in one line.
 
     Raises:
@@ -58,7 +58,7 @@ def load_config(
 
 
 def save_config(cfg: CfgNode, path: str | os.PathLike) -> None:
-    """Write `cfg` as YAML that `load_config` reads back to the same values."""
+    """Write ``cfg`` as YAML that ``load_config`` reads back to the same values."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(cfg.dump())
 

@@ -1,8 +1,8 @@
 """Training and evaluation of torchvision's Mask R-CNN from a config in detectron2's vocabulary.
 
-The same keys, defaults, learning rate schedules, weight decay rules and sizes as detectron2 (`config/defaults.py`,
-`solver/build.py`, `data/dataset_mapper.py`), so that one YAML serves both; what torchvision's model does otherwise (the
-smooth L1 point, RoIAlign's half pixel, the place of the stride) stays torchvision's.
+The same keys, defaults, learning rate schedules, weight decay rules and sizes as detectron2 (``config/defaults.py``,
+``solver/build.py``, ``data/dataset_mapper.py``), so that one YAML serves both; what torchvision's model does otherwise
+(the smooth L1 point, RoIAlign's half pixel, the place of the stride) stays torchvision's.
 """
 
 import json
@@ -131,7 +131,7 @@ _LOSS_NAMES = {"loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_
 
 
 def detection_config() -> CfgNode:
-    """detectron2's defaults for the keys that are used here, with the MODEL section of its `Base-RCNN-FPN.yaml`."""
+    """detectron2's defaults for the keys that are used here, with the MODEL section of its ``Base-RCNN-FPN.yaml``."""
     cfg = CfgNode()
     cfg.MODEL = CfgNode(
         {
@@ -237,7 +237,7 @@ def detection_config() -> CfgNode:
 
 
 def load_detection_config(config_file: str | None = None, overrides: Sequence[str] = ()) -> CfgNode:
-    """`load_config` for this engine, with every value checked that can be checked without data.
+    """``load_config`` for this engine, with every value checked that can be checked without data.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names the key and what it takes.
@@ -440,11 +440,11 @@ class DetectionTrainer:
     Everything that bad input can break happens in the constructor; the output folder is made only after it all fits.
 
     Args:
-        cfg: from `load_detection_config`.
+        cfg: from ``load_detection_config``.
         resume: continue from OUTPUT_DIR's last checkpoint, if there is one. On the CPU the run then ends with the same
             bits as one that was never stopped; on a GPU some backward passes add in no fixed order.
-        eval_only: only evaluate: MODEL.WEIGHTS, or with `resume` the last checkpoint.
-        log_period: iterations between two lines of `metrics.json`.
+        eval_only: only evaluate: MODEL.WEIGHTS, or with ``resume`` the last checkpoint.
+        log_period: iterations between two lines of ``metrics.json``.
 
     Raises:
         FileNotFoundError, ValueError: bad data, weights or settings, in one sentence.
@@ -501,6 +501,11 @@ class DetectionTrainer:
             self.start, self.seed = state["iteration"] + 1, state["seed"]
         elif cfg.MODEL.WEIGHTS:
             self._load_weights(cfg.MODEL.WEIGHTS, strict=eval_only)
+        elif cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+            logger.warning(
+                "MODEL.BACKBONE.FREEZE_AT %d freezes random weights, as MODEL.WEIGHTS is empty; 0 trains all of them",
+                cfg.MODEL.BACKBONE.FREEZE_AT,
+            )
         if distributed.is_main():
             os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
             if not eval_only:
@@ -550,7 +555,7 @@ class DetectionTrainer:
         return metrics
 
     def evaluate(self) -> dict[str, float]:
-        """COCO AP in percent on every set of DATASETS.TEST: `bbox/AP`, `segm/AP50`, ..., the same on every process.
+        """COCO AP in percent on every set of DATASETS.TEST: ``bbox/AP``, ``segm/AP50``, ..., the same on every process.
 
         With more than one set, each key has the set's name in front. The detections go to OUTPUT_DIR/inference. Draws
         no random numbers, so that training goes on as if there had been no evaluation.
@@ -606,7 +611,7 @@ class DetectionTrainer:
         return data
 
     def _loader(self) -> DataLoader:
-        """Batches of this rank from `self.start` on."""
+        """Batches of this rank from ``self.start`` on."""
         rank, world = distributed.rank(), distributed.world_size()
         if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             stream = InfiniteSampler(len(self.train_set), self.seed, rank, world)
@@ -703,7 +708,7 @@ class DetectionTrainer:
         return bool(self.test_sets) and iterations > 0 and due
 
     def _recorded(self, path: str) -> dict[str, float]:
-        """The evaluation that `metrics.json` holds for the iteration before this run's first, on every process."""
+        """The evaluation that ``metrics.json`` holds for the iteration before this run's first, on every process."""
         rows = [row for row in read_metrics(path) if row["iteration"] == self.start - 1]
         found = {key: np.nan if value is None else value for row in rows for key, value in row.items() if "/" in key}
         return distributed.broadcast_object(found)

@@ -25,11 +25,11 @@ def init(device: str = "cuda") -> torch.device:
     """Join torchrun's process group, if there is one, and return this process's device.
 
     Args:
-        device: `"cuda"` falls back to `"cpu"` where no GPU is present; `"cpu"`, `"cuda:1"` and the like are taken as
-            they are.
+        device: ``"cuda"`` falls back to ``"cpu"`` where no GPU is present; ``"cpu"``, ``"cuda:1"`` and the like are
+            taken as they are.
 
     Raises:
-        ValueError: `device` is no device, or there are more processes than GPUs on this machine.
+        ValueError: ``device`` is no device, or there are more processes than GPUs on this machine.
     """
     try:
         chosen = torch.device(device)
@@ -59,7 +59,7 @@ def finish() -> None:
 
 
 def rank() -> int:
-    """This process's number, from 0; torchrun's word for it before `init`."""
+    """This process's number, from 0; torchrun's word for it before ``init``."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
@@ -80,7 +80,7 @@ def barrier() -> None:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Every process's `value` (any picklable object), by rank, on every process."""
+    """Every process's ``value`` (any picklable object), by rank, on every process."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -89,7 +89,7 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value` (any picklable object) on every process."""
+    """Rank 0's ``value`` (any picklable object) on every process."""
     if world_size() == 1:
         return value
     values = [value]

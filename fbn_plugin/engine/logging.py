@@ -1,4 +1,4 @@
-"""What a training run says: a progress bar (or a line now and then where there is no terminal), `metrics.json` with
+"""What a training run says: a progress bar (or a line now and then where there is no terminal), ``metrics.json`` with
 detectron2's field names, TensorBoard, and the log file.
 """
 
@@ -26,7 +26,7 @@ class _BarHandler(logging.StreamHandler):
 
 
 def setup_logging(output_dir: str | os.PathLike | None = None) -> None:
-    """Send the package's and fvcore's messages to stdout and, with an output folder, to its `log.txt`; rank 0 only."""
+    """Send the package's and fvcore's messages to stdout and, given a folder, to its ``log.txt``; rank 0 only."""
     handlers: list[logging.Handler] = []
     if distributed.is_main():
         handlers.append(_BarHandler())
@@ -46,7 +46,7 @@ def setup_logging(output_dir: str | os.PathLike | None = None) -> None:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of a `metrics.json`; a last line cut short by a crash is left out."""
+    """The lines of a ``metrics.json``; a last line cut short by a crash is left out."""
     rows = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
@@ -59,13 +59,13 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
 
 
 class TrainingLog:
-    """Collects what each iteration reports and writes its mean every `period` iterations; silent on ranks but 0.
+    """Collects what each iteration reports and writes its mean every ``period`` iterations; silent on ranks but 0.
 
-    Use as a context manager. On resume, what an interrupted run wrote at or after `start` is taken out of
-    `metrics.json`, so that every iteration stands there once.
+    Use as a context manager. On resume, what an interrupted run wrote at or after ``start`` is taken out of
+    ``metrics.json``, so that every iteration stands there once.
 
     Args:
-        output_dir: folder of `metrics.json` and the TensorBoard files.
+        output_dir: folder of ``metrics.json`` and the TensorBoard files.
         max_iter: iterations of the whole run.
         start: first iteration of this run.
         period: iterations between two lines.
@@ -109,15 +109,15 @@ class TrainingLog:
             self._file.close()
 
     def step(self, iteration: int, **values: float) -> None:
-        """Report one iteration (counted from 0): losses, `lr`, and its `time` and `data_time` in seconds."""
+        """Report one iteration (counted from 0): losses, ``lr``, and its ``time`` and ``data_time`` in seconds."""
         if not self.enabled:
             return
         for name, value in values.items():
             self._window[name].append(value)
         self._seconds = [*self._seconds[-99:], values["time"]]
-        self._bar.update()
         if "total_loss" in values:
             self._bar.set_postfix_str(f"loss {values['total_loss']:.4g}", refresh=False)
+        self._bar.update()
         if (iteration + 1) % self.period == 0 or iteration + 1 == self.max_iter:
             means = {name: sum(window) / len(window) for name, window in self._window.items()}
             means["lr"] = values.get("lr", math.nan)
@@ -139,7 +139,7 @@ class TrainingLog:
                 )
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
-        """Write one line now, such as an evaluation's `{"bbox/AP": 31.2}`; NaN becomes null, which JSON can carry."""
+        """Write one line now, such as an evaluation's ``{"bbox/AP": 31.2}``; NaN becomes null, which JSON can carry."""
         if not self.enabled:
             return
         row = {"iteration": iteration, **{k: None if math.isnan(v) else v for k, v in values.items()}}

@@ -19,16 +19,16 @@ __all__ = ["GroupedBatchSampler", "InfiniteSampler", "SeededDataset", "seeded_rn
 
 
 class InfiniteSampler(Sampler):
-    """An endless stream of `(index, position)`, one fresh permutation an epoch, dealt out to processes in turn.
+    """An endless stream of ``(index, position)``, one fresh permutation an epoch, dealt out to processes in turn.
 
-    Position p of the stream belongs to rank `p % world_size`, so the batches of a run are the same images whatever the
-    number of processes that share them.
+    Position p of the stream belongs to rank ``p % world_size``, so the batches of a run are the same images whatever
+    the number of processes that share them.
 
     Args:
         size: number of samples in the dataset.
         seed: of the permutations.
-        start: the first of this rank's samples to give, counted from 0: `iteration * batch_size` resumes at
-            `iteration`.
+        start: the first of this rank's samples to give, counted from 0: ``iteration * batch_size`` resumes at
+            ``iteration``.
         shuffle: False for 0, 1, 2, ... over and over.
     """
 
@@ -99,7 +99,7 @@ def seeded_rng(*entropy: int) -> Iterator[None]:
 
 
 class SeededDataset(Dataset):
-    """A dataset indexed by InfiniteSampler's `(index, position)`; its augmentation is drawn from (seed, position)."""
+    """A dataset indexed by InfiniteSampler's ``(index, position)``; its augmentation is drawn from (seed, position)."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset

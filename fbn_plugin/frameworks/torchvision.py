@@ -1,8 +1,9 @@
-"""How a norm gets into torchvision: classification models take `norm_layer=norm_factory("FBN")`, and `mask_rcnn_fpn`
-builds a Mask R-CNN with a norm of one's choice in backbone, FPN and heads.
+"""How a norm gets into torchvision: classification models take ``norm_layer=norm_factory("FBN")``, and
+``mask_rcnn_fpn`` builds a Mask R-CNN with a norm of one's choice in backbone, FPN and heads.
 
 torchvision's own detection builders choose between FrozenBatchNorm2d and BatchNorm2d themselves. Models without a
-`norm_layer` argument (VGG, DenseNet, ShuffleNet, ...) are converted after building: `convert_norm(model, "FBN")`.
+``norm_layer`` argument (VGG, DenseNet, ShuffleNet, ...) are converted after building: ``convert_norm(model, "FBN")``.
+The argument replaces the settings of a model too: for MobileNetV3 give ``"FBN(eps=1e-3, momentum=0.01)"``.
 """
 
 import functools
@@ -44,7 +45,7 @@ _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
 def register() -> None:
-    """Let `create_feature_extractor` treat the filtered norms as leaves; tracing cannot follow them."""
+    """Let ``create_feature_extractor`` treat the filtered norms as leaves; tracing cannot follow them."""
     leaves = feature_extraction._get_leaf_modules_for_ops
     if not hasattr(leaves, "__wrapped__"):
 
@@ -56,7 +57,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo `register`."""
+    """Undo ``register``."""
     leaves = feature_extraction._get_leaf_modules_for_ops
     feature_extraction._get_leaf_modules_for_ops = getattr(leaves, "__wrapped__", leaves)
 
@@ -89,9 +90,9 @@ def mask_rcnn_fpn(
     """Build torchvision's Mask R-CNN with a feature pyramid, every norm by a spec string.
 
     Args:
-        backbone: one of `BACKBONES`.
-        norm: spec of the backbone's norm, such as `"FBN(t_sigma=5)"`; also `"FrozenBN"`.
-        norm_fpn, norm_box_head, norm_mask_head: the same for pyramid and heads; `""` is none, and gives the
+        backbone: one of ``BACKBONES``.
+        norm: spec of the backbone's norm, such as ``"FBN(t_sigma=5)"``; also ``"FrozenBN"``.
+        norm_fpn, norm_box_head, norm_mask_head: the same for pyramid and heads; ``""`` is none, and gives the
             convolutions a bias. The box head's norm follows its convolutions; fully connected layers have none.
         num_classes: classes with the background, which is class 0.
         masks: False builds Faster R-CNN.
@@ -99,7 +100,7 @@ def mask_rcnn_fpn(
             frozen keeps its running statistics too: each batch norm there becomes a FrozenBatchNorm2d.
         weights_backbone: file with a state dict of torchvision's classification model (or of this library's: the keys
             are the same); None starts from random weights. Nothing is downloaded.
-        backbone_options: further arguments of the ResNet, such as `{"groups": 32, "width_per_group": 4}`.
+        backbone_options: further arguments of the ResNet, such as ``{"groups": 32, "width_per_group": 4}``.
         fpn_channels: channels of each of the five pyramid levels.
         anchor_sizes, aspect_ratios: for each of the five levels, or one entry for all.
         rpn_convs: 3x3 convolutions in the proposal network's head.
@@ -108,8 +109,8 @@ def mask_rcnn_fpn(
         mask_convs: widths of the mask head's convolutions.
         box_resolution, mask_resolution, box_sampling_ratio, mask_sampling_ratio: of the RoI pooling; a sampling ratio
             of 0 adapts to the size of the region.
-        kwargs: the other arguments of `torchvision.models.detection.MaskRCNN`: `min_size`, `image_mean`,
-            `rpn_batch_size_per_image`, `box_detections_per_img`, ...
+        kwargs: the other arguments of ``torchvision.models.detection.MaskRCNN``: ``min_size``, ``image_mean``,
+            ``rpn_batch_size_per_image``, ``box_detections_per_img``, ...
 
     Raises:
         ValueError: an unknown backbone or norm, a norm that does not fit the channels, or weights of another network.
@@ -161,7 +162,7 @@ def mask_rcnn_fpn(
 
 
 def load_backbone(body: nn.Module, weights: str | os.PathLike | Mapping[str, torch.Tensor]) -> None:
-    """Load a classification model's weights into a ResNet or a detector's `backbone.body`.
+    """Load a classification model's weights into a ResNet or a detector's ``backbone.body``.
 
     Args:
         body: with any norm; one without running statistics leaves those of the weights out, with a warning.
@@ -216,7 +217,7 @@ def _box_head(
 
 
 def _freeze(module: nn.Module) -> nn.Module:
-    """`module` with nothing left to train: each batch norm in it (filtered ones too, which in evaluation are batch
+    """``module`` with nothing left to train: each batch norm in it (filtered ones too, which in evaluation are batch
     norms) becomes a FrozenBatchNorm2d with its parameters and statistics."""
     module.requires_grad_(False)
     if isinstance(module, _BatchNorm):

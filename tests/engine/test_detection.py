@@ -240,6 +240,18 @@ def test_wrong_input_is_named_before_anything_is_written(config, tmp_path, chang
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_batch_is_shared_evenly(config, monkeypatch):
+    monkeypatch.setattr(detection.distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="IMS_PER_BATCH 3 must be a multiple of the number of processes, 2"):
+        DetectionTrainer(config(SOLVER__IMS_PER_BATCH=3))
+
+
+def test_freezing_random_weights_is_remarked(config, caplog, monkeypatch):
+    monkeypatch.setattr(detection.logging.getLogger("fbn_plugin"), "propagate", True)
+    DetectionTrainer(config(MODEL__BACKBONE__FREEZE_AT=2))
+    assert "FREEZE_AT 2 freezes random weights" in caplog.text
+
+
 def test_a_run_is_not_written_over_and_not_resumed_with_another_model(config):
     cfg = config(SOLVER__MAX_ITER=1)
     DetectionTrainer(cfg).train()
@@ -402,4 +414,3 @@ def test_defaults_are_detectron2s():
                 assert value == theirs[key], ".".join((*path, key))
 
     compare(detection_config(), theirs, ())
-    assert detection.__doc__

@@ -1,0 +1,182 @@
+"""tools/train_detection.py as a user runs it: killed and resumed, on two processes, with every kind of bad input."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fbn_plugin.engine.logging import read_metrics
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "train_detection.py"
+DATA = ROOT / "../shared/data"
+CONFIG = """
+MODEL:
+  DEVICE: cpu
+  MASK_ON: True
+  BACKBONE: {FREEZE_AT: 0}
+  RESNETS: {DEPTH: 18, NORM: "FBN(t_sigma=4)"}
+  FPN: {OUT_CHANNELS: 16}
+  RPN: {BATCH_SIZE_PER_IMAGE: 16, POST_NMS_TOPK_TRAIN: 30, POST_NMS_TOPK_TEST: 10}
+  ROI_HEADS: {NUM_CLASSES: 2, BATCH_SIZE_PER_IMAGE: 16}
+  ROI_BOX_HEAD: {FC_DIM: 16}
+  ROI_MASK_HEAD: {NUM_CONV: 1, CONV_DIM: 16}
+INPUT: {MIN_SIZE_TRAIN: [48, 64], MIN_SIZE_TEST: 64, MAX_SIZE_TRAIN: 128, MAX_SIZE_TEST: 128}
+SOLVER: {IMS_PER_BATCH: 2, BASE_LR: 5e-3, MAX_ITER: 6, CHECKPOINT_PERIOD: 3, WARMUP_ITERS: 2}
+DATALOADER: {NUM_WORKERS: 0}
+SEED: 3
+VERSION: 2
+"""
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def arguments(shapes, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"{CONFIG}DATASETS: {{TRAIN: ['{shapes}:train'], TEST: ['{shapes}:val']}}\nOUTPUT_DIR: {tmp_path / 'out'}\n"
+    )
+    return ["--config-file", str(tmp_path / "run.yaml")]
+
+
+def run(*arguments, launcher=(sys.executable,)):
+    command = [*launcher, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def weights(folder):
+    return torch.load(folder / "model_final.pth", weights_only=True)["model"]
+
+
+def assert_same(one, other):
+    assert [name for name in one | other if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(arguments, tmp_path):
+    whole = run(*arguments)
+    assert whole.returncode == 0, whole.stderr
+    output = ["OUTPUT_DIR", str(tmp_path / "killed"), "DATALOADER.NUM_WORKERS", "2"]
+    process = subprocess.Popen([sys.executable, str(TOOL), *arguments, *output], env=ENV, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "killed/last_checkpoint").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "killed/model_final.pth").exists()
+    resumed = run("--resume", *arguments, *output)
+    assert resumed.returncode == 0 and "iteration 4 to 6" in resumed.stdout, resumed.stderr
+    assert_same(weights(tmp_path / "out"), weights(tmp_path / "killed"))
+    # what a finished run leaves behind
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.yaml", "metrics.json", "log.txt", "model_0000002.pth", "model_final.pth", "last_checkpoint"} < names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (tmp_path / "out/inference/coco_instances_results.json").exists()
+    evaluation = read_metrics(tmp_path / "out/metrics.json")[-1]
+    assert evaluation["iteration"] == 5 and {"bbox/AP", "segm/AP"} < evaluation.keys()
+    # the saved config alone evaluates the saved weights to the same figures
+    again = run(
+        *("--config-file", tmp_path / "out/config.yaml", "--eval-only"),
+        *("MODEL.WEIGHTS", tmp_path / "out/model_final.pth", "OUTPUT_DIR", tmp_path / "eval"),
+    )
+    lines = [[line for line in each.stdout.splitlines() if " AP50 " in line] for each in (whole, again)]
+    assert len(lines[0]) == 2 and lines[0] == lines[1]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+def test_two_processes_train_together_and_resume_exactly(arguments, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for output, stops in (("whole", (6,)), ("parts", (3, 6))):
+        for stop in stops:
+            options = ["OUTPUT_DIR", tmp_path / output, "SOLVER.MAX_ITER", stop, "TEST.EVAL_PERIOD", 3]
+            done = run("--resume", *arguments, *options, launcher=torchrun)
+            assert done.returncode == 0, done.stderr
+            assert "2 process(es)" in done.stdout and done.stdout.count(f"iteration {stop}/{stop}") == 1
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    rows = [
+        [r for r in read_metrics(tmp_path / name / "metrics.json") if "bbox/AP" in r] for name in ("whole", "parts")
+    ]
+    assert rows[0] == rows[1] and [row["iteration"] for row in rows[0]] == [2, 5]
+
+
+@pytest.fixture
+def main():
+    sys.path.insert(0, str(TOOL.parent))
+    try:
+        import train_detection
+    finally:
+        sys.path.remove(str(TOOL.parent))
+    return train_detection.main
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--config-file", "nowhere.yaml"], "config file nowhere.yaml is not there"),
+        (["MODEL.RESNETS.NROM", "FBN"], "unknown config key 'MODEL.RESNETS.NROM'; did you mean 'MODEL.RESNETS.NORM'?"),
+        (["MODEL.RESNETS.NORM", "FBM"], "MODEL.RESNETS.NORM: unknown norm 'FBM' (did you mean 'FBN'?)"),
+        (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], "NUM_CLASSES is 80, but dataset"),
+        (["DATASETS.TRAIN", "nowhere:train"], "there is no folder nowhere"),
+        (["MODEL.WEIGHTS", "nowhere.pth"], "checkpoint nowhere.pth is not there"),
+        (["--eval-only"], "nothing to evaluate"),
+        (["SOLVER.MAX_ITER"], "pairs KEY VALUE"),
+        (["OUTPUT_DIR", "/dev/null/out"], "/dev/null"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(main, arguments, tmp_path, options, words, capsys):
+    before = set(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_an_image_that_breaks_in_a_worker_is_one_line(arguments, shapes, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(shapes, tmp_path / "set")
+    for path in (folder / "train").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    done = run(*arguments, "DATASETS.TRAIN", f"{folder}:train", "DATALOADER.NUM_WORKERS", 1)
+    assert done.returncode == 2
+    assert (
+        done.stderr.splitlines()[-1].startswith(f"error: image {folder / 'train'}") and "Traceback" not in done.stderr
+    )
+
+
+def test_keys_that_are_not_used_are_reported_in_one_line(main, arguments, capsys):
+    keys = ["MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.RETINANET.NORM", "BN"]
+    with pytest.raises(SystemExit):
+        main([*arguments, *keys, "SOLVER.MAX_ITER", "0"])
+    printed = capsys.readouterr()
+    assert printed.out == "these keys are not used: MODEL.RESNETS.STRIDE_IN_1X1, MODEL.RETINANET.NORM\n"
+    assert printed.err == "error: SOLVER.MAX_ITER must be above 0, not 0\n"
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the shared data sets are not here")
+@pytest.mark.parametrize(
+    "name, classes, norm",
+    [("fruits_nuts", 3, "BN"), ("dsb2018_nuclei_small", 1, "FBN"), ("coco2017_subset", 80, "FBN")],
+)
+def test_real_data(arguments, tmp_path, name, classes, norm):
+    options = {
+        "DATASETS.TRAIN": f"{DATA / name}:train",
+        "DATASETS.TEST": f"{DATA / name}:val" if name == "fruits_nuts" else "()",
+        "MODEL.ROI_HEADS.NUM_CLASSES": classes,
+        "MODEL.RESNETS.NORM": norm,
+        "INPUT.MIN_SIZE_TRAIN": 128,
+        "INPUT.MIN_SIZE_TEST": 128,
+        "SOLVER.MAX_ITER": 2,
+        "TEST.DETECTIONS_PER_IMAGE": 300,
+    }
+    done = run(*arguments, *(part for pair in options.items() for part in pair))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("AP50") == (2 if name == "fruits_nuts" else 0)
