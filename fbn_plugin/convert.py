@@ -35,7 +35,7 @@ def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
     """
     for name in _STATE:
         tensor = getattr(old, name, None)
-        if getattr(new, name, None) is not None and (tensor is not None or name in ("weight", "bias")):
+        if tensor is not None and getattr(new, name, None) is not None:
             setattr(new, name, tensor)
     return new.train(old.training)
 
@@ -44,7 +44,8 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     """Build the factory's norm for the channels of the batch normalization ``old``, with its options and state.
 
     ``eps``, ``momentum``, ``affine`` and ``track_running_stats`` are those of ``old`` where the new norm has them and
-    the spec does not set them; an instance normalization tracks no statistics unless the spec says so.
+    the spec does not set them; an instance normalization tracks no statistics unless the spec says so. Where ``old``
+    has no weight or bias, neither has the new norm, unless the spec sets ``affine``.
     """
     reference = next((t for t in (old.weight, old.running_mean) if t is not None), None)
     placement = {} if reference is None else {"device": reference.device, "dtype": reference.dtype}
@@ -53,7 +54,12 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     if defaults.get("track_running_stats"):
         inherited.add("track_running_stats")
     kept = {name: getattr(old, name) for name in inherited - factory.spec.options.keys()}
-    return copy_norm_state(old, factory(old.num_features, **kept, **placement))
+    new = copy_norm_state(old, factory(old.num_features, **kept, **placement))
+    if "affine" not in factory.spec.options:
+        for name in ("weight", "bias"):
+            if getattr(old, name) is None and getattr(new, name) is not None:
+                setattr(new, name, None)
+    return new
 
 
 def _dims(module: nn.Module) -> int:
@@ -94,7 +100,9 @@ def convert_norm(model: nn.Module, spec: str) -> nn.Module:
 
     Warns:
         UserWarning: subclasses of batch normalization with a forward of their own that no converter is registered for
-        are left as they are.
+        are left as they are; or there is no batch normalization at all.
+
+    Forward hooks of the old norms are not carried over.
     """
     factories = {dims: norm_factory(spec, dims) for dims in (1, 2, 3)}
     replaced: dict[nn.Module, nn.Module] = {}
@@ -110,11 +118,13 @@ def convert_norm(model: nn.Module, spec: str) -> nn.Module:
                 raise ValueError(f"cannot convert {name or 'the module'!r} to {spec}: {error}") from error
         elif isinstance(module, _BatchNorm):
             left[name] = type(module).__name__
+    if not replaced and not left:
+        warnings.warn(f"nothing was converted to {spec}: the model has no batch normalization", stacklevel=2)
     if left:
         name, kind = next(iter(left.items()))
         warnings.warn(f"{len(left)} norms are left as they are: no converter for {kind} (at {name!r})", stacklevel=2)
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() leaves out a second name of a child
             if child in replaced:
                 setattr(parent, name, replaced[child])
     return replaced.get(model, model)

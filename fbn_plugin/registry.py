@@ -32,6 +32,7 @@ your own with ``@NORMS.register()``::
         return ...
 """
 
+_BOUNDS = {"eps": (0, math.inf), "momentum": (0, 1), "num_groups": (1, math.inf)}
 _NOT_OPTIONS = ("num_channels", "dims", "device", "dtype")
 
 
@@ -126,6 +127,9 @@ def _check_value(name: str, key: str, value, default) -> None:
         )
         if isinstance(value, bool) or not isinstance(value, allowed):
             raise ValueError(f"option {key!r} of {name} takes a number such as {default!r}, got {value!r}")
+        low, high = _BOUNDS.get(key, (-math.inf, math.inf))
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"option {key!r} of {name} must lie between {low} and {high}, got {value!r}")
 
 
 def parse_spec(spec: str | NormSpec) -> NormSpec:
@@ -145,12 +149,17 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
         raise _unknown("unknown norm", name, [key for key, _ in NORMS])
     try:
         call = ast.parse(f"f({arguments})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(keyword.arg is None for keyword in call.keywords):
+        if (
+            not isinstance(call, ast.Call)
+            or not isinstance(call.func, ast.Name)
+            or call.args
+            or any(keyword.arg is None for keyword in call.keywords)
+        ):
             raise ValueError
         options = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
         if len(options) < len(call.keywords):
             raise ValueError
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"a norm's options are written option=value with literal values, got {spec!r}") from error
     defaults = norm_options(name)
     for key, value in options.items():

@@ -97,6 +97,17 @@ def test_a_shared_norm_stays_shared():
     assert model["a"] is model["b"][0] and isinstance(model["a"], fbn_plugin.FilteredBatchNorm2d)
 
 
+def test_a_norm_with_two_names_keeps_both():
+    norm = nn.BatchNorm2d(4)
+    model = convert_norm(nn.ModuleDict({"a": norm, "b": norm}), "FBN")
+    assert model["a"] is model["b"] and isinstance(model["a"], fbn_plugin.FilteredBatchNorm2d)
+
+
+def test_affine_in_the_spec_wins():
+    assert convert_norm(nn.BatchNorm2d(4, affine=False), "FBN(affine=True)").weight.shape == (4,)
+    assert convert_norm(nn.BatchNorm2d(4), "FBN(affine=False)").weight is None
+
+
 def test_a_refusal_names_the_layer_and_leaves_the_model_alone():
     model = network()
     with pytest.raises(ValueError, match="cannot convert '1' to FGN: .*32 groups for 8 channels"):
@@ -129,7 +140,8 @@ def test_a_forward_of_its_own_is_left_with_a_warning_or_converted_by_its_convert
 
 def test_a_model_without_norms_is_returned_as_it_is():
     model = nn.Linear(2, 2)
-    assert convert_norm(model, "FBN") is model
+    with pytest.warns(UserWarning, match="nothing was converted to FBN: the model has no batch normalization"):
+        assert convert_norm(model, "FBN") is model
 
 
 def test_instance_norm_does_not_inherit_running_statistics():

@@ -78,6 +78,12 @@ def test_no_norm_and_callables():
         ("FBN(t_sigma=__import__('os').getcwd())", "options are written option=value"),
         ("FBN(**{})", "options are written option=value"),
         ("FBN(t_sigma=2, t_sigma=3)", "options are written option=value"),
+        ("FBN(t_sigma=4)(eps=1e-3)", "options are written option=value"),
+        ("FBN(t_sigma=2).g(eps=1e-3)", "options are written option=value"),
+        ("FBN(eps={[]: 1})", "options are written option=value"),
+        ("FBN(eps=-1)", "option 'eps' of FBN must lie between 0 and inf, got -1"),
+        ("FBN(momentum=3)", "option 'momentum' of FBN must lie between 0 and 1, got 3"),
+        ("GN(num_groups=0)", "option 'num_groups' of GN must lie between 1 and inf, got 0"),
         ("FBN(t_sigma=2))(", "a norm is written NAME or NAME"),
         ("FBN(t_sigma=2", "a norm is written NAME or NAME"),
         ("3", "a norm is written NAME or NAME"),
@@ -105,7 +111,13 @@ def test_specs_survive_the_trip_through_text(name, t_sigma, eps, mode):
     assert parse_spec(str(spec)) == spec
 
 
-@given(st.text(max_size=30))
+PIECES = ["FBN", "GN", "t_sigma", "eps", "num_groups", "(", ")", "=", ",", "1e-3", "9" * 400, "inf", "{[]: 1}", "'", "-"]
+words = st.sampled_from(PIECES)
+    ["FBN", "GN", "t_sigma", "eps", "num_groups", "(", ")", "=", ",", "1e-3", "9" * 400, "inf", "{[]: 1}", "'", "-"]
+)
+
+
+@given(st.text(max_size=30) | st.lists(words, max_size=9).map("".join))
 def test_no_text_does_anything_but_parse_or_say_why(text):
     try:
         spec = parse_spec(text)

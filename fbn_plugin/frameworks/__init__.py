@@ -14,7 +14,7 @@ def _adapters(names) -> dict[str, ModuleType]:
     for name in names:
         try:
             adapters[name] = importlib.import_module(f"fbn_plugin.frameworks.{name}")
-        except ImportError as error:
+        except Exception as error:  # a package that was built against another torch fails in many ways
             warnings.warn(f"{name} is installed but cannot be imported, so it gets no norms: {error}", stacklevel=3)
     return adapters
 

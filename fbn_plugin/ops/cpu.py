@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL | str:
     files = [Path(__file__).with_name(f"_cpu{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     found = next((file for file in files if file.exists()), None)
     if found is None:
-        return "the C++ kernels were not built: there was no compiler when the package was installed"
+        return "the C++ kernels were not built when the package was installed: no compiler, or it failed"
     try:
         kernels = ctypes.CDLL(str(found))
     except OSError as error:

@@ -98,7 +98,7 @@ static inline void draw_band(Set& s, double shift, double sum, double square, do
     double d = sum / n, var = square / n - d * d, mean = shift + d;
     double sigma = sqrt((var > 0 ? var : var == var ? 0 : var) + o.eps);
     // wide enough to hold a value even where the deviation is below the rounding of the mean
-    double width = o.t_sigma * sigma, least = sigma + 16 * 1.1920929e-07 * fabs(mean);
+    double width = o.t_sigma * sigma, least = sigma + 16 * 1.1920929e-07 * (sigma + fabs(mean));
     if (!(width > least)) width = least;
     s.lower = (float)(mean - width);
     s.upper = (float)(mean + width);

@@ -7,6 +7,8 @@ and Al-afandi, "Filtered Batch Normalization" (2020).
 """
 
 import math
+import numbers
+import sys
 from types import ModuleType
 
 import torch
@@ -41,11 +43,19 @@ def check_filter(t_sigma: float, grad_mode: str = "exact") -> float:
 
     The cut must lie above one deviation: only then does Chebyshev's inequality promise that at least one value is kept.
     """
-    if isinstance(t_sigma, bool) or not isinstance(t_sigma, (int, float)) or not t_sigma > 1:
+    if isinstance(t_sigma, bool) or not isinstance(t_sigma, numbers.Real) or not t_sigma > 1:
         raise ValueError(f"t_sigma must be a number greater than 1 (inf filters nothing), got {t_sigma!r}")
     if grad_mode not in GRAD_MODES:
         raise ValueError(f"grad_mode must be one of {', '.join(map(repr, GRAD_MODES))}, got {grad_mode!r}")
-    return float(t_sigma)
+    return float(min(t_sigma, sys.float_info.max)) if t_sigma != math.inf else math.inf
+
+
+def _check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
+    if x.dim() < 2 or not x.is_floating_point():
+        raise ValueError(f"the input must be floating point of shape (N, C, ...), got {x.dtype} of {tuple(x.shape)}")
+    for name, tensor in per_channel.items():
+        if tensor is not None and tensor.numel() != x.shape[1]:
+            raise ValueError(f"{name} has {tensor.numel()} elements, but the input has {x.shape[1]} channels")
 
 
 @torch.library.custom_op("fbn_plugin::filtered_norm", mutates_args=())
@@ -59,6 +69,7 @@ def _filtered_norm(
     gaussian_correction: bool,
     grad_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_channels(x, weight=weight, bias=bias)  # the kernels read them by address
     y, moments = _backend(x).filtered_norm(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction)
     return (y, *moments)
 
@@ -126,6 +137,21 @@ _filtered_norm.register_autograd(_backward, setup_context=_keep_for_backward)
 _filtered_norm_backward.register_autograd(_no_double_backward)
 
 
+def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options) -> tuple[Tensor, ...]:
+    """The operator, or inside of a ``torch.func`` transform, which cannot see through it, the reference that it stands
+    for."""
+    wrapped = not torch.compiler.is_compiling() and any(
+        t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x, weight, bias)
+    )
+    if not wrapped:
+        return _filtered_norm(x, weight, bias, *options)
+    *options, grad_mode = options
+    if grad_mode != "exact":
+        raise ValueError(f"torch.func transforms follow the exact gradient only, got grad_mode {grad_mode!r}")
+    y, moments = reference.filtered_norm(x, weight, bias, *options)
+    return (y, *moments)
+
+
 def filtered_batch_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -171,17 +197,10 @@ def filtered_batch_norm(
     t_sigma = check_filter(t_sigma, grad_mode)
     if not training or math.isinf(t_sigma) or x.numel() == 0:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    _check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        if tensor is not None and tensor.numel() != x.shape[1]:
-            raise ValueError(f"{name} has {tensor.numel()} elements, but the input has {x.shape[1]} channels")
-    y, mean, var, _, _, count = _filtered_norm(x, weight, bias, 0, t_sigma, eps, gaussian_correction, grad_mode)
+    y, mean, var, _, _, count = _normalize(x, weight, bias, 0, t_sigma, eps, gaussian_correction, grad_mode)
     if running_mean is not None and running_var is not None:
         _update_running_stats(running_mean, running_var, mean, var, count, momentum)
     return y
@@ -228,6 +247,7 @@ def filtered_group_norm(
         channels.
     """
     t_sigma = check_filter(t_sigma, grad_mode)
+    _check_channels(x, weight=weight, bias=bias)
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(
@@ -237,5 +257,5 @@ def filtered_group_norm(
         return F.group_norm(x, num_groups, weight, bias, eps)
     if x.numel() == num_groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {x.shape} for {num_groups} groups")
-    y, *_ = _filtered_norm(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction, grad_mode)
+    y, *_ = _normalize(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction, grad_mode)
     return y

@@ -84,7 +84,8 @@ def _moments(
     # below the rounding of the mean (a constant 1e6, say), the band is widened by that rounding, so that the promise
     # holds for the computed ones too.
     finfo = torch.finfo(x.dtype)
-    half_width = torch.maximum(t_sigma * sigma.clamp_min(finfo.tiny), sigma + 16 * finfo.eps * mean.abs())
+    least = sigma + 16 * finfo.eps * (sigma + mean.abs())
+    half_width = torch.maximum(t_sigma * sigma.clamp_min(finfo.tiny), least)
     lower, upper = mean - half_width, mean + half_width
 
     # A second look at the kept values around their first mean recovers the digits that summing large values loses.

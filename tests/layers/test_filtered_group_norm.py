@@ -107,6 +107,18 @@ def test_layouts_and_no_affine(filtered, memory_format):
 
 
 @pytest.mark.parametrize("filtered", LAYERS, ids=NAMES)
+def test_checkpoints_empty_batches_and_wrong_channels(filtered, tmp_path):
+    layer = filtered(t_sigma=1.5)
+    torch.save(layer.state_dict(), tmp_path / "weights.pth")
+    filtered(t_sigma=1.5).load_state_dict(torch.load(tmp_path / "weights.pth", weights_only=True))
+    empty = torch.empty(0, 6, 3, 3, requires_grad=True)
+    layer(empty).sum().backward()
+    assert empty.grad.shape == empty.shape and layer.weight.grad.eq(0).all()
+    with pytest.raises(ValueError, match="6 elements, but the input has 12 channels"):
+        layer(torch.randn(2, 12, 4, 4))
+
+
+@pytest.mark.parametrize("filtered", LAYERS, ids=NAMES)
 def test_half_precision(filtered):
     layer = filtered(t_sigma=1.5)
     y = layer(data().bfloat16())

@@ -151,7 +151,7 @@ def test_one_huge_value_does_not_move_the_moments():
 
 
 def test_the_band_is_inclusive_and_outliers_beyond_it_are_dropped():
-    # Nine values at -1/3 and one at 3: mean 0, variance 1, so with eps 0 the last lies exactly 3 deviations away.
+    # Nine values at -1 and one at 9: mean 0, variance 9, so with eps 0 the last lies exactly 3 deviations away.
     x = torch.tensor([-1.0] * 9 + [9.0], dtype=torch.float64).view(10, 1)
     mean, var = torch.zeros(1, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)
     filtered_batch_norm(x, None, None, mean, var, training=True, momentum=1.0, eps=0.0, t_sigma=3.0)
@@ -333,6 +333,44 @@ def test_double_backward_is_refused():
 
 
 @pytest.mark.parametrize("num_groups", BOTH_FORMS)
+def test_torch_func_transforms_are_right_or_refused(num_groups):
+    x, weight, bias = batch((3, 4, 3, 3))
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    _, forward_mode = torch.func.jvp(lambda x: norm(x, weight, bias, num_groups, t_sigma=1.8), (x,), (tangent,))
+    step = 1e-6 * tangent
+    ahead, behind = (norm(x + s, weight, bias, num_groups, t_sigma=1.8) for s in (step, -step))
+    torch.testing.assert_close(forward_mode, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-6)
+
+    def loss(x, weight):
+        return norm(x, weight, bias, num_groups, t_sigma=1.8).sin().sum()
+
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    loss(*leaves).backward()
+    for got, leaf in zip(torch.func.grad(loss, argnums=(0, 1))(x, weight), leaves):
+        torch.testing.assert_close(got, leaf.grad)
+    with pytest.raises(ValueError, match="the exact gradient only, got grad_mode 'paper'"):
+        torch.func.grad(lambda x: norm(x, None, None, num_groups, grad_mode="paper").sum())(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_groups", BOTH_FORMS)
+def test_parameters_of_another_length_are_refused(num_groups, dtype):
+    x = torch.randn(2, 8, 4, 4, dtype=dtype)
+    for name in ("weight", "bias"):
+        parameters = {"weight": None, "bias": None, name: torch.ones(4, dtype=dtype)}
+        with pytest.raises(ValueError, match=f"{name} has 4 elements, but the input has 8 channels"):
+            norm(x, num_groups=num_groups, **parameters)
+    with pytest.raises(ValueError, match="weight has 4 elements"):
+        torch.ops.fbn_plugin.filtered_norm(x, torch.ones(4), None, num_groups, 2.0, 1e-5, False, "exact")
+
+
+@pytest.mark.parametrize("x", [torch.ones(4, 3, dtype=torch.int64), torch.ones(4)], ids=["integer", "1-D"])
+def test_inputs_that_are_no_activations_are_refused(x):
+    with pytest.raises(ValueError, match="the input must be floating point of shape"):
+        filtered_batch_norm(x, training=True)
+
+
+@pytest.mark.parametrize("num_groups", BOTH_FORMS)
 @pytest.mark.parametrize("affine", [True, False])
 def test_operator_contracts(num_groups, affine):
     x, weight, bias = (t.requires_grad_() for t in batch((2, 4, 3, 3), dtype=torch.float32))
@@ -360,7 +398,7 @@ values = st.floats(-100, 100, allow_nan=False, width=32)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(values, min_size=4, max_size=24), st.floats(1.05, 8), st.sampled_from([0, 1]))
+@given(st.lists(values, min_size=4, max_size=24), st.floats(1.0, 8, exclude_min=True), st.sampled_from([0, 1]))
 def test_chebyshev_keeps_something(numbers, t_sigma, num_groups):
     x = torch.tensor(numbers).view(-1, 1) if num_groups == 0 else torch.tensor(numbers).view(1, -1)
     assert torch.isfinite(norm(x, None, None, num_groups, t_sigma=t_sigma)).all()
