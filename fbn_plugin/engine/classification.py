@@ -32,7 +32,7 @@ from tqdm import tqdm
 from fbn_plugin import convert_norm
 from fbn_plugin.engine import distributed
 from fbn_plugin.engine.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write
-from fbn_plugin.engine.config import save_config
+from fbn_plugin.engine.config import check_resume, save_config
 from fbn_plugin.engine.image_data import load_image_data
 from fbn_plugin.engine.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.sampling import InfiniteSampler, SeededDataset
@@ -43,6 +43,20 @@ logger = logging.getLogger(__name__)
 
 SCHEDULERS = ("constant", "cosine", "multistep", "poly", "tanh")
 TRAIN_CROPS = ("none", "padded", "random_resized")
+
+# What a resumed run may have otherwise; the learning rate's schedule is computed anew.
+_MAY_CHANGE = (
+    "MODEL.DEVICE",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.MAX_EPOCH",
+    "SOLVER.MAX_ITER",
+    "SOLVER.BASE_LR",
+    "SOLVER.MIN_LR",
+    "SOLVER.STEPS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.*",
+    "OUTPUT_DIR",
+)
 
 
 def classification_config() -> CfgNode:
@@ -310,7 +324,8 @@ class ClassificationTrainer:
 
     Args:
         cfg: `classification_config` with a file merged in.
-        resume: continue from the last checkpoint in OUTPUT_DIR, if there is one.
+        resume: continue from the last checkpoint in OUTPUT_DIR, if there is one, with the settings it began with;
+            only the device, the rates, the number of iterations or workers, and when to save and evaluate may change.
         eval_only: only evaluate: MODEL.WEIGHTS, which must fit the whole model, or with `resume` the last checkpoint.
 
     Raises:
@@ -330,6 +345,8 @@ class ClassificationTrainer:
             )
         if previous and not (resume or eval_only):
             raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run; add --resume to continue it, or choose another")
+        if previous and resume and not eval_only:
+            check_resume(cfg, classification_config(), _MAY_CHANGE)
         self.data = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
@@ -373,6 +390,12 @@ class ClassificationTrainer:
             if "iteration" not in state:
                 raise ValueError(f"checkpoint {last} is not of a run of this tool: it has no iteration")
             self.start_iter = state["iteration"] + 1
+            if self.start_iter > self.max_iter and not eval_only:
+                key = "MAX_ITER" if self.max_iter == solver.MAX_ITER else "MAX_EPOCH"
+                raise ValueError(
+                    f"SOLVER.{key} {solver[key]} ends the training after {self.max_iter} iterations, but the run that "
+                    f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds has {self.start_iter}"
+                )
         else:
             self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
 
@@ -475,15 +498,14 @@ class ClassificationTrainer:
     def _provenance(self) -> dict[str, Any]:
         cfg, cuda = self.cfg, self.device.type == "cuda"
         device = torch.cuda.get_device_name(self.device) if cuda else f"{platform.machine()} CPU"
-        iterations = max(self.start_iter, self.max_iter)
         return {
             "dataset": self.data.title,
             "train_images": len(self.data.train),
             "val_images": len(self.data.val),
             "model": cfg.MODEL.NAME,
             "norm": cfg.MODEL.NORM or "the model's own",
-            "epochs": iterations / self.iters_per_epoch,
-            "iterations": iterations,
+            "epochs": self.max_iter / self.iters_per_epoch,
+            "iterations": self.max_iter,
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
             "seed": cfg.SEED,
             "hardware": f"{distributed.world_size()} x {device}"

@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-__all__ = ["CfgNode", "load_config", "save_config"]
+from fbn_plugin.engine.checkpoint import atomic_write
+
+__all__ = ["CfgNode", "check_resume", "load_config", "save_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +61,27 @@ def load_config(
 
 def save_config(cfg: CfgNode, path: str | os.PathLike) -> None:
     """Write ``cfg`` as YAML that ``load_config`` reads back to the same values."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(cfg.dump())
+    atomic_write(path, cfg.dump().encode())
+
+
+def check_resume(cfg: CfgNode, defaults: CfgNode, may_change: Sequence[str]) -> None:
+    """Refuse to continue the run in OUTPUT_DIR with settings other than those of its ``config.yaml``.
+
+    Args:
+        cfg: the settings to continue with.
+        defaults: as for ``load_config``.
+        may_change: keys (with shell wildcards) that a continued run may have otherwise.
+
+    Raises:
+        FileNotFoundError, ValueError: no ``config.yaml``; the first key that differs, with its old and new value.
+    """
+    saved = dict(_flatten(load_config(defaults, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))))
+    for key, new in _flatten(cfg):
+        if new != saved[key] and not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
+            raise ValueError(
+                f"{key} is {saved[key]!r} in the run that OUTPUT_DIR {cfg.OUTPUT_DIR} holds, not {new!r}; "
+                "resume it with the old value, or choose another OUTPUT_DIR"
+            )
 
 
 def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -35,7 +35,7 @@ from fbn_plugin.engine import distributed
 from fbn_plugin.engine.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, RandomState, atomic_write, load_file
 from fbn_plugin.engine.coco_data import Augmentation, CocoDataset, CocoDetection, resolve_dataset, scaled_size
 from fbn_plugin.engine.coco_eval import coco_results, evaluate_coco
-from fbn_plugin.engine.config import CfgNode, load_config, save_config
+from fbn_plugin.engine.config import CfgNode, check_resume, load_config, save_config
 from fbn_plugin.engine.logging import Timer, TrainingLog, read_metrics, setup_logging
 from fbn_plugin.engine.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset
 from fbn_plugin.frameworks.torchvision import load_backbone, mask_rcnn_fpn
@@ -125,6 +125,18 @@ _UNUSED = (
     "TEST.PRECISE_BN.*",
     "VIS_PERIOD",
     "GLOBAL.*",
+)
+
+# What a resumed run may have otherwise. The checkpoint holds the base rate and the decay: a new value would do nothing.
+_MAY_CHANGE = (
+    "MODEL.DEVICE",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.MAX_ITER",
+    "SOLVER.STEPS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.*",
+    "OUTPUT_DIR",
+    "CUDNN_BENCHMARK",
 )
 
 _LOSS_NAMES = {"loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_loc", "loss_classifier": "loss_cls"}
@@ -441,8 +453,10 @@ class DetectionTrainer:
 
     Args:
         cfg: from ``load_detection_config``.
-        resume: continue from OUTPUT_DIR's last checkpoint, if there is one. On the CPU the run then ends with the same
-            bits as one that was never stopped; on a GPU some backward passes add in no fixed order.
+        resume: continue from OUTPUT_DIR's last checkpoint, if there is one, with the settings it began with;
+            only the device, the number of iterations or workers, and how often to save or evaluate may change. On the
+            CPU the run then ends with the same bits as one that was never stopped; on a GPU some backward passes add in
+            no fixed order.
         eval_only: only evaluate: MODEL.WEIGHTS, or with ``resume`` the last checkpoint.
         log_period: iterations between two lines of ``metrics.json``.
 
@@ -466,6 +480,8 @@ class DetectionTrainer:
             raise ValueError("nothing to evaluate: set MODEL.WEIGHTS, or --resume with a checkpoint in OUTPUT_DIR")
         if previous and not (resume or eval_only):
             raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run; add --resume to continue it, or choose another")
+        if previous and resume and not eval_only:
+            check_resume(cfg, detection_config(), _MAY_CHANGE)
         self.test_sets = [self._dataset(name) for name in cfg.DATASETS.TEST]
         if eval_only and not self.test_sets:
             raise ValueError("DATASETS.TEST is empty; set it to a dataset such as 'my_data:val'")
@@ -499,6 +515,11 @@ class DetectionTrainer:
             if not {"iteration", "seed"} <= state.keys():
                 raise ValueError(f"checkpoint {last} is not of a run of this tool: it has no iteration")
             self.start, self.seed = state["iteration"] + 1, state["seed"]
+            if self.start > cfg.SOLVER.MAX_ITER and not eval_only:
+                raise ValueError(
+                    f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} is too few: the run that OUTPUT_DIR {cfg.OUTPUT_DIR} holds "
+                    f"has {self.start} iterations"
+                )
         elif cfg.MODEL.WEIGHTS:
             self._load_weights(cfg.MODEL.WEIGHTS, strict=eval_only)
         elif cfg.MODEL.BACKBONE.FREEZE_AT > 0:

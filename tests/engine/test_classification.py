@@ -398,7 +398,7 @@ def test_mixed_precision_keeps_float32_weights(tmp_path):
 
 
 def test_a_diverged_loss_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
-    ClassificationTrainer(config(tmp_path, SOLVER__MAX_ITER=2)).train()
+    ClassificationTrainer(config(tmp_path, SOLVER__WARMUP_EPOCHS=0, SOLVER__MAX_ITER=2)).train()
     before = (tmp_path / "model_final.pth").read_bytes()
     cfg = config(tmp_path, SOLVER__BASE_LR=1e30, SOLVER__WARMUP_EPOCHS=0, SOLVER__MAX_ITER=8)
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at iteration \d; lower SOLVER.BASE_LR"):
@@ -421,8 +421,16 @@ def test_weights_to_evaluate_and_to_start_from(tmp_path):
 
     with pytest.raises(ValueError, match=r"does not fit this model in \d+ entries"):
         ClassificationTrainer(config(MODEL__NAME="test_byobnet", MODEL__WEIGHTS=final), eval_only=True)
-    with pytest.raises(ValueError, match=r"does not fit this model"):
-        ClassificationTrainer(config(tmp_path, MODEL__NAME="test_byobnet"), resume=True)
+    for changed, words in {
+        "MODEL__NAME": ("test_byobnet", "MODEL.NAME is 'test_resnet' in the run that OUTPUT_DIR"),
+        "MODEL__NORM": ("BN", "MODEL.NORM is 'FBN' in .*, not 'BN'"),
+        "SOLVER__MAX_ITER": (29, "SOLVER.MAX_ITER 29 ends the training after 29 iterations, .* has 30"),
+        "SOLVER__MAX_EPOCH": (2, r"SOLVER.MAX_EPOCH 2 ends the training after \d+ iterations, .* has 30"),
+    }.items():
+        before = (tmp_path / "config.yaml").read_text()
+        with pytest.raises(ValueError, match=words[1]):
+            ClassificationTrainer(config(tmp_path, **{changed: words[0]}), resume=True)
+        assert (tmp_path / "config.yaml").read_text() == before
     with pytest.raises(ValueError, match="nothing to evaluate"):
         ClassificationTrainer(config(tmp_path / "new"), eval_only=True)
     with pytest.raises(ValueError, match="holds a run; add --resume"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fbn_plugin.engine.config import CfgNode, load_config, save_config
+from fbn_plugin.engine.config import CfgNode, check_resume, load_config, save_config
 
 DEFAULTS = CfgNode(
     {
@@ -109,3 +109,16 @@ def test_a_saved_config_loads_to_the_same(tmp_path):
     cfg = load_config(DEFAULTS, None, ["MODEL.NORM", "FBN(t_sigma=4.0)", "SOLVER.STEPS", "(1, 2)", "TRAIN", "a:b"])
     save_config(cfg, tmp_path / "config.yaml")
     assert load_config(DEFAULTS, tmp_path / "config.yaml") == cfg
+
+
+def test_a_run_is_continued_with_the_settings_it_began_with(tmp_path):
+    overrides = ["OUTPUT_DIR", str(tmp_path)]
+    defaults = CfgNode({**DEFAULTS, "OUTPUT_DIR": ""})
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml is not there"):
+        check_resume(load_config(defaults, None, overrides), defaults, [])
+    save_config(load_config(defaults, None, [*overrides, "SOLVER.STEPS", "(1, 2)"]), tmp_path / "config.yaml")
+    check_resume(load_config(defaults, None, [*overrides, "SOLVER.STEPS", "[1, 2]"]), defaults, [])
+    check_resume(load_config(defaults, None, overrides), defaults, ["SOLVER.*"])
+    changed = load_config(defaults, None, [*overrides, "SOLVER.STEPS", "(1, 2)", "MODEL.NORM", "FBN"])
+    with pytest.raises(ValueError, match="MODEL.NORM is 'BN' in the run that OUTPUT_DIR .* holds, not 'FBN'"):
+        check_resume(changed, defaults, ["SOLVER.*"])

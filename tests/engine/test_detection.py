@@ -257,10 +257,34 @@ def test_a_run_is_not_written_over_and_not_resumed_with_another_model(config):
     DetectionTrainer(cfg).train()
     with pytest.raises(ValueError, match="holds a run; add --resume"):
         DetectionTrainer(cfg)
-    with pytest.raises(ValueError, match="does not fit this model"):
+    with pytest.raises(ValueError, match="MODEL.FPN.OUT_CHANNELS is 16 in the run that OUTPUT_DIR .* holds, not 8"):
         DetectionTrainer(config(MODEL__FPN__OUT_CHANNELS=8), resume=True)
     with pytest.raises(ValueError, match="nothing to evaluate"):
         DetectionTrainer(config("other"), eval_only=True)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"MODEL.RESNETS.NORM": "FBN"}, "MODEL.RESNETS.NORM is 'BN' in the run that OUTPUT_DIR"),
+        ({"DATASETS.TEST": ()}, "DATASETS.TEST is "),
+        ({"SEED": 12}, "SEED is 11 in "),
+        ({"SOLVER.BASE_LR": 0.25}, "SOLVER.BASE_LR is 0.005 in .*, not 0.25"),
+        ({"SOLVER.MAX_ITER": 1}, "SOLVER.MAX_ITER 1 is too few: .* has 2 iterations"),
+    ],
+)
+def test_a_run_goes_on_as_it_began(config, changes, words):
+    cfg = config(SOLVER__MAX_ITER=2, DATALOADER__NUM_WORKERS=0)
+    DetectionTrainer(cfg).train()
+    with open(f"{cfg.OUTPUT_DIR}/config.yaml") as file:
+        before = file.read()
+    changed = config(**{"SOLVER__MAX_ITER": 2, **{key.replace(".", "__"): value for key, value in changes.items()}})
+    with pytest.raises(ValueError, match=words):
+        DetectionTrainer(changed, resume=True)
+    with open(f"{cfg.OUTPUT_DIR}/config.yaml") as file:
+        assert file.read() == before
+    longer = config(SOLVER__MAX_ITER=3, DATALOADER__NUM_WORKERS=1, TEST__EVAL_PERIOD=2, SOLVER__CHECKPOINT_PERIOD=7)
+    assert DetectionTrainer(longer, resume=True).start == 2
 
 
 def test_evaluation_of_a_checkpoint_gives_the_runs_figures(config):
