@@ -97,7 +97,8 @@ def mask_rcnn_fpn(
         num_classes: classes with the background, which is class 0.
         masks: False builds Faster R-CNN.
         trainable_layers: of stem, layer1, ..., layer4, how many are trained, counted from the end: 5 is all. What is
-            frozen keeps its running statistics too: each batch norm there becomes a FrozenBatchNorm2d.
+            frozen keeps its running statistics too: each batch norm there becomes a FrozenBatchNorm2d. Below 5 is for a
+            backbone that gets weights.
         weights_backbone: file with a state dict of torchvision's classification model (or of this library's: the keys
             are the same); None starts from random weights. Nothing is downloaded.
         backbone_options: further arguments of the ResNet, such as ``{"groups": 32, "width_per_group": 4}``.
