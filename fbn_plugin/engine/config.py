@@ -8,6 +8,7 @@ reported, not refused.
 import difflib
 import fnmatch
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -132,22 +133,33 @@ def _unknown_key(key: str, known: Mapping[str, Any]) -> str:
 def _coerce(key: str, value: Any, default: Any) -> Any:
     if isinstance(value, str):
         value = CfgNode._decode_cfg_value(value)
-    if default is None or type(value) is type(default):
-        return value
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if isinstance(default, float) and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(default, tuple) and isinstance(value, str | int | float):
+        value = (value,)  # one dataset, one size
+    try:
+        return _cast(value, default)
+    except ValueError:
+        raise ValueError(f"{key} must be of type {_type_name(default)}, such as {default!r}, not {value!r}") from None
+
+
+def _cast(value: Any, default: Any) -> Any:
+    """``value`` in the type of ``default``, its elements in that of ``default``'s first (of an empty one: strings)."""
     if isinstance(default, tuple | list) and isinstance(value, tuple | list):
-        return type(default)(value)
-    if isinstance(default, tuple) and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return (value,)  # one dataset, one size
-    raise ValueError(f"{key} must be of type {type(default).__name__}, such as {default!r}, not {value!r}")
+        return type(default)(_cast(element, default[0] if default else "") for element in value)
+    if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        number = float(value)  # YAML 1.1 reads 1e-4 as a string
+        if math.isfinite(number):
+            return number
+    elif isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    elif default is None or type(value) is type(default):
+        return value
+    raise ValueError(value)
+
+
+def _type_name(default: Any) -> str:
+    if isinstance(default, tuple | list):
+        return f"{type(default).__name__} of {_type_name(default[0] if default else '')}"
+    return "finite float" if isinstance(default, float) else type(default).__name__
 
 
 def _set(cfg: CfgNode, key: str, value: Any) -> None:

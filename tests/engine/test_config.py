@@ -6,7 +6,7 @@ from fbn_plugin.engine.config import CfgNode, check_resume, load_config, save_co
 
 DEFAULTS = CfgNode(
     {
-        "MODEL": {"NORM": "BN", "MEAN": [1.0, 2.0], "MASK_ON": False},
+        "MODEL": {"NORM": "BN", "MEAN": [1.0, 2.0], "MASK_ON": False, "SIZES": [[8]]},
         "SOLVER": {"BASE_LR": 0.1, "STEPS": (1,), "MAX_ITER": 10, "DECAY_BIAS": None},
         "TRAIN": (),
     }
@@ -36,6 +36,8 @@ def test_file_over_base_over_default_and_override_over_file(tmp_path):
         ("SOLVER.STEPS", "[3, 4]", (3, 4)),
         ("SOLVER.STEPS", "3", (3,)),
         ("MODEL.MEAN", "(3, 4)", [3, 4]),
+        ("MODEL.MEAN", "['3', 1e-4]", [3.0, 1e-4]),
+        ("MODEL.SIZES", "((8, 16), [32])", [[8, 16], [32]]),
         ("TRAIN", "a/b:train", ("a/b:train",)),
         ("SOLVER.DECAY_BIAS", "0.5", 0.5),
         ("MODEL.MASK_ON", "True", True),
@@ -63,7 +65,19 @@ def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
         (["SOLVER.MAX_ITER", "None"], "SOLVER.MAX_ITER"),
         (["MODEL.MASK_ON", "yes"], "MODEL.MASK_ON must be of type bool"),
         (["MODEL.MEAN", "3"], "MODEL.MEAN must be of type list"),
-        (["SOLVER.BASE_LR", "fast"], "'fast'"),
+        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR must be of type finite float, such as 0.1, not 'fast'"),
+        (["SOLVER.BASE_LR", "nan"], "SOLVER.BASE_LR must be of type finite float, such as 0.1, not 'nan'"),
+        (["SOLVER.BASE_LR", "1e999"], "not inf"),
+        (["SOLVER.STEPS", "('a',)"], "SOLVER.STEPS must be of type tuple of int, such as (1,), not ('a',)"),
+        (["SOLVER.STEPS", "(1, 2.5)"], "SOLVER.STEPS"),
+        (["SOLVER.STEPS", "True"], "SOLVER.STEPS"),
+        (
+            ["MODEL.MEAN", "['a', 2]"],
+            "MODEL.MEAN must be of type list of finite float, such as [1.0, 2.0], not ['a', 2]",
+        ),
+        (["MODEL.SIZES", "[32, 64]"], "MODEL.SIZES must be of type list of list of int, such as [[8]], not [32, 64]"),
+        (["MODEL.SIZES", "[[None]]"], "MODEL.SIZES"),
+        (["TRAIN", "([1],)"], "TRAIN must be of type tuple of str, such as (), not ([1],)"),
         (["MODEL.NORM"], "pairs KEY VALUE, and 'MODEL.NORM'"),
         (["--resume", "MODEL.NORM"], "flags go before"),
     ],
