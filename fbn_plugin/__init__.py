@@ -5,7 +5,7 @@
 
 from torch import nn
 
-from fbn_plugin import convert, frameworks, ops
+from fbn_plugin import convert, frameworks, fuse, ops
 from fbn_plugin.frameworks import register, unregister
 from fbn_plugin.layers import (
     FilteredBatchNorm1d,
@@ -32,6 +32,7 @@ __all__ = [
     "FilteredLayerNorm2d",
     "LayerNorm2d",
     "convert_norm",
+    "fuse_norm_act",
     "get_norm",
     "norm_factory",
     "ops",
@@ -47,3 +48,11 @@ def convert_norm(model: nn.Module, spec: str) -> nn.Module:
 
 
 convert_norm.__doc__ = convert.convert_norm.__doc__
+
+
+def fuse_norm_act(model: nn.Module) -> nn.Module:
+    frameworks.load_converters()
+    return fuse.fuse_norm_act(model)
+
+
+fuse_norm_act.__doc__ = fuse.fuse_norm_act.__doc__

@@ -4,10 +4,25 @@ On a GPU all three are one operator that stores no value between them. Source of
 Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
 """
 
-from torch import Tensor
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d
 from fbn_plugin.ops.filtered_norm import check_activation, filtered_batch_norm_act
+
+
+def activation_of(activation: Callable) -> tuple[str, float] | None:
+    """Name and negative slope by which the fused operator knows an activation module or function; None for another, or
+    for a module with hooks, which are to be called."""
+    if activation in (F.relu, F.relu_):
+        return "relu", 0.0
+    name = {nn.Identity: "identity", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}.get(type(activation))
+    if name is None or activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks:
+        return None
+    slope = getattr(activation, "negative_slope", 0.0)
+    return (name, slope) if slope >= 0 else None
 
 
 class FilteredBatchNormAct2d(FilteredBatchNorm2d):

@@ -168,11 +168,11 @@ def normalize(
 
 
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
-    """One of :data:`ACTIVATIONS`."""
+    """One of :data:`ACTIVATIONS`; it may overwrite ``z``."""
     if activation == "relu":
-        return F.relu(z)
+        return F.relu(z, inplace=True)
     if activation == "leaky_relu":
-        return F.leaky_relu(z, negative_slope)
+        return F.leaky_relu(z, negative_slope, inplace=True)
     return F.silu(z) if activation == "silu" else z
 
 
