@@ -5,12 +5,13 @@
 
 from torch import nn
 
-from fbn_plugin import convert, frameworks, ops
+from fbn_plugin import convert, frameworks, fuse, ops
 from fbn_plugin.frameworks import register, unregister
 from fbn_plugin.layers import (
     FilteredBatchNorm1d,
     FilteredBatchNorm2d,
     FilteredBatchNorm3d,
+    FilteredBatchNormAct2d,
     FilteredGroupNorm,
     FilteredInstanceNorm2d,
     FilteredLayerNorm2d,
@@ -25,11 +26,13 @@ __all__ = [
     "FilteredBatchNorm1d",
     "FilteredBatchNorm2d",
     "FilteredBatchNorm3d",
+    "FilteredBatchNormAct2d",
     "FilteredGroupNorm",
     "FilteredInstanceNorm2d",
     "FilteredLayerNorm2d",
     "LayerNorm2d",
     "convert_norm",
+    "fuse_norm_act",
     "get_norm",
     "norm_factory",
     "ops",
@@ -45,3 +48,11 @@ def convert_norm(model: nn.Module, spec: str) -> nn.Module:
 
 
 convert_norm.__doc__ = convert.convert_norm.__doc__
+
+
+def fuse_norm_act(model: nn.Module) -> nn.Module:
+    frameworks.load_converters()
+    return fuse.fuse_norm_act(model)
+
+
+fuse_norm_act.__doc__ = fuse.fuse_norm_act.__doc__

@@ -16,12 +16,15 @@ from collections.abc import Callable
 from types import ModuleType
 
 from detectron2.config import configurable
-from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm, batch_norm
+from detectron2.layers import Conv2d, CycleBatchNormList, NaiveSyncBatchNorm, batch_norm
+from detectron2.modeling.backbone import resnet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.convert import build_like, register_converter
+from fbn_plugin.fuse import fused, register_fuser
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
 
 DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -111,3 +114,54 @@ def unregister() -> None:
     """Give detectron2 its own ``get_norm`` back."""
     _rebind(get_norm, _detectron2_get_norm)
     RetinaNetHead.__init__ = _detectron2_retinanet_init
+
+
+def _with_residual(conv: Conv2d, x: Tensor, residual: Tensor) -> Tensor:
+    x = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv.norm(x, residual)
+
+
+class FusedBasicBlock(resnet.BasicBlock):
+    """``BasicBlock`` whose norms add the shortcut and hold the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return _with_residual(self.conv2, self.conv1(x), shortcut)
+
+
+class FusedBottleneckBlock(resnet.BottleneckBlock):
+    """``BottleneckBlock`` whose norms add the shortcut and hold the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return _with_residual(self.conv3, self.conv2(self.conv1(x)), shortcut)
+
+
+class FusedBasicStem(resnet.BasicStem):
+    """``BasicStem`` whose norm holds the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.conv1(x), kernel_size=3, stride=2, padding=1)
+
+
+def _fuse_block(block: nn.Module, fused_class: type[nn.Module], *convs: str) -> None:
+    layers = {name: fused(getattr(block, name).norm, F.relu) for name in convs}
+    plain = all(getattr(block, name).activation is None for name in convs)
+    if plain and None not in layers.values():
+        for name, layer in layers.items():
+            getattr(block, name).norm = layer
+        block.__class__ = fused_class
+
+
+def _fuse_conv(conv: Conv2d) -> None:
+    layer = None if conv.activation is None else fused(conv.norm, conv.activation)
+    if layer is not None:
+        conv.norm, conv.activation = layer, None
+
+
+register_fuser(Conv2d, _fuse_conv)
+register_fuser(resnet.BasicStem, lambda block: _fuse_block(block, FusedBasicStem, "conv1"))
+register_fuser(resnet.BasicBlock, lambda block: _fuse_block(block, FusedBasicBlock, "conv1", "conv2"))
+register_fuser(
+    resnet.BottleneckBlock, lambda block: _fuse_block(block, FusedBottleneckBlock, "conv1", "conv2", "conv3")
+)

@@ -26,12 +26,15 @@ from timm.layers import (
     split_batchnorm,
 )
 from timm.layers.typing import LayerType
-from timm.models import _prune
+from timm.models import _prune, resnet
 from torch import Tensor, nn
 
 from fbn_plugin import layers
 from fbn_plugin.convert import build_like, convert_norm, register_converter
+from fbn_plugin.fuse import fuse_children, fused, register_fuser
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
+from fbn_plugin.layers.filtered_batch_norm_act import activation_of
+from fbn_plugin.ops import filtered_batch_norm_act
 from fbn_plugin.registry import NORMS, NormFactory, NormSpec, norm_factory, parse_spec
 
 
@@ -70,8 +73,16 @@ class FilteredBatchNormAct2d(_NormAct, layers.FilteredBatchNorm2d, BatchNormAct2
     """Filtered batch normalization and activation: :class:`fbn_plugin.FilteredBatchNorm2d` in the form of timm's
     ``BatchNormAct2d``, with the same ``state_dict`` keys and the same evaluation.
 
-    Takes the arguments of :class:`fbn_plugin.FilteredBatchNorm2d` and those of ``BatchNormAct2d``.
+    Takes the arguments of :class:`fbn_plugin.FilteredBatchNorm2d` and those of ``BatchNormAct2d``. Norm and activation
+    are one operator if that knows the activation and there is no drop layer.
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        known = activation_of(self.act) if type(self.drop) is nn.Identity else None
+        if known is None:
+            return super().forward(input)
+        arguments = self._norm_arguments(input)
+        return filtered_batch_norm_act(input, **arguments, activation=known[0], negative_slope=known[1])
 
 
 class FilteredGroupNormAct(_NormAct, layers.FilteredGroupNorm):
@@ -261,6 +272,7 @@ for _leaf in (
     layers.FilteredBatchNorm1d,
     layers.FilteredBatchNorm2d,
     layers.FilteredBatchNorm3d,
+    layers.FilteredBatchNormAct2d,
     layers.FilteredGroupNorm,
     layers.FilteredInstanceNorm2d,
     layers.FilteredLayerNorm2d,
@@ -272,3 +284,39 @@ for _leaf in (
     InstanceNormAct2d,
 ):
     register_notrace_module(_leaf)
+
+
+class FusedBasicBlock(resnet.BasicBlock):
+    """``BasicBlock`` whose last norm adds the shortcut and holds the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
+        return self.bn2(self.conv2(x), shortcut)
+
+
+class FusedBottleneck(resnet.Bottleneck):
+    """``Bottleneck`` whose last norm adds the shortcut and holds the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
+        return self.bn3(self.conv3(x), shortcut)
+
+
+def _fuse_block(block: nn.Module, fused_class: type[nn.Module], last: int) -> None:
+    # Attention and stochastic depth stand between the last norm and the addition, drop_block before one activation.
+    for number in range(1, last):
+        if number < last - 1 or type(block.drop_block) is nn.Identity:
+            fuse_children(block, f"bn{number}", f"act{number}")
+    layer = fused(getattr(block, f"bn{last}"), getattr(block, f"act{last}"))
+    if layer is not None and block.se is None and block.drop_path is None:
+        setattr(block, f"bn{last}", layer)
+        setattr(block, f"act{last}", nn.Identity())
+        block.__class__ = fused_class
+
+
+register_fuser(resnet.ResNet, lambda model: fuse_children(model, "bn1", "act1"))
+register_fuser(resnet.BasicBlock, lambda block: _fuse_block(block, FusedBasicBlock, 2))
+register_fuser(resnet.Bottleneck, lambda block: _fuse_block(block, FusedBottleneck, 3))

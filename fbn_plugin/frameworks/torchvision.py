@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import feature_extraction, resnet
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -25,6 +25,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.registry import norm_factory
 
@@ -60,6 +61,28 @@ def unregister() -> None:
     """Undo ``register``."""
     leaves = feature_extraction._get_leaf_modules_for_ops
     feature_extraction._get_leaf_modules_for_ops = getattr(leaves, "__wrapped__", leaves)
+
+
+class FusedBasicBlock(resnet.BasicBlock):
+    """`BasicBlock` whose norms add the residual and hold the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))), identity)
+
+
+class FusedBottleneck(resnet.Bottleneck):
+    """`Bottleneck` whose norms add the residual and hold the activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        x = self.bn2(self.conv2(self.bn1(self.conv1(x))))
+        return self.bn3(self.conv3(x), identity)
+
+
+register_fuser(resnet.ResNet, lambda model: fuse_children(model, "bn1", "relu"))
+register_fuser(resnet.BasicBlock, lambda block: fuse_block(block, FusedBasicBlock, ("bn1", "bn2")))
+register_fuser(resnet.Bottleneck, lambda block: fuse_block(block, FusedBottleneck, ("bn1", "bn2", "bn3")))
 
 
 def mask_rcnn_fpn(

@@ -34,6 +34,10 @@ class FilteredBatchNormMixin(FilterMixin):
     """Forward pass of filtered batch normalization, to stand before a ``_BatchNorm`` class in the bases."""
 
     def forward(self, input: Tensor) -> Tensor:
+        return filtered_batch_norm(input, **self._norm_arguments(input))
+
+    def _norm_arguments(self, input: Tensor) -> dict:
+        """What the operator is called with, the batch counted."""
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
@@ -41,17 +45,16 @@ class FilteredBatchNormMixin(FilterMixin):
             if self.momentum is None:  # cumulative average, as nn.BatchNorm has it
                 momentum = 1.0 / float(self.num_batches_tracked)
         track = not self.training or self.track_running_stats
-        return filtered_batch_norm(
-            input,
-            self.weight,
-            self.bias,
-            self.running_mean if track else None,
-            self.running_var if track else None,
-            training=self.training or (self.running_mean is None and self.running_var is None),
-            momentum=momentum,
-            eps=self.eps,
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "running_mean": self.running_mean if track else None,
+            "running_var": self.running_var if track else None,
+            "training": self.training or (self.running_mean is None and self.running_var is None),
+            "momentum": momentum,
+            "eps": self.eps,
             **self._filter_options(),
-        )
+        }
 
 
 class _FilteredBatchNorm(FilteredBatchNormMixin):

@@ -1,5 +1,11 @@
 """Functional filtered normalization: see :mod:`fbn_plugin.ops.filtered_norm`."""
 
-from fbn_plugin.ops.filtered_norm import backends, explain, filtered_batch_norm, filtered_group_norm
+from fbn_plugin.ops.filtered_norm import (
+    backends,
+    explain,
+    filtered_batch_norm,
+    filtered_batch_norm_act,
+    filtered_group_norm,
+)
 
-__all__ = ["backends", "explain", "filtered_batch_norm", "filtered_group_norm"]
+__all__ = ["backends", "explain", "filtered_batch_norm", "filtered_batch_norm_act", "filtered_group_norm"]

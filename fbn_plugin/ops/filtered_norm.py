@@ -1,9 +1,10 @@
 """The operators that layers call: filtered batch and group normalization as PyTorch operators with fake and autograd
 rules.
 
-``torch.compile`` and ``torch.export`` see ``fbn_plugin::filtered_norm`` as one operator. What is kept for the backward
-pass is the input and a few numbers a normalized set; the mask is recomputed from the band's two edges. Source: Horváth
-and Al-afandi, "Filtered Batch Normalization" (2020).
+``torch.compile`` and ``torch.export`` see ``fbn_plugin::filtered_norm`` as one operator, and so the form with an
+activation, ``fbn_plugin::filtered_norm_act``. What is kept for the backward pass is the input and a few numbers a
+normalized set; the mask is recomputed from the band's two edges. Source: Horváth and Al-afandi, "Filtered Batch
+Normalization" (2020).
 """
 
 import math
@@ -15,13 +16,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fbn_plugin.ops import cpu, reference
+from fbn_plugin.ops import cpu, reference, triton
 
 GRAD_MODES = ("exact", "paper")
 
 
+# In the order in which they are asked; the reference refuses nothing.
+_BACKENDS = {"cpu": cpu, "triton": triton}
+
+
 def _backend(x: Tensor) -> ModuleType:
-    return reference if cpu.refuses(x) else cpu
+    return next((backend for backend in _BACKENDS.values() if backend.refuses(x) is None), reference)
+
+
+def _act_backend(x: Tensor) -> ModuleType:
+    return reference if triton.refuses(x) else triton
 
 
 def backends() -> dict[str, str]:
@@ -29,13 +38,23 @@ def backends() -> dict[str, str]:
     kernels = cpu.library()
     if not isinstance(kernels, str):
         kernels = f"C++ kernels for {kernels.fbn_instruction_set().decode()}"
-    return {"cpu": kernels, "reference": "plain PyTorch, takes everything"}
+    gpu = triton.missing()
+    if gpu is None and triton.interpreted():
+        gpu = f"Triton {triton.version()} kernels in its interpreter, on the CPU"
+    elif gpu is None:
+        gpu = f"Triton {triton.version()} kernels" if torch.cuda.is_available() else "there is no GPU"
+    return {"cpu": kernels, "triton": gpu, "reference": "plain PyTorch, takes everything"}
 
 
 def explain(x: Tensor) -> str:
     """Which backend filters ``x`` in training, and why."""
-    reason = cpu.refuses(x)
-    return f"reference: {reason}" if reason else f"cpu: {backends()['cpu']}"
+    reasons = {}
+    for name, backend in _BACKENDS.items():
+        reasons[name] = backend.refuses(x)
+        if reasons[name] is None:
+            return f"{name}: {backends()[name]}"
+    # The backend that was made for the device knows best.
+    return f"reference: {reasons['triton' if x.device.type == 'cuda' else 'cpu']}"
 
 
 def check_filter(t_sigma: float, grad_mode: str = "exact") -> float:
@@ -58,6 +77,15 @@ def _check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
             raise ValueError(f"{name} has {tensor.numel()} elements, but the input has {x.shape[1]} channels")
 
 
+def check_activation(activation: str, negative_slope: float) -> None:
+    """ValueError if the activation is none that :func:`filtered_batch_norm_act` knows."""
+    if activation not in reference.ACTIVATIONS:
+        known = ", ".join(map(repr, reference.ACTIVATIONS))
+        raise ValueError(f"activation must be one of {known}, got {activation!r}")
+    if not negative_slope >= 0:
+        raise ValueError(f"negative_slope must not be below 0, got {negative_slope!r}")
+
+
 @torch.library.custom_op("fbn_plugin::filtered_norm", mutates_args=())
 def _filtered_norm(
     x: Tensor,
@@ -75,7 +103,11 @@ def _filtered_norm(
 
 
 @_filtered_norm.register_fake
-def _(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction, grad_mode):
+def _(x, weight, bias, num_groups, *_):
+    return _fake_norm(x, num_groups)
+
+
+def _fake_norm(x: Tensor, num_groups: int) -> tuple[Tensor, ...]:
     stats = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
     dtype = reference.accumulate_dtype(x.dtype)
     return (torch.empty_like(x), *(x.new_empty(stats, dtype=dtype) for _ in range(5)))
@@ -152,6 +184,108 @@ def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options) 
     return (y, *moments)
 
 
+@torch.library.custom_op("fbn_plugin::filtered_norm_act", mutates_args=())
+def _filtered_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    num_groups: int,
+    t_sigma: float,
+    eps: float,
+    gaussian_correction: bool,
+    grad_mode: str,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_channels(x, weight=weight, bias=bias)
+    backend = _act_backend(x)
+    moments = backend.filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
+    y = backend.normalize(x, weight, bias, moments, num_groups, eps, residual, activation, negative_slope)
+    return (y, *moments)
+
+
+@_filtered_norm_act.register_fake
+def _(x, weight, bias, residual, num_groups, t_sigma, eps, gaussian_correction, *_):
+    return _fake_norm(x, num_groups)
+
+
+@torch.library.custom_op("fbn_plugin::filtered_norm_act_backward", mutates_args=())
+def _filtered_norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    count: Tensor,
+    num_groups: int,
+    t_sigma: float,
+    eps: float,
+    gaussian_correction: bool,
+    grad_mode: str,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    moments = reference.FilteredMoments(mean, var, lower, upper, count)
+    options = num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope
+    *gradients, dz = _act_backend(x).filtered_norm_act_backward(grad, x, weight, bias, other, moments, *options)
+    return *gradients, x.new_empty(0) if dz is None else dz  # an operator's outputs cannot be optional
+
+
+@_filtered_norm_act_backward.register_fake
+def _(grad, x, weight, bias, other, mean, *_):
+    per_channel = x.shape[1:2]
+    dz = x.new_empty(0) if other is None else torch.empty_like(x)
+    return torch.empty_like(x), mean.new_empty(per_channel), mean.new_empty(per_channel), dz
+
+
+def _keep_for_act_backward(ctx, inputs, output):
+    x, weight, bias, residual, *options = inputs
+    y, *moments = output
+    activation = options[-2]
+    other = None if activation == "identity" else residual
+    if other is not None and activation in reference.SIGN_TELLS:
+        other = y
+    ctx.mark_non_differentiable(*moments)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, bias, other, *moments)
+    ctx.residual = residual is not None
+    ctx.options = options
+
+
+def _act_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 11
+    x, weight, bias, other, *moments = ctx.saved_tensors
+    dx, d_weight, d_bias, dz = _filtered_norm_act_backward(grad, x, weight, bias, other, *moments, *ctx.options)
+    d_weight = None if weight is None else d_weight.to(weight.dtype)
+    d_bias = None if bias is None else d_bias.to(bias.dtype)
+    d_residual = (grad if other is None else dz) if ctx.residual else None
+    return dx, d_weight, d_bias, d_residual, *(None,) * 7
+
+
+_filtered_norm_act.register_autograd(_act_backward, setup_context=_keep_for_act_backward)
+_filtered_norm_act_backward.register_autograd(_no_double_backward)
+
+
+@torch.library.custom_op("fbn_plugin::update_running_stats", mutates_args=("running_mean", "running_var"))
+def _update_running_stats(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
+) -> None:
+    dense = running_mean.is_contiguous() and running_var.is_contiguous()
+    backend = triton if dense and triton.refuses(mean) is None else reference
+    backend.update_running_stats(running_mean, running_var, mean, var, count, momentum)
+
+
+@_update_running_stats.register_fake
+def _(*_):
+    return None
+
+
 def filtered_batch_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -206,16 +340,56 @@ def filtered_batch_norm(
     return y
 
 
-@torch.no_grad()
-def _update_running_stats(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
-) -> None:
-    unbiased = var * (count / (count - 1).clamp_min(1))
-    # A NaN in a running statistic stays for good and shows only in evaluation; the batch's NaN output is warning
-    # enough.
-    finite = torch.isfinite(mean) & torch.isfinite(unbiased)
-    for running, batch in ((running_mean, mean), (running_var, unbiased)):
-        running.copy_(torch.where(finite, (1 - momentum) * running + momentum * batch, running))
+def filtered_batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    t_sigma: float = 5.0,
+    grad_mode: str = "exact",
+    gaussian_correction: bool = False,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(filtered_batch_norm(x) + residual)``, on a GPU in one pass over memory less for each.
+
+    The kernels for GPUs round once, at the end, and do not store the value before the activation: the backward pass
+    computes it again, or, with a residual, reads its sign from the output. Elsewhere, and in evaluation, the three
+    steps are taken one by one.
+
+    Args:
+        x, weight, bias, running_mean, running_var, training, momentum, eps, t_sigma, grad_mode, gaussian_correction:
+            as in :func:`filtered_batch_norm`.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"identity"``.
+        negative_slope: of ``"leaky_relu"``, not below 0.
+        residual: added before the activation; like ``x``, or anything that can be added to it.
+
+    Returns:
+        Tensor like ``x``.
+
+    Raises:
+        ValueError: as :func:`filtered_batch_norm`; an unknown activation or a negative slope.
+    """
+    check_activation(activation, negative_slope)
+    t_sigma = check_filter(t_sigma, grad_mode)
+    alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
+    if not training or math.isinf(t_sigma) or x.numel() == 0 or not alike or triton.refuses(x):
+        moving = running_mean, running_var, training, momentum, eps
+        y = filtered_batch_norm(x, weight, bias, *moving, t_sigma, grad_mode, gaussian_correction)
+        return reference.activate(y if residual is None else y + residual, activation, negative_slope)
+    _check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    options = 0, t_sigma, eps, gaussian_correction, grad_mode, activation, float(negative_slope)
+    y, mean, var, _, _, count = _filtered_norm_act(x, weight, bias, residual, *options)
+    if running_mean is not None and running_var is not None:
+        _update_running_stats(running_mean, running_var, mean, var, count, momentum)
+    return y
 
 
 def filtered_group_norm(

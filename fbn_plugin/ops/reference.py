@@ -20,7 +20,12 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu")
+# Those whose derivative is known from the sign of their output.
+SIGN_TELLS = ("relu", "leaky_relu")
 
 
 class FilteredMoments(NamedTuple):
@@ -123,17 +128,53 @@ def filtered_norm(
         ``y`` in the shape, dtype and memory format of ``x``, filtered values normalized along with the rest, and the
         moments. A set that holds a NaN or an infinity has no band: its moments, and so its outputs, are NaN.
     """
+    moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
+    return normalize(x, weight, bias, moments, num_groups, eps), moments
+
+
+def filtered_moments(
+    x: Tensor, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool
+) -> FilteredMoments:
+    """The first half of :func:`filtered_norm`: the moments of the kept values, (C,) or (N, G) each."""
     view = _view(x, num_groups)
     values = x.reshape(view.shape).to(accumulate_dtype(x.dtype))
+    flat = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
     moments = _moments(values, view.reduced, t_sigma, eps, gaussian_correction)
-    y = (values - moments.mean) * torch.rsqrt(moments.var + eps)
+    return FilteredMoments(*(m.reshape(flat) for m in moments))
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: FilteredMoments,
+    num_groups: int,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """The second half of :func:`filtered_norm`: all values by these moments (Eq. 8), then what may follow a norm,
+    rounded once: ``activation(y + residual)``."""
+    view = _view(x, num_groups)
+    values = x.reshape(view.shape).to(moments.mean.dtype)
+    y = (values - moments.mean.view(view.stats)) * torch.rsqrt(moments.var.view(view.stats) + eps)
     if weight is not None:
         y = y * weight.to(y.dtype).view(view.channel)
     if bias is not None:
         y = y + bias.to(y.dtype).view(view.channel)
-    flat = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
-    moments = FilteredMoments(*(m.reshape(flat) for m in moments))
-    return torch.empty_like(x).copy_(y.reshape(x.shape)), moments
+    if residual is not None:
+        y = y + residual.reshape(view.shape)
+    return torch.empty_like(x).copy_(activate(y, activation, negative_slope).reshape(x.shape))
+
+
+def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """One of :data:`ACTIVATIONS`; it may overwrite ``z``."""
+    if activation == "relu":
+        return F.relu(z, inplace=True)
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, negative_slope, inplace=True)
+    return F.silu(z) if activation == "silu" else z
 
 
 def filtered_norm_backward(
@@ -182,3 +223,57 @@ def filtered_norm_backward(
         sum_g_xhat = sum_g_xhat / gaussian_kappa(t_sigma)
     dx = rstd * (grad * scale - (spread * sum_g + mask * xhat * sum_g_xhat) / count)
     return torch.empty_like(x).copy_(dx.reshape(x.shape)), d_weight.flatten(), d_bias.flatten()
+
+
+def filtered_norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
+    moments: FilteredMoments,
+    num_groups: int,
+    t_sigma: float,
+    eps: float,
+    gaussian_correction: bool,
+    grad_mode: str,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of ``activation(filtered_norm(x) + residual)`` for ``x``, ``weight``, ``bias`` and ``residual``.
+
+    The value before the activation is not stored. Without a residual it is computed anew from ``x``.
+
+    Args:
+        other: None without a residual; with one, the output if its sign tells the derivative (:data:`SIGN_TELLS`), and
+            the residual otherwise. The identity needs neither: its residual's gradient is ``grad``.
+    """
+    if other is not None and activation in SIGN_TELLS:
+        z = other.to(moments.mean.dtype)
+    else:
+        wide = x.to(moments.mean.dtype)
+        z = normalize(wide, weight, bias, moments, num_groups, eps, residual=other)
+    dz = (grad.to(z.dtype) * _slope(z, activation, negative_slope)).to(x.dtype)
+    options = num_groups, t_sigma, eps, gaussian_correction, grad_mode
+    return *filtered_norm_backward(dz, x, weight, moments, *options), None if other is None else dz
+
+
+def _slope(z: Tensor, activation: str, negative_slope: float) -> Tensor:
+    """The derivative of :func:`activate`."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(z)
+        return sigmoid * (1 + z * (1 - sigmoid))
+    below = {"identity": 1.0, "relu": 0.0, "leaky_relu": negative_slope}[activation]
+    return torch.where(z <= 0, below, torch.ones_like(z))
+
+
+def update_running_stats(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
+) -> None:
+    """Move the running statistics towards a batch's mean and unbiased variance, in place."""
+    unbiased = var * (count / (count - 1).clamp_min(1))
+    # A NaN in a running statistic stays for good and shows only in evaluation; the batch's NaN output is warning
+    # enough.
+    finite = torch.isfinite(mean) & torch.isfinite(unbiased)
+    for running, batch in ((running_mean, mean), (running_var, unbiased)):
+        running.copy_(torch.where(finite, (1 - momentum) * running + momentum * batch, running))

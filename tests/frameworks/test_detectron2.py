@@ -658,3 +658,28 @@ def test_convert_norm_knows_detectron2s_batch_norms():
     assert_all_filtered(model, 3)
     assert (model[0].running_mean == 3).all()
     assert not model[1][0].affine
+
+
+@pytest.mark.parametrize("depth, fused, left", [(18, 17, 3), (50, 49, 4)])
+def test_fused_blocks_compute_the_same(depth, fused, left):
+    torch.manual_seed(0)
+    stages = ResNet.make_default_stages(depth, norm=SPEC)
+    old = ResNet(BasicStem(norm=SPEC), stages, out_features=["res2", "res5"]).double()
+    new = fbn_plugin.fuse_norm_act(copy.deepcopy(old))
+    kinds = [type(m) for m in new.modules()]
+    assert (kinds.count(fbn_plugin.FilteredBatchNormAct2d), kinds.count(FilteredBatchNorm2d)) == (fused, left)
+    x = torch.randn(2, 3, 64, 64).double()
+    results = []
+    for model in (old, new):
+        outputs = model(x)
+        sum(o.square().sum() for o in outputs.values()).backward()
+        results.append((outputs, {name: p.grad for name, p in model.named_parameters()}, model.state_dict()))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+
+
+def test_fused_mask_head_computes_the_same():
+    head = MaskRCNNConvUpsampleHead(ShapeSpec(channels=16), num_classes=2, conv_dims=[8, 8, 8], conv_norm=SPEC)
+    new = fbn_plugin.fuse_norm_act(copy.deepcopy(head))
+    assert [type(m.norm) for m in new.conv_norm_relus] == [fbn_plugin.FilteredBatchNormAct2d] * 2
+    x = torch.randn(ROIS)
+    torch.testing.assert_close(new.layers(x), head.layers(x))

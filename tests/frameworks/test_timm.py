@@ -442,3 +442,27 @@ def test_norms_see_the_filter_in_training():
     images[0, :, 0, 0] = 100.0
     assert filtered(images).std() > 5 * plain(images).std()  # the outlier does not shrink the rest
     assert filtered.running_var.max() < 1.2 < 4 < plain.running_var.min()
+
+
+@pytest.mark.parametrize(
+    "options, fused",
+    [
+        ({}, True),
+        ({"act_layer": "silu"}, True),
+        ({"apply_act": False}, True),
+        ({"act_layer": "gelu"}, False),
+        ({"drop_layer": nn.Dropout}, False),
+    ],
+)
+def test_norm_act_form_uses_the_fused_operator_where_it_can(options, fused, monkeypatch):
+    calls = []
+    function = adapter.filtered_batch_norm_act
+    monkeypatch.setattr(adapter, "filtered_batch_norm_act", lambda *a, **k: calls.append(k) or function(*a, **k))
+    layer = adapter.FilteredBatchNormAct2d(4, t_sigma=2.0, **options)
+    x = torch.randn(2, 4, 5, 5)
+    torch.manual_seed(0)
+    y = layer(x)
+    assert len(calls) == fused
+    torch.manual_seed(0)
+    plain = fbn_plugin.FilteredBatchNorm2d(4, t_sigma=2.0)
+    torch.testing.assert_close(y, layer.act(layer.drop(plain(x))))

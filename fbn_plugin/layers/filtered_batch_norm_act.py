@@ -1,0 +1,87 @@
+"""Filtered batch normalization with the residual and the activation that follow it, as one module.
+
+On a GPU all three are one operator that stores no value between them. Source of the normalization: Horváth and
+Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d
+from fbn_plugin.ops.filtered_norm import check_activation, filtered_batch_norm_act
+
+
+def activation_of(activation: Callable) -> tuple[str, float] | None:
+    """Name and negative slope by which the fused operator knows an activation module or function; None for another, or
+    for a module with hooks, which are to be called."""
+    if activation in (F.relu, F.relu_):
+        return "relu", 0.0
+    name = {nn.Identity: "identity", nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}.get(type(activation))
+    if name is None or activation._forward_hooks or activation._forward_pre_hooks or activation._backward_hooks:
+        return None
+    slope = getattr(activation, "negative_slope", 0.0)
+    return (name, slope) if slope >= 0 else None
+
+
+class FilteredBatchNormAct2d(FilteredBatchNorm2d):
+    """``activation(norm(input) + residual)``, the norm a :class:`FilteredBatchNorm2d` with its ``state_dict`` keys.
+
+    Args:
+        num_features: C.
+        t_sigma, eps, momentum, affine, track_running_stats, grad_mode, gaussian_correction, device, dtype: as in
+            :class:`FilteredBatchNorm2d`.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"identity"``.
+        negative_slope: of ``"leaky_relu"``, not below 0.
+
+    Shape:
+        input, residual and output ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: an option out of range; in ``forward`` as :class:`FilteredBatchNorm2d`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        t_sigma: float = 5.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+        device=None,
+        dtype=None,
+    ) -> None:
+        check_activation(activation, negative_slope)
+        super().__init__(
+            num_features,
+            t_sigma,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            grad_mode,
+            gaussian_correction,
+            device=device,
+            dtype=dtype,
+        )
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return filtered_batch_norm_act(
+            input,
+            **self._norm_arguments(input),
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual,
+        )
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope:g}" if self.activation == "leaky_relu" else ""
+        return f"{super().extra_repr()}, activation={self.activation!r}{slope}"

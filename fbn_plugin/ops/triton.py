@@ -1,0 +1,334 @@
+"""The Triton kernels (``triton_kernels.py``) on PyTorch tensors: float32, float16 and bfloat16, contiguous and
+channels-last, batch and group form, with an optional residual and activation.
+
+Nothing here waits for the GPU or looks at a value, so that CUDA graphs can capture it. Triton is imported when the
+first tensor on a GPU asks for it; with ``TRITON_INTERPRET=1`` in the environment its interpreter runs the kernels on
+CPU tensors.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fbn_plugin.ops.reference import SIGN_TELLS, FilteredMoments, gaussian_kappa
+
+OLDEST = (3, 2)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Values that a program holds at a time; enough for 16 a thread at 8 warps. Programs that fill a large GPU.
+_TILE, _PROGRAMS = 4096, 512
+
+
+@functools.cache
+def version() -> str | None:
+    """Triton's version, without importing it; None if it is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return importlib.import_module("triton").__version__
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the kernels cannot be used on any tensor; None if they can."""
+    installed = version()
+    if installed is None:
+        return "Triton is not installed"
+    if tuple(map(int, installed.split("+")[0].split(".")[:2])) < OLDEST:
+        return f"Triton {installed} is older than {'.'.join(map(str, OLDEST))}"
+    return None
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    return importlib.import_module("fbn_plugin.ops.triton_kernels")
+
+
+def interpreted() -> bool:
+    """True if Triton runs on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refuses(x: Tensor) -> str | None:
+    """Why these kernels do not take ``x``; None if they do."""
+    if x.device.type != ("cpu" if interpreted() else "cuda"):
+        return f"the tensor is on {x.device.type}"
+    if x.dtype not in _DTYPES:
+        return f"{x.dtype} is not float32, float16 or bfloat16"
+    if not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+        return "the tensor is neither contiguous nor channels-last"
+    if x.device.type == "cuda" and torch.version.hip is None:
+        needed, (major, minor) = 8 if x.dtype is torch.bfloat16 else 7, torch.cuda.get_device_capability(x.device)
+        if major < needed:
+            return f"{x.dtype} needs compute capability {needed}.0, the GPU has {major}.{minor}"
+    return missing()
+
+
+class _Plan:
+    """How an input is cut into tiles, in the words of ``triton_kernels.py``."""
+
+    def __init__(self, shape: torch.Size, channels_last: bool, num_groups: int, itemsize: int) -> None:
+        n, c, s = shape[0], shape[1], shape[2:].numel()
+        self.set_units = k = c // num_groups if num_groups else 1
+        samples = n if num_groups else 1
+        self.sets, self.samples, self.channels = samples * c // k, samples, c
+        self.set_size = n * c * s // self.sets
+        if channels_last:
+            reduced, blocks, rows, cols = 0, samples, n * s // samples, c
+            block_stride, row_stride, unit_stride, self.set_width = rows * c, c, c, k
+            b = min(_power(cols), 128 // itemsize)
+            a = min(_power(rows), _TILE // b)
+            steps = min(4, _power(rows) // a)
+        else:
+            reduced, blocks, rows, cols = (1, n * num_groups, k, s) if num_groups else (2, c, n, s)
+            block_stride, row_stride, unit_stride = (k * s, s, k) if num_groups else (s, c * s, 1)
+            self.set_width = s
+            a = min(_power(rows), max(1, _TILE // min(_power(cols), 512)))
+            b = min(_power(cols), _TILE // a)
+            steps = 1
+
+        def tiles() -> tuple[int, int]:
+            return -(-rows // (a * steps)), -(-cols // b)
+
+        while blocks * math.prod(tiles()) < _PROGRAMS and a * steps > 8:  # too few to fill the GPU
+            a, steps = (a, steps // 2) if steps > 1 else (a // 2, steps)
+        tiles_a, tiles_b = tiles()
+        self.unit_slots = (tiles_a, tiles_b, tiles_a * tiles_b)[reduced]
+        self.slots = samples * c * self.unit_slots
+        self.grid = (blocks * tiles_a * tiles_b,)
+        self.tiling = {
+            "rows": rows,
+            "cols": cols,
+            "tiles_a": tiles_a,
+            "tiles_b": tiles_b,
+            "block_stride": block_stride,
+            "row_stride": row_stride,
+            "unit_stride": unit_stride,
+            "REDUCED": reduced,
+            "A": a,
+            "B": b,
+            "STEPS": steps,
+            "num_warps": min(8, max(1, a * b // 512)),
+        }
+
+    def adding_up(self, slots: int) -> dict:
+        """Options of a kernel that adds up this many slots in a program."""
+        block = min(1024, max(16, _power(slots)))
+        return {"BLOCK": block, "num_warps": max(1, block // 256)}
+
+
+def _power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(shape: torch.Size, channels_last: bool, num_groups: int, itemsize: int) -> _Plan:
+    return _Plan(shape, channels_last, num_groups, itemsize)
+
+
+def _plan(x: Tensor, num_groups: int) -> _Plan:
+    # (N, C) and (N, C, 1, 1) are rows of channels too, and are better read as such.
+    channels_last = not x.is_contiguous() or x.shape[2:].numel() == 1
+    return _planned(x.shape, channels_last, num_groups, x.element_size())
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """``other`` in the layout of ``x``."""
+    if other.stride() == x.stride() and other.dtype == x.dtype:
+        return other
+    return torch.empty_like(x).copy_(other)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def filtered_moments(
+    x: Tensor, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool
+) -> FilteredMoments:
+    """As :func:`fbn_plugin.ops.reference.filtered_moments`, for what :func:`refuses` does not refuse."""
+    plan, run = _plan(x, num_groups), kernels()
+    stats = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
+    mean, var, lower, upper, count, shift = (x.new_empty(stats, dtype=torch.float32) for _ in range(6))
+    partial = x.new_empty((5, plan.slots), dtype=torch.float32)
+    set_slots, size = plan.set_units * plan.unit_slots, plan.set_size
+    adding_up = plan.adding_up(set_slots)
+    kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
+    with torch.cuda.device_of(x):
+        run.measure[plan.grid](x, shift, partial, plan.slots, size, plan.set_units, plan.set_width, **plan.tiling)
+        run.draw_band[(plan.sets,)](
+            shift, lower, upper, partial, plan.slots, set_slots, size, t_sigma, eps, **adding_up
+        )
+        run.measure_kept[plan.grid](x, shift, lower, upper, partial, plan.slots, plan.set_units, **plan.tiling)
+        run.settle[(plan.sets,)](shift, mean, var, count, partial, plan.slots, set_slots, size, kappa, **adding_up)
+    return FilteredMoments(mean, var, lower, upper, count)
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: FilteredMoments,
+    num_groups: int,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """As :func:`fbn_plugin.ops.reference.normalize`, for what :func:`refuses` does not refuse."""
+    plan, y = _plan(x, num_groups), torch.empty_like(x)
+    residual = None if residual is None else _like(x, residual)
+    parameters = _dense(weight), _dense(bias), plan.channels, plan.set_units
+    with torch.cuda.device_of(x):
+        kernels().normalize[plan.grid](
+            x,
+            y,
+            residual,
+            moments.mean,
+            moments.var,
+            *parameters,
+            eps,
+            negative_slope,
+            ACTIVATION=activation,
+            **plan.tiling,
+        )
+    return y
+
+
+def filtered_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_groups: int,
+    t_sigma: float,
+    eps: float,
+    gaussian_correction: bool,
+) -> tuple[Tensor, FilteredMoments]:
+    """As :func:`fbn_plugin.ops.reference.filtered_norm`, for what :func:`refuses` does not refuse."""
+    moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
+    return normalize(x, weight, bias, moments, num_groups, eps), moments
+
+
+def filtered_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    moments: FilteredMoments,
+    num_groups: int,
+    t_sigma: float,
+    eps: float,
+    gaussian_correction: bool,
+    grad_mode: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fbn_plugin.ops.reference.filtered_norm_backward`, for what :func:`refuses` does not refuse."""
+    options = num_groups, t_sigma, eps, gaussian_correction, grad_mode, "identity", 0.0
+    return filtered_norm_act_backward(grad, x, weight, None, None, moments, *options)[:3]
+
+
+def filtered_norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
+    moments: FilteredMoments,
+    num_groups: int,
+    t_sigma: float,
+    eps: float,
+    gaussian_correction: bool,
+    grad_mode: str,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As :func:`fbn_plugin.ops.reference.filtered_norm_act_backward`, for what :func:`refuses` does not refuse."""
+    plan, run = _plan(x, num_groups), kernels()
+    mean, var, lower, upper, count = moments
+    grad, weight, bias = _like(x, grad), _dense(weight), _dense(bias)
+    dx, dz = torch.empty_like(x), None
+    if other is not None:
+        other, dz = _like(x, other), torch.empty_like(x)
+    d_weight, d_bias = (x.new_empty(plan.channels, dtype=torch.float32) for _ in range(2))
+    partial = x.new_empty((2, plan.slots), dtype=torch.float32)
+    coefficients = x.new_empty((2, plan.sets), dtype=torch.float32)
+    kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
+    shared = plan.channels, plan.set_units, eps, negative_slope
+    paper = grad_mode == "paper"
+    with torch.cuda.device_of(x):
+        run.measure_gradient[plan.grid](
+            grad,
+            x,
+            other,
+            dz,
+            mean,
+            var,
+            lower,
+            upper,
+            weight,
+            bias,
+            partial,
+            plan.slots,
+            *shared,
+            PAPER=paper,
+            ACTIVATION=activation,
+            OUTPUT=other is not None and activation in SIGN_TELLS,
+            **plan.tiling,
+        )
+        run.settle_gradient[(plan.sets + plan.channels,)](
+            weight,
+            count,
+            coefficients,
+            d_weight,
+            d_bias,
+            partial,
+            plan.slots,
+            plan.sets,
+            plan.samples,
+            plan.channels,
+            plan.set_units,
+            plan.unit_slots,
+            kappa,
+            **plan.adding_up(max(plan.set_units, plan.samples) * plan.unit_slots),
+        )
+        if dz is not None:  # the first pass has undone the activation
+            grad, other, activation = dz, None, "identity"
+        run.input_gradient[plan.grid](
+            grad,
+            x,
+            other,
+            dx,
+            mean,
+            var,
+            lower,
+            upper,
+            weight,
+            bias,
+            coefficients,
+            plan.sets,
+            *shared,
+            PAPER=paper,
+            ACTIVATION=activation,
+            **plan.tiling,
+        )
+    return dx, d_weight, d_bias, dz
+
+
+def update_running_stats(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
+) -> None:
+    """As :func:`fbn_plugin.ops.reference.update_running_stats`, in one kernel."""
+    block, channels = 256, mean.numel()
+    with torch.cuda.device_of(mean):
+        kernels().update_running[(-(-channels // block),)](
+            running_mean, running_var, mean, var, count, momentum, channels, BLOCK=block
+        )

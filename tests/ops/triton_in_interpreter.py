@@ -1,0 +1,166 @@
+"""The Triton kernels against the float64 reference, run by Triton's interpreter on CPU tensors.
+
+``test_triton.py`` runs this file in a process of its own, with ``TRITON_INTERPRET=1``. By hand:
+``TRITON_INTERPRET=1 python -m pytest tests/ops/triton_in_interpreter.py``.
+"""
+
+import itertools
+
+import pytest
+import torch
+from test_cpu import batch, close, run
+
+from fbn_plugin import ops
+from fbn_plugin.ops import reference, triton
+from fbn_plugin.ops.reference import SIGN_TELLS
+
+# Rows and columns that do not fill their tiles, several tiles along both axes, a set in a tile, single positions.
+SHAPES = [(3, 4, 5, 7), (2, 2, 1, 300), (7, 4, 3, 3), (12, 4)]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Many tiles in small inputs, but not more programs than the interpreter can run in the time of a test."""
+    monkeypatch.setattr(triton, "_TILE", 256)
+    monkeypatch.setattr(triton, "_PROGRAMS", 4)
+    triton._planned.cache_clear()
+    yield
+    triton._planned.cache_clear()
+
+
+def test_backend_is_in_use():
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float16)
+    assert ops.explain(x) == f"triton: {ops.backends()['triton']}"
+    assert "interpreter" in ops.backends()["triton"]
+    assert ops.explain(x[:, ::2]).startswith("reference: ")
+
+
+def inputs(shape, dtype):
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    residual = torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.rand(shape[1], generator=generator) + 0.5
+    return grad, residual, weight, torch.randn(shape[1], generator=generator)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [*((shape, torch.float32) for shape in SHAPES), (SHAPES[0], torch.float16), (SHAPES[0], torch.bfloat16)],
+    ids=str,
+)
+def test_agrees_with_the_reference(shape, dtype):
+    grad, _, weight, bias = inputs(shape, dtype)
+    grad_modes = itertools.cycle(["exact", "paper", "paper", "exact"])
+    for num_groups, channels_last in itertools.product([0, 2], [False, True]):
+        mode = next(grad_modes)
+        correction, affine = mode == "paper", not (num_groups and dtype is torch.float16)
+        x = batch(shape, dtype, channels_last and len(shape) == 4, 3, 2.0, num_groups)
+        parameters = (weight, bias) if affine else (None, None)
+        options = num_groups, 2.0, correction, mode
+        assert triton.refuses(x) is None
+        y, moments, (dx, d_weight, d_bias) = run(triton, x, grad, *parameters, *options)
+        double = [None if t is None else t.double() for t in (x, grad, *parameters)]
+        y_ref, ref, (dx_ref, d_weight_ref, d_bias_ref) = run(reference, *double, *options)
+        assert y.stride() == x.stride() and dx.stride() == x.stride() and y.dtype == dx.dtype == dtype
+        assert torch.equal(moments.count.double(), ref.count), "the mask is the same to the last value"
+        one_rounding = torch.finfo(dtype).eps
+        close(moments.mean, ref.mean, 1e-5, "mean")
+        close(moments.var, ref.var, 1e-5, "var")
+        close(y, y_ref, one_rounding + 1e-5, "y")
+        close(d_bias, d_bias_ref, 1e-5, "d_bias")
+        close(d_weight, d_weight_ref, 2e-4, "d_weight")
+        if ref.count.min() > 4:  # with a few values, dx is what is left of sums that cancel
+            close(dx, dx_ref, one_rounding + 1e-4, "dx")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_several_steps_and_clean_tiles(channels_last, monkeypatch):
+    """One outlier in all, so that all tiles but one keep their first sums; a program takes several steps."""
+    x = torch.randn(4, 8, 12, 12, generator=torch.Generator().manual_seed(0))
+    x[1, 3, 4, 5] = 50.0
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+        monkeypatch.setattr(triton, "_TILE", 128)
+        assert triton._plan(x, 0).tiling["STEPS"] > 1 and triton._plan(x, 0).tiling["tiles_a"] > 1
+    for num_groups in (0, 2):
+        _, moments = triton.filtered_norm(x, None, None, num_groups, 6.0, 1e-5, False)
+        _, ref = reference.filtered_norm(x.double(), None, None, num_groups, 6.0, 1e-5, False)
+        assert torch.equal(moments.count.double(), ref.count) and (ref.count < ref.count.max()).sum() == 1
+        close(moments.var, ref.var, 1e-5, "var")
+
+
+@pytest.mark.parametrize("num_groups", [0, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_large_mean_and_extreme_first_value(num_groups, channels_last):
+    x = batch((4, 4, 9, 9), torch.float32, channels_last, 1, num_groups=num_groups) / 4 + 1e4
+    _, exact = reference.filtered_norm(x.double(), None, None, num_groups, 3.0, 1e-5, False)
+    _, moments = triton.filtered_norm(x, None, None, num_groups, 3.0, 1e-5, False)
+    torch.testing.assert_close(moments.var.double(), exact.var, rtol=1e-4, atol=0)
+    torch.testing.assert_close(moments.mean.double(), exact.mean, rtol=1e-7, atol=0)
+    x[0, :, 0, 0] = 1e7
+    _, exact = reference.filtered_norm(x.double(), None, None, num_groups, 3.0, 1e-5, False)
+    _, moments = triton.filtered_norm(x, None, None, num_groups, 3.0, 1e-5, False)
+    torch.testing.assert_close(moments.var.double(), exact.var, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_input_is_loud_in_its_channel_and_absent_elsewhere(bad):
+    x = batch((2, 4, 5, 5), torch.float16, True, 1)
+    clean = ops.filtered_batch_norm(x, training=True, t_sigma=2.0)
+    x[1, 1, 2, 2] = bad
+    mean, var = torch.zeros(4), torch.ones(4)
+    y = ops.filtered_batch_norm(x.requires_grad_(), None, None, mean, var, training=True, t_sigma=2.0)
+    others = [0, 2, 3]
+    assert y[:, 1].isnan().all() and torch.equal(y[:, others], clean[:, others])
+    y.sum().backward()
+    assert x.grad[:, 1].isnan().all() and x.grad[:, others].isfinite().all()
+    assert (mean[1].item(), var[1].item()) == (0.0, 1.0)
+    assert mean[others].ne(0).all() and var.isfinite().all()
+
+
+def test_constant_input_gives_the_bias():
+    x = torch.full((3, 4, 5, 5), 123456.0)
+    y, moments = triton.filtered_norm(x, None, torch.arange(4.0), 0, 1.01, 1e-5, False)
+    assert (y - torch.arange(4.0).view(1, 4, 1, 1)).abs().max() < 10 and (moments.count == 75).all()
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("add", [False, True])
+def test_fused_activation_and_residual(activation, add):
+    for channels_last, dtype, mode in ((False, torch.float32, "paper"), (True, torch.bfloat16, "exact")):
+        shape = (3, 4, 5, 7)
+        grad, residual, weight, bias = inputs(shape, dtype)
+        x = batch(shape, dtype, channels_last, 3)
+        residual = torch.empty_like(x).copy_(residual) if add else None
+        results = []
+        for backend, cast in ((triton, lambda t: t), (reference, torch.Tensor.double)):
+            x_, grad_, weight_, bias_ = map(cast, (x, grad, weight, bias))
+            residual_ = None if residual is None else cast(residual)
+            moments = backend.filtered_moments(x_, 0, 2.0, 1e-5, False)
+            y = backend.normalize(x_, weight_, bias_, moments, 0, 1e-5, residual_, activation, 0.1)
+            # The derivative jumps at 0: the reference decides by what the kernels gave out.
+            other = None if activation == "identity" else y if activation in SIGN_TELLS and add else residual_
+            arguments = (grad_, x_, weight_, bias_, other, moments, 0, 2.0, 1e-5, False, mode, activation, 0.1)
+            results.append((y, *backend.filtered_norm_act_backward(*arguments)))
+        got, expected = results
+        one_rounding = torch.finfo(dtype).eps
+        for name, ours, truth in zip(("y", "dx", "d_weight", "d_bias", "d_residual"), got, expected):
+            assert (ours is None) == (truth is None), name
+            if ours is not None:
+                close(ours, truth, 2 * one_rounding + 2e-4, f"{name} {dtype}")
+
+
+def test_operator_with_activation_uses_the_kernels(monkeypatch):
+    """What layers call: operator contracts, running statistics, and no reference behind them."""
+    for name in ("filtered_moments", "normalize", "filtered_norm_act_backward", "update_running_stats"):
+        monkeypatch.setattr(reference, name, None)
+    x = batch((2, 4, 3, 3), torch.float16, True, 1).requires_grad_()
+    residual = torch.randn_like(x).requires_grad_()
+    weight, bias = torch.rand(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    for activation, added in (("relu", None), ("silu", residual)):
+        arguments = (x, weight, bias, added, 0, 2.0, 1e-5, False, "exact", activation, 0.01)
+        torch.library.opcheck(torch.ops.fbn_plugin.filtered_norm_act, arguments)
+    mean, var = torch.zeros(4), torch.ones(4)
+    y = ops.filtered_batch_norm_act(x, weight, bias, mean, var, True, t_sigma=2.0, residual=residual)
+    y.sum().backward()
+    assert mean.ne(0).all() and residual.grad.isfinite().all()
