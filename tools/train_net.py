@@ -323,8 +323,8 @@ def check_device(name: str) -> None:
 def try_out(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Build model, input and solver on the CPU and load the weights once, before anything is written.
 
-    What the config may get wrong is spread over all of detectron2, which answers with bare errors. This costs a second
-    or two at the start of a run.
+    What the config may get wrong is spread over all of detectron2, which answers with bare errors. This costs a few
+    seconds at the start of a run.
 
     Raises:
         ValueError: one sentence.
