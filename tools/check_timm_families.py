@@ -11,18 +11,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import timm
 import torch
-from timm.models import list_modules
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 import fbn_plugin
 from fbn_plugin.engine.cli import user_errors
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
+
+with user_errors():
+    import timm
+    from timm.models import list_modules
+    from tqdm import tqdm
 
 SPEC = "FBN(t_sigma=2)"
 ROUTES: dict[str, Callable] = {

@@ -2,19 +2,19 @@
 
 Makes a COCO-format set from scikit-learn's digits and photographs (or takes one of yours), runs
 ``tools/train_detection.py`` with two configs that differ in the norm alone, prints a table of average precisions, and
-writes a report with curves and detections. Called again, it goes on where it was interrupted.
+writes a report with curves and detections. Called again, it goes on where it was interrupted; on other data or with
+other settings it wants another folder.
 """
 
 import argparse
+import hashlib
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fbn_plugin.engine.cli import format_table, user_errors
-from fbn_plugin.engine.coco_data import resolve_dataset
-from fbn_plugin.engine.demo_data import make_digits_on_photos
-from fbn_plugin.engine.report import ap_table, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("BN", "FBN")
@@ -39,13 +39,29 @@ def parse_args(args=None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
+def remember_data(output: Path, files: Sequence[Path]) -> None:
+    """Note which annotations the runs in ``output`` are on; ValueError where those before were on others."""
+    digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    note = output / "annotations.sha256"
+    if not note.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{digest}\n")
+    elif note.read_text().strip() != digest:
+        raise ValueError(f"{output} holds a run on other data; choose another --output or remove it")
+
+
 def main(args=None) -> None:
     args = parse_args(args)
     name = Path(args.data).resolve().name if args.data else "digits_on_photos"
     output = args.output / name
     with user_errors():
+        from fbn_plugin.engine.coco_data import resolve_dataset
+        from fbn_plugin.engine.demo_data import make_digits_on_photos
+        from fbn_plugin.engine.report import ap_table, write_report
+
         folder = args.data or make_digits_on_photos(output / "data")
         train, val = (resolve_dataset(f"{folder}:{split}") for split in ("train", "val"))
+        remember_data(output, [train.json_file, val.json_file])
         overrides = ["DATASETS.TRAIN", train.name, "DATASETS.TEST", val.name]
     if args.data:
         overrides += ["MODEL.ROI_HEADS.NUM_CLASSES", str(len(train.class_names)), *OWN_DATA]

@@ -1,6 +1,6 @@
 """Train or evaluate an image classifier: a timm model with any norm, described by a YAML file of configs/.
 
-    python tools/train_classification.py --config-file configs/Digits/resnet_FBN.yaml
+    python tools/train_classification.py --config-file configs/Digits/test_resnet_FBN.yaml
     python tools/train_classification.py --config-file ... --resume
     python tools/train_classification.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
     torchrun --nproc-per-node 8 tools/train_classification.py --config-file configs/ImageNet/resnet50_FBN.yaml
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         setup_logging()
         cfg = load_config(classification_config(), args.config_file, args.overrides)
         trainer = ClassificationTrainer(cfg, resume=args.resume, eval_only=args.eval_only)
-    with user_errors(UserError, FloatingPointError):
+    with user_errors(UserError, FloatingPointError, OSError):
         result = trainer.evaluate() if args.eval_only else trainer.train()
     if distributed.is_main():
         print(trainer.describe(result))

@@ -10,29 +10,33 @@ metrics.json, TensorBoard events, checkpoints and the COCO results.
 """
 
 import argparse
+import contextlib
+import difflib
 import importlib.util
+import logging
 import os
+import re
 import sys
+import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-import yaml
-from pycocotools import mask as mask_utils
 
 import fbn_plugin
 from fbn_plugin.engine.cli import user_errors
-from fbn_plugin.engine.coco_data import CocoDataset, resolve_dataset
 
 try:
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import CfgNode, get_cfg
-    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
     from detectron2.data.detection_utils import SizeMismatchError
-    from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+    from detectron2.engine import DefaultTrainer, HookBase, default_argument_parser, default_setup, hooks, launch
     from detectron2.evaluation import COCOEvaluator, verify_results
+    from detectron2.modeling import build_model
     from detectron2.structures import BoxMode
     from detectron2.utils import comm
+    from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
     from detectron2.utils.file_io import PathManager
     from detectron2.utils.logger import setup_logger
 
@@ -46,6 +50,13 @@ except ImportError as error:
         file=sys.stderr,
     )
     raise SystemExit(2) from None
+with user_errors():
+    import yaml
+    from PIL import Image
+    from pycocotools import mask as mask_utils
+
+    from fbn_plugin.engine.checkpoint import atomic_write
+    from fbn_plugin.engine.coco_data import CocoDataset, resolve_dataset
 
 # Where a meta architecture has its number of classes.
 NUM_CLASSES = {
@@ -58,8 +69,50 @@ NUM_CLASSES = {
 folders: dict[str, CocoDataset] = {}
 
 
+class AtomicCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, whose files are whole or not there when a run is interrupted."""
+
+    def save(self, name: str, **kwargs) -> None:
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: each.state_dict() for key, each in self.checkpointables.items()}, **kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        atomic_write(path, write=lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        atomic_write(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename.encode())
+
+
 class Trainer(DefaultTrainer):
-    """detectron2's trainer with COCO evaluation."""
+    """detectron2's trainer with COCO evaluation, atomic checkpoints and a period for its log.
+
+    Args:
+        cfg: config.
+        log_period: iterations between two lines of ``metrics.json``; losses are medians over so many iterations.
+    """
+
+    def __init__(self, cfg: CfgNode, log_period: int = 20):
+        self.log_period = log_period
+        super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase]:
+        # The hooks keep the checkpointer, so this is where another one can take its place.
+        self.checkpointer = AtomicCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        built = super().build_hooks()
+        for hook in built:
+            if isinstance(hook, hooks.PeriodicWriter):
+                hook._period = self.log_period
+        return built
+
+    def build_writers(self) -> list[EventWriter]:
+        return [
+            CommonMetricPrinter(self.max_iter, window_size=self.log_period),
+            JSONWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), window_size=self.log_period),
+            TensorboardXWriter(self.cfg.OUTPUT_DIR, window_size=self.log_period),
+        ]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
@@ -90,6 +143,8 @@ def load_config(args: argparse.Namespace) -> CfgNode:
         )
     if not PathManager.isfile(args.config_file):
         raise FileNotFoundError(f"config file {args.config_file} is not there")
+    if len(args.opts) % 2:
+        raise ValueError(f"overrides come in pairs KEY VALUE, and {args.opts[-1]!r} has no partner")
     cfg = get_cfg()
     for source, merge, settings in (
         (args.config_file, cfg.merge_from_file, args.config_file),
@@ -98,12 +153,30 @@ def load_config(args: argparse.Namespace) -> CfgNode:
         try:
             merge(settings)
         except KeyError as error:
-            raise ValueError(f"{source}: {error.args[0]}") from None
+            raise ValueError(f"{source}: {error.args[0]}{_nearest_key(str(error), cfg)}") from None
         except (AssertionError, OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{source}: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{source}: {' '.join(str(error).split())}{_nearest_key(str(error), cfg)}") from None
         except (AttributeError, RecursionError, TypeError) as error:
             raise ValueError(f"{source} does not have the form of detectron2's config: {error}") from None
     return cfg
+
+
+def _nearest_key(sentence: str, cfg: CfgNode) -> str:
+    """What to add to detectron2's sentence on an unknown key."""
+    unknown = re.search(r"Non-existent (?:config )?key: ([\w.-]+)", sentence)
+    if not unknown:
+        return ""
+    if unknown[1].startswith("--"):
+        return "; flags go before the KEY VALUE overrides"
+    nearest = difflib.get_close_matches(unknown[1], _keys(cfg), n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{key}.")
 
 
 def register_datasets(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -198,6 +271,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         raise ValueError("TEST.AUG.ENABLED: this tool has no test-time augmentation")
 
     workers = args.num_gpus * args.num_machines
+    check_device(cfg.MODEL.DEVICE)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         print("No CUDA device: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
@@ -216,7 +290,17 @@ def prepare(args: argparse.Namespace) -> CfgNode:
             print(f"Dataset {rle[0]!r} has RLE masks: INPUT.MASK_FORMAT is set to bitmask.")
             cfg.INPUT.MASK_FORMAT = "bitmask"
 
-    check_weights(cfg, args)
+    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % workers:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH must be a positive multiple of the number of GPUs ({workers}), "
+            f"not {cfg.SOLVER.IMS_PER_BATCH}"
+        )
+    formats = ("BGR", "YUV-BT.601", *Image.MODES)
+    if cfg.INPUT.FORMAT not in formats:
+        raise ValueError(f"INPUT.FORMAT must be one of {', '.join(formats)}, not {cfg.INPUT.FORMAT!r}")
+
+    fetch_weights(cfg, args)
+    try_out(cfg, args)
     try:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     except OSError as error:
@@ -225,8 +309,65 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Fetch MODEL.WEIGHTS if the run will load them, before anything is built or written."""
+def check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps", "xpu"):
+        raise ValueError(f"MODEL.DEVICE must be cpu, cuda, cuda:N or another device of PyTorch's, not {name!r}")
+    if device.type == "cuda" and torch.cuda.is_available() and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"MODEL.DEVICE is {name!r}, and there are {torch.cuda.device_count()} GPUs here")
+
+
+def try_out(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Build model, input and solver on the CPU and load the weights once, before anything is written.
+
+    What the config may get wrong is spread over all of detectron2, which answers with bare errors. This costs a few
+    seconds at the start of a run.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    cfg = cfg.clone()
+    cfg.MODEL.DEVICE = "cpu"
+    fbn_plugin.register()
+    depths = (18, 34, 50, 101, 152)
+    if "resnet" in cfg.MODEL.BACKBONE.NAME and cfg.MODEL.RESNETS.DEPTH not in depths:
+        raise ValueError(f"MODEL.RESNETS.DEPTH must be one of {depths}, not {cfg.MODEL.RESNETS.DEPTH}")
+    with refused("MODEL"):
+        model = build_model(cfg)
+    if not args.eval_only:
+        with refused("INPUT"):
+            DatasetMapper(cfg, is_train=True)
+        with refused("SOLVER"):
+            Trainer.build_lr_scheduler(cfg, Trainer.build_optimizer(cfg, model))
+
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    resume = args.resume and checkpointer.has_checkpoint()
+    logging.disable()  # the run itself says what it loads
+    try:
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    except Exception as error:  # unpickling what is no checkpoint may raise anything
+        name = checkpointer.get_checkpoint_file() if resume else f"MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} cannot be read as a checkpoint: {reason}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def refused(group: str) -> Iterator[None]:
+    """Turn detectron2's error on a value of the config into one sentence."""
+    try:
+        yield
+    except (KeyError, ValueError, AssertionError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error.args[0] if error.args else "").split())
+        raise ValueError(f"the config's {group} is refused by detectron2: {reason}") from None
+
+
+def fetch_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Fetch MODEL.WEIGHTS if the run will load them, before anything is built."""
     if args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         return
     weights = cfg.MODEL.WEIGHTS
@@ -261,13 +402,19 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
         if comm.is_main_process():
             verify_results(cfg, results)
     else:
-        trainer = Trainer(cfg)
+        trainer = Trainer(cfg, args.log_period)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = default_argument_parser().parse_args(argv)
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--log-period", type=int, default=20, metavar="N", help="iterations between two lines of metrics.json"
+    )
+    args = parser.parse_args(argv)
+    if args.log_period < 1:
+        parser.error(f"--log-period must be 1 or more, not {args.log_period}")
     with user_errors():
         cfg = prepare(args)
     # What may still turn up on the way: a diverged loss, an image that cannot be read or is unlike its annotation.

@@ -281,10 +281,41 @@ def load_detection_config(config_file: str | None = None, overrides: Sequence[st
         "MODEL.FPN.OUT_CHANNELS",
         "INPUT.MAX_SIZE_TRAIN",
         "INPUT.MAX_SIZE_TEST",
+        "MODEL.RESNETS.NUM_GROUPS",
+        "MODEL.RESNETS.WIDTH_PER_GROUP",
+        "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
+        "MODEL.RPN.PRE_NMS_TOPK_TEST",
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+        "MODEL.RPN.POST_NMS_TOPK_TEST",
+        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",
+        "MODEL.ROI_BOX_HEAD.FC_DIM",
+        "MODEL.ROI_BOX_HEAD.CONV_DIM",
+        "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION",
+        "MODEL.ROI_MASK_HEAD.CONV_DIM",
+        "SOLVER.CLIP_GRADIENTS.CLIP_VALUE",
     ):
         _require(cfg, key, lambda given: given > 0, "above 0")
-    for key in ("TEST.EVAL_PERIOD", "DATALOADER.NUM_WORKERS", "SOLVER.WARMUP_ITERS", "INPUT.MIN_SIZE_TEST"):
+    for key in (
+        "TEST.EVAL_PERIOD",
+        "DATALOADER.NUM_WORKERS",
+        "SOLVER.WARMUP_ITERS",
+        "SOLVER.WEIGHT_DECAY",
+        "SOLVER.WEIGHT_DECAY_NORM",
+        "INPUT.MIN_SIZE_TEST",
+        "MODEL.ROI_BOX_HEAD.NUM_FC",
+        "MODEL.ROI_BOX_HEAD.NUM_CONV",
+        "MODEL.ROI_MASK_HEAD.NUM_CONV",
+    ):
         _require(cfg, key, lambda given: given >= 0, "0 or more")
+    for key in (
+        "SOLVER.WARMUP_FACTOR",
+        "MODEL.RPN.NMS_THRESH",
+        "MODEL.RPN.POSITIVE_FRACTION",
+        "MODEL.ROI_HEADS.NMS_THRESH_TEST",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION",
+    ):
+        _require(cfg, key, lambda given: 0 <= given <= 1, "from 0 to 1")
     for key, length in {
         "MODEL.PIXEL_MEAN": 3,
         "MODEL.PIXEL_STD": 3,
@@ -293,6 +324,17 @@ def load_detection_config(config_file: str | None = None, overrides: Sequence[st
         "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": 4,
     }.items():
         _require(cfg, key, lambda given, length=length: len(given) == length, f"a list of {length}")
+    for key in ("MODEL.RPN.IOU_THRESHOLDS", "MODEL.ROI_HEADS.IOU_THRESHOLDS"):
+        _require(cfg, key, lambda given: [0, *given, 1] == sorted([0, *given, 1]), "increasing from 0 to 1")
+    _require(cfg, "MODEL.PIXEL_STD", lambda given: min(given) > 0, "above 0 for each channel")
+    _require(cfg, "MODEL.DEVICE", re.compile(r"cpu|cuda(:\d+)?").fullmatch, "'cuda', 'cuda:0' and the like, or 'cpu'")
+    _require(cfg, "SEED", lambda given: given < 2**63, "below 2**63")
+    _require(
+        cfg,
+        "SOLVER.WEIGHT_DECAY_BIAS",
+        lambda given: given is None or (isinstance(given, int | float) and 0 <= given < float("inf")),
+        "None, or a number that is 0 or more",
+    )
     _require(cfg, "INPUT.MIN_SIZE_TRAIN", lambda given: given and all(size > 0 for size in given), "sizes above 0")
     _require(cfg, "SOLVER.STEPS", lambda given: list(given) == sorted(set(given)), "increasing iterations")
     own = (-1, cfg.MODEL.FPN.OUT_CHANNELS)

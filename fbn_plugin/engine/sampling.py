@@ -1,8 +1,7 @@
 """Training order and augmentation randomness as pure functions of (seed, position in the training stream).
 
 Nothing depends on worker processes or on how often a run was interrupted: a resumed run sees the same samples,
-    augmented the
-same way, as one that was never stopped.
+augmented the same way, as one that was never stopped.
 """
 
 import contextlib

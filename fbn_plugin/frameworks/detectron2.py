@@ -64,9 +64,15 @@ def get_norm(norm: str | Callable | None, out_channels: int) -> nn.Module | None
         out_channels: C.
 
     Raises:
-        ValueError: neither a name of detectron2's nor a valid spec.
+        ValueError: neither a name of detectron2's nor a valid spec, or one that does not fit the channels.
     """
-    return _detectron2_get_norm(check_norm(norm), out_channels)
+    factory = check_norm(norm)
+    if factory is norm:
+        return _detectron2_get_norm(norm, out_channels)
+    try:
+        return _detectron2_get_norm(factory, out_channels)
+    except ValueError as error:
+        raise ValueError(f"norm {norm!r} for {out_channels} channels: {error}") from None
 
 
 def _per_level(retinanet_init: Callable) -> Callable:

@@ -49,13 +49,21 @@ def _harmful(path):
     torch.save({"model": Harmful()}, path)
 
 
-@pytest.mark.parametrize("write", [lambda p: p.write_bytes(b"PK\x03\x04 cut"), lambda p: p.write_bytes(b""), _harmful])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda p: p.write_bytes(b"PK\x03\x04 cut"),
+        lambda p: p.write_bytes(b""),
+        lambda p: p.write_text("text"),
+        _harmful,
+    ],
+)
 def test_a_damaged_or_harmful_file_is_one_sentence(tmp_path, write):
     path = tmp_path / "bad.pth"
     write(path)
     with pytest.raises(ValueError) as error:
         load_file(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"checkpoint {path} cannot be read: it is cut short, no PyTorch file, or ")
     assert not (tmp_path / "ran").exists()
 
 

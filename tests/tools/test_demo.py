@@ -1,5 +1,6 @@
 """The demo's command on a set of a few images and two iterations."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "Demo"
 
 
-def demo(*arguments):
+def demo(*arguments, path=ROOT):
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    environment = {**os.environ, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
 def test_runs_on_data_of_ones_own(tmp_path):
@@ -37,6 +39,28 @@ def test_runs_on_data_of_ones_own(tmp_path):
     page = (tmp_path / "out" / "mine" / "report.html").read_text()
     assert "BN and FBN on mine" in page and page.count("data:image/png;base64,") == 2
     assert (tmp_path / "out" / "mine" / "detections.png").stat().st_size > 10_000
+
+    # Once more, the runs are not repeated; other settings and other data are not shown the old runs as theirs.
+    again = demo("--output", tmp_path / "out", "--data", data, *overrides)
+    assert again.returncode == 0 and [row for row in again.stdout.splitlines() if row.startswith("|")] == table
+    other = demo("--output", tmp_path / "out", "--data", data, *overrides, "SEED", 5)
+    assert other.returncode == 2 and other.stderr.startswith("error: SEED is 1 in the run that OUTPUT_DIR")
+    annotations = data / "annotations" / "instances_val.json"
+    annotations.write_text(annotations.read_text().replace('"iscrowd": 0', '"iscrowd": 1', 1))
+    edited = demo("--output", tmp_path / "out", "--data", data, *overrides)
+    assert (edited.returncode, edited.stdout) == (2, "")
+    assert edited.stderr == (
+        f"error: {tmp_path / 'out' / 'mine'} holds a run on other data; choose another --output or remove it\n"
+    )
+
+
+def test_a_missing_package_is_one_line(tmp_path):
+    (tmp_path / "pycocotools.py").write_text("raise ModuleNotFoundError(name='pycocotools')")
+    done = demo("--output", tmp_path / "out", path=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: this needs the package 'pycocotools', which is not installed\n",
+    )
 
 
 def test_a_folder_that_is_not_there(tmp_path):

@@ -61,6 +61,23 @@ def test_without_detectron2(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("script, package", [("train_net.py", "pycocotools"), ("check_timm_families.py", "timm")])
+def test_without_an_optional_package(script, package):
+    """What a plain installation lacks is named in one line."""
+    if script == TOOL.name:
+        pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    hide = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", hide, str(TOOL.with_name(script))],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert package in result.stderr
+
+
 @pytest.fixture(scope="module")
 def tool():
     """The tool as a module."""
@@ -135,6 +152,19 @@ BAD_OVERRIDES = {
     "no dataset": (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN"]),
     "number of classes": (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], ["80", "has 2", "disc, square"]),
     "weights": (["MODEL.WEIGHTS", "no_such.pth"], ["no_such.pth"]),
+    "nearest key": (["MODEL.RESNETS.NORMS", "BN"], ["MODEL.RESNETS.NORMS", "did you mean 'MODEL.RESNETS.NORM'"]),
+    "groups that do not divide": (["MODEL.FPN.NORM", "FGN(num_groups=48)"], ["MODEL", "FGN(num_groups=48)", "16"]),
+    "no groups": (["MODEL.RESNETS.NORM", "GN(num_groups=0)"], ["MODEL.RESNETS.NORM", "num_groups", "got 0"]),
+    "weights of another kind": (["MODEL.WEIGHTS", str(CONFIG)], ["MODEL.WEIGHTS", CONFIG.name]),
+    "device": (["MODEL.DEVICE", "gpu"], ["MODEL.DEVICE", "'gpu'", "cuda"]),
+    "meta architecture": (["MODEL.META_ARCHITECTURE", "Foo"], ["MODEL", "Foo"]),
+    "backbone": (["MODEL.BACKBONE.NAME", "nope"], ["MODEL", "nope"]),
+    "depth": (["MODEL.RESNETS.DEPTH", "51"], ["MODEL.RESNETS.DEPTH", "51", "50"]),
+    "scheduler": (["SOLVER.LR_SCHEDULER_NAME", "x"], ["SOLVER", "scheduler: x"]),
+    "image format": (["INPUT.FORMAT", "ABC"], ["INPUT.FORMAT", "ABC", "BGR"]),
+    "augmentation": (["INPUT.RANDOM_FLIP", "sideways"], ["INPUT", "horiz"]),
+    "batch": (["SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH", "0"]),
+    "steps": (["SOLVER.STEPS", "('a',)"], ["SOLVER", "str"]),
     "augmented evaluation": (["TEST.AUG.ENABLED", "True"], ["TEST.AUG.ENABLED"]),
     "mixed precision on a CPU": (["SOLVER.AMP.ENABLED", "True"], ["SOLVER.AMP.ENABLED"]),
 }
@@ -197,6 +227,9 @@ def test_bad_arguments(tool, folder, capsys, tmp_path):
     assert "LazyConfig" in refusal(tool, capsys, "--config-file", "model.py")
     assert "GPUs" in refusal(tool, capsys, "--num-gpus", 99, "--config-file", CONFIG, *data)
     assert "MODEL.WEIGHTS" in refusal(tool, capsys, "--eval-only", "--config-file", CONFIG, *data)
+    with pytest.raises(SystemExit):
+        tool.main(["--log-period", "0"])
+    assert "--log-period must be 1 or more, not 0" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert "OUTPUT_DIR" in refusal(tool, capsys, "--config-file", CONFIG, *data, "OUTPUT_DIR", tmp_path / "file")
     assert not (tmp_path / "output").exists()
@@ -288,13 +321,13 @@ def test_train_resume_evaluate(tool, folder, tmp_path):
     out = tmp_path / "output"
     arguments = ["--config-file", CONFIG, *TINY, *datasets(folder, 2), "OUTPUT_DIR", out]
 
-    first = run_tool(*arguments, "SOLVER.MAX_ITER", 3)
+    first = run_tool("--log-period", 1, *arguments, "SOLVER.MAX_ITER", 3)
     assert first.returncode == 0, first.stderr
     assert "FilteredBatchNorm2d" in first.stdout
     assert "t_sigma=5" in first.stdout
     assert "bbox/AP" in metrics(out)[-1] and "segm/AP" in metrics(out)[-1]
     losses = [row["total_loss"] for row in metrics(out) if "total_loss" in row]
-    assert losses and all(math.isfinite(loss) for loss in losses)
+    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
     assert list(out.glob("events.out.tfevents.*"))
     assert "FBN(t_sigma=5.0)" in (out / "config.yaml").read_text()
 
@@ -312,6 +345,23 @@ def test_train_resume_evaluate(tool, folder, tmp_path):
     assert again.returncode == 0, again.stderr
     assert len(copypaste(again.stdout)) == 6
     assert copypaste(again.stdout) == copypaste(resumed.stdout)
+
+
+@pytest.mark.detectron2
+def test_an_interrupted_checkpoint_leaves_the_last_one(tool, tmp_path, monkeypatch):
+    checkpointer = tool.AtomicCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    checkpointer.save("model")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before["last_checkpoint"] == b"model.pth"
+
+    def save(data, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save("model")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @needs_data
