@@ -7,7 +7,8 @@ import pytest
 
 import fbn_plugin
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
@@ -21,6 +22,12 @@ def test_snippet_runs(snippet):
         exec(compile(snippet, "README", "exec"), {})
     finally:
         fbn_plugin.unregister()
+
+
+def test_every_config_that_is_named_exists():
+    texts = [README.read_text(encoding="utf-8"), *(p.read_text(encoding="utf-8") for p in ROOT.glob("tools/*.py"))]
+    named = {name for text in texts for name in re.findall(r"configs/[\w/-]+\.yaml", text)}
+    assert len(named) > 3 and [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_there_is_one_for_each_framework():

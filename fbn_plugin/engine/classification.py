@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, RandomCrop, Resize
 from tqdm import tqdm
 
-from fbn_plugin import convert_norm
+from fbn_plugin import convert_norm, parse_spec
 from fbn_plugin.engine import distributed
 from fbn_plugin.engine.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write
 from fbn_plugin.engine.config import check_resume, save_config
@@ -295,6 +295,26 @@ def _check(cfg: CfgNode) -> None:
         ("SEED", cfg.SEED, 0),
     ):
         need(value >= least, f"{key} must be at least {least}, got {value}")
+    for key, value, low, high in (
+        ("MODEL.DROP_RATE", cfg.MODEL.DROP_RATE, 0, 1),
+        ("SOLVER.LABEL_SMOOTHING", solver.LABEL_SMOOTHING, 0, 1),
+        ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY, 0, math.inf),
+        ("INPUT.HFLIP", cfg.INPUT.HFLIP, 0, 1),
+        ("INPUT.MIXUP", cfg.INPUT.MIXUP, 0, math.inf),
+        ("INPUT.CUTMIX", cfg.INPUT.CUTMIX, 0, math.inf),
+    ):
+        need(low <= value <= high, f"{key} must lie between {low} and {high}, got {value}")
+    need(solver.BASE_LR > 0, f"SOLVER.BASE_LR must be above 0, got {solver.BASE_LR}")
+    scale = cfg.INPUT.SCALE
+    need(
+        len(scale) == 2 and 0 < scale[0] <= scale[1],
+        f"INPUT.SCALE takes two shares of the image's area, the smaller first, got {scale}",
+    )
+    if cfg.MODEL.NORM:
+        try:
+            parse_spec(cfg.MODEL.NORM)
+        except ValueError as error:
+            raise ValueError(f"MODEL.NORM: {error}") from None
     need(
         solver.IMS_PER_BATCH % world_size == 0,
         f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of the number of processes, {world_size}",
@@ -343,11 +363,17 @@ class ClassificationTrainer:
             raise ValueError(
                 "nothing to evaluate: set MODEL.WEIGHTS, MODEL.PRETRAINED, or --resume with a checkpoint in OUTPUT_DIR"
             )
+        if os.path.exists(cfg.OUTPUT_DIR) and not os.path.isdir(cfg.OUTPUT_DIR):
+            raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} is a file, not a folder")
         if previous and not (resume or eval_only):
             raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run; add --resume to continue it, or choose another")
         if previous and resume and not eval_only:
             check_resume(cfg, classification_config(), _MAY_CHANGE)
         self.data = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
+        if not eval_only and len(self.data.train) < solver.IMS_PER_BATCH:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is more than the {len(self.data.train)} training images"
+            )
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:

@@ -520,6 +520,8 @@ class DetectionTrainer:
         previous = os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
         if eval_only and not (cfg.MODEL.WEIGHTS or (resume and previous)):
             raise ValueError("nothing to evaluate: set MODEL.WEIGHTS, or --resume with a checkpoint in OUTPUT_DIR")
+        if os.path.exists(cfg.OUTPUT_DIR) and not os.path.isdir(cfg.OUTPUT_DIR):
+            raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} is a file, not a folder")
         if previous and not (resume or eval_only):
             raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run; add --resume to continue it, or choose another")
         if previous and resume and not eval_only:
