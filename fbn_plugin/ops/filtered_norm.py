@@ -77,6 +77,12 @@ def _check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
             raise ValueError(f"{name} has {tensor.numel()} elements, but the input has {x.shape[1]} channels")
 
 
+def _check_batch(x: Tensor, **per_channel: Tensor | None) -> None:
+    _check_channels(x, **per_channel)
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+
+
 def check_activation(activation: str, negative_slope: float) -> None:
     """ValueError if the activation is none that :func:`filtered_batch_norm_act` knows."""
     if activation not in reference.ACTIVATIONS:
@@ -331,9 +337,7 @@ def filtered_batch_norm(
     t_sigma = check_filter(t_sigma, grad_mode)
     if not training or math.isinf(t_sigma) or x.numel() == 0:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    _check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    if x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    _check_batch(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     y, mean, var, _, _, count = _normalize(x, weight, bias, 0, t_sigma, eps, gaussian_correction, grad_mode)
     if running_mean is not None and running_var is not None:
         _update_running_stats(running_mean, running_var, mean, var, count, momentum)
@@ -382,9 +386,7 @@ def filtered_batch_norm_act(
         moving = running_mean, running_var, training, momentum, eps
         y = filtered_batch_norm(x, weight, bias, *moving, t_sigma, grad_mode, gaussian_correction)
         return reference.activate(y if residual is None else y + residual, activation, negative_slope)
-    _check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    if x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    _check_batch(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     options = 0, t_sigma, eps, gaussian_correction, grad_mode, activation, float(negative_slope)
     y, mean, var, _, _, count = _filtered_norm_act(x, weight, bias, residual, *options)
     if running_mean is not None and running_var is not None:
