@@ -20,14 +20,10 @@ static inline float smaller(float a, float b) { return a < b ? a : b; }
 static inline float larger(float a, float b) { return a > b ? a : b; }
 static inline f16 only(i16 mask, f16 v) { return (f16)(mask & (i16)v); }
 
-static inline bool any_of(i16 mask) {
-    int32_t any = 0;
-    for (int i = 0; i < LANES; ++i) any |= mask[i];
-    return any;
-}
-
 typedef float f8 __attribute__((vector_size(32)));
 typedef float f4 __attribute__((vector_size(16)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef int32_t i4 __attribute__((vector_size(16)));
 typedef double d8 __attribute__((vector_size(64)));
 typedef double d4 __attribute__((vector_size(32)));
 
@@ -36,6 +32,12 @@ static inline Half half(const Whole& v, int which) {
     Half h;
     memcpy(&h, (const char*)&v + which * sizeof h, sizeof h);
     return h;
+}
+
+static inline bool any_of(i16 mask) {
+    i8 some = half<i8>(mask, 0) | half<i8>(mask, 1);
+    i4 few = half<i4>(some, 0) | half<i4>(some, 1);
+    return few[0] | few[1] | few[2] | few[3];
 }
 
 static inline double total(f16 v) {
@@ -57,6 +59,7 @@ struct Float32 {
         memcpy(&v, p, sizeof v);
         return v;
     }
+    static float load_one(const float* p) { return *p; }
     static void store(float* p, f16 v) { memcpy(p, &v, sizeof v); }
 };
 
@@ -66,6 +69,12 @@ struct BFloat16 {
         h16 v;
         memcpy(&v, p, sizeof v);
         return (f16)(__builtin_convertvector(v, u16) << 16);
+    }
+    static float load_one(const uint16_t* p) {
+        const uint32_t bits = (uint32_t)*p << 16;
+        float v;
+        memcpy(&v, &bits, sizeof v);
+        return v;
     }
     static void store(uint16_t* p, f16 v) {
         u16 bits = (u16)v;
@@ -122,11 +131,6 @@ static inline void store_vector(typename T::scalar* p, int64_t n, f16 v) {
         T::store(p, v);
     else
         store_some<T>(p, n, v);
-}
-
-template <class T>
-static inline float load_one(const typename T::scalar* p) {
-    return load_some<T>(p, 1, 0.f)[0];
 }
 
 template <class V>
@@ -210,18 +214,25 @@ static Tile measure(const typename T::scalar* x, Runs r, float shift) {
 
 template <class T>
 static Tile measure_kept(const typename T::scalar* x, Runs r, float shift, float lower, float upper) {
-    f16 k = splat(shift), lo = splat(lower), hi = splat(upper), sum{}, square{};
-    i16 count{};
-    for (int64_t j = 0; j < r.runs; ++j, x += r.stride)
-        for (int64_t i = 0; i < r.length; i += LANES) {
+    f16 k = splat(shift), lo = splat(lower), hi = splat(upper), one = splat(1.f);
+    f16 sum0{}, sum1{}, square0{}, square1{}, count0{}, count1{};
+    for (int64_t j = 0; j < r.runs; ++j, x += r.stride) {
+        int64_t i = 0;
+        for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
+            f16 a = T::load(x + i), b = T::load(x + i + LANES);
+            i16 kept_a = (a >= lo) & (a <= hi), kept_b = (b >= lo) & (b <= hi);
+            f16 da = only(kept_a, a - k), db = only(kept_b, b - k);
+            sum0 += da, sum1 += db, square0 += da * da, square1 += db * db;
+            count0 += only(kept_a, one), count1 += only(kept_b, one);
+        }
+        for (; i < r.length; i += LANES) {
             f16 a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, NAN);
             i16 kept = (a >= lo) & (a <= hi);
             f16 d = only(kept, a - k);
-            sum += d, square += d * d, count -= kept;
+            sum0 += d, square0 += d * d, count0 += only(kept, one);
         }
-    Tile t{total(sum), total(square), 0, 0, 0};
-    for (int i = 0; i < LANES; ++i) t.count += count[i];
-    return t;
+    }
+    return {total(sum0 + sum1), total(square0 + square1), total(count0 + count1), 0, 0};
 }
 
 template <class T, bool WHOLE>
@@ -263,7 +274,7 @@ static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const
     Runs r;
     int64_t n = tiling.tiles();
     float shift = typical<float>(tiling.planes * tiling.length, [&](int64_t i) {
-        return load_one<T>(x + i / tiling.length * tiling.stride + i % tiling.length);
+        return T::load_one(tiling.planes == 1 ? x + i : x + i / tiling.length * tiling.stride + i % tiling.length);
     });
     double sum = 0, square = 0, count = 0;
     for (int64_t t = 0; t < n; ++t) {
@@ -285,7 +296,7 @@ static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const
     return s;
 }
 
-template <class T>
+template <class T, bool WHOLE>
 static void forward_contiguous(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight,
                                const float* bias, const Moments& out) {
     typedef typename T::scalar scalar;
@@ -293,7 +304,6 @@ static void forward_contiguous(const Shape& d, const Options& o, const void* x_,
     scalar* y = (scalar*)y_;
     const int64_t per_group = d.groups ? d.c / d.groups : 1, sets = d.groups ? d.n * d.groups : d.c;
     const Tiling tiling = d.groups ? Tiling(per_group, d.s, d.s) : Tiling(d.n, d.c * d.s, d.s);
-    const auto write_run = d.s < LANES ? normalize<T, false> : normalize<T, true>;
 #pragma omp parallel num_threads(o.threads)
     {
         Tile* tiles = (Tile*)malloc(sizeof(Tile) * tiling.tiles());
@@ -309,7 +319,7 @@ static void forward_contiguous(const Shape& d, const Options& o, const void* x_,
                 const double a = weight ? weight[c] * rstd : rstd, b = (bias ? bias[c] : 0.0) - (s.mean - mean) * a;
                 for (int64_t k = 0; k < (d.groups ? 1 : d.n); ++k) {
                     const int64_t at = start + j * d.s + k * d.c * d.s;
-                    write_run(x + at, y + at, d.s, mean, (float)a, (float)b);
+                    normalize<T, WHOLE>(x + at, y + at, d.s, mean, (float)a, (float)b);
                 }
             }
         }
@@ -369,23 +379,19 @@ static void write_gradient(const typename T::scalar* g, const typename T::scalar
     }
 }
 
-static inline Line line_of(const Moments& m, int64_t i, double weight, double sum_g, double sum_gx, const Options& o) {
-    double rstd = 1 / sqrt((double)m.var[i] + o.eps), count = m.count[i];
-    return {(float)(weight * rstd),
-            (float)(rstd * sum_g / count),
-            (float)(rstd * rstd * rstd * sum_gx / (o.kappa * count)),
-            m.mean[i],
-            m.lower[i],
-            m.upper[i]};
+// The line of a set; its scale is still to be multiplied by a channel's weight.
+static inline Line line_of(const Moments& m, int64_t set, double sum_g, double sum_gx, const Options& o) {
+    double rstd = 1 / sqrt((double)m.var[set] + o.eps), count = m.count[set];
+    return {(float)rstd,   (float)(rstd * sum_g / count), (float)(rstd * rstd * rstd * sum_gx / (o.kappa * count)),
+            m.mean[set], m.lower[set], m.upper[set]};
 }
 
-template <class T, bool PAPER>
+template <class T, bool WHOLE, bool PAPER>
 static void backward_contiguous(const Shape& d, const Options& o, const void* g_, const void* x_, void* dx_,
                                 const float* weight, const Moments& m, float* d_weight, float* d_bias) {
     typedef typename T::scalar scalar;
     const scalar *g = (const scalar*)g_, *x = (const scalar*)x_;
     scalar* dx = (scalar*)dx_;
-    const auto write_run = d.s < LANES ? write_gradient<T, false, PAPER> : write_gradient<T, true, PAPER>;
     if (!d.groups) {
         const Tiling tiling(d.n, d.c * d.s, d.s);
 #pragma omp parallel for num_threads(o.threads) schedule(static)
@@ -400,10 +406,11 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
             }
             d_bias[c] = (float)sum_g;
             d_weight[c] = (float)(sum_gx / sqrt((double)m.var[c] + o.eps));
-            const Line l = line_of(m, c, w, w * sum_g, w * sum_gx, o);
+            Line l = line_of(m, c, w * sum_g, w * sum_gx, o);
+            l.scale *= (float)w;
             for (int64_t n = 0; n < d.n; ++n) {
                 int64_t at = start + n * d.c * d.s;
-                write_run(g + at, x + at, dx + at, d.s, l);
+                write_gradient<T, WHOLE, PAPER>(g + at, x + at, dx + at, d.s, l);
             }
         }
         return;
@@ -429,10 +436,12 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
                 by_plane_g[plane] = g_sum, by_plane_gx[plane] = gx_sum * rstd;
                 sum_g += w * g_sum, sum_gx += w * gx_sum;
             }
+            const Line line = line_of(m, i, sum_g, sum_gx, o);
             for (int64_t j = 0; j < per_group; ++j) {
                 int64_t plane = i * per_group + j;
-                const Line l = line_of(m, i, weight ? weight[plane % d.c] : 1, sum_g, sum_gx, o);
-                write_run(g + plane * d.s, x + plane * d.s, dx + plane * d.s, d.s, l);
+                Line l = line;
+                if (weight) l.scale *= weight[plane % d.c];
+                write_gradient<T, WHOLE, PAPER>(g + plane * d.s, x + plane * d.s, dx + plane * d.s, d.s, l);
             }
         }
 #pragma omp for schedule(static)
@@ -812,9 +821,10 @@ static void backward_channels_last(const Shape& d, const Options& o, const void*
                     const double w = weight ? weight[c - part * C] : 1;
                     sum_g += w * sums[c], sum_gx += w * dots[c], dots[c] *= rstd;
                 }
+                const Line l = line_of(m, set, sum_g, sum_gx, o);
                 for (int64_t c = at; c < at + n; ++c) {
-                    const Line l = line_of(m, set, weight ? weight[c - part * C] : 1, sum_g, sum_gx, o);
-                    scale[c] = l.scale, offset[c] = l.offset, slope[c] = l.slope;
+                    scale[c] = weight ? l.scale * weight[c - part * C] : l.scale;
+                    offset[c] = l.offset, slope[c] = l.slope;
                 }
             }
         }
@@ -837,32 +847,33 @@ static void backward_channels_last(const Shape& d, const Options& o, const void*
 
 #undef FOR_ROWS
 
-template <class T>
+template <class T, bool WHOLE>
 static void forward_of(const Shape& d, const Options& o, const void* x, void* y, const float* weight,
                        const float* bias, const Moments& m) {
-    auto run = !o.channels_last ? forward_contiguous<T>
-               : d.c < LANES    ? forward_channels_last<T, false>
-                                : forward_channels_last<T, true>;
-    run(d, o, x, y, weight, bias, m);
+    (o.channels_last ? forward_channels_last<T, WHOLE> : forward_contiguous<T, WHOLE>)(d, o, x, y, weight, bias, m);
 }
+
+template <class T, bool WHOLE>
+static void backward_of(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
+                        const Moments& m, float* d_weight, float* d_bias) {
+    auto run = o.channels_last
+                   ? (o.paper ? backward_channels_last<T, WHOLE, true> : backward_channels_last<T, WHOLE, false>)
+                   : (o.paper ? backward_contiguous<T, WHOLE, true> : backward_contiguous<T, WHOLE, false>);
+    run(d, o, g, x, dx, weight, m, d_weight, d_bias);
+}
+
+static bool whole_vectors(const Shape& d, const Options& o) { return (o.channels_last ? d.c : d.s) >= LANES; }
 
 static void forward(const Shape& d, const Options& o, const void* x, void* y, const float* weight, const float* bias,
                     const Moments& m) {
-    (o.bfloat16 ? forward_of<BFloat16> : forward_of<Float32>)(d, o, x, y, weight, bias, m);
-}
-
-template <class T, bool PAPER>
-static void backward_of(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
-                        const Moments& m, float* d_weight, float* d_bias) {
-    auto run = !o.channels_last ? backward_contiguous<T, PAPER>
-               : d.c < LANES    ? backward_channels_last<T, false, PAPER>
-                                : backward_channels_last<T, true, PAPER>;
-    run(d, o, g, x, dx, weight, m, d_weight, d_bias);
+    auto run = whole_vectors(d, o) ? (o.bfloat16 ? forward_of<BFloat16, true> : forward_of<Float32, true>)
+                                   : (o.bfloat16 ? forward_of<BFloat16, false> : forward_of<Float32, false>);
+    run(d, o, x, y, weight, bias, m);
 }
 
 static void backward(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
                      const Moments& m, float* d_weight, float* d_bias) {
-    auto run = o.bfloat16 ? (o.paper ? backward_of<BFloat16, true> : backward_of<BFloat16, false>)
-                          : (o.paper ? backward_of<Float32, true> : backward_of<Float32, false>);
+    auto run = whole_vectors(d, o) ? (o.bfloat16 ? backward_of<BFloat16, true> : backward_of<Float32, true>)
+                                   : (o.bfloat16 ? backward_of<BFloat16, false> : backward_of<Float32, false>);
     run(d, o, g, x, dx, weight, m, d_weight, d_bias);
 }
