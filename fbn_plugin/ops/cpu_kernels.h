@@ -120,6 +120,13 @@ static inline int64_t start_of(int64_t vector, int64_t n) {
     return at + LANES <= n ? at : n < LANES ? 0 : n - LANES;
 }
 
+template <class F>
+static inline void for_vectors(int64_t n, F body) {
+    int64_t at = 0;
+    for (; at + LANES <= n; at += LANES) body(at);
+    if (at < n) body(n < LANES ? 0 : n - LANES);
+}
+
 template <class T, bool WHOLE>
 static inline f16 load_vector(const typename T::scalar* p, int64_t n) {
     return WHOLE ? T::load(p) : load_some<T>(p, n, 0.f);
@@ -239,10 +246,9 @@ template <class T, bool WHOLE>
 static void normalize(const typename T::scalar* x, typename T::scalar* y, int64_t n, float mean, float scale,
                       float shift) {
     f16 m = splat(mean), a = splat(scale), b = splat(shift);
-    for (int64_t v = 0; v < vectors(n); ++v) {
-        const int64_t i = start_of(v, n);
+    for_vectors(n, [=](int64_t i) {
         store_vector<T, WHOLE>(y + i, n, (load_vector<T, WHOLE>(x + i, n) - m) * a + b);
-    }
+    });
 }
 
 // How a set of planes is cut into tiles: several short planes make one, a long plane makes several.
@@ -371,12 +377,10 @@ static void write_gradient(const typename T::scalar* g, const typename T::scalar
                            const Line& l) {
     f16 a = splat(l.scale), b = splat(l.offset), k = splat(l.slope), m = splat(l.mean), lo = splat(l.lower),
         hi = splat(l.upper);
-    for (int64_t v = 0; v < vectors(n); ++v) {
-        const int64_t i = start_of(v, n);
-        store_vector<T, WHOLE>(dx + i, n,
-                               input_gradient<PAPER>(load_vector<T, WHOLE>(g + i, n), load_vector<T, WHOLE>(x + i, n),
-                                                     a, b, k, m, lo, hi));
-    }
+    for_vectors(n, [=](int64_t i) {
+        f16 gi = load_vector<T, WHOLE>(g + i, n), xi = load_vector<T, WHOLE>(x + i, n);
+        store_vector<T, WHOLE>(dx + i, n, input_gradient<PAPER>(gi, xi, a, b, k, m, lo, hi));
+    });
 }
 
 // The line of a set; its scale is still to be multiplied by a channel's weight.
@@ -638,12 +642,11 @@ template <class T, bool WHOLE>
 static void normalize_rows(const typename T::scalar* x, typename T::scalar* y, int64_t rows, int64_t c,
                            const float* mean, const float* scale, const float* offset) {
     for (int64_t r = 0; r < rows; ++r, x += c, y += c)
-        for (int64_t v = 0; v < vectors(c); ++v) {
-            const int64_t at = start_of(v, c);
+        for_vectors(c, [=](int64_t at) {
             f16 m = load_vector<Float32, WHOLE>(mean + at, c), a = load_vector<Float32, WHOLE>(scale + at, c),
                 b = load_vector<Float32, WHOLE>(offset + at, c);
             store_vector<T, WHOLE>(y + at, c, (load_vector<T, WHOLE>(x + at, c) - m) * a + b);
-        }
+        });
 }
 
 template <class T, bool WHOLE>
@@ -770,15 +773,13 @@ static void write_gradient_rows(const typename T::scalar* g, const typename T::s
                                 int64_t rows, int64_t c, const float* scale, const float* offset, const float* slope,
                                 const float* mean, const float* lower, const float* upper) {
     for (int64_t r = 0; r < rows; ++r, g += c, x += c, dx += c)
-        for (int64_t v = 0; v < vectors(c); ++v) {
-            const int64_t at = start_of(v, c);
+        for_vectors(c, [=](int64_t at) {
             f16 a = load_vector<Float32, WHOLE>(scale + at, c), b = load_vector<Float32, WHOLE>(offset + at, c),
                 k = load_vector<Float32, WHOLE>(slope + at, c), m = load_vector<Float32, WHOLE>(mean + at, c),
                 lo = load_vector<Float32, WHOLE>(lower + at, c), hi = load_vector<Float32, WHOLE>(upper + at, c);
-            store_vector<T, WHOLE>(dx + at, c,
-                                    input_gradient<PAPER>(load_vector<T, WHOLE>(g + at, c),
-                                                          load_vector<T, WHOLE>(x + at, c), a, b, k, m, lo, hi));
-        }
+            f16 gi = load_vector<T, WHOLE>(g + at, c), xi = load_vector<T, WHOLE>(x + at, c);
+            store_vector<T, WHOLE>(dx + at, c, input_gradient<PAPER>(gi, xi, a, b, k, m, lo, hi));
+        });
 }
 
 template <class T, bool WHOLE, bool PAPER>
