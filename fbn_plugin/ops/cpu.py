@@ -78,7 +78,9 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask for the same ones at every step
-def _structures(shape: torch.Size, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool, *flags: bool):
+def _structures(
+    shape: torch.Size, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool, *flags: bool
+):
     kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
     return _Shape(shape[0], shape[1], shape[2:].numel(), num_groups), _Options(t_sigma, eps, kappa, *flags)
 

@@ -204,10 +204,10 @@ class _DirectOnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, moments = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _nothing_watches(grad):  # the operator refuses the second derivative
-            gradients = _filtered_norm_backward(grad, x, weight, *(each.clone() for each in moments), *ctx.options)
-        else:
+        if _is_plain_gradient(grad):
             gradients = cpu.backward(grad, x, weight, moments, *ctx.options)
+        else:
+            gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
         return *_as_inputs(gradients, weight, ctx.bias_dtype), *(None,) * 8
 
 
@@ -230,11 +230,11 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, *moments = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _nothing_watches(grad):
-            gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
-        else:
+        if _is_plain_gradient(grad):
             moments = reference.FilteredMoments(*moments)
             gradients = _backend(x).filtered_norm_backward(grad, x, weight, moments, *ctx.options)
+        else:
+            gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
         return *_as_inputs(gradients, weight, ctx.bias_dtype), *(None,) * 8
 
 
@@ -247,6 +247,12 @@ def _nothing_watches(*tensors: Tensor | None) -> bool:
         and not torch.jit.is_tracing()
         and all(t is None or type(t) in _PLAIN for t in tensors)
     )
+
+
+def _is_plain_gradient(grad: Tensor) -> bool:
+    """False if the operator is to be called: it knows batched gradients, and refuses to be differentiated again."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not torch.is_grad_enabled() and not batched and _nothing_watches(grad)
 
 
 def _normalize(
