@@ -1,9 +1,10 @@
-// CPU kernels of filtered batch and group normalization (Horváth and Al-afandi 2020, Eq. 2-13): plain C++ on raw
-// pointers, no torch headers.
+// CPU kernels of filtered batch and group normalization (Horváth and Al-afandi
+// 2020, Eq. 2-13): plain C++ on raw pointers, no torch headers.
 //
-// Compiled for several instruction sets, chosen when the library is first called. OpenMP's runtime is the one that
-// PyTorch has loaded: the library is built with -fopenmp but not linked to a runtime of its own, which would bring a
-// second pool of threads.
+// Compiled for several instruction sets, chosen when the library is first
+// called. OpenMP's runtime is the one that PyTorch has loaded: the library is
+// built with -fopenmp but not linked to a runtime of its own, which would bring
+// a second pool of threads.
 
 #include <cmath>
 #include <cstdint>
@@ -42,21 +43,27 @@ constexpr int64_t TILE = 4096;  // values summed in float before they are added 
 #endif
 
 namespace generic {
+#define VECTOR_BYTES 16
 #include "cpu_kernels.h"
-}
+#undef VECTOR_BYTES
+}  // namespace generic
 
 #ifdef MANY_INSTRUCTION_SETS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+#define VECTOR_BYTES 32
 #include "cpu_kernels.h"
-}
+#undef VECTOR_BYTES
+}  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 namespace avx512 {
+#define VECTOR_BYTES 64
 #include "cpu_kernels.h"
-}
+#undef VECTOR_BYTES
+}  // namespace avx512
 #pragma GCC pop_options
 
 static int instruction_set() {
@@ -92,8 +99,8 @@ const char* fbn_instruction_set() {
     return names[instruction_set()];
 }
 
-// `moments` are five arrays, one after the other. Running statistics may be null; a channel whose moments are not finite
-// keeps its own.
+// `moments` are five arrays, one after the other. Running statistics may be
+// null; a channel whose moments are not finite keeps its own.
 void fbn_forward(const Shape* d, const Options* o, const void* x, void* y, const float* weight, const float* bias,
                  float* moments, float* running_mean, float* running_var, double momentum) {
     const Moments m(*d, moments);

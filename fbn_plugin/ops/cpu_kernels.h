@@ -1,31 +1,35 @@
-// Filtered normalization for one instruction set; cpu.cpp includes this file once for each, inside a namespace of its
-// own.
+// Filtered normalization for one instruction set; cpu.cpp includes this file
+// once for each, inside a namespace of its own.
 //
-// Everything works on 16 lanes of float. A statistic is summed in lanes around a value of its own set ("shift"), so
-// that a large mean costs no digits, for at most a few thousand values (a "tile"), and the tiles are added up in
-// double. The first pass also keeps each tile's smallest and largest value: a tile that lies within the band has its
-// sums already, and only the others are read a second time, through the mask.
+// Everything works on vectors of VECTOR_BYTES. A statistic is summed in lanes
+// around a value of its own set ("shift"), so that a large mean costs no
+// digits, for at most a few thousand values (a "tile"), and the tiles are added
+// up in double. The first pass also keeps each tile's smallest and largest
+// value: a tile that lies within the band has its sums already, and only the
+// others are read a second time, through the mask.
 
-typedef float f16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint32_t u16 __attribute__((vector_size(64)));
-typedef uint16_t h16 __attribute__((vector_size(32)));
+typedef float vfloat __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t vint __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t vuint __attribute__((vector_size(VECTOR_BYTES)));
+typedef double vdouble __attribute__((vector_size(VECTOR_BYTES)));  // half as many
+typedef float half_vfloat __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef int32_t half_vint __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint16_t vbfloat __attribute__((vector_size(VECTOR_BYTES / 2)));
 
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = VECTOR_BYTES / sizeof(float);
 
-static inline f16 splat(float v) { return v - f16{}; }
-static inline f16 smaller(f16 a, f16 b) { return a < b ? a : b; }
-static inline f16 larger(f16 a, f16 b) { return a > b ? a : b; }
+static inline vfloat splat(float v) { return v - vfloat{}; }
+static inline vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
+static inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 static inline float smaller(float a, float b) { return a < b ? a : b; }
 static inline float larger(float a, float b) { return a > b ? a : b; }
-static inline f16 only(i16 mask, f16 v) { return (f16)(mask & (i16)v); }
+static inline vfloat only(vint mask, vfloat v) { return (vfloat)(mask & (vint)v); }
 
-typedef float f8 __attribute__((vector_size(32)));
-typedef float f4 __attribute__((vector_size(16)));
-typedef int32_t i8 __attribute__((vector_size(32)));
-typedef int32_t i4 __attribute__((vector_size(16)));
-typedef double d8 __attribute__((vector_size(64)));
-typedef double d4 __attribute__((vector_size(32)));
+static inline vint lane_numbers() {
+    vint lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = i;
+    return lanes;
+}
 
 template <class Half, class Whole>
 static inline Half half(const Whole& v, int which) {
@@ -34,41 +38,45 @@ static inline Half half(const Whole& v, int which) {
     return h;
 }
 
-static inline bool any_of(i16 mask) {
-    i8 some = half<i8>(mask, 0) | half<i8>(mask, 1);
-    i4 few = half<i4>(some, 0) | half<i4>(some, 1);
-    return few[0] | few[1] | few[2] | few[3];
+static inline bool any_of(vint mask) {
+    half_vint some = half<half_vint>(mask, 0) | half<half_vint>(mask, 1);
+    int32_t any = 0;
+    for (int i = 0; i < LANES / 2; ++i) any |= some[i];
+    return any;
 }
 
-static inline double total(f16 v) {
-    d8 wide = __builtin_convertvector(half<f8>(v, 0), d8) + __builtin_convertvector(half<f8>(v, 1), d8);
-    d4 sum = half<d4>(wide, 0) + half<d4>(wide, 1);
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+static inline double total(vfloat v) {
+    vdouble wide = __builtin_convertvector(half<half_vfloat>(v, 0), vdouble) +
+                   __builtin_convertvector(half<half_vfloat>(v, 1), vdouble);
+    double even = 0, odd = 0;
+    for (int i = 0; i < LANES / 2; i += 2) even += wide[i], odd += wide[i + 1];
+    return even + odd;
 }
 
-static inline float smallest(f16 v) {
-    f8 a = half<f8>(v, 0), b = half<f8>(v, 1), c = a < b ? a : b;
-    f4 d = half<f4>(c, 0), e = half<f4>(c, 1), f = d < e ? d : e;
-    return smaller(smaller(f[0], f[1]), smaller(f[2], f[3]));
+static inline float smallest(vfloat v) {
+    half_vfloat a = half<half_vfloat>(v, 0), b = half<half_vfloat>(v, 1), c = a < b ? a : b;
+    float even = c[0], odd = c[1];
+    for (int i = 2; i < LANES / 2; i += 2) even = smaller(even, c[i]), odd = smaller(odd, c[i + 1]);
+    return smaller(even, odd);
 }
 
 struct Float32 {
     typedef float scalar;
-    static f16 load(const float* p) {
-        f16 v;
+    static vfloat load(const float* p) {
+        vfloat v;
         memcpy(&v, p, sizeof v);
         return v;
     }
     static float load_one(const float* p) { return *p; }
-    static void store(float* p, f16 v) { memcpy(p, &v, sizeof v); }
+    static void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 };
 
 struct BFloat16 {
     typedef uint16_t scalar;
-    static f16 load(const uint16_t* p) {
-        h16 v;
+    static vfloat load(const uint16_t* p) {
+        vbfloat v;
         memcpy(&v, p, sizeof v);
-        return (f16)(__builtin_convertvector(v, u16) << 16);
+        return (vfloat)(__builtin_convertvector(v, vuint) << 16);
     }
     static float load_one(const uint16_t* p) {
         const uint32_t bits = (uint32_t)*p << 16;
@@ -76,44 +84,43 @@ struct BFloat16 {
         memcpy(&v, &bits, sizeof v);
         return v;
     }
-    static void store(uint16_t* p, f16 v) {
-        u16 bits = (u16)v;
-        u16 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
-        i16 nan = v != v;
-        rounded = (u16)((i16)rounded & ~nan) | (u16)(nan & 0x7fc00000);
-        h16 out = __builtin_convertvector(rounded >> 16, h16);
+    static void store(uint16_t* p, vfloat v) {
+        vuint bits = (vuint)v;
+        vuint rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+        vint nan = v != v;
+        rounded = (vuint)((vint)rounded & ~nan) | (vuint)(nan & 0x7fc00000);
+        vbfloat out = __builtin_convertvector(rounded >> 16, vbfloat);
         memcpy(p, &out, sizeof out);
     }
 };
 
 // The last, incomplete vector of a run, its missing lanes filled.
 template <class T>
-static inline f16 load_some(const typename T::scalar* p, int64_t n, float fill) {
+static inline vfloat load_some(const typename T::scalar* p, int64_t n, float fill) {
     typename T::scalar buffer[LANES] = {};
     for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
-    f16 v = T::load(buffer);
-    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane < (int32_t)n ? v : splat(fill);
+    vfloat v = T::load(buffer);
+    return lane_numbers() < (int32_t)n ? v : splat(fill);
 }
 
 template <class T>
-static inline void store_some(typename T::scalar* p, int64_t n, f16 v) {
+static inline void store_some(typename T::scalar* p, int64_t n, vfloat v) {
     typename T::scalar buffer[LANES];
     T::store(buffer, v);
     for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
-// What is left of a run of `length` values from `i` on, in some lanes, and the others filled. Where it can, it reads
-// whole vectors, which is much faster.
+// What is left of a run of `length` values from `i` on, in some lanes, and the
+// others filled. Where it can, it reads whole vectors, which is much faster.
 template <class T>
-static inline f16 load_rest(const typename T::scalar* p, int64_t i, int64_t length, float fill) {
+static inline vfloat load_rest(const typename T::scalar* p, int64_t i, int64_t length, float fill) {
     if (length < LANES) return load_some<T>(p + i, length - i, fill);
-    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane >= (int32_t)(i + LANES - length) ? T::load(p + length - LANES) : splat(fill);
+    return lane_numbers() >= (int32_t)(i + LANES - length) ? T::load(p + length - LANES) : splat(fill);
 }
 
-// A run of `n` values is written a vector at a time. Where 16 does not divide n, the last vector overlaps the one
-// before, which is cheaper than a mask; only a run of less than 16 is an incomplete vector (WHOLE is false).
+// A run of `n` values is written a vector at a time. Where the last one would
+// be incomplete it overlaps the one before, which is cheaper than a mask; only
+// a run of less than one vector is an incomplete vector (WHOLE is false).
 static inline int64_t vectors(int64_t n) { return (n + LANES - 1) / LANES; }
 static inline int64_t start_of(int64_t vector, int64_t n) {
     const int64_t at = vector * LANES;
@@ -128,12 +135,12 @@ static inline void for_vectors(int64_t n, F body) {
 }
 
 template <class T, bool WHOLE>
-static inline f16 load_vector(const typename T::scalar* p, int64_t n) {
+static inline vfloat load_vector(const typename T::scalar* p, int64_t n) {
     return WHOLE ? T::load(p) : load_some<T>(p, n, 0.f);
 }
 
 template <class T, bool WHOLE>
-static inline void store_vector(typename T::scalar* p, int64_t n, f16 v) {
+static inline void store_vector(typename T::scalar* p, int64_t n, vfloat v) {
     if (WHOLE)
         T::store(p, v);
     else
@@ -145,8 +152,8 @@ static inline V middle(V a, V b, V c) {
     return larger(smaller(a, b), smaller(larger(a, b), c));
 }
 
-// A value from the bulk of a set, even if some are far off: the median of three medians of three, `value(i)` being the
-// i-th of `n`.
+// A value from the bulk of a set, even if some are far off: the median of three
+// medians of three, `value(i)` being the i-th of `n`.
 template <class V, class F>
 static inline V typical(int64_t n, F value) {
     V thirds[3];
@@ -164,7 +171,8 @@ struct Set {
 static inline void draw_band(Set& s, double shift, double sum, double square, double n, const Options& o) {
     double d = sum / n, var = square / n - d * d, mean = shift + d;
     double sigma = sqrt((var > 0 ? var : var == var ? 0 : var) + o.eps);
-    // wide enough to hold a value even where the deviation is below the rounding of the mean
+    // wide enough to hold a value even where the deviation is below the rounding
+    // of the mean
     double width = o.t_sigma * sigma, least = sigma + 16 * 1.1920929e-07 * (sigma + fabs(mean));
     if (!(width > least)) width = least;
     s.lower = (float)(mean - width);
@@ -194,24 +202,25 @@ struct Tile {
     float low, high;
 };
 
-// Runs that share a statistic: `runs` of them, `length` values each, `stride` values apart.
+// Runs that share a statistic: `runs` of them, `length` values each, `stride`
+// values apart.
 struct Runs {
     int64_t runs, stride, length;
 };
 
 template <class T>
 static Tile measure(const typename T::scalar* x, Runs r, float shift) {
-    f16 k = splat(shift), sum0{}, sum1{}, square0{}, square1{}, low = k, high = k;
+    vfloat k = splat(shift), sum0{}, sum1{}, square0{}, square1{}, low = k, high = k;
     for (int64_t j = 0; j < r.runs; ++j, x += r.stride) {
         int64_t i = 0;
         for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
-            f16 a = T::load(x + i), b = T::load(x + i + LANES), da = a - k, db = b - k;
+            vfloat a = T::load(x + i), b = T::load(x + i + LANES), da = a - k, db = b - k;
             sum0 += da, sum1 += db;
             square0 += da * da, square1 += db * db;
             low = smaller(low, smaller(a, b)), high = larger(high, larger(a, b));
         }
         for (; i < r.length; i += LANES) {
-            f16 a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, shift), da = a - k;
+            vfloat a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, shift), da = a - k;
             sum0 += da, square0 += da * da;
             low = smaller(low, a), high = larger(high, a);
         }
@@ -221,21 +230,21 @@ static Tile measure(const typename T::scalar* x, Runs r, float shift) {
 
 template <class T>
 static Tile measure_kept(const typename T::scalar* x, Runs r, float shift, float lower, float upper) {
-    f16 k = splat(shift), lo = splat(lower), hi = splat(upper), one = splat(1.f);
-    f16 sum0{}, sum1{}, square0{}, square1{}, count0{}, count1{};
+    vfloat k = splat(shift), lo = splat(lower), hi = splat(upper), one = splat(1.f);
+    vfloat sum0{}, sum1{}, square0{}, square1{}, count0{}, count1{};
     for (int64_t j = 0; j < r.runs; ++j, x += r.stride) {
         int64_t i = 0;
         for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
-            f16 a = T::load(x + i), b = T::load(x + i + LANES);
-            i16 kept_a = (a >= lo) & (a <= hi), kept_b = (b >= lo) & (b <= hi);
-            f16 da = only(kept_a, a - k), db = only(kept_b, b - k);
+            vfloat a = T::load(x + i), b = T::load(x + i + LANES);
+            vint kept_a = (a >= lo) & (a <= hi), kept_b = (b >= lo) & (b <= hi);
+            vfloat da = only(kept_a, a - k), db = only(kept_b, b - k);
             sum0 += da, sum1 += db, square0 += da * da, square1 += db * db;
             count0 += only(kept_a, one), count1 += only(kept_b, one);
         }
         for (; i < r.length; i += LANES) {
-            f16 a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, NAN);
-            i16 kept = (a >= lo) & (a <= hi);
-            f16 d = only(kept, a - k);
+            vfloat a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, NAN);
+            vint kept = (a >= lo) & (a <= hi);
+            vfloat d = only(kept, a - k);
             sum0 += d, square0 += d * d, count0 += only(kept, one);
         }
     }
@@ -245,13 +254,12 @@ static Tile measure_kept(const typename T::scalar* x, Runs r, float shift, float
 template <class T, bool WHOLE>
 static void normalize(const typename T::scalar* x, typename T::scalar* y, int64_t n, float mean, float scale,
                       float shift) {
-    f16 m = splat(mean), a = splat(scale), b = splat(shift);
-    for_vectors(n, [=](int64_t i) {
-        store_vector<T, WHOLE>(y + i, n, (load_vector<T, WHOLE>(x + i, n) - m) * a + b);
-    });
+    vfloat m = splat(mean), a = splat(scale), b = splat(shift);
+    for_vectors(n, [=](int64_t i) { store_vector<T, WHOLE>(y + i, n, (load_vector<T, WHOLE>(x + i, n) - m) * a + b); });
 }
 
-// How a set of planes is cut into tiles: several short planes make one, a long plane makes several.
+// How a set of planes is cut into tiles: several short planes make one, a long
+// plane makes several.
 struct Tiling {
     int64_t planes, stride, length, planes_per_tile, pieces, piece;
     Tiling(int64_t planes, int64_t stride, int64_t length) : planes(planes), stride(stride), length(length) {
@@ -340,19 +348,19 @@ struct Sums {
 template <class T, bool PAPER>
 static Sums gradient_sums(const typename T::scalar* g, const typename T::scalar* x, Runs r, float mean, float lower,
                           float upper) {
-    f16 m = splat(mean), lo = splat(lower), hi = splat(upper), sum0{}, sum1{}, dot0{}, dot1{};
+    vfloat m = splat(mean), lo = splat(lower), hi = splat(upper), sum0{}, sum1{}, dot0{}, dot1{};
     for (int64_t j = 0; j < r.runs; ++j, x += r.stride, g += r.stride) {
         int64_t i = 0;
         for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
-            f16 a = T::load(x + i), b = T::load(x + i + LANES), ga = T::load(g + i), gb = T::load(g + i + LANES);
+            vfloat a = T::load(x + i), b = T::load(x + i + LANES), ga = T::load(g + i), gb = T::load(g + i + LANES);
             if (PAPER) ga = only((a >= lo) & (a <= hi), ga), gb = only((b >= lo) & (b <= hi), gb);
             sum0 += ga, sum1 += gb;
             dot0 += ga * (a - m), dot1 += gb * (b - m);
         }
         for (; i < r.length; i += LANES) {
             bool whole = i + LANES <= r.length;
-            f16 a = whole ? T::load(x + i) : load_rest<T>(x, i, r.length, mean);
-            f16 ga = whole ? T::load(g + i) : load_rest<T>(g, i, r.length, 0.f);
+            vfloat a = whole ? T::load(x + i) : load_rest<T>(x, i, r.length, mean);
+            vfloat ga = whole ? T::load(g + i) : load_rest<T>(g, i, r.length, 0.f);
             if (PAPER) ga = only((a >= lo) & (a <= hi), ga);
             sum0 += ga, dot0 += ga * (a - m);
         }
@@ -360,25 +368,27 @@ static Sums gradient_sums(const typename T::scalar* g, const typename T::scalar*
     return {total(sum0 + sum1), total(dot0 + dot1)};
 }
 
-// dx = scale * g - f * (offset + slope * (x - mean)); in paper mode the offset is not masked.
+// dx = scale * g - f * (offset + slope * (x - mean)); in paper mode the offset
+// is not masked.
 struct Line {
     float scale, offset, slope, mean, lower, upper;
 };
 
 template <bool PAPER>
-static inline f16 input_gradient(f16 g, f16 x, f16 scale, f16 offset, f16 slope, f16 mean, f16 lower, f16 upper) {
-    i16 kept = (x >= lower) & (x <= upper);
-    f16 line = slope * (x - mean);
+static inline vfloat input_gradient(vfloat g, vfloat x, vfloat scale, vfloat offset, vfloat slope, vfloat mean,
+                                    vfloat lower, vfloat upper) {
+    vint kept = (x >= lower) & (x <= upper);
+    vfloat line = slope * (x - mean);
     return PAPER ? scale * g - offset - only(kept, line) : scale * g - only(kept, offset + line);
 }
 
 template <class T, bool WHOLE, bool PAPER>
 static void write_gradient(const typename T::scalar* g, const typename T::scalar* x, typename T::scalar* dx, int64_t n,
                            const Line& l) {
-    f16 a = splat(l.scale), b = splat(l.offset), k = splat(l.slope), m = splat(l.mean), lo = splat(l.lower),
-        hi = splat(l.upper);
+    vfloat a = splat(l.scale), b = splat(l.offset), k = splat(l.slope), m = splat(l.mean), lo = splat(l.lower),
+           hi = splat(l.upper);
     for_vectors(n, [=](int64_t i) {
-        f16 gi = load_vector<T, WHOLE>(g + i, n), xi = load_vector<T, WHOLE>(x + i, n);
+        vfloat gi = load_vector<T, WHOLE>(g + i, n), xi = load_vector<T, WHOLE>(x + i, n);
         store_vector<T, WHOLE>(dx + i, n, input_gradient<PAPER>(gi, xi, a, b, k, m, lo, hi));
     });
 }
@@ -386,8 +396,12 @@ static void write_gradient(const typename T::scalar* g, const typename T::scalar
 // The line of a set; its scale is still to be multiplied by a channel's weight.
 static inline Line line_of(const Moments& m, int64_t set, double sum_g, double sum_gx, const Options& o) {
     double rstd = 1 / sqrt((double)m.var[set] + o.eps), count = m.count[set];
-    return {(float)rstd,   (float)(rstd * sum_g / count), (float)(rstd * rstd * rstd * sum_gx / (o.kappa * count)),
-            m.mean[set], m.lower[set], m.upper[set]};
+    return {(float)rstd,
+            (float)(rstd * sum_g / count),
+            (float)(rstd * rstd * rstd * sum_gx / (o.kappa * count)),
+            m.mean[set],
+            m.lower[set],
+            m.upper[set]};
 }
 
 template <class T, bool WHOLE, bool PAPER>
@@ -458,11 +472,12 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
     free(by_plane_g);
 }
 
-// ---- channels-last layout: rows of C values, one for each sample and position; a set is some columns of some rows
+// ---- channels-last layout: rows of C values, one for each sample and
+// position; a set is some columns of some rows
 // ------------------------------
 
-// Rows are cut into tiles that do not cross a sample where samples are apart (group form). "Part" is a sample, or the
-// whole batch.
+// Rows are cut into tiles that do not cross a sample where samples are apart
+// (group form). "Part" is a sample, or the whole batch.
 struct Rows {
     int64_t c, parts, rows_per_part, tiles_per_part, rows_per_tile;
     Rows(const Shape& d) : c(d.c), parts(d.groups ? d.n : 1), rows_per_part(d.groups ? d.s : d.n * d.s) {
@@ -478,8 +493,9 @@ struct Rows {
     }
 };
 
-// The tiles that one thread works on in every pass. Each pass takes them in the opposite order to the one before, so
-// that it begins with what is still in the thread's cache.
+// The tiles that one thread works on in every pass. Each pass takes them in the
+// opposite order to the one before, so that it begins with what is still in the
+// thread's cache.
 struct Share {
     int64_t begin, end;
     explicit Share(int64_t tiles) {
@@ -488,7 +504,8 @@ struct Share {
     }
 };
 
-// What is known of one tile's columns: arrays of C for each tile. A tile has so few rows that float can hold its sums.
+// What is known of one tile's columns: arrays of C for each tile. A tile has so
+// few rows that float can hold its sums.
 struct Columns {
     float *sum, *square, *count, *low, *high;
     explicit Columns(int64_t n) {
@@ -498,32 +515,34 @@ struct Columns {
     ~Columns() { free(sum); }
 };
 
-constexpr int64_t CHUNK = 32;  // vectors of a row that are worked on together: their sums stay in the first cache
+constexpr int64_t CHUNK = 32;  // vectors of a row that are worked on together:
+                               // their sums stay in the first cache
 constexpr int R = 4;           // rows that are read side by side
 
-// Runs `STEP(number of rows, pointer offset)` over all rows of a tile, R at a time and the last ones singly.
-#define FOR_ROWS(rows, c, STEP)                 \
-    {                                           \
-        int64_t r = 0;                          \
-        for (; r + R <= rows; r += R) {         \
-            const int64_t row = r * c;          \
-            STEP(R)                             \
-        }                                       \
-        for (; r < rows; ++r) {                 \
-            const int64_t row = r * c;          \
-            STEP(1)                             \
-        }                                       \
+// Runs `STEP(number of rows, pointer offset)` over all rows of a tile, R at a
+// time and the last ones singly.
+#define FOR_ROWS(rows, c, STEP)         \
+    {                                   \
+        int64_t r = 0;                  \
+        for (; r + R <= rows; r += R) { \
+            const int64_t row = r * c;  \
+            STEP(R)                     \
+        }                               \
+        for (; r < rows; ++r) {         \
+            const int64_t row = r * c;  \
+            STEP(1)                     \
+        }                               \
     }
 
 template <class T, bool WHOLE, int ROWS>
 static inline void measure_rows(const typename T::scalar* x, int64_t c, int64_t first, int64_t n, const float* shift,
-                                f16* sum, f16* square, f16* low, f16* high) {
+                                vfloat* sum, vfloat* square, vfloat* low, vfloat* high) {
     for (int64_t i = 0; i < n; ++i) {
         const int64_t at = start_of(first + i, c);
-        f16 k = load_vector<Float32, WHOLE>(shift + at, c), s{}, q{}, lo = low[i], hi = high[i];
+        vfloat k = load_vector<Float32, WHOLE>(shift + at, c), s{}, q{}, lo = low[i], hi = high[i];
 #pragma GCC unroll 4
         for (int j = 0; j < ROWS; ++j) {
-            f16 a = load_vector<T, WHOLE>(x + j * c + at, c), d = a - k;
+            vfloat a = load_vector<T, WHOLE>(x + j * c + at, c), d = a - k;
             s += d, q += d * d, lo = smaller(lo, a), hi = larger(hi, a);
         }
         sum[i] += s, square[i] += q, low[i] = lo, high[i] = hi;
@@ -533,11 +552,11 @@ static inline void measure_rows(const typename T::scalar* x, int64_t c, int64_t 
 template <class T, bool WHOLE>
 static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t c, const float* shift,
                             const Columns& out, int64_t tile) {
-    f16 sum[CHUNK], square[CHUNK], low[CHUNK], high[CHUNK];
+    vfloat sum[CHUNK], square[CHUNK], low[CHUNK], high[CHUNK];
     for (int64_t first = 0; first < vectors(c); first += CHUNK) {
         const int64_t n = vectors(c) - first < CHUNK ? vectors(c) - first : CHUNK;
         for (int64_t i = 0; i < n; ++i) {
-            sum[i] = square[i] = f16{};
+            sum[i] = square[i] = vfloat{};
             low[i] = high[i] = load_vector<T, WHOLE>(x + start_of(first + i, c), c);
         }
 #define STEP(ROWS) measure_rows<T, WHOLE, ROWS>(x + row, c, first, n, shift, sum, square, low, high);
@@ -556,40 +575,39 @@ static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t c
 
 template <class T, bool WHOLE, int ROWS>
 static inline void measure_kept_rows(const typename T::scalar* x, int64_t c, const int64_t* columns, int64_t n,
-                                     const float* shift, const float* lower, const float* upper, f16* sum, f16* square,
-                                     f16* count) {
+                                     const float* shift, const float* lower, const float* upper, vfloat* sum,
+                                     vfloat* square, vfloat* count) {
     for (int64_t i = 0; i < n; ++i) {
         const int64_t at = columns[i];
-        f16 k = load_vector<Float32, WHOLE>(shift + at, c), lo = load_vector<Float32, WHOLE>(lower + at, c),
-            hi = load_vector<Float32, WHOLE>(upper + at, c), s{}, q{}, m{};
+        vfloat k = load_vector<Float32, WHOLE>(shift + at, c), lo = load_vector<Float32, WHOLE>(lower + at, c),
+               hi = load_vector<Float32, WHOLE>(upper + at, c), s{}, q{}, m{};
 #pragma GCC unroll 4
         for (int j = 0; j < ROWS; ++j) {
-            f16 a = load_vector<T, WHOLE>(x + j * c + at, c);
-            i16 kept = (a >= lo) & (a <= hi);
-            f16 d = only(kept, a - k);
+            vfloat a = load_vector<T, WHOLE>(x + j * c + at, c);
+            vint kept = (a >= lo) & (a <= hi);
+            vfloat d = only(kept, a - k);
             s += d, q += d * d, m += only(kept, splat(1.f));
         }
         sum[i] += s, square[i] += q, count[i] += m;
     }
 }
 
-// Measure those vectors of columns again that hold a value outside the band; how many there were.
+// Measure those vectors of columns again that hold a value outside the band;
+// how many there were.
 template <class T, bool WHOLE>
 static int64_t measure_kept_columns(const typename T::scalar* x, int64_t rows, int64_t c, const float* shift,
-                                 const float* lower, const float* upper, const Columns& out, int64_t tile) {
-    f16 sum[CHUNK], square[CHUNK], count[CHUNK];
+                                    const float* lower, const float* upper, const Columns& out, int64_t tile) {
+    vfloat sum[CHUNK], square[CHUNK], count[CHUNK];
     int64_t columns[CHUNK], n = 0, measured = 0;
     for (int64_t v = 0; v < vectors(c); ++v) {
         const int64_t at = start_of(v, c);
-        i16 outside = ~((load_vector<Float32, WHOLE>(out.low + tile * c + at, c) >=
-                         load_vector<Float32, WHOLE>(lower + at, c)) &
-                        (load_vector<Float32, WHOLE>(out.high + tile * c + at, c) <=
-                         load_vector<Float32, WHOLE>(upper + at, c)));
+        vint outside =
+            ~((load_vector<Float32, WHOLE>(out.low + tile * c + at, c) >= load_vector<Float32, WHOLE>(lower + at, c)) &
+              (load_vector<Float32, WHOLE>(out.high + tile * c + at, c) <= load_vector<Float32, WHOLE>(upper + at, c)));
         if (any_of(outside)) columns[n++] = at;
         if (n < CHUNK && (v + 1 < vectors(c) || n == 0)) continue;
-        for (int64_t i = 0; i < n; ++i) sum[i] = square[i] = count[i] = f16{};
-#define STEP(ROWS) \
-    measure_kept_rows<T, WHOLE, ROWS>(x + row, c, columns, n, shift, lower, upper, sum, square, count);
+        for (int64_t i = 0; i < n; ++i) sum[i] = square[i] = count[i] = vfloat{};
+#define STEP(ROWS) measure_kept_rows<T, WHOLE, ROWS>(x + row, c, columns, n, shift, lower, upper, sum, square, count);
         FOR_ROWS(rows, c, STEP)
 #undef STEP
         for (int64_t i = 0; i < n; ++i) {
@@ -610,7 +628,8 @@ static inline void add_tiles(const float* of, const Rows& rows, int64_t part, in
         for (int64_t i = 0; i < n; ++i) total[i] += p[i];
 }
 
-// One part's sets, a block of them at a time, and the columns that they are made of.
+// One part's sets, a block of them at a time, and the columns that they are
+// made of.
 struct Blocks {
     int64_t channels, sets_per_part, sets_per_block, per_part;
     Blocks(const Shape& d) : channels(d.groups ? d.c / d.groups : 1), sets_per_part(d.c / channels) {
@@ -625,7 +644,8 @@ struct Blocks {
     }
 };
 
-// The sums of a set of columns, each of them around a shift of its own, around the first one's.
+// The sums of a set of columns, each of them around a shift of its own, around
+// the first one's.
 struct Total {
     double sum, square, count;
     Total(const double* sums, const double* squares, const double* counts, const float* shift, int64_t channels)
@@ -643,8 +663,8 @@ static void normalize_rows(const typename T::scalar* x, typename T::scalar* y, i
                            const float* mean, const float* scale, const float* offset) {
     for (int64_t r = 0; r < rows; ++r, x += c, y += c)
         for_vectors(c, [=](int64_t at) {
-            f16 m = load_vector<Float32, WHOLE>(mean + at, c), a = load_vector<Float32, WHOLE>(scale + at, c),
-                b = load_vector<Float32, WHOLE>(offset + at, c);
+            vfloat m = load_vector<Float32, WHOLE>(mean + at, c), a = load_vector<Float32, WHOLE>(scale + at, c),
+                   b = load_vector<Float32, WHOLE>(offset + at, c);
             store_vector<T, WHOLE>(y + at, c, (load_vector<T, WHOLE>(x + at, c) - m) * a + b);
         });
 }
@@ -670,7 +690,8 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
         for (int64_t i = 0; i < rows.parts * vectors(C); ++i) {
             const int64_t part = i / vectors(C), at = start_of(i % vectors(C), C);
             const scalar* p = x + part * rows.rows_per_part * C + at;
-            f16 k = typical<f16>(rows.rows_per_part, [&](int64_t r) { return load_vector<T, WHOLE>(p + r * C, C); });
+            vfloat k =
+                typical<vfloat>(rows.rows_per_part, [&](int64_t r) { return load_vector<T, WHOLE>(p + r * C, C); });
             store_vector<Float32, WHOLE>(shift + part * C + at, C, k);
         }
         const Share share(rows.tiles());
@@ -733,15 +754,15 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
 
 template <class T, bool WHOLE, bool PAPER, int ROWS>
 static inline void gradient_rows(const typename T::scalar* g, const typename T::scalar* x, int64_t c, int64_t first,
-                                 int64_t n, const float* mean, const float* lower, const float* upper, f16* sum,
-                                 f16* dot) {
+                                 int64_t n, const float* mean, const float* lower, const float* upper, vfloat* sum,
+                                 vfloat* dot) {
     for (int64_t i = 0; i < n; ++i) {
         const int64_t at = start_of(first + i, c);
-        f16 m = load_vector<Float32, WHOLE>(mean + at, c), s{}, p{}, lo, hi;
+        vfloat m = load_vector<Float32, WHOLE>(mean + at, c), s{}, p{}, lo, hi;
         if (PAPER) lo = load_vector<Float32, WHOLE>(lower + at, c), hi = load_vector<Float32, WHOLE>(upper + at, c);
 #pragma GCC unroll 4
         for (int j = 0; j < ROWS; ++j) {
-            f16 a = load_vector<T, WHOLE>(x + j * c + at, c), ga = load_vector<T, WHOLE>(g + j * c + at, c);
+            vfloat a = load_vector<T, WHOLE>(x + j * c + at, c), ga = load_vector<T, WHOLE>(g + j * c + at, c);
             if (PAPER) ga = only((a >= lo) & (a <= hi), ga);
             s += ga, p += ga * (a - m);
         }
@@ -753,10 +774,10 @@ template <class T, bool WHOLE, bool PAPER>
 static void gradient_columns(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t c,
                              const float* mean, const float* lower, const float* upper, const Columns& out,
                              int64_t tile) {
-    f16 sum[CHUNK], dot[CHUNK];
+    vfloat sum[CHUNK], dot[CHUNK];
     for (int64_t first = 0; first < vectors(c); first += CHUNK) {
         const int64_t n = vectors(c) - first < CHUNK ? vectors(c) - first : CHUNK;
-        for (int64_t i = 0; i < n; ++i) sum[i] = dot[i] = f16{};
+        for (int64_t i = 0; i < n; ++i) sum[i] = dot[i] = vfloat{};
 #define STEP(ROWS) gradient_rows<T, WHOLE, PAPER, ROWS>(g + row, x + row, c, first, n, mean, lower, upper, sum, dot);
         FOR_ROWS(rows, c, STEP)
 #undef STEP
@@ -774,10 +795,10 @@ static void write_gradient_rows(const typename T::scalar* g, const typename T::s
                                 const float* mean, const float* lower, const float* upper) {
     for (int64_t r = 0; r < rows; ++r, g += c, x += c, dx += c)
         for_vectors(c, [=](int64_t at) {
-            f16 a = load_vector<Float32, WHOLE>(scale + at, c), b = load_vector<Float32, WHOLE>(offset + at, c),
-                k = load_vector<Float32, WHOLE>(slope + at, c), m = load_vector<Float32, WHOLE>(mean + at, c),
-                lo = load_vector<Float32, WHOLE>(lower + at, c), hi = load_vector<Float32, WHOLE>(upper + at, c);
-            f16 gi = load_vector<T, WHOLE>(g + at, c), xi = load_vector<T, WHOLE>(x + at, c);
+            vfloat a = load_vector<Float32, WHOLE>(scale + at, c), b = load_vector<Float32, WHOLE>(offset + at, c),
+                   k = load_vector<Float32, WHOLE>(slope + at, c), m = load_vector<Float32, WHOLE>(mean + at, c),
+                   lo = load_vector<Float32, WHOLE>(lower + at, c), hi = load_vector<Float32, WHOLE>(upper + at, c);
+            vfloat gi = load_vector<T, WHOLE>(g + at, c), xi = load_vector<T, WHOLE>(x + at, c);
             store_vector<T, WHOLE>(dx + at, c, input_gradient<PAPER>(gi, xi, a, b, k, m, lo, hi));
         });
 }
@@ -838,8 +859,7 @@ static void backward_channels_last(const Shape& d, const Options& o, const void*
         for (int64_t t = share.end; t-- > share.begin;) {
             const int64_t part = rows.part(t) * C, start = rows.first(t) * C;
             write_gradient_rows<T, WHOLE, PAPER>(g + start, x + start, dx + start, rows.count(t), C, scale + part,
-                                                 offset + part, slope + part, mean + part, lower + part,
-                                                 upper + part);
+                                                 offset + part, slope + part, mean + part, lower + part, upper + part);
         }
     }
     free(scale);
@@ -849,8 +869,8 @@ static void backward_channels_last(const Shape& d, const Options& o, const void*
 #undef FOR_ROWS
 
 template <class T, bool WHOLE>
-static void forward_of(const Shape& d, const Options& o, const void* x, void* y, const float* weight,
-                       const float* bias, const Moments& m) {
+static void forward_of(const Shape& d, const Options& o, const void* x, void* y, const float* weight, const float* bias,
+                       const Moments& m) {
     (o.channels_last ? forward_channels_last<T, WHOLE> : forward_contiguous<T, WHOLE>)(d, o, x, y, weight, bias, m);
 }
 
