@@ -203,6 +203,7 @@ def test_checkpoints_inside_of_the_block_have_all_keys():
     with batch_moments(model):
         inside = model.state_dict()
         assert list(inside) == list(before) and all(torch.equal(inside[key], before[key]) for key in before)
+        assert model[1].running_mean is None and model[4].running_var is None
         model.load_state_dict(other.state_dict(), strict=True)
         assert model[1].running_mean is None
     assert (model[1].running_mean == 7).all()
@@ -282,15 +283,16 @@ def test_every_image_of_uneven_classes_is_predicted():
 
 
 class Spy(nn.Module):
-    """Notes which images come together."""
+    """Notes which images come together, and is always right."""
 
     def __init__(self):
         super().__init__()
         self.companies = []
 
     def forward(self, x):
-        self.companies.append(frozenset(x.argmax(1).tolist()))
-        return x
+        numbers = x.argmax(1).tolist()
+        self.companies.append(frozenset(numbers))
+        return nn.functional.one_hot(torch.tensor([TARGETS[number] for number in numbers]), 5).float()
 
 
 @pytest.mark.parametrize("spread", [True, False])
@@ -304,11 +306,21 @@ def test_the_crops_of_an_image_are_spread_over_different_batches(spread):
 
 
 def test_probabilities_are_averaged_over_crops():
-    rows = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    against = torch.tensor([[0.0, 5.0], [0.0, 1.0]])
-    crops = [TensorDataset(rows), TensorDataset(against)]
+    crops = [TensorDataset(torch.tensor([[a, b], [0.0, 1.0]])) for a, b in ((9.0, 0.0), (0.0, 4.0), (0.0, 4.0))]
     assert evaluate_balanced(nn.Identity(), crops[:1], [0, 1]).predictions.tolist() == [0, 1]
     assert evaluate_balanced(nn.Identity(), crops, [0, 1]).predictions.tolist() == [1, 1]
+
+
+def test_the_first_prediction_of_a_repeated_image_counts():
+    class Moody(nn.Module):
+        sign = 1
+
+        def forward(self, x):
+            self.sign, sign = -1, self.sign
+            return sign * x
+
+    result = evaluate_balanced(Moody(), OneHot([0, 1, 1, 1], classes=2))  # image 0 is in all three batches
+    assert result.predictions[0] == 0 and sorted(result.predictions[1:].tolist()) == [0, 0, 1]
 
 
 def test_labels_of_the_wrong_length():
@@ -324,16 +336,16 @@ def test_labels_of_the_wrong_length():
 
 
 def test_self_labelling_relabels_and_rebalances():
-    dataset = OneHot(range(20), classes=20)
-    model = Spy()
+    dataset, model = OneHot(range(20), classes=20), Spy()
     start = torch.tensor(TARGETS)
     start[start == 4] = 3  # no image is predicted to be of class 4
-    results = self_label(model, dataset, start, rounds=3, labels=range(20))
+    results = self_label(model, dataset, start, rounds=3, labels=TARGETS)
     assert len(results) == 3 and all(r.accuracy == 100 and not r.conditional for r in results)
     assert str(results[0]) == "accuracy 100.00 %"
-    first, later = model.companies[:8], model.companies[8:]
-    for company in first:  # the first round is balanced by the 4 classes of `start`, of which one has 8 images
-        assert sorted(start[list(company)].tolist()) == [0, 1, 2, 3]
-    assert later == [frozenset(range(20))] * 2  # then by the model's 20 classes, one image each
+    # The first round is balanced by the four classes of `start`, one of which has eight images.
+    rounds = model.companies[:8], model.companies[8:12], model.companies[12:]
+    for companies, labels in zip(rounds, (start.tolist(), TARGETS, TARGETS)):
+        assert all(sorted(labels[number] for number in company) == sorted(set(labels)) for company in companies)
+    assert len(rounds[2]) == 4 and set(rounds[1]) != set(rounds[2])
     unmeasured = self_label(model, dataset, start, rounds=1)[0]
     assert unmeasured.accuracy is None and str(unmeasured) == "accuracy not measured"

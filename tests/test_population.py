@@ -313,10 +313,11 @@ def _process(rank, folder):
         model = network()
         update_population_stats(nn.parallel.DistributedDataParallel(model), mine, exact=exact)
         states[exact] = model.state_dict()
-    for loader in ([], mine[:1] * (1 - rank)):  # no batch at all, and none in one process
+    share = mine[:2] if rank == 0 else []
+    for loader, exact in (([], False), (share, False), (share, True)):  # no batch in both processes, and in one
         model = network()
         try:
-            update_population_stats(model, loader)
+            update_population_stats(nn.parallel.DistributedDataParallel(model), loader, exact=exact)
             states[len(states)] = model.state_dict()
         except ValueError as error:
             states[len(states)] = str(error)
@@ -327,9 +328,10 @@ def _process(rank, folder):
 def test_two_processes_with_unequal_shares_end_equal(tmp_path):
     mp.start_processes(_process, (str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for key, loader in ((False, batches(4, 4, 4, 2)), (True, batches(14)), (3, batches(4, 10)[:1])):
+    every, some = batches(4, 4, 4, 2), batches(4, 4, 4, 2)[:2]
+    for key, loader, exact in ((False, every, False), (True, batches(14), True), (3, some, False), (4, some, True)):
         model = network()
-        update_population_stats(model, loader, exact=key is True)
+        update_population_stats(model, loader, exact=exact)
         for name, tensor in model.state_dict().items():
             assert torch.equal(first[key][name], second[key][name])
             torch.testing.assert_close(first[key][name], tensor)
