@@ -4,6 +4,7 @@ Source: Ioffe and Szegedy, "Batch Normalization" (2015), Algorithm 2 and section
 Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-7.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -41,8 +42,9 @@ def update_population_stats(
     With ``exact`` they are the moments of all values together, so that the same data in other batches, or on another
     number of processes, gives the same answer. Layer after layer, in the order of their calls, the data pass through
     the network in evaluation, each layer normalizing by its new statistics. The filter needs a second pass: its band is
-    drawn from the moments of all values. That costs a pass over the data for each layer and call, two if it filters,
-    and one in advance. For its k-th call in a forward pass a layer has the statistics of the k - 1 calls before it.
+    drawn from the moments of all values. That costs a pass over the data, up to that layer, for each layer and call,
+    two if it filters, and one in advance. For its k-th call in a forward pass a layer has the statistics of the k - 1
+    calls before it.
 
     What is updated: batch norms in training mode that have running statistics; call ``model.train()`` before. Those in
     evaluation mode and frozen ones normalize by the statistics that they have, and keep them. A layer that no value
@@ -99,6 +101,10 @@ def _forward(model: nn.Module, batch: Any, device: torch.device) -> Any:
     return model(inputs)
 
 
+class _SeenEnough(Exception):
+    """Ends a forward pass at a norm behind which nothing is of interest."""
+
+
 def _run(
     model: nn.Module,
     norms: dict[str, nn.Module],
@@ -124,7 +130,8 @@ def _run(
     try:
         for batch in itertools.islice(loader, num_batches):
             calls.clear()
-            forward(model, batch)
+            with contextlib.suppress(_SeenEnough):
+                forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -242,6 +249,8 @@ def _pool(
         squares = squares + v * n + (m - mean).square() * count * n / together
         mean = mean + (m - mean) * n / together
         count = count + n
+        if number == calls:
+            raise _SeenEnough
 
     run(add)
     total = _sum_over_processes(count.clone())
