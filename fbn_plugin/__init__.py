@@ -6,6 +6,7 @@
 from torch import nn
 
 from fbn_plugin import convert, frameworks, fuse, ops
+from fbn_plugin.balanced import BalancedBatchSampler, batch_moments, evaluate_balanced, self_label
 from fbn_plugin.frameworks import register, unregister
 from fbn_plugin.layers import (
     FilteredBatchNorm1d,
@@ -17,12 +18,14 @@ from fbn_plugin.layers import (
     FilteredLayerNorm2d,
     LayerNorm2d,
 )
+from fbn_plugin.population import update_population_stats
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
 
 __version__ = "0.1.0"
 
 __all__ = [
     "NORMS",
+    "BalancedBatchSampler",
     "FilteredBatchNorm1d",
     "FilteredBatchNorm2d",
     "FilteredBatchNorm3d",
@@ -31,14 +34,18 @@ __all__ = [
     "FilteredInstanceNorm2d",
     "FilteredLayerNorm2d",
     "LayerNorm2d",
+    "batch_moments",
     "convert_norm",
+    "evaluate_balanced",
     "fuse_norm_act",
     "get_norm",
     "norm_factory",
     "ops",
     "parse_spec",
     "register",
+    "self_label",
     "unregister",
+    "update_population_stats",
 ]
 
 

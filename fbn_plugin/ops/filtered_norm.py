@@ -435,6 +435,24 @@ def filtered_batch_norm(
     return _normalize(x, weight, bias, *moving, 0, t_sigma, eps, gaussian_correction, grad_mode)
 
 
+def filtered_batch_statistics(
+    x: Tensor, eps: float = 1e-5, t_sigma: float = 5.0, gaussian_correction: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`filtered_batch_norm` normalizes ``x`` by in training, without a gradient.
+
+    Args:
+        x: ``(N, C, *spatial)``, not empty.
+        eps, t_sigma, gaussian_correction: as in :func:`filtered_batch_norm`.
+
+    Returns:
+        Mean, biased variance and number of the values that the filter keeps, ``(C,)`` each, float32, or float64 for
+        float64.
+    """
+    t_sigma = check_filter(t_sigma)
+    _, mean, var, _, _, count = _filtered_norm(x.detach(), None, None, 0, t_sigma, eps, gaussian_correction, "exact")
+    return mean, var, count
+
+
 def filtered_batch_norm_act(
     x: Tensor,
     weight: Tensor | None = None,
