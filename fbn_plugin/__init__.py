@@ -8,14 +8,18 @@ from torch import nn
 from fbn_plugin import convert, frameworks, fuse, ops
 from fbn_plugin.frameworks import register, unregister
 from fbn_plugin.layers import (
+    ConvNorm2d,
     FilteredBatchNorm1d,
     FilteredBatchNorm2d,
     FilteredBatchNorm3d,
     FilteredBatchNormAct2d,
+    FilteredFilterResponseNorm2d,
     FilteredGroupNorm,
     FilteredInstanceNorm2d,
     FilteredLayerNorm2d,
+    FilterResponseNorm2d,
     LayerNorm2d,
+    LearnedStatsNorm2d,
 )
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
 
@@ -23,14 +27,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NORMS",
+    "ConvNorm2d",
+    "FilterResponseNorm2d",
     "FilteredBatchNorm1d",
     "FilteredBatchNorm2d",
     "FilteredBatchNorm3d",
     "FilteredBatchNormAct2d",
+    "FilteredFilterResponseNorm2d",
     "FilteredGroupNorm",
     "FilteredInstanceNorm2d",
     "FilteredLayerNorm2d",
     "LayerNorm2d",
+    "LearnedStatsNorm2d",
     "convert_norm",
     "fuse_norm_act",
     "get_norm",
