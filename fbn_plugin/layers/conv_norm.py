@@ -54,7 +54,9 @@ def _stack(kernel_sizes: Sequence[Size] | None, map_size: Size | None) -> tuple[
         height, width = _pair("map_size", map_size)
         return tuple(itertools.zip_longest(_factors(height), _factors(width), fillvalue=1))
     if not isinstance(kernel_sizes, Sequence) or isinstance(kernel_sizes, str) or not kernel_sizes:
-        raise ValueError(f"kernel_sizes takes a sequence of sizes, such as {DEFAULT_KERNEL_SIZES}, got {kernel_sizes!r}")
+        raise ValueError(
+            f"kernel_sizes takes a sequence of sizes, such as {DEFAULT_KERNEL_SIZES}, got {kernel_sizes!r}"
+        )
     stack = tuple(_pair("kernel_sizes", size) for size in kernel_sizes)
     if map_size is not None:
         covered = tuple(math.prod(sides) for sides in zip(*stack))
@@ -104,9 +106,15 @@ class _Cells(NamedTuple):
             piece += rows[:, :, : piece.shape[2]]
 
 
+def _plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, ``(C,)``, in at least float32; many times as fast as ``torch.var_mean`` on a CPU."""
+    averages = x.new_zeros(2, x.shape[1], dtype=accumulate_dtype(x.dtype))  # their dtype is that of the result
+    return torch.batch_norm_update_stats(x, *averages, 0.0)
+
+
 class _WeightedMeanNorm(torch.autograd.Function):
-    """``weight (x - mean) / sqrt(var + eps) + bias`` with the weighted mean and the plain variance of the batch; returns
-    the moments too.
+    """``weight (x - mean) / sqrt(var + eps) + bias`` with the weighted mean and the plain variance of the batch, and
+    the moments.
 
     With ``g = dL/dy``, ``xhat = (x - mean) / sigma``, ``m = N H W``, ``d = (mean - plain mean) / sigma``, ``a`` the
     averages of the cells and sums over a channel, ``dbias = sum g``, ``dweight = sum g xhat`` and::
@@ -120,7 +128,7 @@ class _WeightedMeanNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x, cell_weights, copies, weight, bias, eps):
-        plain_mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        plain_mean, var = _plain_moments(x)
         mean, averages = _Cells(cell_weights, copies).mean(x)
         y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
         return y, mean, var, plain_mean, averages
@@ -193,8 +201,8 @@ class ConvNorm2d(nn.BatchNorm2d):
       is the effective one, ``N / sum p^2``.
     * Scale and shift are batch normalization's. The kernels add their entries for each channel: 28 of the default's.
 
-    Weight decay would draw the kernels towards the uniform mean: :meth:`no_weight_decay` names them. timm asks only the
-    model for such a method.
+    Weight decay would draw the kernels towards the plain mean: :meth:`no_weight_decay` names them. timm's optimizers
+    ask the model alone for such a method, and decay whatever has more than one dimension.
     """
 
     def __init__(
@@ -218,30 +226,42 @@ class ConvNorm2d(nn.BatchNorm2d):
         self.kernel_sizes = stack
         self.weighted_std = weighted_std
         self.init_spread = init_spread
-        self.kernels = nn.ParameterList(
-            torch.empty(num_features, *size, device=device, dtype=dtype) for size in self.kernel_sizes
-        )
+        # Parameters of the module itself: what frameworks do to a norm's parameters they do not do to its children's.
+        for number, size in enumerate(stack):
+            kernel = torch.empty(num_features, *size, device=device, dtype=dtype)
+            self.register_parameter(f"kernel{number}", nn.Parameter(kernel))
         self.reset_parameters()
+
+    @property
+    def kernels(self) -> list[nn.Parameter]:
+        """The raw parameters, ``(C, height, width)`` each, the kernel on the input first: ``kernel0``, ``kernel1``, ...
+
+        A kernel is the softmax of its parameter over height and width.
+        """
+        return [getattr(self, name) for name in self._kernel_names()]
+
+    def _kernel_names(self) -> list[str]:
+        return [name for name in self._parameters if name.startswith("kernel")]
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for kernel in getattr(self, "kernels", ()):  # not there yet when the base class calls
+        for kernel in self.kernels:  # none yet when the base class calls
             nn.init.uniform_(kernel, -self.init_spread, self.init_spread)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay is to leave alone, as timm asks for them."""
-        return {f"kernels.{number}" for number in range(len(self.kernels))}
+        return set(self._kernel_names())
 
     def map_weights(self, height: int, width: int) -> Tensor:
         """``p`` of a map: ``(C, height, width)``, in at least float32, non-negative with sum one for each channel."""
-        weights, copies = self._cells((height, width), accumulate_dtype(self.kernels[0].dtype))
+        weights, copies = self._cells((height, width), accumulate_dtype(self.kernel0.dtype))
         _, h, w = weights.shape
         return (weights / copies).repeat(1, -(-height // h), -(-width // w))[:, :height, :width]
 
     def _cells(self, shape: Sequence[int], dtype: torch.dtype) -> _Cells:
         height, width = shape
-        logits = self.kernels[0]
-        for kernel in itertools.islice(self.kernels, 1, None):  # each entry weights a copy of the finer stack
+        logits, *coarser = self.kernels
+        for kernel in coarser:  # each entry weights a copy of the finer stack
             logits = (kernel[:, :, None, :, None] + logits[:, None, :, None, :]).flatten(3).flatten(1, 2)
         logits = logits[:, :height, :width].to(dtype)
         rows, columns = (
@@ -255,13 +275,13 @@ class ConvNorm2d(nn.BatchNorm2d):
     def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, biased variance and number of values that training normalizes ``input`` with, ``(C,)`` each, in at
         least float32."""
-        cells = self._cells(input.shape[2:], self._statistics_dtype(input))
+        cells = self._cells(input.shape[2:], accumulate_dtype(input.dtype))
         mean, _ = cells.mean(input)
         if self.weighted_std:
             var, _ = cells.mean((input - mean.view(-1, 1, 1)).square())
         else:
-            _, var = torch.batch_norm_update_stats(input, None, None, 0.0)
-        return mean, var.to(mean.dtype), self._count(input, cells)
+            _, var = _plain_moments(input)
+        return mean, var, self._count(input, cells)
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -271,7 +291,7 @@ class ConvNorm2d(nn.BatchNorm2d):
             return F.batch_norm(input, *moving, self.weight, self.bias, use_batch, 0.0, self.eps)
         if input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        dtype = self._statistics_dtype(input)
+        dtype = accumulate_dtype(input.dtype)
         cells = self._cells(input.shape[2:], dtype)
         weight = cells.copies.new_ones(self.num_features) if self.weight is None else self.weight.to(dtype)
         bias = cells.copies.new_zeros(self.num_features) if self.bias is None else self.bias.to(dtype)
@@ -283,12 +303,9 @@ class ConvNorm2d(nn.BatchNorm2d):
         else:
             count = self._count(input, cells)
             y, mean, var, *_ = _WeightedMeanNorm.apply(input, *cells, weight, bias, self.eps)
-        if self.training and self.track_running_stats:
+        if self.training and self.track_running_stats and self.running_mean is not None:
             self._update_averages(mean.detach(), var.detach(), count.detach())
         return y
-
-    def _statistics_dtype(self, input: Tensor) -> torch.dtype:
-        return torch.promote_types(accumulate_dtype(input.dtype), self.kernels[0].dtype)
 
     def _count(self, input: Tensor, cells: _Cells) -> Tensor:
         if self.weighted_std:
@@ -373,10 +390,10 @@ class LearnedStatsNorm2d(nn.Module):
             pooled = input.flatten(2).mean(2, dtype=accumulate_dtype(input.dtype)).to(dtype).unsqueeze(1)
             mean, raw_std = self.mean_network(pooled), self.std_network(pooled)
             std = F.softplus(raw_std + math.log(math.e - 1)) + self.eps
-        per_image = (-1,) + (1,) * (input.dim() - 1)
-        y = (input - mean.view(per_image)) / std.view(per_image)
+        ones = (1,) * (input.dim() - 2)
+        y = (input - mean.view(-1, 1, *ones)) / std.view(-1, 1, *ones)
         if self.affine:
-            per_channel = per_image[1:]
+            per_channel = (-1, *ones)
             y = y * self.weight.view(per_channel) + self.bias.view(per_channel)
         return y.to(input.dtype)
 
