@@ -288,7 +288,9 @@ class ConvNorm2d(nn.BatchNorm2d):
         use_batch = self.training or (self.running_mean is None and self.running_var is None)
         if not use_batch or input.numel() == 0:
             moving = self.running_mean, self.running_var
-            return F.batch_norm(input, *moving, self.weight, self.bias, use_batch, 0.0, self.eps)
+            y = F.batch_norm(input, *moving, self.weight, self.bias, use_batch, 0.0, self.eps)
+            # Nothing is added to no values, but distributed training waits for a gradient of every parameter.
+            return y + sum(kernel.sum() for kernel in self.kernels) if use_batch else y
         if input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         dtype = accumulate_dtype(input.dtype)

@@ -300,6 +300,8 @@ def test_empty_batches():
     x = torch.empty(0, 4, 5, 5, requires_grad=True)
     norm(x).sum().backward()
     assert x.grad.shape == x.shape
+    assert all(p.grad.eq(0).all() for p in norm.parameters()), "distributed training waits for every gradient"
+    assert torch.equal(norm.running_mean, torch.zeros(4)) and torch.equal(norm.running_var, torch.ones(4))
 
 
 @pytest.mark.parametrize(
