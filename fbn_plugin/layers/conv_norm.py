@@ -332,6 +332,7 @@ def _statistic_network(first_layer: bool, **placement) -> nn.Sequential:
     layers = []
     for inner, outer, size in zip((1, *widths), widths, sizes):
         layers += [nn.Conv1d(inner, outer, size, padding=size // 2, **placement), nn.ReLU()]
+        nn.init.zeros_(layers[-2].bias)
     return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool1d(1))
 
 
@@ -362,7 +363,9 @@ class LearnedStatsNorm2d(nn.Module):
 
     What the paper leaves open: ReLU stands between the convolutions; they are padded with half their size, so that any
     number of channels will do; the deviation stays positive by a softplus, shifted so that networks that say zero
-    normalize by mean 0 and deviation 1; statistics are computed without autocasting.
+    normalize by mean 0 and deviation 1; their biases start at zero, as a mean that is off from the start leaves ReLU
+    nothing; statistics are computed without autocasting. A statistic's gradient sums over a whole image: at the
+    learning rates of batch normalization a network may fail to train.
     """
 
     def __init__(
