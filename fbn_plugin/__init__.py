@@ -6,6 +6,8 @@
 from torch import nn
 
 from fbn_plugin import convert, frameworks, fuse, ops
+from fbn_plugin import input_norm as _input_norm
+from fbn_plugin import param_groups as _param_groups
 from fbn_plugin.frameworks import register, unregister
 from fbn_plugin.layers import (
     FilteredBatchNorm1d,
@@ -36,7 +38,9 @@ __all__ = [
     "get_norm",
     "norm_factory",
     "ops",
+    "param_groups",
     "parse_spec",
+    "prepend_input_norm",
     "register",
     "unregister",
 ]
@@ -56,3 +60,19 @@ def fuse_norm_act(model: nn.Module) -> nn.Module:
 
 
 fuse_norm_act.__doc__ = fuse.fuse_norm_act.__doc__
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divisor: float = 100.0) -> list[dict]:
+    frameworks.load_converters()
+    return _param_groups.param_groups(model, lr, weight_decay, scale_lr_divisor)
+
+
+param_groups.__doc__ = _param_groups.param_groups.__doc__
+
+
+def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1, **options) -> nn.Module:
+    frameworks.load_converters()
+    return _input_norm.prepend_input_norm(model, gamma_init, **options)
+
+
+prepend_input_norm.__doc__ = _input_norm.prepend_input_norm.__doc__

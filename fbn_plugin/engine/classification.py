@@ -36,6 +36,7 @@ from fbn_plugin.engine.config import check_resume, save_config
 from fbn_plugin.engine.image_data import load_image_data
 from fbn_plugin.engine.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.sampling import InfiniteSampler, SeededDataset
+from fbn_plugin.frameworks.timm import param_groups
 
 __all__ = ["ClassificationTrainer", "classification_config", "create_model", "evaluate"]
 
@@ -106,6 +107,9 @@ def classification_config() -> CfgNode:
     cfg.SOLVER.MOMENTUM = 0.9
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
     cfg.SOLVER.FILTER_BIAS_AND_BN = True  # no weight decay on biases and norms
+    # The scale of batch norms learns so many times slower (Davis and Frank 2021: 100), and norms and biases are told
+    # by their types, not by their shapes; 1 is all at one rate. 0: timm's groups.
+    cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
     cfg.SOLVER.LR_SCHEDULER_NAME = "cosine"  # constant, cosine, multistep, poly or tanh, stepped each iteration
     cfg.SOLVER.STEPS = (30, 60, 90)  # multistep: epochs at which the rate is multiplied with GAMMA
     cfg.SOLVER.GAMMA = 0.1  # of multistep; the power of poly
@@ -299,11 +303,16 @@ def _check(cfg: CfgNode) -> None:
         ("MODEL.DROP_RATE", cfg.MODEL.DROP_RATE, 0, 1),
         ("SOLVER.LABEL_SMOOTHING", solver.LABEL_SMOOTHING, 0, 1),
         ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY, 0, math.inf),
+        ("SOLVER.SCALE_LR_DIVISOR", solver.SCALE_LR_DIVISOR, 0, math.inf),
         ("INPUT.HFLIP", cfg.INPUT.HFLIP, 0, 1),
         ("INPUT.MIXUP", cfg.INPUT.MIXUP, 0, math.inf),
         ("INPUT.CUTMIX", cfg.INPUT.CUTMIX, 0, math.inf),
     ):
         need(low <= value <= high, f"{key} must lie between {low} and {high}, got {value}")
+    need(
+        solver.FILTER_BIAS_AND_BN or not solver.SCALE_LR_DIVISOR,
+        "SOLVER.SCALE_LR_DIVISOR sets the decay of norms and biases to 0: it wants FILTER_BIAS_AND_BN True",
+    )
     need(solver.BASE_LR > 0, f"SOLVER.BASE_LR must be above 0, got {solver.BASE_LR}")
     scale = cfg.INPUT.SCALE
     need(
@@ -387,8 +396,11 @@ class ClassificationTrainer:
             pretrained=cfg.MODEL.PRETRAINED,
             drop_rate=cfg.MODEL.DROP_RATE,
         ).to(self.device)
+        parameters = self.model
+        if solver.SCALE_LR_DIVISOR:
+            parameters = param_groups(self.model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
         self.optimizer = create_optimizer_v2(
-            self.model,
+            parameters,
             solver.OPTIMIZER,
             lr=solver.BASE_LR,
             weight_decay=solver.WEIGHT_DECAY,

@@ -15,16 +15,20 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from detectron2.config import configurable
+import torch
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, CycleBatchNormList, NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.solver import build as solver_build
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.convert import build_like, register_converter
 from fbn_plugin.fuse import fused, register_fuser
+from fbn_plugin.input_norm import Builder, normalize_images, register_prepender
+from fbn_plugin.param_groups import param_groups, register_norm_type
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
 
 DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -35,6 +39,8 @@ _logger = logging.getLogger(__name__)
 
 # In one process this class is plain batch normalization; its forward differs only in how ranks are averaged.
 register_converter(NaiveSyncBatchNorm, build_like)
+register_norm_type(batch_norm.LayerNorm)
+register_norm_type(CycleBatchNormList, batch_norm=True)
 
 
 def check_norm(norm: str | Callable | None) -> NormFactory | str | Callable | None:
@@ -116,6 +122,31 @@ def register() -> None:
     RetinaNetHead.__init__ = _retinanet_init
 
 
+def add_config(cfg: CfgNode) -> None:
+    """Add to a config of detectron2 what :func:`build_optimizer` reads: SOLVER.SCALE_LR_DIVISOR, the number that the
+    rate of the batch norms' scale is divided by; 0 leaves all rates and decays as detectron2 has them."""
+    cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """detectron2's optimizer, with SOLVER.SCALE_LR_DIVISOR over the groups of :func:`fbn_plugin.param_groups`.
+
+    Raises:
+        ValueError: a divisor below 0; or one together with a weight decay on norms or biases, or with BIAS_LR_FACTOR.
+    """
+    solver = cfg.SOLVER
+    if not solver.SCALE_LR_DIVISOR:
+        return solver_build.build_optimizer(cfg, model)
+    if solver.WEIGHT_DECAY_NORM != 0 or solver.WEIGHT_DECAY_BIAS or solver.BIAS_LR_FACTOR != 1:
+        raise ValueError(
+            "SOLVER.SCALE_LR_DIVISOR sets the decay of norms and biases to 0: it wants WEIGHT_DECAY_NORM 0, "
+            "WEIGHT_DECAY_BIAS None and BIAS_LR_FACTOR 1"
+        )
+    groups = param_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
+    optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True)
+    return solver_build.maybe_add_gradient_clipping(cfg, optimizer)
+
+
 def unregister() -> None:
     """Give detectron2 its own ``get_norm`` back."""
     _rebind(get_norm, _detectron2_get_norm)
@@ -171,3 +202,23 @@ register_fuser(resnet.BasicBlock, lambda block: _fuse_block(block, FusedBasicBlo
 register_fuser(
     resnet.BottleneckBlock, lambda block: _fuse_block(block, FusedBottleneckBlock, "conv1", "conv2", "conv3")
 )
+
+
+def _prepend_input_norm(model: nn.Module, build: Builder) -> None:
+    model.input_norm = build(model.pixel_mean.numel())
+    model.pixel_mean.zero_()
+    model.pixel_std.fill_(1)
+    entry = "preprocess_image" if hasattr(model, "preprocess_image") else "forward"
+    setattr(model, entry, functools.partial(_with_normalized_images, model, entry))
+
+
+def _with_normalized_images(model: nn.Module, entry: str, batched_inputs: list[dict], *args, **kwargs):
+    images = [each["image"].to(model.pixel_mean.device) for each in batched_inputs]
+    images = normalize_images(model.input_norm, images)
+    batched_inputs = [{**each, "image": image} for each, image in zip(batched_inputs, images)]
+    return getattr(type(model), entry)(model, batched_inputs, *args, **kwargs)
+
+
+# A meta architecture holds its mean and deviation as buffers of these names, and either normalizes in a method of its
+# own, which inference calls too, or in the midst of its forward.
+register_prepender(lambda model: isinstance(getattr(model, "pixel_mean", None), Tensor), _prepend_input_norm)

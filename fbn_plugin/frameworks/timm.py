@@ -25,6 +25,7 @@ from timm.layers import (
     register_notrace_module,
     split_batchnorm,
 )
+from timm.layers.grn import GlobalResponseNorm
 from timm.layers.typing import LayerType
 from timm.models import _prune, resnet
 from torch import Tensor, nn
@@ -32,9 +33,12 @@ from torch import Tensor, nn
 from fbn_plugin import layers
 from fbn_plugin.convert import build_like, convert_norm, register_converter
 from fbn_plugin.fuse import fuse_children, fused, register_fuser
+from fbn_plugin.input_norm import Builder, prepend_to_call, register_prepender
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm_act import activation_of
 from fbn_plugin.ops import filtered_batch_norm_act
+from fbn_plugin.param_groups import param_groups as divided_groups
+from fbn_plugin.param_groups import register_norm_type
 from fbn_plugin.registry import NORMS, NormFactory, NormSpec, norm_factory, parse_spec
 
 
@@ -320,3 +324,28 @@ def _fuse_block(block: nn.Module, fused_class: type[nn.Module], last: int) -> No
 register_fuser(resnet.ResNet, lambda model: fuse_children(model, "bn1", "act1"))
 register_fuser(resnet.BasicBlock, lambda block: _fuse_block(block, FusedBasicBlock, 2))
 register_fuser(resnet.Bottleneck, lambda block: _fuse_block(block, FusedBottleneck, 3))
+
+
+_TIMM_NORMS = {*create_norm._NORM_MAP.values(), *create_norm_act._NORM_ACT_MAP.values(), GlobalResponseNorm}
+register_norm_type(*(norm for norm in _TIMM_NORMS if isinstance(norm, type)))
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divisor: float = 100.0) -> list[dict]:
+    """:func:`fbn_plugin.param_groups` for timm's schedulers, which know two absolute rates, ``warmup_lr`` and
+    ``min_lr``: all groups have the rate ``lr``, and a share ``lr_scale`` that timm's schedulers multiply theirs with.
+
+    Without a scheduler of timm's the share has no effect.
+    """
+    groups = divided_groups(model, lr, weight_decay, scale_lr_divisor)
+    return [{**group, "lr": lr, "lr_scale": group["lr"] / lr} for group in groups]
+
+
+def _prepend_input_norm(model: nn.Module, build: Builder) -> None:
+    prepend_to_call(model, build)
+    channels = model.input_norm.num_features
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.0,) * channels, "std": (1.0,) * channels}
+    model.default_cfg = model.pretrained_cfg
+
+
+# timm's models have no class in common; what they share is the description that loaders are built from.
+register_prepender(lambda model: isinstance(getattr(model, "pretrained_cfg", None), dict), _prepend_input_norm)

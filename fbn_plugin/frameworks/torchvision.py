@@ -23,9 +23,11 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
+from fbn_plugin.input_norm import Builder, normalize_images, register_prepender
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.registry import norm_factory
 
@@ -253,3 +255,20 @@ def _freeze(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, _freeze(child))
     return module
+
+
+def _prepend_input_norm(model: nn.Module, build: Builder) -> None:
+    transform, channels = model.transform, len(model.transform.image_mean)
+    transform.image_mean, transform.image_std = [0.0] * channels, [1.0] * channels
+    transform.input_norm = build(channels)
+    transform.register_forward_pre_hook(_normalize_images)
+
+
+def _normalize_images(transform: GeneralizedRCNNTransform, args: tuple) -> tuple[Any, ...]:
+    images, *targets = args
+    return (normalize_images(transform.input_norm, images), *targets)
+
+
+register_prepender(
+    lambda model: isinstance(getattr(model, "transform", None), GeneralizedRCNNTransform), _prepend_input_norm
+)
