@@ -20,6 +20,7 @@ from fbn_plugin.layers import (
     LayerNorm2d,
 )
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
+from fbn_plugin.revised_init import revised_init
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "parse_spec",
     "prepend_input_norm",
     "register",
+    "revised_init",
     "unregister",
 ]
 
@@ -70,9 +72,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divi
 param_groups.__doc__ = _param_groups.param_groups.__doc__
 
 
-def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1, **options) -> nn.Module:
+def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1) -> nn.Module:
     frameworks.load_converters()
-    return _input_norm.prepend_input_norm(model, gamma_init, **options)
+    return _input_norm.prepend_input_norm(model, gamma_init)
 
 
 prepend_input_norm.__doc__ = _input_norm.prepend_input_norm.__doc__

@@ -27,7 +27,7 @@ def register_prepender(accepts: Callable[[nn.Module], bool], prepend: Callable[[
     _PREPENDERS.append((accepts, prepend))
 
 
-def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1, **options) -> nn.Module:
+def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1) -> nn.Module:
     """Normalize the pixels by an :class:`fbn_plugin.InputNorm2d` in place of a fixed mean and deviation.
 
     - A detector of detectron2 or torchvision normalizes by itself: its mean and deviation become 0 and 1. The moments
@@ -42,7 +42,6 @@ def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1, **options) -> 
         model: changed in place: it gets an ``input_norm`` (torchvision's detectors: ``transform.input_norm``), which is
             part of its ``state_dict``. Load weights from before it is there with ``strict=False``.
         gamma_init: the scale that the model's other batch norms start at, in (0, 1]; this one starts at 0.58 times it.
-        options: others of :class:`fbn_plugin.InputNorm2d`, such as ``momentum``.
 
     Returns:
         ``model``.
@@ -56,7 +55,7 @@ def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1, **options) -> 
     device = next((parameter.device for parameter in model.parameters()), None)
 
     def build(num_channels: int) -> InputNorm2d:
-        return InputNorm2d(num_channels, gamma_init=gamma_init, device=device, **options).train(model.training)
+        return InputNorm2d(num_channels, gamma_init=gamma_init, device=device).train(model.training)
 
     prepend = next((prepend for accepts, prepend in _PREPENDERS if accepts(model)), prepend_to_call)
     prepend(model, build)
@@ -68,8 +67,14 @@ def prepend_to_call(model: nn.Module, build: Builder) -> None:
     conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if conv is None:
         raise ValueError(f"the {type(model).__name__} has no Conv2d that tells how many channels its images have")
-    model.input_norm = build(conv.in_channels)
-    model.register_forward_pre_hook(_normalize_batch)
+    norm = build(conv.in_channels)
+    if isinstance(model, nn.Sequential | nn.ModuleDict):  # these call their children one after the other
+        children = dict(model._modules)
+        model._modules.clear()
+        model._modules.update({"input_norm": norm, **children})
+    else:
+        model.input_norm = norm
+        model.register_forward_pre_hook(_normalize_batch)
 
 
 def _normalize_batch(model: nn.Module, args: tuple) -> tuple[Any, ...]:

@@ -39,6 +39,7 @@ from fbn_plugin.engine.config import CfgNode, check_resume, load_config, save_co
 from fbn_plugin.engine.logging import Timer, TrainingLog, read_metrics, setup_logging
 from fbn_plugin.engine.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset
 from fbn_plugin.frameworks.torchvision import load_backbone, mask_rcnn_fpn
+from fbn_plugin.input_norm import prepend_input_norm
 from fbn_plugin.param_groups import param_groups
 from fbn_plugin.registry import parse_spec
 
@@ -207,6 +208,8 @@ def detection_config() -> CfgNode:
             "MAX_SIZE_TEST": 1333,
             "RANDOM_FLIP": "horizontal",
             "FORMAT": "BGR",
+            # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
+            "NORM_GAMMA_INIT": 0.0,
         }
     )
     cfg.DATASETS = CfgNode({"TRAIN": (), "TEST": ()})
@@ -314,6 +317,7 @@ def load_detection_config(config_file: str | None = None, overrides: Sequence[st
         _require(cfg, key, lambda given: given >= 0, "0 or more")
     for key in (
         "SOLVER.WARMUP_FACTOR",
+        "INPUT.NORM_GAMMA_INIT",
         "MODEL.RPN.NMS_THRESH",
         "MODEL.RPN.POSITIVE_FRACTION",
         "MODEL.ROI_HEADS.NMS_THRESH_TEST",
@@ -445,6 +449,8 @@ def build_model(cfg: CfgNode) -> nn.Module:
     model.transform = DetectionTransform(
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, m.PIXEL_MEAN, m.PIXEL_STD, cfg.INPUT.FORMAT == "BGR"
     )
+    if cfg.INPUT.NORM_GAMMA_INIT:
+        prepend_input_norm(model, cfg.INPUT.NORM_GAMMA_INIT)
     return model
 
 

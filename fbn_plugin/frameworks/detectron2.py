@@ -16,6 +16,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from detectron2 import modeling
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, CycleBatchNormList, NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling.backbone import resnet
@@ -27,7 +28,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.convert import build_like, register_converter
 from fbn_plugin.fuse import fused, register_fuser
-from fbn_plugin.input_norm import Builder, normalize_images, register_prepender
+from fbn_plugin.gamma_init import apply_gamma_init
+from fbn_plugin.input_norm import Builder, normalize_images, prepend_input_norm, register_prepender
 from fbn_plugin.param_groups import param_groups, register_norm_type
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
 
@@ -83,7 +85,8 @@ def get_norm(norm: str | Callable | None, out_channels: int) -> nn.Module | None
 
 def _per_level(retinanet_init: Callable) -> Callable:
     """RetinaNet's head shares its convolutions between the levels of the pyramid, but for ``"BN"`` it keeps statistics
-    of each level. Do the same for a spec that is a batch normalization; a callable is shared, as in detectron2."""
+    of each level. Do the same for a spec that is a batch normalization; a callable is shared, as in detectron2. Scale
+    and shift are the levels' common ones, in the plain form whatever the norm."""
 
     @functools.wraps(retinanet_init)
     def __init__(self, *, input_shape, conv_dims, norm="", **kwargs):
@@ -97,12 +100,14 @@ def _per_level(retinanet_init: Callable) -> Callable:
 
 
 def _norm_per_level(factory: NormFactory, levels: int, channels: int) -> CycleBatchNormList:
-    return CycleBatchNormList(
+    norms = CycleBatchNormList(
         levels,
         bn_class=lambda num_features, affine: factory(num_features, affine=affine),
         num_features=channels,
         affine=factory.spec.options.get("affine", True),
     )
+    norms.gamma_init = getattr(norms[0], "gamma_init", 1.0)
+    return apply_gamma_init(norms)
 
 
 # ``configurable`` goes around the wrapper, so that it sees the norm whether the head is built from a config or not.
@@ -123,9 +128,27 @@ def register() -> None:
 
 
 def add_config(cfg: CfgNode) -> None:
-    """Add to a config of detectron2 what :func:`build_optimizer` reads: SOLVER.SCALE_LR_DIVISOR, the number that the
-    rate of the batch norms' scale is divided by; 0 leaves all rates and decays as detectron2 has them."""
+    """Add to a config of detectron2 what :func:`build_model` and :func:`build_optimizer` read.
+
+    - INPUT.NORM_GAMMA_INIT: the ``gamma_init`` of :func:`fbn_plugin.prepend_input_norm`; 0 normalizes by
+      MODEL.PIXEL_MEAN and PIXEL_STD.
+    - SOLVER.SCALE_LR_DIVISOR: what :func:`fbn_plugin.param_groups` divides the rate of the batch norms' scale by; 0
+      leaves all rates and decays as detectron2 has them.
+    """
+    cfg.INPUT.NORM_GAMMA_INIT = 0.0
     cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """detectron2's model, not trained: with the scales that its norms are to start at, and INPUT.NORM_GAMMA_INIT.
+
+    Raises:
+        ValueError: what detectron2 refuses, or an INPUT.NORM_GAMMA_INIT that is neither 0 nor in (0, 1].
+    """
+    model = apply_gamma_init(modeling.build_model(cfg))
+    if cfg.INPUT.NORM_GAMMA_INIT:
+        prepend_input_norm(model, cfg.INPUT.NORM_GAMMA_INIT)
+    return model
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -27,6 +27,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
+from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, normalize_images, register_prepender
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.registry import norm_factory
@@ -148,7 +149,7 @@ def mask_rcnn_fpn(
         raise ValueError(f"trainable_layers must be 0 to {len(_STAGES)}, got {trainable_layers!r}")
     if not norm:
         raise ValueError('the backbone needs a norm, such as "FBN", "BN" or "FrozenBN"')
-    body = getattr(resnet, backbone)(norm_layer=_norm_layer(norm), **(backbone_options or {}))
+    body = apply_gamma_init(getattr(resnet, backbone)(norm_layer=_norm_layer(norm), **(backbone_options or {})))
     if weights_backbone is not None:
         load_backbone(body, weights_backbone)
     for stage in _STAGES[: len(_STAGES) - trainable_layers]:
