@@ -7,6 +7,7 @@ from torch import nn
 
 from fbn_plugin import convert, frameworks, fuse, ops
 from fbn_plugin.frameworks import register, unregister
+from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.layers import (
     FilteredBatchNorm1d,
     FilteredBatchNorm2d,
@@ -15,7 +16,16 @@ from fbn_plugin.layers import (
     FilteredGroupNorm,
     FilteredInstanceNorm2d,
     FilteredLayerNorm2d,
+    GatedBatchNorm2d,
+    InputNorm2d,
+    InstanceEnhancementBatchNorm2d,
     LayerNorm2d,
+    RepresentativeBatchNorm2d,
+    ScaledBatchNorm1d,
+    ScaledBatchNorm2d,
+    ScaledBatchNorm3d,
+    ScaledBatchNormA1,
+    ScaledBatchNormA2,
 )
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
 
@@ -30,7 +40,17 @@ __all__ = [
     "FilteredGroupNorm",
     "FilteredInstanceNorm2d",
     "FilteredLayerNorm2d",
+    "GatedBatchNorm2d",
+    "InputNorm2d",
+    "InstanceEnhancementBatchNorm2d",
     "LayerNorm2d",
+    "RepresentativeBatchNorm2d",
+    "ScaledBatchNorm1d",
+    "ScaledBatchNorm2d",
+    "ScaledBatchNorm3d",
+    "ScaledBatchNormA1",
+    "ScaledBatchNormA2",
+    "apply_gamma_init",
     "convert_norm",
     "fuse_norm_act",
     "get_norm",
