@@ -9,6 +9,7 @@ from fbn_plugin import convert, frameworks, fuse, ops
 from fbn_plugin import input_norm as _input_norm
 from fbn_plugin import param_groups as _param_groups
 from fbn_plugin.frameworks import register, unregister
+from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.layers import (
     FilteredBatchNorm1d,
     FilteredBatchNorm2d,
@@ -17,7 +18,16 @@ from fbn_plugin.layers import (
     FilteredGroupNorm,
     FilteredInstanceNorm2d,
     FilteredLayerNorm2d,
+    GatedBatchNorm2d,
+    InputNorm2d,
+    InstanceEnhancementBatchNorm2d,
     LayerNorm2d,
+    RepresentativeBatchNorm2d,
+    ScaledBatchNorm1d,
+    ScaledBatchNorm2d,
+    ScaledBatchNorm3d,
+    ScaledBatchNormA1,
+    ScaledBatchNormA2,
 )
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
 from fbn_plugin.revised_init import revised_init
@@ -33,7 +43,17 @@ __all__ = [
     "FilteredGroupNorm",
     "FilteredInstanceNorm2d",
     "FilteredLayerNorm2d",
+    "GatedBatchNorm2d",
+    "InputNorm2d",
+    "InstanceEnhancementBatchNorm2d",
     "LayerNorm2d",
+    "RepresentativeBatchNorm2d",
+    "ScaledBatchNorm1d",
+    "ScaledBatchNorm2d",
+    "ScaledBatchNorm3d",
+    "ScaledBatchNormA1",
+    "ScaledBatchNormA2",
+    "apply_gamma_init",
     "convert_norm",
     "fuse_norm_act",
     "get_norm",

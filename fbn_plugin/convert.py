@@ -44,7 +44,8 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     """Build the factory's norm for the channels of the batch normalization ``old``, with its options and state.
 
     ``eps``, ``momentum``, ``affine`` and ``track_running_stats`` are those of ``old`` where the new norm has them and
-    the spec does not set them; an instance normalization tracks no statistics unless the spec says so. Where ``old``
+    the spec does not set them, and so is a small ``gamma_init``; an instance normalization tracks no statistics unless
+    the spec says so. Where ``old``
     has no weight or bias, neither has the new norm, unless the spec sets ``affine``.
     """
     reference = next((t for t in (old.weight, old.running_mean) if t is not None), None)
@@ -53,6 +54,8 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     inherited = {"eps", "momentum", "affine"} & defaults.keys()
     if defaults.get("track_running_stats"):
         inherited.add("track_running_stats")
+    if "gamma_init" in defaults and getattr(old, "gamma_init", 1.0) != 1.0:
+        inherited.add("gamma_init")
     kept = {name: getattr(old, name) for name in inherited - factory.spec.options.keys()}
     new = copy_norm_state(old, factory(old.num_features, **kept, **placement))
     if "affine" not in factory.spec.options:
