@@ -1,7 +1,7 @@
 """Give the norms of a built model the small scale back that they were to start at.
 
-Models set the scales of their norms to 1, or those of a block's last norm to 0, after the norms are built. Source: Davis
-and Frank, "Revisiting Batch Norm Initialization" (2022), section 3.2: one constant in all norms of the network.
+Models set the scales of their norms to 1, or those of a block's last norm to 0, after the norms are built. Source:
+Davis and Frank, "Revisiting Batch Norm Initialization" (2022), section 3.2: one constant in all norms of the network.
 """
 
 import torch
@@ -10,10 +10,10 @@ from torch import nn
 
 @torch.no_grad()
 def apply_gamma_init(model: nn.Module) -> nn.Module:
-    """Set the scale of every norm that has a ``gamma_init`` to it, also where the model set it to 0.
+    """Set the scale of every norm that has a ``gamma_init`` below 1 to it, also where the model set it to 0.
 
-    For a model that is built and not trained yet; trained scales are lost. A filtered norm whose spec gives no
-    ``gamma_init`` has 1.
+    A ``gamma_init`` of 1, which is that of norms whose spec gives none, leaves the scales as the model set them. For a
+    model that is built and not trained yet; trained scales are lost.
 
     Args:
         model: changed in place.
@@ -22,7 +22,7 @@ def apply_gamma_init(model: nn.Module) -> nn.Module:
         ``model``.
     """
     for module in model.modules():
-        gamma_init = getattr(module, "gamma_init", None)
-        if isinstance(gamma_init, float) and module.weight is not None:
+        gamma_init = getattr(module, "gamma_init", 1.0)
+        if gamma_init != 1 and module.weight is not None:
             module.weight.fill_(gamma_init)
     return model

@@ -1,5 +1,5 @@
 """Put a batch normalization that learns in the place of a model's fixed mean and deviation of the pixels. Source: Davis
-and Frank, "Revisiting Batch Norm Initialization" (2021), section 3.4.
+and Frank, "Revisiting Batch Norm Initialization" (2022), section 3.4.
 
 What differs between the frameworks, where the fixed values stand, is theirs, see ``frameworks/*``.
 """

@@ -1,5 +1,5 @@
 """Optimizer groups by module type: a slower learning rate for the scale of batch norms, no weight decay on norms and
-biases. Source: Davis and Frank, "Revisiting Batch Norm Initialization" (2021), sections 3.2 and 4.2.
+biases. Source: Davis and Frank, "Revisiting Batch Norm Initialization" (2022), sections 3.2 and 4.2.
 """
 
 import fnmatch

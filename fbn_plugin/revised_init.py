@@ -1,4 +1,4 @@
-"""How the networks of Davis and Frank, "Revisiting Batch Norm Initialization" (2021), section 4.1, start: their layers
+"""How the networks of Davis and Frank, "Revisiting Batch Norm Initialization" (2022), section 4.1, start: their layers
 without the scale of the norms, which is for :func:`fbn_plugin.apply_gamma_init`.
 """
 

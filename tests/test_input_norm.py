@@ -91,7 +91,7 @@ def test_in_evaluation_an_image_does_not_depend_on_the_others():
     assert torch.equal(normalize_images(norm, [one, other])[0], normalize_images(norm, [one])[0])
 
 
-# --- models that are called with a batch -------------------------------------------------------------------------------
+# --- models that are called with a batch ----------------------------------------------------------------------------
 
 
 @both_kinds
@@ -171,7 +171,7 @@ def test_timms_transform_and_the_norm():
     transform = create_transform(data["input_size"], mean=data["mean"], std=data["std"], is_training=False)
     picture = torchvision.transforms.functional.to_pil_image(torch.rand(3, 200, 200))
     x = transform(picture)[None]
-    assert 0 <= x.min() and x.max() <= 1 and x.mean() > 0.4
+    assert x.min() >= 0 and x.max() <= 1 and x.mean() > 0.4
     model(x)
     assert_saw(model.input_norm, x)
 
@@ -248,7 +248,7 @@ def test_images_that_become_bgr():
     np.testing.assert_allclose(assert_saw_after.detach().numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
-# --- what else is done to a model ----------------------------------------------------------------------------------------
+# --- what else is done to a model -----------------------------------------------------------------------------------
 
 
 def test_moving_a_whole_model_moves_the_norm():

@@ -69,7 +69,7 @@ def classification_config() -> CfgNode:
     cfg.MODEL.NORM = ""  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
     cfg.MODEL.PRETRAINED = False  # start from timm's weights
     cfg.MODEL.WEIGHTS = ""  # start from, or with --eval-only evaluate, this checkpoint or state dict
-    cfg.MODEL.REVISED_INIT = False  # convolutions and linear layers start as Davis and Frank (2021) have them
+    cfg.MODEL.REVISED_INIT = False  # convolutions and linear layers start as Davis and Frank (2022) have them
     cfg.MODEL.DROP_RATE = 0.0  # dropout before the classifier
     cfg.MODEL.DEVICE = "cuda"  # where there is no GPU: cpu
     cfg.MODEL.PIXEL_MEAN = (123.675, 116.28, 103.53)  # of the channels of INPUT.FORMAT, in 0..255
@@ -110,7 +110,7 @@ def classification_config() -> CfgNode:
     cfg.SOLVER.MOMENTUM = 0.9
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
     cfg.SOLVER.FILTER_BIAS_AND_BN = True  # no weight decay on biases and norms
-    # The scale of batch norms learns so many times slower (Davis and Frank 2021: 100), and norms and biases are told
+    # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100), and norms and biases are told
     # by their types, not by their shapes; 1 is all at one rate. 0: timm's groups.
     cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
     cfg.SOLVER.LR_SCHEDULER_NAME = "cosine"  # constant, cosine, multistep, poly or tanh, stepped each iteration
@@ -165,7 +165,7 @@ def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
 
 
 def _pixel_statistics(cfg: CfgNode) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of the channels in timm's scale, 0..1; with an input norm those that change nothing."""
+    """Mean and standard deviation of the channels in timm's scale, 0..1: 0 and 1 for an input norm."""
     mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     channels = len(cfg.INPUT.FORMAT) if cfg.INPUT.FORMAT in ("RGB", "L") else None
     if len(mean) != channels or len(std) != channels:

@@ -224,7 +224,7 @@ def detection_config() -> CfgNode:
             "NESTEROV": False,
             "WEIGHT_DECAY": 0.0001,
             "WEIGHT_DECAY_NORM": 0.0,
-            # The scale of batch norms learns so many times slower (Davis and Frank 2021: 100), and neither norms nor
+            # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100), and neither norms nor
             # biases decay; 1 is all at one rate. 0: detectron2's groups.
             "SCALE_LR_DIVISOR": 0.0,
             "GAMMA": 0.1,

@@ -100,13 +100,15 @@ def _per_level(retinanet_init: Callable) -> Callable:
 
 
 def _norm_per_level(factory: NormFactory, levels: int, channels: int) -> CycleBatchNormList:
+    affine = factory.spec.options.get("affine", True)
     norms = CycleBatchNormList(
         levels,
         bn_class=lambda num_features, affine: factory(num_features, affine=affine),
         num_features=channels,
-        affine=factory.spec.options.get("affine", True),
+        affine=affine,
     )
-    norms.gamma_init = getattr(norms[0], "gamma_init", 1.0)
+    if affine:
+        norms.gamma_init = getattr(norms[0], "gamma_init", 1.0)
     return apply_gamma_init(norms)
 
 
