@@ -22,7 +22,7 @@ def apply_gamma_init(model: nn.Module) -> nn.Module:
         ``model``.
     """
     for module in model.modules():
-        gamma_init = getattr(module, "gamma_init", 1.0)
-        if gamma_init != 1 and module.weight is not None:
-            module.weight.fill_(gamma_init)
+        weight = getattr(module, "weight", None)
+        if weight is not None and getattr(module, "gamma_init", 1.0) != 1:
+            weight.fill_(module.gamma_init)
     return model

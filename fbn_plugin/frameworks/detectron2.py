@@ -85,8 +85,7 @@ def get_norm(norm: str | Callable | None, out_channels: int) -> nn.Module | None
 
 def _per_level(retinanet_init: Callable) -> Callable:
     """RetinaNet's head shares its convolutions between the levels of the pyramid, but for ``"BN"`` it keeps statistics
-    of each level. Do the same for a spec that is a batch normalization; a callable is shared, as in detectron2. Scale
-    and shift are the levels' common ones, in the plain form whatever the norm."""
+    of each level. Do the same for a spec that is a batch normalization; a callable is shared, as in detectron2."""
 
     @functools.wraps(retinanet_init)
     def __init__(self, *, input_shape, conv_dims, norm="", **kwargs):
@@ -100,16 +99,12 @@ def _per_level(retinanet_init: Callable) -> Callable:
 
 
 def _norm_per_level(factory: NormFactory, levels: int, channels: int) -> CycleBatchNormList:
-    affine = factory.spec.options.get("affine", True)
-    norms = CycleBatchNormList(
+    return CycleBatchNormList(
         levels,
         bn_class=lambda num_features, affine: factory(num_features, affine=affine),
         num_features=channels,
-        affine=affine,
+        affine=factory.spec.options.get("affine", True),
     )
-    if affine:
-        norms.gamma_init = getattr(norms[0], "gamma_init", 1.0)
-    return apply_gamma_init(norms)
 
 
 # ``configurable`` goes around the wrapper, so that it sees the norm whether the head is built from a config or not.
