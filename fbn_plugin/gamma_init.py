@@ -1,7 +1,7 @@
 """Give the norms of a built model the small scale back that they were to start at.
 
-Models set the scales of their norms to 1, or those of a block's last norm to 0, after the norms are built. Source: Davis
-and Frank, "Revisiting Batch Norm Initialization" (2022), section 3.2: one constant in all norms of the network.
+Models set the scales of their norms to 1, or those of a block's last norm to 0, after the norms are built. Source:
+Davis and Frank, "Revisiting Batch Norm Initialization" (2022), section 3.2: one constant in all norms of the network.
 """
 
 import torch
