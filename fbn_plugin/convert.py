@@ -4,9 +4,12 @@ trained ones."""
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fbn_plugin.layers import InputNorm2d, InstanceEnhancementBatchNorm2d, RepresentativeBatchNorm2d
+from fbn_plugin.layers.batch_norm import FoldedBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.registry import NormFactory, norm_factory, norm_options
 
@@ -63,6 +66,24 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
             if getattr(old, name) is None and getattr(new, name) is not None:
                 setattr(new, name, None)
     return new
+
+
+def expose_plain_affine(module: nn.Module) -> None:
+    """If ``module`` is a norm of this package, give it the weight and bias of the plain batch normalization that it
+    equals in evaluation: for conversions that read these two and put another module in its place.
+
+    Raises:
+        ValueError: there is no such batch normalization, as the scale depends on the image.
+    """
+    if isinstance(module, RepresentativeBatchNorm2d | InstanceEnhancementBatchNorm2d):
+        raise ValueError(f"{type(module).__name__} is no batch norm in evaluation: its scale depends on the image")
+    if isinstance(module, FoldedBatchNormMixin | InputNorm2d):
+        folded = isinstance(module, FoldedBatchNormMixin)
+        weight, bias = module.affine_terms() if folded else (module.weight, module.bias)
+        if weight is not None:
+            module.affine = True
+            module.weight = nn.Parameter(weight.detach())
+            module.bias = nn.Parameter(torch.zeros_like(weight) if bias is None else bias.detach())
 
 
 def _dims(module: nn.Module) -> int:

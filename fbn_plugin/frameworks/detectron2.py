@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from detectron2 import modeling
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import Conv2d, CycleBatchNormList, NaiveSyncBatchNorm, batch_norm
+from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.solver import build as solver_build
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin.convert import build_like, register_converter
+from fbn_plugin.convert import build_like, expose_plain_affine, register_converter
 from fbn_plugin.fuse import fused, register_fuser
 from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, normalize_images, prepend_input_norm, register_prepender
+from fbn_plugin.layers import ScaledBatchNormA1, ScaledBatchNormA2
 from fbn_plugin.param_groups import param_groups, register_norm_type
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
 
@@ -37,6 +38,7 @@ DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "nai
 
 _detectron2_get_norm = batch_norm.get_norm
 _detectron2_retinanet_init = RetinaNetHead.__init__
+_detectron2_convert_frozen = vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"]
 _logger = logging.getLogger(__name__)
 
 # In one process this class is plain batch normalization; its forward differs only in how ranks are averaged.
@@ -85,12 +87,14 @@ def get_norm(norm: str | Callable | None, out_channels: int) -> nn.Module | None
 
 def _per_level(retinanet_init: Callable) -> Callable:
     """RetinaNet's head shares its convolutions between the levels of the pyramid, but for ``"BN"`` it keeps statistics
-    of each level. Do the same for a spec that is a batch normalization; a callable is shared, as in detectron2."""
+    of each level and one scale and shift. Do the same for a spec that is a batch normalization, but for those whose
+    scale and shift are one piece; a callable is shared, as in detectron2."""
 
     @functools.wraps(retinanet_init)
     def __init__(self, *, input_shape, conv_dims, norm="", **kwargs):
         factory = check_norm(norm)
-        if factory is not norm and isinstance(factory(conv_dims[0]), _BatchNorm):
+        built = factory(conv_dims[0]) if factory is not norm else None
+        if isinstance(built, _BatchNorm) and not isinstance(built, ScaledBatchNormA1 | ScaledBatchNormA2):
             _logger.info(f"RetinaNetHead: {norm} with statistics of its own for each of {len(input_shape)} levels.")
             norm = functools.partial(_norm_per_level, factory, len(input_shape))
         retinanet_init(self, input_shape=input_shape, conv_dims=conv_dims, norm=norm, **kwargs)
@@ -99,16 +103,24 @@ def _per_level(retinanet_init: Callable) -> Callable:
 
 
 def _norm_per_level(factory: NormFactory, levels: int, channels: int) -> CycleBatchNormList:
-    return CycleBatchNormList(
+    norms = CycleBatchNormList(
         levels,
         bn_class=lambda num_features, affine: factory(num_features, affine=affine),
         num_features=channels,
         affine=factory.spec.options.get("affine", True),
     )
+    norms.gamma_init = getattr(norms[0], "gamma_init", 1.0)
+    return apply_gamma_init(norms)
 
 
 # ``configurable`` goes around the wrapper, so that it sees the norm whether the head is built from a config or not.
 _retinanet_init = configurable(_per_level(_detectron2_retinanet_init.__wrapped__))
+
+
+def _convert_frozen_batchnorm(cls: type[nn.Module], module: nn.Module) -> nn.Module:
+    """detectron2's conversion keeps weight and bias of a batch norm: let these say all that it does in evaluation."""
+    expose_plain_affine(module)
+    return _detectron2_convert_frozen.__func__(cls, module)
 
 
 def _rebind(old: Callable, new: Callable) -> None:
@@ -122,6 +134,14 @@ def register() -> None:
     """Make spec strings valid wherever detectron2 reads a norm name, in modules already imported and in later ones."""
     _rebind(_detectron2_get_norm, get_norm)
     RetinaNetHead.__init__ = _retinanet_init
+    FrozenBatchNorm2d.convert_frozen_batchnorm = classmethod(_convert_frozen_batchnorm)
+
+
+def unregister() -> None:
+    """Give detectron2 its own ``get_norm`` back."""
+    _rebind(get_norm, _detectron2_get_norm)
+    RetinaNetHead.__init__ = _detectron2_retinanet_init
+    FrozenBatchNorm2d.convert_frozen_batchnorm = _detectron2_convert_frozen
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -165,12 +185,6 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     groups = param_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
     optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True)
     return solver_build.maybe_add_gradient_clipping(cfg, optimizer)
-
-
-def unregister() -> None:
-    """Give detectron2 its own ``get_norm`` back."""
-    _rebind(get_norm, _detectron2_get_norm)
-    RetinaNetHead.__init__ = _detectron2_retinanet_init
 
 
 def _with_residual(conv: Conv2d, x: Tensor, residual: Tensor) -> Tensor:

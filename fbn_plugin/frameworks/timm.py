@@ -31,15 +31,17 @@ from timm.models import _prune, resnet
 from torch import Tensor, nn
 
 from fbn_plugin import layers
-from fbn_plugin.convert import build_like, convert_norm, register_converter
+from fbn_plugin.convert import build_like, convert_norm, expose_plain_affine, register_converter
 from fbn_plugin.fuse import fuse_children, fused, register_fuser
+from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, prepend_to_call, register_prepender
+from fbn_plugin.layers.batch_norm import BatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm_act import activation_of
 from fbn_plugin.ops import filtered_batch_norm_act
 from fbn_plugin.param_groups import param_groups as divided_groups
 from fbn_plugin.param_groups import register_norm_type
-from fbn_plugin.registry import NORMS, NormFactory, NormSpec, norm_factory, parse_spec
+from fbn_plugin.registry import NORMS, NormFactory, NormSpec, norm_factory, norm_options, parse_spec
 
 
 class _NormAct:
@@ -89,6 +91,32 @@ class FilteredBatchNormAct2d(_NormAct, layers.FilteredBatchNorm2d, BatchNormAct2
         return filtered_batch_norm_act(input, **arguments, activation=known[0], negative_slope=known[1])
 
 
+class ScaledBatchNormAct2d(_NormAct, layers.ScaledBatchNorm2d, BatchNormAct2d):
+    """Batch normalization with a small initial scale, and activation."""
+
+    forward = BatchNormAct2d.forward
+
+
+class ScaledBatchNormA1Act(_NormAct, layers.ScaledBatchNormA1, BatchNormAct2d):
+    """Form A1 of batch normalization with a small initial scale, and activation."""
+
+
+class ScaledBatchNormA2Act(_NormAct, layers.ScaledBatchNormA2, BatchNormAct2d):
+    """Form A2 of batch normalization with a small initial scale, and activation."""
+
+
+class GatedBatchNormAct2d(_NormAct, layers.GatedBatchNorm2d, BatchNormAct2d):
+    """Gated batch normalization and activation."""
+
+
+class RepresentativeBatchNormAct2d(_NormAct, layers.RepresentativeBatchNorm2d, BatchNormAct2d):
+    """Representative batch normalization and activation."""
+
+
+class InstanceEnhancementBatchNormAct2d(_NormAct, layers.InstanceEnhancementBatchNorm2d, BatchNormAct2d):
+    """Instance enhancement batch normalization and activation."""
+
+
 class FilteredGroupNormAct(_NormAct, layers.FilteredGroupNorm):
     """Filtered group normalization and activation; the number of channels comes first, as timm calls its norms."""
 
@@ -124,11 +152,24 @@ _FORMS: dict[str, Callable[..., nn.Module]] = {
     "FGN": FilteredGroupNormAct,
     "FLN": FilteredLayerNormAct2d,
     "FIN": FilteredInstanceNormAct2d,
+    "ScaledBN": ScaledBatchNormAct2d,
+    "ScaledBN-A1": ScaledBatchNormA1Act,
+    "ScaledBN-A2": ScaledBatchNormA2Act,
+    "RBN": RepresentativeBatchNormAct2d,
+    "RBN-": GatedBatchNormAct2d,
+    "IEBN": InstanceEnhancementBatchNormAct2d,
+    "IEBN-": functools.partial(GatedBatchNormAct2d, gate_init=-1.0),
 }
-_FORM_OF_CLASS = {
-    layers.FilteredBatchNorm2d: FilteredBatchNormAct2d,
-    layers.FilteredLayerNorm2d: FilteredLayerNormAct2d,
-    layers.FilteredInstanceNorm2d: FilteredInstanceNormAct2d,
+_NAME_OF_CLASS = {
+    layers.FilteredBatchNorm2d: "FBN",
+    layers.FilteredLayerNorm2d: "FLN",
+    layers.FilteredInstanceNorm2d: "FIN",
+    layers.ScaledBatchNorm2d: "ScaledBN",
+    layers.ScaledBatchNormA1: "ScaledBN-A1",
+    layers.ScaledBatchNormA2: "ScaledBN-A2",
+    layers.RepresentativeBatchNorm2d: "RBN",
+    layers.InstanceEnhancementBatchNorm2d: "IEBN",
+    layers.GatedBatchNorm2d: "RBN-",
 }
 
 
@@ -141,14 +182,15 @@ def _form(spec: NormSpec) -> functools.partial:
 
 def _find_spec(text: str, timm_names: Iterable[str]) -> NormSpec:
     """The spec that a string given as ``norm_layer`` means, if it is none of timm's: a registered name in any case,
-    with or without its punctuation, and options as in any spec."""
+    with or without its punctuation, and options as in any spec. A minus at the end may be spelled out: ``rbn_minus``
+    is ``RBN-``."""
 
     def fold(name: str) -> str:
-        return re.sub("[^a-z0-9]", "", name.lower())
+        return re.sub("[^a-z0-9]", "", re.sub("-$", "minus", name.strip().lower()))
 
     name, bracket, options = text.partition("(")
     ours = [key for key, _ in NORMS]
-    found = [key for key in ours if key.lower() == name.strip().lower()] or [k for k in ours if fold(k) == fold(name)]
+    found = [key for key in ours if fold(key) == fold(name)]
     if not found:
         known = [fold(key) for key in ours] + sorted(timm_names)
         nearest = difflib.get_close_matches(fold(name), known, n=1)
@@ -191,21 +233,31 @@ def get_norm_act_layer(
         form = _form(NormSpec(name))
     elif isinstance(target, type) and issubclass(target, _NormAct):
         form = target
-    elif target in _FORM_OF_CLASS:
-        form = _FORM_OF_CLASS[target]
+    elif target in _NAME_OF_CLASS:
+        form = _FORMS[_NAME_OF_CLASS[target]]
     else:
         return _THEIRS["get_norm_act_layer"](norm_layer, act_layer)
     return functools.partial(form, **{"act_layer": act_layer, **options})
 
 
 def adapt_model_from_string(parent_module: nn.Module, *args, **kwargs) -> nn.Module:
-    """timm's function for its pruned models, which builds every norm anew as batch normalization: filter them again."""
+    """timm's function for its pruned models, which builds every norm anew as batch normalization: make them again what
+    they were."""
     model = _THEIRS["adapt_model_from_string"](parent_module, *args, **kwargs)
     for name, old in parent_module.named_modules():
-        if isinstance(old, FilteredBatchNormMixin):
-            spec = NormSpec("FBN", old._filter_options())
-            model.set_submodule(name, convert_norm(model.get_submodule(name), spec))
+        if isinstance(old, BatchNormMixin):
+            kind = _NAME_OF_CLASS[type(old)]
+            options = {key: getattr(old, key) for key in norm_options(kind)}
+            model.set_submodule(name, convert_norm(model.get_submodule(name), NormSpec(kind, options)))
+            apply_gamma_init(model.get_submodule(name))
     return model
+
+
+def freeze_batch_norm_2d(module: nn.Module) -> nn.Module:
+    """timm's function, which keeps weight and bias of a batch norm: let these say all that it does in evaluation."""
+    for norm in module.modules():
+        expose_plain_affine(norm)
+    return _THEIRS["freeze_batch_norm_2d"](module)
 
 
 def _warn_of_lost_filter(conversion: Callable) -> Callable:
@@ -215,6 +267,8 @@ def _warn_of_lost_filter(conversion: Callable) -> Callable:
         if filtered:
             message = f"timm's {conversion.__name__} makes batch norms without the filter of {filtered} filtered ones"
             warnings.warn(message, stacklevel=2)
+        for norm in module.modules():
+            expose_plain_affine(norm)
         return conversion(module, *args, **kwargs)
 
     return converted
@@ -226,6 +280,7 @@ _THEIRS = {
         create_norm.get_norm_layer,
         create_norm_act.get_norm_act_layer,
         norm_act.convert_sync_batchnorm,
+        norm_act.freeze_batch_norm_2d,
         split_batchnorm.convert_splitbn_model,
         _prune.adapt_model_from_string,
     )
@@ -235,6 +290,7 @@ _OURS = {
     "get_norm_act_layer": get_norm_act_layer,
     "convert_sync_batchnorm": _warn_of_lost_filter(_THEIRS["convert_sync_batchnorm"]),
     "convert_splitbn_model": _warn_of_lost_filter(_THEIRS["convert_splitbn_model"]),
+    "freeze_batch_norm_2d": freeze_batch_norm_2d,
     "adapt_model_from_string": adapt_model_from_string,
 }
 
@@ -273,19 +329,8 @@ for _norm_act_class in (BatchNormAct2d, SyncBatchNormAct):
 
 # FX feature extraction traces into modules from outside torch.nn, unless they are registered as leaves.
 for _leaf in (
-    layers.FilteredBatchNorm1d,
-    layers.FilteredBatchNorm2d,
-    layers.FilteredBatchNorm3d,
-    layers.FilteredBatchNormAct2d,
-    layers.FilteredGroupNorm,
-    layers.FilteredInstanceNorm2d,
-    layers.FilteredLayerNorm2d,
-    layers.LayerNorm2d,
-    FilteredBatchNormAct2d,
-    FilteredGroupNormAct,
-    FilteredLayerNormAct2d,
-    FilteredInstanceNormAct2d,
-    InstanceNormAct2d,
+    *(getattr(layers, name) for name in layers.__all__),
+    *_NormAct.__subclasses__(),
 ):
     register_notrace_module(_leaf)
 

@@ -26,9 +26,11 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from fbn_plugin.convert import expose_plain_affine
 from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
 from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, normalize_images, register_prepender
+from fbn_plugin.layers.batch_norm import BatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.registry import norm_factory
 
@@ -49,15 +51,15 @@ _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
 def register() -> None:
-    """Let ``create_feature_extractor`` treat the filtered norms as leaves; tracing cannot follow them."""
+    """Let ``create_feature_extractor`` treat this package's norms as leaves; tracing cannot follow them."""
     leaves = feature_extraction._get_leaf_modules_for_ops
     if not hasattr(leaves, "__wrapped__"):
 
         @functools.wraps(leaves)
-        def with_filtered_norms() -> list[type]:
-            return [*leaves(), FilterMixin]
+        def with_our_norms() -> list[type]:
+            return [*leaves(), FilterMixin, BatchNormMixin]
 
-        feature_extraction._get_leaf_modules_for_ops = with_filtered_norms
+        feature_extraction._get_leaf_modules_for_ops = with_our_norms
 
 
 def unregister() -> None:
@@ -248,6 +250,7 @@ def _freeze(module: nn.Module) -> nn.Module:
     norms) becomes a FrozenBatchNorm2d with its parameters and statistics."""
     module.requires_grad_(False)
     if isinstance(module, _BatchNorm):
+        expose_plain_affine(module)
         frozen = FrozenBatchNorm2d(module.num_features, module.eps)
         for name in ("weight", "bias", "running_mean", "running_var"):
             if getattr(module, name) is not None:

@@ -96,7 +96,7 @@ class ScaledBatchNormA2(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
         equation="""``y = gamma (lambda xhat + beta)``, the form A2 of section 4.4: A1 with one more learned parameter a
     channel, ``lambd``, which starts at 1 and is absent without ``affine``.
 
-    The paper does not say whether the slower learning rate is gamma's alone here; its method has it for gamma alone.""",
+    The paper does not say whether lambda, too, learns more slowly; its method slows down gamma alone.""",
     )
 
     @functools.wraps(ScaledBatchNorm2d.__init__)

@@ -10,6 +10,7 @@ Frank, "Revisiting Batch Norm Initialization" (2022), section 4.5.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fbn_plugin.ops.filtered_norm import _check_batch
 from fbn_plugin.ops.reference import accumulate_dtype
@@ -31,36 +32,6 @@ def _per_image(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, like.shape[1], *[1] * (like.dim() - 2))
 
 
-@torch.library.custom_op("fbn_plugin::gated_norm", mutates_args=())
-def _gated_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    eps: float,
-    pool_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The output; mean, unbiased variance and inverse deviation of each channel; what the gate looks at."""
-    dtype = accumulate_dtype(x.dtype)
-    mean, var, ones = (x.new_full((x.shape[1],), value, dtype=dtype) for value in (0, 0, 1))
-    # With a momentum of 1 the running statistics become those of the batch.
-    y, _, root = torch.native_batch_norm(x.to(dtype), ones, None, mean, var, True, 1.0, eps)
-    pooled = _pool(x.to(dtype) if pool_input else y)
-    _, scale = _gate(weight, gate_weight, gate_bias, pooled)
-    y.mul_(_per_image(scale, y))
-    if bias is not None:
-        y.add_(_per_image(bias, y))
-    return y.to(x.dtype), mean, var, root, pooled
-
-
-@_gated_norm.register_fake
-def _(x, *_):
-    dtype = accumulate_dtype(x.dtype)
-    per_channel = [x.new_empty(x.shape[1], dtype=dtype) for _ in range(3)]
-    return torch.empty_like(x), *per_channel, x.new_empty(x.shape[:2], dtype=dtype)
-
-
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of ``g`` and of ``g xhat`` over each image and channel: two parameters' gradients of PyTorch's batch
     normalization, were each image a batch. It stores no product."""
@@ -76,66 +47,47 @@ def _sums(grad: Tensor, x: Tensor, mean: Tensor, root: Tensor) -> tuple[Tensor, 
     return sum_g, sum_gx
 
 
-@torch.library.custom_op("fbn_plugin::gated_norm_backward", mutates_args=())
-def _gated_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    mean: Tensor,
-    root: Tensor,
-    pooled: Tensor,
-    pool_input: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, weight, bias, gate_weight and gate_bias."""
-    grad = grad.to(mean.dtype)
-    values = x.to(mean.dtype)
-    sum_g, sum_gx = _sums(grad, values, mean, root)
-    gate, scale = _gate(weight, gate_weight, gate_bias, pooled)
-    d_gate = sum_gx * (scale * (1 - gate))  # of the sigmoid's argument
-    d_pooled = d_gate * gate_weight
+class _GatedNorm(torch.autograd.Function):
+    """The output, and mean and unbiased variance of each channel."""
 
-    # The gradient of xhat is h = scale g, plus d_pooled / positions where it is xhat that is pooled.
-    positions = x.shape[2:].numel()
-    sum_h, sum_hx = scale * sum_g, scale * sum_gx
-    if not pool_input:
-        sum_h, sum_hx = sum_h + d_pooled, sum_hx + d_pooled * pooled
-    count = x.shape[0] * positions
-    of_g, of_x = root * scale, -root.square() * sum_hx.sum(0) / count
-    of_1 = d_pooled * (1 if pool_input else root) / positions - root * sum_h.sum(0) / count - of_x * mean
-    dx = grad * _per_image(of_g, x)
-    dx.addcmul_(values, _per_image(of_x, x)).add_(_per_image(of_1, x))
-    return dx.to(x.dtype), (gate * sum_gx).sum(0), sum_g.sum(0), (d_gate * pooled).sum(0), d_gate.sum(0)
+    @staticmethod
+    def forward(ctx, x, weight, bias, gate_weight, gate_bias, eps, pool_input):
+        dtype = accumulate_dtype(x.dtype)
+        mean, var, ones = (x.new_full((x.shape[1],), value, dtype=dtype) for value in (0, 0, 1))
+        # With a momentum of 1 the running statistics become those of the batch.
+        y, _, root = torch.native_batch_norm(x.to(dtype), ones, None, mean, var, True, 1.0, eps)
+        pooled = _pool(x.to(dtype) if pool_input else y)
+        gate, scale = _gate(weight, gate_weight, gate_bias, pooled)
+        y.mul_(_per_image(scale, y))
+        if bias is not None:
+            y.add_(_per_image(bias, y))
+        ctx.mark_non_differentiable(mean, var)
+        ctx.save_for_backward(x, gate_weight, mean, root, pooled, gate, scale)
+        ctx.pool_input = pool_input
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, gate_weight, gate_bias)]
+        return y.to(x.dtype), mean, var
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        x, gate_weight, mean, root, pooled, gate, scale = ctx.saved_tensors
+        grad, values = grad.to(mean.dtype), x.to(mean.dtype)
+        sum_g, sum_gx = _sums(grad, values, mean, root)
+        d_gate = sum_gx * (scale * (1 - gate))  # of the sigmoid's argument
+        d_pooled = d_gate * gate_weight
 
-@_gated_norm_backward.register_fake
-def _(grad, x, weight, gate_weight, gate_bias, mean, *_):
-    return torch.empty_like(x), *(torch.empty_like(mean) for _ in range(4))
-
-
-def _keep_for_backward(ctx, inputs, output):
-    x, weight, bias, gate_weight, gate_bias, _, ctx.pool_input = inputs
-    _, mean, var, root, pooled = output
-    ctx.mark_non_differentiable(mean, var, root, pooled)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, gate_weight, gate_bias, mean, root, pooled)
-    ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, gate_weight, gate_bias)]
-
-
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 7
-    gradients = _gated_norm_backward(grad, *ctx.saved_tensors, ctx.pool_input)
-    return *(None if dtype is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None, None
-
-
-def _no_double_backward(ctx, *_):
-    raise RuntimeError("gated normalization has no second derivative in training: it cannot be differentiated twice")
-
-
-_gated_norm.register_autograd(_backward, setup_context=_keep_for_backward)
-_gated_norm_backward.register_autograd(_no_double_backward)
+        # The gradient of xhat is h = scale g, plus d_pooled / positions where it is xhat that is pooled.
+        positions = x.shape[2:].numel()
+        sum_h, sum_hx = scale * sum_g, scale * sum_gx
+        if not ctx.pool_input:
+            sum_h, sum_hx = sum_h + d_pooled, sum_hx + d_pooled * pooled
+        count = x.shape[0] * positions
+        of_g, of_x = root * scale, -root.square() * sum_hx.sum(0) / count
+        of_1 = d_pooled * (1 if ctx.pool_input else root) / positions - root * sum_h.sum(0) / count - of_x * mean
+        dx = grad * _per_image(of_g, x)
+        dx.addcmul_(values, _per_image(of_x, x)).add_(_per_image(of_1, x))
+        gradients = dx, (gate * sum_gx).sum(0), sum_g.sum(0), (d_gate * pooled).sum(0), d_gate.sum(0)
+        return *(None if dtype is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None, None
 
 
 def gated_batch_norm(
@@ -172,7 +124,7 @@ def gated_batch_norm(
         y = normalized * _per_image(scale, x)
         return (y if bias is None else y + _per_image(bias, x)).to(x.dtype)
     _check_batch(x, weight=weight, bias=bias, gate_weight=gate_weight, gate_bias=gate_bias, running_mean=running_mean)
-    y, mean, var, *_ = _gated_norm(x, weight, bias, gate_weight, gate_bias, eps, pool_input)
+    y, mean, var = _GatedNorm.apply(x, weight, bias, gate_weight, gate_bias, eps, pool_input)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
