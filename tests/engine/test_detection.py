@@ -407,13 +407,14 @@ def test_a_divisor_makes_the_scale_of_batch_norms_slow(config):
 
 
 def test_an_input_norm_in_place_of_the_fixed_mean(config):
-    trainer = DetectionTrainer(config(INPUT__NORM_GAMMA_INIT=0.5, MODEL__RESNETS__NORM="ScaledBN(gamma_init=0.5)"))
+    options = {"INPUT__NORM_GAMMA_INIT": 0.5, "MODEL__RESNETS__NORM": "ScaledBN(gamma_init=0.5)"}
+    trainer = DetectionTrainer(config(**options))
     norm, body = trainer.model.transform.input_norm, trainer.model.backbone.body
     assert torch.allclose(norm.weight, torch.tensor(0.29)) and trainer.model.transform.image_mean == [0.0] * 3
     assert all((m.weight == 0.5).all() for m in body.modules() if isinstance(m, nn.BatchNorm2d))
     metrics = trainer.train()
     assert norm.num_batches_tracked == 6 and not torch.allclose(norm.weight, torch.tensor(0.29))
-    again = DetectionTrainer(config(INPUT__NORM_GAMMA_INIT=0.5, MODEL__RESNETS__NORM="ScaledBN"), resume=True)
+    again = DetectionTrainer(config(**options), resume=True)
     assert_same_weights(trainer, again)
     assert again.evaluate() == pytest.approx(metrics, nan_ok=True)
 

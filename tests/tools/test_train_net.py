@@ -362,7 +362,7 @@ def test_small_slow_scales_and_an_input_norm(tool, folder, tmp_path):
     first = run_tool(*arguments, "SOLVER.SCALE_LR_DIVISOR", "10000.0", "SOLVER.MAX_ITER", 3)
     assert first.returncode == 0, first.stderr
     state = torch.load(out / "model_final.pth")
-    groups = state["optimizer"]["param_groups"]
+    groups = state["trainer"]["_trainer"]["optimizer"]["param_groups"]
     assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1, 1, 1e-4])
     assert state["model"]["input_norm.num_batches_tracked"] == 3
     scale = state["model"]["backbone.bottom_up.stem.conv1.norm.weight"]
