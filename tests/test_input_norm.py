@@ -243,9 +243,9 @@ def test_images_that_become_bgr():
     model.transform = DetectionTransform(0, 100, [104.0, 116.0, 124.0], [1.0, 1.0, 1.0], bgr=True)
     images = pictures()
     prepend_input_norm(model)
-    assert_saw_after = model.transform(images)[0].tensors[0, :, : SIZES[0][0], : SIZES[0][1]]
+    got = model.transform(images)[0].tensors[0, :, : SIZES[0][0], : SIZES[0][1]]
     expected = expected_of(model.transform.input_norm, images)[0][::-1]
-    np.testing.assert_allclose(assert_saw_after.detach().numpy(), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got.detach().numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
 # --- what else is done to a model -----------------------------------------------------------------------------------
