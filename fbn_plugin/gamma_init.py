@@ -22,7 +22,7 @@ def apply_gamma_init(model: nn.Module) -> nn.Module:
         ``model``.
     """
     for module in model.modules():
-        gamma_init = getattr(module, "gamma_init", None)
-        if isinstance(gamma_init, float) and module.weight is not None:
-            module.weight.fill_(gamma_init)
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "gamma_init") and weight is not None:
+            weight.fill_(module.gamma_init)
     return model

@@ -25,7 +25,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from fbn_plugin.convert import expose_plain_affine
+from fbn_plugin.convert import make_plain
 from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
 from fbn_plugin.layers.batch_norm import BatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
@@ -247,7 +247,7 @@ def _freeze(module: nn.Module) -> nn.Module:
     norms) becomes a FrozenBatchNorm2d with its parameters and statistics."""
     module.requires_grad_(False)
     if isinstance(module, _BatchNorm):
-        expose_plain_affine(module)
+        make_plain(module)
         frozen = FrozenBatchNorm2d(module.num_features, module.eps)
         for name in ("weight", "bias", "running_mean", "running_var"):
             if getattr(module, name) is not None:
