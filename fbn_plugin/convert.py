@@ -48,8 +48,7 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
 
     ``eps``, ``momentum``, ``affine`` and ``track_running_stats`` are those of ``old`` where the new norm has them and
     the spec does not set them, and so is a small ``gamma_init``; an instance normalization tracks no statistics unless
-    the spec says so. Where ``old``
-    has no weight or bias, neither has the new norm, unless the spec sets ``affine``.
+    the spec says so. Where ``old`` has no weight or bias, neither has the new norm, unless the spec sets ``affine``.
     """
     reference = next((t for t in (old.weight, old.running_mean) if t is not None), None)
     placement = {} if reference is None else {"device": reference.device, "dtype": reference.dtype}
