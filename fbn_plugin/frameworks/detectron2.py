@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin.convert import build_like, expose_plain_affine, register_converter
+from fbn_plugin.convert import build_like, make_plain, register_converter
 from fbn_plugin.fuse import fused, register_fuser
 from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, normalize_images, prepend_input_norm, register_prepender
@@ -118,8 +118,8 @@ _retinanet_init = configurable(_per_level(_detectron2_retinanet_init.__wrapped__
 
 
 def _convert_frozen_batchnorm(cls: type[nn.Module], module: nn.Module) -> nn.Module:
-    """detectron2's conversion keeps weight and bias of a batch norm: let these say all that it does in evaluation."""
-    expose_plain_affine(module)
+    """detectron2's conversion reads weight and bias of a batch norm: let these say all that it does in evaluation."""
+    make_plain(module)
     return _detectron2_convert_frozen.__func__(cls, module)
 
 

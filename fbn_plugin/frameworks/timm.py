@@ -6,6 +6,7 @@ read in 1.0.31). Its models bind these by name when they are imported, so :func:
 every loaded module.
 """
 
+import copy
 import difflib
 import functools
 import re
@@ -28,10 +29,11 @@ from timm.layers import (
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.typing import LayerType
 from timm.models import _prune, resnet
+from timm.utils import model as timm_model
 from torch import Tensor, nn
 
 from fbn_plugin import layers
-from fbn_plugin.convert import build_like, convert_norm, expose_plain_affine, register_converter
+from fbn_plugin.convert import build_like, convert_norm, make_plain, register_converter
 from fbn_plugin.fuse import fuse_children, fused, register_fuser
 from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, prepend_to_call, register_prepender
@@ -253,11 +255,24 @@ def adapt_model_from_string(parent_module: nn.Module, *args, **kwargs) -> nn.Mod
     return model
 
 
+def _make_all_plain(model: nn.Module) -> None:
+    """timm's conversions read weight and bias of a batch norm: let these say all that it does in evaluation."""
+    for module in model.modules():
+        make_plain(module)
+
+
 def freeze_batch_norm_2d(module: nn.Module) -> nn.Module:
-    """timm's function, which keeps weight and bias of a batch norm: let these say all that it does in evaluation."""
-    for norm in module.modules():
-        expose_plain_affine(norm)
+    """timm's function, for norms whose scale is more than their weight, too."""
+    _make_all_plain(module)
     return _THEIRS["freeze_batch_norm_2d"](module)
+
+
+def reparameterize_model(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """timm's function, for norms whose scale is more than their weight, too."""
+    if not inplace:
+        model = copy.deepcopy(model)
+    _make_all_plain(model)
+    return _THEIRS["reparameterize_model"](model, inplace=True)
 
 
 def _warn_of_lost_filter(conversion: Callable) -> Callable:
@@ -267,8 +282,7 @@ def _warn_of_lost_filter(conversion: Callable) -> Callable:
         if filtered:
             message = f"timm's {conversion.__name__} makes batch norms without the filter of {filtered} filtered ones"
             warnings.warn(message, stacklevel=2)
-        for norm in module.modules():
-            expose_plain_affine(norm)
+        _make_all_plain(module)
         return conversion(module, *args, **kwargs)
 
     return converted
@@ -281,6 +295,7 @@ _THEIRS = {
         create_norm_act.get_norm_act_layer,
         norm_act.convert_sync_batchnorm,
         norm_act.freeze_batch_norm_2d,
+        timm_model.reparameterize_model,
         split_batchnorm.convert_splitbn_model,
         _prune.adapt_model_from_string,
     )
@@ -291,6 +306,7 @@ _OURS = {
     "convert_sync_batchnorm": _warn_of_lost_filter(_THEIRS["convert_sync_batchnorm"]),
     "convert_splitbn_model": _warn_of_lost_filter(_THEIRS["convert_splitbn_model"]),
     "freeze_batch_norm_2d": freeze_batch_norm_2d,
+    "reparameterize_model": reparameterize_model,
     "adapt_model_from_string": adapt_model_from_string,
 }
 

@@ -26,7 +26,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from fbn_plugin.convert import expose_plain_affine
+from fbn_plugin.convert import make_plain
 from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
 from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, normalize_images, register_prepender
@@ -250,7 +250,7 @@ def _freeze(module: nn.Module) -> nn.Module:
     norms) becomes a FrozenBatchNorm2d with its parameters and statistics."""
     module.requires_grad_(False)
     if isinstance(module, _BatchNorm):
-        expose_plain_affine(module)
+        make_plain(module)
         frozen = FrozenBatchNorm2d(module.num_features, module.eps)
         for name in ("weight", "bias", "running_mean", "running_var"):
             if getattr(module, name) is not None:

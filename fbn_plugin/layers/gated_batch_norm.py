@@ -104,8 +104,8 @@ _DOC = """{name} in the form of Davis and Frank (2022), section 4.5.
 
     ``y = gamma sigmoid(v GAP(z) + w) xhat + beta``, ``z`` being {z} and GAP its mean over the positions of each image
     and channel. The gate's parameters ``gate_weight`` (v) and ``gate_bias`` (w) start at 0 and {w:g}, so the scale
-    starts at {scale}. It depends on the image in evaluation too, so this norm cannot be folded into a convolution, frozen
-    or synchronized. Its minus form, :class:`GatedBatchNorm2d`, can.
+    starts at {scale}. It depends on the image in evaluation too, so this norm cannot be folded into a convolution, or
+    frozen, or synchronized. Its minus form, :class:`GatedBatchNorm2d`, can.
 
     Args:
         num_features: C.

@@ -82,7 +82,7 @@ class ScaledBatchNormA1(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
         equation="""``y = gamma (xhat + beta)``, the form A1 of section 4.4, whose scale scales the shift too.
 
     The ``state_dict`` keys are those of :class:`torch.nn.BatchNorm2d`, but ``bias`` means another thing: the shift of
-    the plain form is ``gamma beta``. Its gradient, too, is small as long as gamma is.""",
+    the plain form is ``gamma beta``. So weights of the plain form, loaded or converted, make another function here.""",
     )
 
     def affine_terms(self) -> tuple[Tensor | None, Tensor | None]:

@@ -16,12 +16,40 @@ constexpr int64_t LANES = 16;
 static inline f16 splat(float v) { return v - f16{}; }
 static inline f16 smaller(f16 a, f16 b) { return a < b ? a : b; }
 static inline f16 larger(f16 a, f16 b) { return a > b ? a : b; }
+static inline float smaller(float a, float b) { return a < b ? a : b; }
+static inline float larger(float a, float b) { return a > b ? a : b; }
 static inline f16 only(i16 mask, f16 v) { return (f16)(mask & (i16)v); }
 
+typedef float f8 __attribute__((vector_size(32)));
+typedef float f4 __attribute__((vector_size(16)));
+typedef int32_t i8 __attribute__((vector_size(32)));
+typedef int32_t i4 __attribute__((vector_size(16)));
+typedef double d8 __attribute__((vector_size(64)));
+typedef double d4 __attribute__((vector_size(32)));
+
+template <class Half, class Whole>
+static inline Half half(const Whole& v, int which) {
+    Half h;
+    memcpy(&h, (const char*)&v + which * sizeof h, sizeof h);
+    return h;
+}
+
+static inline bool any_of(i16 mask) {
+    i8 some = half<i8>(mask, 0) | half<i8>(mask, 1);
+    i4 few = half<i4>(some, 0) | half<i4>(some, 1);
+    return few[0] | few[1] | few[2] | few[3];
+}
+
 static inline double total(f16 v) {
-    double t = 0;
-    for (int i = 0; i < LANES; ++i) t += v[i];
-    return t;
+    d8 wide = __builtin_convertvector(half<f8>(v, 0), d8) + __builtin_convertvector(half<f8>(v, 1), d8);
+    d4 sum = half<d4>(wide, 0) + half<d4>(wide, 1);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+static inline float smallest(f16 v) {
+    f8 a = half<f8>(v, 0), b = half<f8>(v, 1), c = a < b ? a : b;
+    f4 d = half<f4>(c, 0), e = half<f4>(c, 1), f = d < e ? d : e;
+    return smaller(smaller(f[0], f[1]), smaller(f[2], f[3]));
 }
 
 struct Float32 {
@@ -31,6 +59,7 @@ struct Float32 {
         memcpy(&v, p, sizeof v);
         return v;
     }
+    static float load_one(const float* p) { return *p; }
     static void store(float* p, f16 v) { memcpy(p, &v, sizeof v); }
 };
 
@@ -40,6 +69,12 @@ struct BFloat16 {
         h16 v;
         memcpy(&v, p, sizeof v);
         return (f16)(__builtin_convertvector(v, u16) << 16);
+    }
+    static float load_one(const uint16_t* p) {
+        const uint32_t bits = (uint32_t)*p << 16;
+        float v;
+        memcpy(&v, &bits, sizeof v);
+        return v;
     }
     static void store(uint16_t* p, f16 v) {
         u16 bits = (u16)v;
@@ -68,24 +103,56 @@ static inline void store_some(typename T::scalar* p, int64_t n, f16 v) {
     for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// What is left of a run of `length` values from `i` on, in some lanes, and the others filled. Where it can, it reads
+// whole vectors, which is much faster.
 template <class T>
-static inline float load_one(const typename T::scalar* p) {
-    return load_some<T>(p, 1, 0.f)[0];
+static inline f16 load_rest(const typename T::scalar* p, int64_t i, int64_t length, float fill) {
+    if (length < LANES) return load_some<T>(p + i, length - i, fill);
+    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane >= (int32_t)(i + LANES - length) ? T::load(p + length - LANES) : splat(fill);
 }
 
-static inline float middle(float a, float b, float c) {
-    float low = a < b ? a : b, high = a < b ? b : a;
-    return c < low ? low : c > high ? high : c;
+// A run of `n` values is written a vector at a time. Where 16 does not divide n, the last vector overlaps the one
+// before, which is cheaper than a mask; only a run of less than 16 is an incomplete vector (WHOLE is false).
+static inline int64_t vectors(int64_t n) { return (n + LANES - 1) / LANES; }
+static inline int64_t start_of(int64_t vector, int64_t n) {
+    const int64_t at = vector * LANES;
+    return at + LANES <= n ? at : n < LANES ? 0 : n - LANES;
+}
+
+template <class F>
+static inline void for_vectors(int64_t n, F body) {
+    int64_t at = 0;
+    for (; at + LANES <= n; at += LANES) body(at);
+    if (at < n) body(n < LANES ? 0 : n - LANES);
+}
+
+template <class T, bool WHOLE>
+static inline f16 load_vector(const typename T::scalar* p, int64_t n) {
+    return WHOLE ? T::load(p) : load_some<T>(p, n, 0.f);
+}
+
+template <class T, bool WHOLE>
+static inline void store_vector(typename T::scalar* p, int64_t n, f16 v) {
+    if (WHOLE)
+        T::store(p, v);
+    else
+        store_some<T>(p, n, v);
+}
+
+template <class V>
+static inline V middle(V a, V b, V c) {
+    return larger(smaller(a, b), smaller(larger(a, b), c));
 }
 
 // A value from the bulk of a set, even if some are far off: the median of three medians of three, `value(i)` being the
 // i-th of `n`.
-template <class F>
-static inline float typical(int64_t n, F value) {
-    float thirds[3];
+template <class V, class F>
+static inline V typical(int64_t n, F value) {
+    V thirds[3];
     for (int64_t i = 0; i < 3; ++i)
-        thirds[i] = middle(value((6 * i + 1) * n / 18), value((6 * i + 3) * n / 18), value((6 * i + 5) * n / 18));
-    return middle(thirds[0], thirds[1], thirds[2]);
+        thirds[i] = middle<V>(value((6 * i + 1) * n / 18), value((6 * i + 3) * n / 18), value((6 * i + 5) * n / 18));
+    return middle<V>(thirds[0], thirds[1], thirds[2]);
 }
 
 // What the moments of one set are, and what they normalize with.
@@ -144,42 +211,44 @@ static Tile measure(const typename T::scalar* x, Runs r, float shift) {
             low = smaller(low, smaller(a, b)), high = larger(high, larger(a, b));
         }
         for (; i < r.length; i += LANES) {
-            f16 a = i + LANES <= r.length ? T::load(x + i) : load_some<T>(x + i, r.length - i, shift), da = a - k;
+            f16 a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, shift), da = a - k;
             sum0 += da, square0 += da * da;
             low = smaller(low, a), high = larger(high, a);
         }
     }
-    Tile t{total(sum0 + sum1), total(square0 + square1), double(r.runs * r.length), low[0], high[0]};
-    for (int i = 1; i < LANES; ++i) {
-        if (low[i] < t.low) t.low = low[i];
-        if (high[i] > t.high) t.high = high[i];
-    }
-    return t;
+    return {total(sum0 + sum1), total(square0 + square1), double(r.runs * r.length), smallest(low), -smallest(-high)};
 }
 
 template <class T>
 static Tile measure_kept(const typename T::scalar* x, Runs r, float shift, float lower, float upper) {
-    f16 k = splat(shift), lo = splat(lower), hi = splat(upper), sum{}, square{};
-    i16 count{};
-    for (int64_t j = 0; j < r.runs; ++j, x += r.stride)
-        for (int64_t i = 0; i < r.length; i += LANES) {
-            f16 a = i + LANES <= r.length ? T::load(x + i) : load_some<T>(x + i, r.length - i, NAN);
+    f16 k = splat(shift), lo = splat(lower), hi = splat(upper), one = splat(1.f);
+    f16 sum0{}, sum1{}, square0{}, square1{}, count0{}, count1{};
+    for (int64_t j = 0; j < r.runs; ++j, x += r.stride) {
+        int64_t i = 0;
+        for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
+            f16 a = T::load(x + i), b = T::load(x + i + LANES);
+            i16 kept_a = (a >= lo) & (a <= hi), kept_b = (b >= lo) & (b <= hi);
+            f16 da = only(kept_a, a - k), db = only(kept_b, b - k);
+            sum0 += da, sum1 += db, square0 += da * da, square1 += db * db;
+            count0 += only(kept_a, one), count1 += only(kept_b, one);
+        }
+        for (; i < r.length; i += LANES) {
+            f16 a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, NAN);
             i16 kept = (a >= lo) & (a <= hi);
             f16 d = only(kept, a - k);
-            sum += d, square += d * d, count -= kept;
+            sum0 += d, square0 += d * d, count0 += only(kept, one);
         }
-    Tile t{total(sum), total(square), 0, 0, 0};
-    for (int i = 0; i < LANES; ++i) t.count += count[i];
-    return t;
+    }
+    return {total(sum0 + sum1), total(square0 + square1), total(count0 + count1), 0, 0};
 }
 
-template <class T>
+template <class T, bool WHOLE>
 static void normalize(const typename T::scalar* x, typename T::scalar* y, int64_t n, float mean, float scale,
                       float shift) {
     f16 m = splat(mean), a = splat(scale), b = splat(shift);
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) T::store(y + i, (T::load(x + i) - m) * a + b);
-    if (i < n) store_some<T>(y + i, n - i, (load_some<T>(x + i, n - i, 0.f) - m) * a + b);
+    for_vectors(n, [=](int64_t i) {
+        store_vector<T, WHOLE>(y + i, n, (load_vector<T, WHOLE>(x + i, n) - m) * a + b);
+    });
 }
 
 // How a set of planes is cut into tiles: several short planes make one, a long plane makes several.
@@ -210,8 +279,8 @@ template <class T>
 static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const Options& o, Tile* tiles) {
     Runs r;
     int64_t n = tiling.tiles();
-    float shift = typical(tiling.planes * tiling.length, [&](int64_t i) {
-        return load_one<T>(x + i / tiling.length * tiling.stride + i % tiling.length);
+    float shift = typical<float>(tiling.planes * tiling.length, [&](int64_t i) {
+        return T::load_one(tiling.planes == 1 ? x + i : x + i / tiling.length * tiling.stride + i % tiling.length);
     });
     double sum = 0, square = 0, count = 0;
     for (int64_t t = 0; t < n; ++t) {
@@ -233,7 +302,7 @@ static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const
     return s;
 }
 
-template <class T>
+template <class T, bool WHOLE>
 static void forward_contiguous(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight,
                                const float* bias, const Moments& out) {
     typedef typename T::scalar scalar;
@@ -249,14 +318,15 @@ static void forward_contiguous(const Shape& d, const Options& o, const void* x_,
             const int64_t start = d.groups ? i * per_group * d.s : i * d.s;
             Set s = filtered_set<T>(x + start, tiling, o, tiles);
             report(s, i, out);
-            double rstd = 1 / sqrt(s.var + o.eps);
-            float mean = (float)s.mean;
-            const int64_t planes = d.groups ? per_group : d.n;
-            for (int64_t j = 0; j < planes; ++j) {
-                int64_t c = d.groups ? i % d.groups * per_group + j : i;
-                double a = weight ? weight[c] * rstd : rstd, b = (bias ? bias[c] : 0.0) - (s.mean - mean) * a;
-                int64_t at = start + j * (d.groups ? d.s : d.c * d.s);
-                normalize<T>(x + at, y + at, d.s, mean, (float)a, (float)b);
+            const double rstd = 1 / sqrt(s.var + o.eps);
+            const float mean = (float)s.mean;
+            for (int64_t j = 0; j < (d.groups ? per_group : 1); ++j) {
+                const int64_t c = d.groups ? i % d.groups * per_group + j : i;
+                const double a = weight ? weight[c] * rstd : rstd, b = (bias ? bias[c] : 0.0) - (s.mean - mean) * a;
+                for (int64_t k = 0; k < (d.groups ? 1 : d.n); ++k) {
+                    const int64_t at = start + j * d.s + k * d.c * d.s;
+                    normalize<T, WHOLE>(x + at, y + at, d.s, mean, (float)a, (float)b);
+                }
             }
         }
         free(tiles);
@@ -281,8 +351,8 @@ static Sums gradient_sums(const typename T::scalar* g, const typename T::scalar*
         }
         for (; i < r.length; i += LANES) {
             bool whole = i + LANES <= r.length;
-            f16 a = whole ? T::load(x + i) : load_some<T>(x + i, r.length - i, mean);
-            f16 ga = whole ? T::load(g + i) : load_some<T>(g + i, r.length - i, 0.f);
+            f16 a = whole ? T::load(x + i) : load_rest<T>(x, i, r.length, mean);
+            f16 ga = whole ? T::load(g + i) : load_rest<T>(g, i, r.length, 0.f);
             if (PAPER) ga = only((a >= lo) & (a <= hi), ga);
             sum0 += ga, dot0 += ga * (a - m);
         }
@@ -302,35 +372,27 @@ static inline f16 input_gradient(f16 g, f16 x, f16 scale, f16 offset, f16 slope,
     return PAPER ? scale * g - offset - only(kept, line) : scale * g - only(kept, offset + line);
 }
 
-template <class T, bool PAPER>
+template <class T, bool WHOLE, bool PAPER>
 static void write_gradient(const typename T::scalar* g, const typename T::scalar* x, typename T::scalar* dx, int64_t n,
                            const Line& l) {
     f16 a = splat(l.scale), b = splat(l.offset), k = splat(l.slope), m = splat(l.mean), lo = splat(l.lower),
         hi = splat(l.upper);
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        T::store(dx + i, input_gradient<PAPER>(T::load(g + i), T::load(x + i), a, b, k, m, lo, hi));
-    if (i < n) {
-        f16 last =
-            input_gradient<PAPER>(load_some<T>(g + i, n - i, 0.f), load_some<T>(x + i, n - i, 0.f), a, b, k, m, lo, hi);
-        store_some<T>(dx + i, n - i, last);
-    }
+    for_vectors(n, [=](int64_t i) {
+        f16 gi = load_vector<T, WHOLE>(g + i, n), xi = load_vector<T, WHOLE>(x + i, n);
+        store_vector<T, WHOLE>(dx + i, n, input_gradient<PAPER>(gi, xi, a, b, k, m, lo, hi));
+    });
 }
 
-static inline Line line_of(const Moments& m, int64_t i, double weight, double sum_g, double sum_gx, const Options& o) {
-    double rstd = 1 / sqrt((double)m.var[i] + o.eps), count = m.count[i];
-    return {(float)(weight * rstd),
-            (float)(rstd * sum_g / count),
-            (float)(rstd * rstd * rstd * sum_gx / (o.kappa * count)),
-            m.mean[i],
-            m.lower[i],
-            m.upper[i]};
+// The line of a set; its scale is still to be multiplied by a channel's weight.
+static inline Line line_of(const Moments& m, int64_t set, double sum_g, double sum_gx, const Options& o) {
+    double rstd = 1 / sqrt((double)m.var[set] + o.eps), count = m.count[set];
+    return {(float)rstd,   (float)(rstd * sum_g / count), (float)(rstd * rstd * rstd * sum_gx / (o.kappa * count)),
+            m.mean[set], m.lower[set], m.upper[set]};
 }
 
-template <class T, bool PAPER>
+template <class T, bool WHOLE, bool PAPER>
 static void backward_contiguous(const Shape& d, const Options& o, const void* g_, const void* x_, void* dx_,
-                                const float* weight, const Moments& m, float* d_weight, float* d_bias,
-                                double* scratch) {
+                                const float* weight, const Moments& m, float* d_weight, float* d_bias) {
     typedef typename T::scalar scalar;
     const scalar *g = (const scalar*)g_, *x = (const scalar*)x_;
     scalar* dx = (scalar*)dx_;
@@ -348,16 +410,18 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
             }
             d_bias[c] = (float)sum_g;
             d_weight[c] = (float)(sum_gx / sqrt((double)m.var[c] + o.eps));
-            const Line l = line_of(m, c, w, w * sum_g, w * sum_gx, o);
+            Line l = line_of(m, c, w * sum_g, w * sum_gx, o);
+            l.scale *= (float)w;
             for (int64_t n = 0; n < d.n; ++n) {
                 int64_t at = start + n * d.c * d.s;
-                write_gradient<T, PAPER>(g + at, x + at, dx + at, d.s, l);
+                write_gradient<T, WHOLE, PAPER>(g + at, x + at, dx + at, d.s, l);
             }
         }
         return;
     }
     const int64_t per_group = d.c / d.groups;
-    double *by_plane_g = scratch, *by_plane_gx = scratch + d.n * d.c;
+    double* by_plane_g = (double*)malloc(2 * sizeof(double) * d.n * d.c);
+    double* by_plane_gx = by_plane_g + d.n * d.c;
     const Tiling tiling(1, d.s, d.s);
 #pragma omp parallel num_threads(o.threads)
     {
@@ -376,10 +440,12 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
                 by_plane_g[plane] = g_sum, by_plane_gx[plane] = gx_sum * rstd;
                 sum_g += w * g_sum, sum_gx += w * gx_sum;
             }
+            const Line line = line_of(m, i, sum_g, sum_gx, o);
             for (int64_t j = 0; j < per_group; ++j) {
                 int64_t plane = i * per_group + j;
-                const Line l = line_of(m, i, weight ? weight[plane % d.c] : 1, sum_g, sum_gx, o);
-                write_gradient<T, PAPER>(g + plane * d.s, x + plane * d.s, dx + plane * d.s, d.s, l);
+                Line l = line;
+                if (weight) l.scale *= weight[plane % d.c];
+                write_gradient<T, WHOLE, PAPER>(g + plane * d.s, x + plane * d.s, dx + plane * d.s, d.s, l);
             }
         }
 #pragma omp for schedule(static)
@@ -389,6 +455,7 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
             d_bias[c] = (float)sum_g, d_weight[c] = (float)sum_gx;
         }
     }
+    free(by_plane_g);
 }
 
 // ---- channels-last layout: rows of C values, one for each sample and position; a set is some columns of some rows
@@ -399,7 +466,7 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
 struct Rows {
     int64_t c, parts, rows_per_part, tiles_per_part, rows_per_tile;
     Rows(const Shape& d) : c(d.c), parts(d.groups ? d.n : 1), rows_per_part(d.groups ? d.s : d.n * d.s) {
-        rows_per_tile = rows_per_part / 32 < 32 ? 32 : rows_per_part / 32 > 256 ? 256 : rows_per_part / 32;
+        rows_per_tile = rows_per_part / 32 < 64 ? 64 : rows_per_part / 32 > 256 ? 256 : rows_per_part / 32;
         tiles_per_part = (rows_per_part + rows_per_tile - 1) / rows_per_tile;
     }
     int64_t tiles() const { return parts * tiles_per_part; }
@@ -411,328 +478,403 @@ struct Rows {
     }
 };
 
-// Sums of one tile's columns, for all channels of a layer: an array of C for each tile.
+// The tiles that one thread works on in every pass. Each pass takes them in the opposite order to the one before, so
+// that it begins with what is still in the thread's cache.
+struct Share {
+    int64_t begin, end;
+    explicit Share(int64_t tiles) {
+        const int64_t threads = omp_get_num_threads(), i = omp_get_thread_num();
+        begin = tiles * i / threads, end = tiles * (i + 1) / threads;
+    }
+};
+
+// What is known of one tile's columns: arrays of C for each tile. A tile has so few rows that float can hold its sums.
 struct Columns {
-    double *sum, *square, *count;
-    float *low, *high;
+    float *sum, *square, *count, *low, *high;
     explicit Columns(int64_t n) {
-        sum = (double*)malloc(n * (3 * sizeof(double) + 2 * sizeof(float)));
-        square = sum + n, count = square + n, low = (float*)(count + n), high = low + n;
+        sum = (float*)malloc(n * 5 * sizeof(float));
+        square = sum + n, count = square + n, low = count + n, high = low + n;
     }
     ~Columns() { free(sum); }
 };
 
-template <class T, bool WHOLE>
-static inline f16 load_columns(const typename T::scalar* p, int64_t n) {
-    return WHOLE ? T::load(p) : load_some<T>(p, n, 0.f);
-}
+constexpr int64_t CHUNK = 32;  // vectors of a row that are worked on together: their sums stay in the first cache
+constexpr int R = 4;           // rows that are read side by side
 
-template <class T, int V, bool WHOLE>
-static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t stride, int64_t n, const float* shift,
-                            const Columns& out, int64_t at) {
-    f16 k[V], sum[V], square[V], low[V], high[V];
-    for (int v = 0; v < V; ++v) {
-        k[v] = load_columns<Float32, WHOLE>(shift + v * LANES, n);
-        sum[v] = square[v] = f16{}, low[v] = high[v] = load_columns<T, WHOLE>(x + v * LANES, n);
+// Runs `STEP(number of rows, pointer offset)` over all rows of a tile, R at a time and the last ones singly.
+#define FOR_ROWS(rows, c, STEP)                 \
+    {                                           \
+        int64_t r = 0;                          \
+        for (; r + R <= rows; r += R) {         \
+            const int64_t row = r * c;          \
+            STEP(R)                             \
+        }                                       \
+        for (; r < rows; ++r) {                 \
+            const int64_t row = r * c;          \
+            STEP(1)                             \
+        }                                       \
     }
-    for (int64_t r = 0; r < rows; ++r, x += stride)
+
+template <class T, bool WHOLE, int ROWS>
+static inline void measure_rows(const typename T::scalar* x, int64_t c, int64_t first, int64_t n, const float* shift,
+                                f16* sum, f16* square, f16* low, f16* high) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = start_of(first + i, c);
+        f16 k = load_vector<Float32, WHOLE>(shift + at, c), s{}, q{}, lo = low[i], hi = high[i];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            f16 a = load_columns<T, WHOLE>(x + v * LANES, n), d = a - k[v];
-            sum[v] += d, square[v] += d * d, low[v] = smaller(low[v], a), high[v] = larger(high[v], a);
+        for (int j = 0; j < ROWS; ++j) {
+            f16 a = load_vector<T, WHOLE>(x + j * c + at, c), d = a - k;
+            s += d, q += d * d, lo = smaller(lo, a), hi = larger(hi, a);
         }
-    for (int64_t i = 0; i < V * LANES && i < n; ++i) {
-        out.sum[at + i] = sum[i / LANES][i % LANES], out.square[at + i] = square[i / LANES][i % LANES],
-                     out.count[at + i] = (double)rows;
-        out.low[at + i] = low[i / LANES][i % LANES], out.high[at + i] = high[i / LANES][i % LANES];
+        sum[i] += s, square[i] += q, low[i] = lo, high[i] = hi;
     }
 }
 
 template <class T, bool WHOLE>
-static void measure_kept_columns(const typename T::scalar* x, int64_t rows, int64_t stride, int64_t n,
-                                 const float* shift, const float* lower, const float* upper, const Columns& out,
-                                 int64_t at) {
-    f16 k = load_columns<Float32, WHOLE>(shift, n), lo = load_columns<Float32, WHOLE>(lower, n),
-        hi = load_columns<Float32, WHOLE>(upper, n);
-    f16 sum{}, square{};
-    i16 count{};
-    for (int64_t r = 0; r < rows; ++r, x += stride) {
-        f16 a = load_columns<T, WHOLE>(x, n);
-        i16 kept = (a >= lo) & (a <= hi);
-        f16 d = only(kept, a - k);
-        sum += d, square += d * d, count -= kept;
+static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t c, const float* shift,
+                            const Columns& out, int64_t tile) {
+    f16 sum[CHUNK], square[CHUNK], low[CHUNK], high[CHUNK];
+    for (int64_t first = 0; first < vectors(c); first += CHUNK) {
+        const int64_t n = vectors(c) - first < CHUNK ? vectors(c) - first : CHUNK;
+        for (int64_t i = 0; i < n; ++i) {
+            sum[i] = square[i] = f16{};
+            low[i] = high[i] = load_vector<T, WHOLE>(x + start_of(first + i, c), c);
+        }
+#define STEP(ROWS) measure_rows<T, WHOLE, ROWS>(x + row, c, first, n, shift, sum, square, low, high);
+        FOR_ROWS(rows, c, STEP)
+#undef STEP
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = tile * c + start_of(first + i, c);
+            store_vector<Float32, WHOLE>(out.sum + at, c, sum[i]);
+            store_vector<Float32, WHOLE>(out.square + at, c, square[i]);
+            store_vector<Float32, WHOLE>(out.count + at, c, splat((float)rows));
+            store_vector<Float32, WHOLE>(out.low + at, c, low[i]);
+            store_vector<Float32, WHOLE>(out.high + at, c, high[i]);
+        }
     }
-    for (int64_t i = 0; i < LANES && i < n; ++i)
-        out.sum[at + i] = sum[i], out.square[at + i] = square[i], out.count[at + i] = count[i];
 }
 
-// Runs `body(first channel, number of channels)` over blocks of 64 channels, then 16, then what is left.
-#define FOR_BLOCKS(c, WIDE, NARROW, REST)              \
-    {                                                  \
-        int64_t at = 0;                                \
-        for (; at + 4 * LANES <= c; at += 4 * LANES) { \
-            const int64_t n = 4 * LANES;               \
-            WIDE;                                      \
-        }                                              \
-        for (; at + LANES <= c; at += LANES) {         \
-            const int64_t n = LANES;                   \
-            NARROW;                                    \
-        }                                              \
-        if (at < c) {                                  \
-            const int64_t n = c - at;                  \
-            REST;                                      \
-        }                                              \
-    }
-
-// Add the columns of a set around its first shift.
-static inline void add_columns(const Columns& columns, const float* shift, const Rows& rows, int64_t part,
-                               int64_t first, int64_t channels, double& sum, double& square, double& count) {
-    sum = square = count = 0;
-    for (int64_t c = first; c < first + channels; ++c) {
-        double a = 0, b = 0, n = 0, d = (double)shift[part * rows.c + c] - shift[part * rows.c + first];
-        for (int64_t t = 0; t < rows.tiles_per_part; ++t) {
-            int64_t at = (part * rows.tiles_per_part + t) * rows.c + c;
-            a += columns.sum[at], b += columns.square[at], n += columns.count[at];
+template <class T, bool WHOLE, int ROWS>
+static inline void measure_kept_rows(const typename T::scalar* x, int64_t c, const int64_t* columns, int64_t n,
+                                     const float* shift, const float* lower, const float* upper, f16* sum, f16* square,
+                                     f16* count) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = columns[i];
+        f16 k = load_vector<Float32, WHOLE>(shift + at, c), lo = load_vector<Float32, WHOLE>(lower + at, c),
+            hi = load_vector<Float32, WHOLE>(upper + at, c), s{}, q{}, m{};
+#pragma GCC unroll 4
+        for (int j = 0; j < ROWS; ++j) {
+            f16 a = load_vector<T, WHOLE>(x + j * c + at, c);
+            i16 kept = (a >= lo) & (a <= hi);
+            f16 d = only(kept, a - k);
+            s += d, q += d * d, m += only(kept, splat(1.f));
         }
-        sum += a + n * d, square += b + 2 * d * a + n * d * d, count += n;
+        sum[i] += s, square[i] += q, count[i] += m;
     }
+}
+
+// Measure those vectors of columns again that hold a value outside the band; how many there were.
+template <class T, bool WHOLE>
+static int64_t measure_kept_columns(const typename T::scalar* x, int64_t rows, int64_t c, const float* shift,
+                                 const float* lower, const float* upper, const Columns& out, int64_t tile) {
+    f16 sum[CHUNK], square[CHUNK], count[CHUNK];
+    int64_t columns[CHUNK], n = 0, measured = 0;
+    for (int64_t v = 0; v < vectors(c); ++v) {
+        const int64_t at = start_of(v, c);
+        i16 outside = ~((load_vector<Float32, WHOLE>(out.low + tile * c + at, c) >=
+                         load_vector<Float32, WHOLE>(lower + at, c)) &
+                        (load_vector<Float32, WHOLE>(out.high + tile * c + at, c) <=
+                         load_vector<Float32, WHOLE>(upper + at, c)));
+        if (any_of(outside)) columns[n++] = at;
+        if (n < CHUNK && (v + 1 < vectors(c) || n == 0)) continue;
+        for (int64_t i = 0; i < n; ++i) sum[i] = square[i] = count[i] = f16{};
+#define STEP(ROWS) \
+    measure_kept_rows<T, WHOLE, ROWS>(x + row, c, columns, n, shift, lower, upper, sum, square, count);
+        FOR_ROWS(rows, c, STEP)
+#undef STEP
+        for (int64_t i = 0; i < n; ++i) {
+            store_vector<Float32, WHOLE>(out.sum + tile * c + columns[i], c, sum[i]);
+            store_vector<Float32, WHOLE>(out.square + tile * c + columns[i], c, square[i]);
+            store_vector<Float32, WHOLE>(out.count + tile * c + columns[i], c, count[i]);
+        }
+        measured += n, n = 0;
+    }
+    return measured;
+}
+
+// Add the tiles of one part's column.
+static inline void add_tiles(const float* of, const Rows& rows, int64_t part, int64_t first, int64_t n, double* total) {
+    for (int64_t i = 0; i < n; ++i) total[i] = 0;
+    const float* p = of + part * rows.tiles_per_part * rows.c + first;
+    for (int64_t t = 0; t < rows.tiles_per_part; ++t, p += rows.c)
+        for (int64_t i = 0; i < n; ++i) total[i] += p[i];
+}
+
+// One part's sets, a block of them at a time, and the columns that they are made of.
+struct Blocks {
+    int64_t channels, sets_per_part, sets_per_block, per_part;
+    Blocks(const Shape& d) : channels(d.groups ? d.c / d.groups : 1), sets_per_part(d.c / channels) {
+        sets_per_block = channels < 256 ? 256 / channels : 1;
+        per_part = (sets_per_part + sets_per_block - 1) / sets_per_block;
+    }
+    int64_t part(int64_t block) const { return block / per_part; }
+    int64_t first_set(int64_t block) const { return block % per_part * sets_per_block; }
+    int64_t sets(int64_t block) const {
+        int64_t left = sets_per_part - first_set(block);
+        return left < sets_per_block ? left : sets_per_block;
+    }
+};
+
+// The sums of a set of columns, each of them around a shift of its own, around the first one's.
+struct Total {
+    double sum, square, count;
+    Total(const double* sums, const double* squares, const double* counts, const float* shift, int64_t channels)
+        : sum(0), square(0), count(0) {
+        for (int64_t c = 0; c < channels; ++c) {
+            double d = (double)shift[c] - shift[0];
+            sum += sums[c] + counts[c] * d, square += squares[c] + 2 * d * sums[c] + counts[c] * d * d;
+            count += counts[c];
+        }
+    }
+};
+
+template <class T, bool WHOLE>
+static void normalize_rows(const typename T::scalar* x, typename T::scalar* y, int64_t rows, int64_t c,
+                           const float* mean, const float* scale, const float* offset) {
+    for (int64_t r = 0; r < rows; ++r, x += c, y += c)
+        for_vectors(c, [=](int64_t at) {
+            f16 m = load_vector<Float32, WHOLE>(mean + at, c), a = load_vector<Float32, WHOLE>(scale + at, c),
+                b = load_vector<Float32, WHOLE>(offset + at, c);
+            store_vector<T, WHOLE>(y + at, c, (load_vector<T, WHOLE>(x + at, c) - m) * a + b);
+        });
 }
 
 template <class T, bool WHOLE>
-static inline void normalize_columns(const typename T::scalar* x, typename T::scalar* y, int64_t n, const float* mean,
-                                     const float* scale, const float* shift) {
-    f16 v = (load_columns<T, WHOLE>(x, n) - load_columns<Float32, WHOLE>(mean, n)) *
-                load_columns<Float32, WHOLE>(scale, n) +
-            load_columns<Float32, WHOLE>(shift, n);
-    if (WHOLE)
-        T::store(y, v);
-    else
-        store_some<T>(y, n, v);
-}
-
-template <class T>
 static void forward_channels_last(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight,
                                   const float* bias, const Moments& out) {
     typedef typename T::scalar scalar;
     const scalar* x = (const scalar*)x_;
     scalar* y = (scalar*)y_;
     const Rows rows(d);
-    const int64_t C = d.c, channels = d.groups ? d.c / d.groups : 1, sets_per_part = C / channels;
+    const Blocks blocks(d);
+    const int64_t C = d.c, all = rows.parts * C;
     Columns columns(rows.tiles() * C);
-    float* shift = (float*)malloc(sizeof(float) * rows.parts * C * 5);
-    float *lower = shift + rows.parts * C, *upper = lower + rows.parts * C, *scale = upper + rows.parts * C,
-          *offset = scale + rows.parts * C;
+    double* sums = (double*)malloc(3 * sizeof(double) * all);
+    double *squares = sums + all, *counts = squares + all;
+    float* shift = (float*)malloc(5 * sizeof(float) * all);
+    float *lower = shift + all, *upper = lower + all, *scale = upper + all, *offset = scale + all;
     float* mean = lower;  // the band is not needed once the moments are known
 #pragma omp parallel num_threads(o.threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.parts * C; ++i) {
-            const scalar* p = x + i / C * rows.rows_per_part * C + i % C;
-            shift[i] = typical(rows.rows_per_part, [&](int64_t r) { return load_one<T>(p + r * C); });
+        for (int64_t i = 0; i < rows.parts * vectors(C); ++i) {
+            const int64_t part = i / vectors(C), at = start_of(i % vectors(C), C);
+            const scalar* p = x + part * rows.rows_per_part * C + at;
+            f16 k = typical<f16>(rows.rows_per_part, [&](int64_t r) { return load_vector<T, WHOLE>(p + r * C, C); });
+            store_vector<Float32, WHOLE>(shift + part * C + at, C, k);
         }
+        const Share share(rows.tiles());
+        for (int64_t t = share.begin; t < share.end; ++t)
+            measure_columns<T, WHOLE>(x + rows.first(t) * C, rows.count(t), C, shift + rows.part(t) * C, columns, t);
+#pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows.tiles(); ++t) {
-            const scalar* p = x + rows.first(t) * C;
-            const float* k = shift + rows.part(t) * C;
-            int64_t r = rows.count(t);
-            FOR_BLOCKS(C, (measure_columns<T, 4, true>(p + at, r, C, n, k + at, columns, t * C + at)),
-                       (measure_columns<T, 1, true>(p + at, r, C, n, k + at, columns, t * C + at)),
-                       (measure_columns<T, 1, false>(p + at, r, C, n, k + at, columns, t * C + at)))
+        for (int64_t i = 0; i < rows.parts * blocks.per_part; ++i) {
+            const int64_t part = blocks.part(i), n = blocks.channels, first = blocks.first_set(i) * n;
+            add_tiles(columns.sum, rows, part, first, blocks.sets(i) * n, sums + part * C + first);
+            add_tiles(columns.square, rows, part, first, blocks.sets(i) * n, squares + part * C + first);
+            for (int64_t c = first; c < first + blocks.sets(i) * n; ++c)
+                counts[part * C + c] = (double)rows.rows_per_part;
+            for (int64_t j = 0; j < blocks.sets(i); ++j) {
+                const int64_t at = part * C + first + j * n;
+                Total t(sums + at, squares + at, counts + at, shift + at, n);
+                Set s;
+                draw_band(s, shift[at], t.sum, t.square, t.count, o);
+                for (int64_t c = at; c < at + n; ++c) lower[c] = s.lower, upper[c] = s.upper;
+            }
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.parts * sets_per_part; ++i) {
-            int64_t part = i / sets_per_part, first = i % sets_per_part * channels;
-            double sum, square, count;
-            Set s;
-            add_columns(columns, shift, rows, part, first, channels, sum, square, count);
-            draw_band(s, shift[part * C + first], sum, square, count, o);
-            for (int64_t c = first; c < first + channels; ++c)
-                lower[part * C + c] = s.lower, upper[part * C + c] = s.upper;
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows.tiles(); ++t) {
-            const scalar* p = x + rows.first(t) * C;
+        int64_t measured = 0;
+        for (int64_t t = share.end; t-- > share.begin;) {
             const int64_t part = rows.part(t) * C;
-            for (int64_t at = 0; at < C; at += LANES) {
-                int64_t n = C - at < LANES ? C - at : LANES;
-                bool outlier = false;
-                for (int64_t i = at; i < at + n; ++i)
-                    outlier |=
-                        !(columns.low[t * C + i] >= lower[part + i] && columns.high[t * C + i] <= upper[part + i]);
-                if (!outlier) continue;
-                if (n == LANES)
-                    measure_kept_columns<T, true>(p + at, rows.count(t), C, n, shift + part + at, lower + part + at,
-                                                  upper + part + at, columns, t * C + at);
-                else
-                    measure_kept_columns<T, false>(p + at, rows.count(t), C, n, shift + part + at, lower + part + at,
-                                                   upper + part + at, columns, t * C + at);
+            measured += measure_kept_columns<T, WHOLE>(x + rows.first(t) * C, rows.count(t), C, shift + part,
+                                                       lower + part, upper + part, columns, t);
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows.parts * blocks.per_part; ++i) {
+            const int64_t part = blocks.part(i), n = blocks.channels, first = blocks.first_set(i) * n;
+            add_tiles(columns.sum, rows, part, first, blocks.sets(i) * n, sums + part * C + first);
+            add_tiles(columns.square, rows, part, first, blocks.sets(i) * n, squares + part * C + first);
+            add_tiles(columns.count, rows, part, first, blocks.sets(i) * n, counts + part * C + first);
+            for (int64_t j = 0; j < blocks.sets(i); ++j) {
+                const int64_t at = part * C + first + j * n;
+                Total t(sums + at, squares + at, counts + at, shift + at, n);
+                Set s;
+                s.lower = lower[at], s.upper = upper[at];
+                settle(s, shift[at], t.sum, t.square, t.count, o);
+                report(s, part * blocks.sets_per_part + blocks.first_set(i) + j, out);
+                const double rstd = 1 / sqrt(s.var + o.eps);
+                for (int64_t c = at; c < at + n; ++c) {
+                    const double a = weight ? weight[c - part * C] * rstd : rstd;
+                    mean[c] = (float)s.mean, scale[c] = (float)a;
+                    offset[c] = (float)((bias ? bias[c - part * C] : 0.0) - (s.mean - (float)s.mean) * a);
+                }
             }
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.parts * sets_per_part; ++i) {
-            int64_t part = i / sets_per_part, first = i % sets_per_part * channels;
-            double sum, square, count;
-            Set s;
-            s.lower = lower[part * C + first], s.upper = upper[part * C + first];
-            add_columns(columns, shift, rows, part, first, channels, sum, square, count);
-            settle(s, shift[part * C + first], sum, square, count, o);
-            report(s, i, out);
-            double rstd = 1 / sqrt(s.var + o.eps);
-            for (int64_t c = first; c < first + channels; ++c) {
-                double a = weight ? weight[c] * rstd : rstd;
-                mean[part * C + c] = (float)s.mean, scale[part * C + c] = (float)a;
-                offset[part * C + c] = (float)((bias ? bias[c] : 0.0) - (s.mean - (float)s.mean) * a);
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows.tiles(); ++t) {
-            const int64_t part = rows.part(t) * C;
-            const float *m = mean + part, *a = scale + part, *b = offset + part;
-            for (int64_t r = 0; r < rows.count(t); ++r) {
-                const scalar* p = x + (rows.first(t) + r) * C;
-                scalar* q = y + (rows.first(t) + r) * C;
-                int64_t at = 0;
-                for (; at + LANES <= C; at += LANES)
-                    normalize_columns<T, true>(p + at, q + at, LANES, m + at, a + at, b + at);
-                if (at < C) normalize_columns<T, false>(p + at, q + at, C - at, m + at, a + at, b + at);
-            }
+        const bool mostly = 2 * measured > (share.end - share.begin) * vectors(C);
+        for (int64_t i = 0; i < share.end - share.begin; ++i) {
+            const int64_t t = mostly ? share.begin + i : share.end - 1 - i;
+            const int64_t part = rows.part(t) * C, start = rows.first(t) * C;
+            normalize_rows<T, WHOLE>(x + start, y + start, rows.count(t), C, mean + part, scale + part, offset + part);
         }
     }
     free(shift);
+    free(sums);
 }
 
-template <class T, bool PAPER, int V, bool WHOLE>
-static void gradient_columns(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t stride,
-                             int64_t n, const float* mean, const float* lower, const float* upper, const Columns& out,
-                             int64_t at) {
-    f16 m[V], lo[V], hi[V], sum[V], dot[V];
-    for (int v = 0; v < V; ++v) {
-        m[v] = load_columns<Float32, WHOLE>(mean + v * LANES, n);
-        lo[v] = load_columns<Float32, WHOLE>(lower + v * LANES, n),
-        hi[v] = load_columns<Float32, WHOLE>(upper + v * LANES, n);
-        sum[v] = dot[v] = f16{};
-    }
-    for (int64_t r = 0; r < rows; ++r, x += stride, g += stride)
+template <class T, bool WHOLE, bool PAPER, int ROWS>
+static inline void gradient_rows(const typename T::scalar* g, const typename T::scalar* x, int64_t c, int64_t first,
+                                 int64_t n, const float* mean, const float* lower, const float* upper, f16* sum,
+                                 f16* dot) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = start_of(first + i, c);
+        f16 m = load_vector<Float32, WHOLE>(mean + at, c), s{}, p{}, lo, hi;
+        if (PAPER) lo = load_vector<Float32, WHOLE>(lower + at, c), hi = load_vector<Float32, WHOLE>(upper + at, c);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            f16 a = load_columns<T, WHOLE>(x + v * LANES, n), ga = load_columns<T, WHOLE>(g + v * LANES, n);
-            if (PAPER) ga = only((a >= lo[v]) & (a <= hi[v]), ga);
-            sum[v] += ga, dot[v] += ga * (a - m[v]);
+        for (int j = 0; j < ROWS; ++j) {
+            f16 a = load_vector<T, WHOLE>(x + j * c + at, c), ga = load_vector<T, WHOLE>(g + j * c + at, c);
+            if (PAPER) ga = only((a >= lo) & (a <= hi), ga);
+            s += ga, p += ga * (a - m);
         }
-    for (int64_t i = 0; i < V * LANES && i < n; ++i)
-        out.sum[at + i] = sum[i / LANES][i % LANES], out.square[at + i] = dot[i / LANES][i % LANES];
+        sum[i] += s, dot[i] += p;
+    }
 }
 
-template <class T, bool PAPER, bool WHOLE>
-static inline void write_gradient_columns(const typename T::scalar* g, const typename T::scalar* x,
-                                          typename T::scalar* dx, int64_t n, const float* scale, const float* offset,
-                                          const float* slope, const float* mean, const float* lower,
-                                          const float* upper) {
-    f16 v = input_gradient<PAPER>(load_columns<T, WHOLE>(g, n), load_columns<T, WHOLE>(x, n),
-                                  load_columns<Float32, WHOLE>(scale, n), load_columns<Float32, WHOLE>(offset, n),
-                                  load_columns<Float32, WHOLE>(slope, n), load_columns<Float32, WHOLE>(mean, n),
-                                  load_columns<Float32, WHOLE>(lower, n), load_columns<Float32, WHOLE>(upper, n));
-    if (WHOLE)
-        T::store(dx, v);
-    else
-        store_some<T>(dx, n, v);
+template <class T, bool WHOLE, bool PAPER>
+static void gradient_columns(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t c,
+                             const float* mean, const float* lower, const float* upper, const Columns& out,
+                             int64_t tile) {
+    f16 sum[CHUNK], dot[CHUNK];
+    for (int64_t first = 0; first < vectors(c); first += CHUNK) {
+        const int64_t n = vectors(c) - first < CHUNK ? vectors(c) - first : CHUNK;
+        for (int64_t i = 0; i < n; ++i) sum[i] = dot[i] = f16{};
+#define STEP(ROWS) gradient_rows<T, WHOLE, PAPER, ROWS>(g + row, x + row, c, first, n, mean, lower, upper, sum, dot);
+        FOR_ROWS(rows, c, STEP)
+#undef STEP
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = tile * c + start_of(first + i, c);
+            store_vector<Float32, WHOLE>(out.sum + at, c, sum[i]);
+            store_vector<Float32, WHOLE>(out.square + at, c, dot[i]);
+        }
+    }
 }
 
-template <class T, bool PAPER>
+template <class T, bool WHOLE, bool PAPER>
+static void write_gradient_rows(const typename T::scalar* g, const typename T::scalar* x, typename T::scalar* dx,
+                                int64_t rows, int64_t c, const float* scale, const float* offset, const float* slope,
+                                const float* mean, const float* lower, const float* upper) {
+    for (int64_t r = 0; r < rows; ++r, g += c, x += c, dx += c)
+        for_vectors(c, [=](int64_t at) {
+            f16 a = load_vector<Float32, WHOLE>(scale + at, c), b = load_vector<Float32, WHOLE>(offset + at, c),
+                k = load_vector<Float32, WHOLE>(slope + at, c), m = load_vector<Float32, WHOLE>(mean + at, c),
+                lo = load_vector<Float32, WHOLE>(lower + at, c), hi = load_vector<Float32, WHOLE>(upper + at, c);
+            f16 gi = load_vector<T, WHOLE>(g + at, c), xi = load_vector<T, WHOLE>(x + at, c);
+            store_vector<T, WHOLE>(dx + at, c, input_gradient<PAPER>(gi, xi, a, b, k, m, lo, hi));
+        });
+}
+
+template <class T, bool WHOLE, bool PAPER>
 static void backward_channels_last(const Shape& d, const Options& o, const void* g_, const void* x_, void* dx_,
-                                   const float* weight, const Moments& m, float* d_weight, float* d_bias,
-                                   double* scratch) {
+                                   const float* weight, const Moments& m, float* d_weight, float* d_bias) {
     typedef typename T::scalar scalar;
     const scalar *g = (const scalar*)g_, *x = (const scalar*)x_;
     scalar* dx = (scalar*)dx_;
     const Rows rows(d);
-    const int64_t C = d.c, channels = d.groups ? d.c / d.groups : 1, sets_per_part = C / channels;
+    const Blocks blocks(d);
+    const int64_t C = d.c, all = rows.parts * C;
     Columns columns(rows.tiles() * C);
-    double *by_part_g = scratch, *by_part_gx = scratch + rows.parts * C;
-    float* scale = (float*)malloc(sizeof(float) * rows.parts * C * 6);
-    float *offset = scale + rows.parts * C, *slope = offset + rows.parts * C, *mean = slope + rows.parts * C;
-    float *lower = mean + rows.parts * C, *upper = lower + rows.parts * C;
+    double* sums = (double*)malloc(2 * sizeof(double) * all);
+    double* dots = sums + all;
+    float* scale = (float*)malloc(6 * sizeof(float) * all);
+    float *offset = scale + all, *slope = offset + all, *mean = slope + all, *lower = mean + all, *upper = lower + all;
 #pragma omp parallel num_threads(o.threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.parts * C; ++i) {
-            int64_t set = i / C * sets_per_part + i % C / channels;
-            mean[i] = m.mean[set], lower[i] = m.lower[set], upper[i] = m.upper[set];
+        for (int64_t i = 0; i < rows.parts * blocks.sets_per_part; ++i)
+            for (int64_t c = i * blocks.channels; c < (i + 1) * blocks.channels; ++c)
+                mean[c] = m.mean[i], lower[c] = m.lower[i], upper[c] = m.upper[i];
+        const Share share(rows.tiles());
+        for (int64_t t = share.begin; t < share.end; ++t) {
+            const int64_t start = rows.first(t) * C, part = rows.part(t) * C;
+            gradient_columns<T, WHOLE, PAPER>(g + start, x + start, rows.count(t), C, mean + part, lower + part,
+                                              upper + part, columns, t);
         }
+#pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows.tiles(); ++t) {
-            const int64_t start = rows.first(t) * C, part = rows.part(t) * C, r = rows.count(t);
-            const float *k = mean + part, *lo = lower + part, *hi = upper + part;
-            FOR_BLOCKS(C,
-                       (gradient_columns<T, PAPER, 4, true>(g + start + at, x + start + at, r, C, n, k + at, lo + at,
-                                                            hi + at, columns, t * C + at)),
-                       (gradient_columns<T, PAPER, 1, true>(g + start + at, x + start + at, r, C, n, k + at, lo + at,
-                                                            hi + at, columns, t * C + at)),
-                       (gradient_columns<T, PAPER, 1, false>(g + start + at, x + start + at, r, C, n, k + at, lo + at,
-                                                             hi + at, columns, t * C + at)))
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.parts * sets_per_part; ++i) {
-            int64_t part = i / sets_per_part, first = i % sets_per_part * channels;
-            double rstd = 1 / sqrt((double)m.var[i] + o.eps), sum_g = 0, sum_gx = 0;
-            for (int64_t c = first; c < first + channels; ++c) {
-                double a = 0, b = 0, w = weight ? weight[c] : 1;
-                for (int64_t t = 0; t < rows.tiles_per_part; ++t) {
-                    int64_t at = (part * rows.tiles_per_part + t) * C + c;
-                    a += columns.sum[at], b += columns.square[at];
+        for (int64_t i = 0; i < rows.parts * blocks.per_part; ++i) {
+            const int64_t part = blocks.part(i), n = blocks.channels, first = blocks.first_set(i) * n;
+            add_tiles(columns.sum, rows, part, first, blocks.sets(i) * n, sums + part * C + first);
+            add_tiles(columns.square, rows, part, first, blocks.sets(i) * n, dots + part * C + first);
+            for (int64_t j = 0; j < blocks.sets(i); ++j) {
+                const int64_t at = part * C + first + j * n, set = at / n;
+                const double rstd = 1 / sqrt((double)m.var[set] + o.eps);
+                double sum_g = 0, sum_gx = 0;
+                for (int64_t c = at; c < at + n; ++c) {
+                    const double w = weight ? weight[c - part * C] : 1;
+                    sum_g += w * sums[c], sum_gx += w * dots[c], dots[c] *= rstd;
                 }
-                by_part_g[part * C + c] = a, by_part_gx[part * C + c] = b * rstd;
-                sum_g += w * a, sum_gx += w * b;
-            }
-            for (int64_t c = first; c < first + channels; ++c) {
-                const Line l = line_of(m, i, weight ? weight[c] : 1, sum_g, sum_gx, o);
-                scale[part * C + c] = l.scale, offset[part * C + c] = l.offset, slope[part * C + c] = l.slope;
+                const Line l = line_of(m, set, sum_g, sum_gx, o);
+                for (int64_t c = at; c < at + n; ++c) {
+                    scale[c] = weight ? l.scale * weight[c - part * C] : l.scale;
+                    offset[c] = l.offset, slope[c] = l.slope;
+                }
             }
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t c = 0; c < C; ++c) {
             double sum_g = 0, sum_gx = 0;
-            for (int64_t p = 0; p < rows.parts; ++p) sum_g += by_part_g[p * C + c], sum_gx += by_part_gx[p * C + c];
+            for (int64_t p = 0; p < rows.parts; ++p) sum_g += sums[p * C + c], sum_gx += dots[p * C + c];
             d_bias[c] = (float)sum_g, d_weight[c] = (float)sum_gx;
         }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows.tiles(); ++t) {
-            const int64_t p = rows.part(t) * C;
-            for (int64_t r = 0; r < rows.count(t); ++r) {
-                const int64_t start = (rows.first(t) + r) * C;
-                int64_t at = 0;
-                for (; at + LANES <= C; at += LANES)
-                    write_gradient_columns<T, PAPER, true>(g + start + at, x + start + at, dx + start + at, LANES,
-                                                           scale + p + at, offset + p + at, slope + p + at,
-                                                           mean + p + at, lower + p + at, upper + p + at);
-                if (at < C)
-                    write_gradient_columns<T, PAPER, false>(g + start + at, x + start + at, dx + start + at, C - at,
-                                                            scale + p + at, offset + p + at, slope + p + at,
-                                                            mean + p + at, lower + p + at, upper + p + at);
-            }
+        for (int64_t t = share.end; t-- > share.begin;) {
+            const int64_t part = rows.part(t) * C, start = rows.first(t) * C;
+            write_gradient_rows<T, WHOLE, PAPER>(g + start, x + start, dx + start, rows.count(t), C, scale + part,
+                                                 offset + part, slope + part, mean + part, lower + part,
+                                                 upper + part);
         }
     }
     free(scale);
+    free(sums);
 }
 
-#undef FOR_BLOCKS
+#undef FOR_ROWS
+
+template <class T, bool WHOLE>
+static void forward_of(const Shape& d, const Options& o, const void* x, void* y, const float* weight,
+                       const float* bias, const Moments& m) {
+    (o.channels_last ? forward_channels_last<T, WHOLE> : forward_contiguous<T, WHOLE>)(d, o, x, y, weight, bias, m);
+}
+
+template <class T, bool WHOLE>
+static void backward_of(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
+                        const Moments& m, float* d_weight, float* d_bias) {
+    auto run = o.channels_last
+                   ? (o.paper ? backward_channels_last<T, WHOLE, true> : backward_channels_last<T, WHOLE, false>)
+                   : (o.paper ? backward_contiguous<T, WHOLE, true> : backward_contiguous<T, WHOLE, false>);
+    run(d, o, g, x, dx, weight, m, d_weight, d_bias);
+}
+
+static bool whole_vectors(const Shape& d, const Options& o) { return (o.channels_last ? d.c : d.s) >= LANES; }
 
 static void forward(const Shape& d, const Options& o, const void* x, void* y, const float* weight, const float* bias,
                     const Moments& m) {
-    auto run = o.channels_last ? (o.bfloat16 ? forward_channels_last<BFloat16> : forward_channels_last<Float32>)
-                               : (o.bfloat16 ? forward_contiguous<BFloat16> : forward_contiguous<Float32>);
+    auto run = whole_vectors(d, o) ? (o.bfloat16 ? forward_of<BFloat16, true> : forward_of<Float32, true>)
+                                   : (o.bfloat16 ? forward_of<BFloat16, false> : forward_of<Float32, false>);
     run(d, o, x, y, weight, bias, m);
 }
 
-template <class T>
-static void backward_of(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
-                        const Moments& m, float* d_weight, float* d_bias, double* scratch) {
-    auto run = o.channels_last ? (o.paper ? backward_channels_last<T, true> : backward_channels_last<T, false>)
-                               : (o.paper ? backward_contiguous<T, true> : backward_contiguous<T, false>);
-    run(d, o, g, x, dx, weight, m, d_weight, d_bias, scratch);
-}
-
 static void backward(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
-                     const Moments& m, float* d_weight, float* d_bias, double* scratch) {
-    (o.bfloat16 ? backward_of<BFloat16> : backward_of<Float32>)(d, o, g, x, dx, weight, m, d_weight, d_bias, scratch);
+                     const Moments& m, float* d_weight, float* d_bias) {
+    auto run = whole_vectors(d, o) ? (o.bfloat16 ? backward_of<BFloat16, true> : backward_of<Float32, true>)
+                                   : (o.bfloat16 ? backward_of<BFloat16, false> : backward_of<Float32, false>);
+    run(d, o, g, x, dx, weight, m, d_weight, d_bias);
 }

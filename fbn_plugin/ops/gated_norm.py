@@ -1,5 +1,4 @@
-"""Batch normalization whose scale depends on each image through a gate, as a PyTorch operator with fake and autograd
-rules.
+"""Batch normalization whose scale depends on each image through a gate, with a gradient of its own.
 
 The gate needs an image's mean in each channel, which makes the scale one number an image and channel. Written with
 autograd that takes some ten passes over memory; here the gradient is put together from the sums of ``g`` and ``g (x -

@@ -536,6 +536,41 @@ def test_frozen_filtered_norm_computes_what_evaluation_computes():
     torch.testing.assert_close(frozen(x), norm.eval()(x))
 
 
+@pytest.mark.parametrize("norm", ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "IEBN-"])
+def test_frozen_norms_keep_the_whole_scale(norm):
+    model = nn.Sequential(*(batch_norm.get_norm(norm, 8) for _ in range(2)))
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    x = torch.randn(2, 8, 4, 4)
+    expected = model.eval()(x)
+    frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
+    assert [type(m) for m in frozen] == [FrozenBatchNorm2d] * 2
+    torch.testing.assert_close(frozen(x), expected)
+
+
+def test_input_norms_freeze_without_a_shift():
+    norm, x = fbn_plugin.InputNorm2d(), torch.randn(2, 3, 4, 4)
+    expected = norm.eval()(x)
+    torch.testing.assert_close(FrozenBatchNorm2d.convert_frozen_batchnorm(norm)(x), expected)
+
+
+def test_a_norm_that_is_no_batch_norm_in_evaluation_is_not_frozen():
+    with pytest.raises(ValueError, match="RepresentativeBatchNorm2d is no batch norm in evaluation"):
+        build_model(tiny_config(norm="RBN", **{"MODEL.BACKBONE.FREEZE_AT": 1}))
+    frozen_again = vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"]
+    adapter.unregister()
+    assert vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"] is not frozen_again
+
+
+@pytest.mark.parametrize("norm", ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "RBN", "RBN-", "IEBN", "IEBN-"])
+def test_scaled_and_gated_norms_build_and_train(norm):
+    model = build_model(tiny_config(norm=norm, **{"MODEL.BACKBONE.FREEZE_AT": 0}))
+    assert {type(m) for m in norms(model).values()} == {type(fbn_plugin.get_norm(norm, 8))}
+    fbn_plugin.apply_gamma_init(model)
+    sum(training_losses(model).values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_unfreezing_gives_batch_norm_and_conversion_the_filter_back():
     frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(nn.Sequential(FilteredBatchNorm2d(8)))
     thawed = FrozenBatchNorm2d.convert_frozenbatchnorm2d_to_batchnorm2d(frozen)
@@ -619,7 +654,24 @@ def test_retinanet_like_batch_norm():
     copy.deepcopy(ours)
 
 
-@pytest.mark.parametrize("norm, kind", [("FGN(num_groups=4)", FilteredGroupNorm), ("GN(num_groups=8)", nn.GroupNorm)])
+def test_retinanet_keeps_the_small_scale_of_its_norms():
+    head = retinanet_head("ScaledBN(gamma_init=0.25)")
+    lists = [m for m in head.modules() if isinstance(m, CycleBatchNormList)]
+    assert len(lists) == 4 and all(m.weight.eq(0.25).all() and m.bias.eq(0).all() for m in lists)
+    for m in lists:
+        nn.init.ones_(m.weight)
+    fbn_plugin.apply_gamma_init(head)
+    assert all(m.weight.eq(0.25).all() for m in lists)
+
+
+@pytest.mark.parametrize(
+    "norm, kind",
+    [
+        ("FGN(num_groups=4)", FilteredGroupNorm),
+        ("GN(num_groups=8)", nn.GroupNorm),
+        ("ScaledBN-A1", fbn_plugin.ScaledBatchNormA1),
+    ],
+)
 def test_retinanet_shares_other_norms(norm, kind):
     head = retinanet_head(norm)
     assert [type(m) for m in norms(head).values()] == [kind] * 4

@@ -452,6 +452,16 @@ def test_reparameterization_folds_the_norms(name):
     torch.testing.assert_close(folded(images), before, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["ScaledBN-A1", "ScaledBN-A2", "IEBN-"])
+def test_reparameterization_folds_all_of_a_norm(norm):
+    model = fbn_plugin.convert_norm(timm.create_model("mobileone_s0", num_classes=10), norm)
+    before, images = copy.deepcopy(trained(model).state_dict()), torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    torch.testing.assert_close(timm.utils.reparameterize_model(model)(images), expected, rtol=1e-3, atol=1e-4)
+    assert model.state_dict().keys() == before.keys(), "the model itself stays as it was"
+    torch.testing.assert_close(model(images), expected)
+
+
 def test_pruned_models_keep_the_filter():
     # timm rebuilds their norms as batch normalization. (Its pruned EfficientNets refuse any norm_layer.)
     model = timm.create_model("ecaresnet50d_pruned", num_classes=10, norm_layer="fbn(t_sigma=3)")
