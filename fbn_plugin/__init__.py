@@ -6,8 +6,11 @@
 from torch import nn
 
 from fbn_plugin import convert, frameworks, fuse, ops
+from fbn_plugin import input_norm as _input_norm
+from fbn_plugin import param_groups as _param_groups
 from fbn_plugin.balanced import BalancedBatchSampler, batch_moments, evaluate_balanced, self_label
 from fbn_plugin.frameworks import register, unregister
+from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.layers import (
     ConvNorm2d,
     FilteredBatchNorm1d,
@@ -19,11 +22,21 @@ from fbn_plugin.layers import (
     FilteredInstanceNorm2d,
     FilteredLayerNorm2d,
     FilterResponseNorm2d,
+    GatedBatchNorm2d,
+    InputNorm2d,
+    InstanceEnhancementBatchNorm2d,
     LayerNorm2d,
     LearnedStatsNorm2d,
+    RepresentativeBatchNorm2d,
+    ScaledBatchNorm1d,
+    ScaledBatchNorm2d,
+    ScaledBatchNorm3d,
+    ScaledBatchNormA1,
+    ScaledBatchNormA2,
 )
 from fbn_plugin.population import update_population_stats
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
+from fbn_plugin.revised_init import revised_init
 
 __version__ = "0.1.0"
 
@@ -40,8 +53,18 @@ __all__ = [
     "FilteredGroupNorm",
     "FilteredInstanceNorm2d",
     "FilteredLayerNorm2d",
+    "GatedBatchNorm2d",
+    "InputNorm2d",
+    "InstanceEnhancementBatchNorm2d",
     "LayerNorm2d",
     "LearnedStatsNorm2d",
+    "RepresentativeBatchNorm2d",
+    "ScaledBatchNorm1d",
+    "ScaledBatchNorm2d",
+    "ScaledBatchNorm3d",
+    "ScaledBatchNormA1",
+    "ScaledBatchNormA2",
+    "apply_gamma_init",
     "batch_moments",
     "convert_norm",
     "evaluate_balanced",
@@ -49,8 +72,11 @@ __all__ = [
     "get_norm",
     "norm_factory",
     "ops",
+    "param_groups",
     "parse_spec",
+    "prepend_input_norm",
     "register",
+    "revised_init",
     "self_label",
     "unregister",
     "update_population_stats",
@@ -71,3 +97,19 @@ def fuse_norm_act(model: nn.Module) -> nn.Module:
 
 
 fuse_norm_act.__doc__ = fuse.fuse_norm_act.__doc__
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divisor: float = 100.0) -> list[dict]:
+    frameworks.load_converters()
+    return _param_groups.param_groups(model, lr, weight_decay, scale_lr_divisor)
+
+
+param_groups.__doc__ = _param_groups.param_groups.__doc__
+
+
+def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1) -> nn.Module:
+    frameworks.load_converters()
+    return _input_norm.prepend_input_norm(model, gamma_init)
+
+
+prepend_input_norm.__doc__ = _input_norm.prepend_input_norm.__doc__

@@ -4,9 +4,12 @@ trained ones."""
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fbn_plugin.layers import InputNorm2d, InstanceEnhancementBatchNorm2d, RepresentativeBatchNorm2d
+from fbn_plugin.layers.batch_norm import BatchNormMixin, FoldedBatchNormMixin
 from fbn_plugin.layers.conv_norm import ConvNorm2d
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.registry import NormFactory, norm_factory, norm_options
@@ -45,8 +48,8 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     """Build the factory's norm for the channels of the batch normalization ``old``, with its options and state.
 
     ``eps``, ``momentum``, ``affine`` and ``track_running_stats`` are those of ``old`` where the new norm has them and
-    the spec does not set them; an instance normalization tracks no statistics unless the spec says so. Where ``old``
-    has no weight or bias, neither has the new norm, unless the spec sets ``affine``.
+    the spec does not set them, and so is a small ``gamma_init``; an instance normalization tracks no statistics unless
+    the spec says so. Where ``old`` has no weight or bias, neither has the new norm, unless the spec sets ``affine``.
     """
     reference = next((t for t in (old.weight, old.running_mean) if t is not None), None)
     placement = {} if reference is None else {"device": reference.device, "dtype": reference.dtype}
@@ -54,6 +57,8 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     inherited = {"eps", "momentum", "affine"} & defaults.keys()
     if defaults.get("track_running_stats"):
         inherited.add("track_running_stats")
+    if "gamma_init" in defaults and getattr(old, "gamma_init", 1.0) != 1.0:
+        inherited.add("gamma_init")
     kept = {name: getattr(old, name) for name in inherited - factory.spec.options.keys()}
     new = copy_norm_state(old, factory(old.num_features, **kept, **placement))
     if "affine" not in factory.spec.options:
@@ -61,6 +66,33 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
             if getattr(old, name) is None and getattr(new, name) is not None:
                 setattr(new, name, None)
     return new
+
+
+def make_plain(module: nn.Module) -> None:
+    """Make a norm of this package whose weight and bias are not all of its affine part, in place, the plain batch
+    normalization that it equals in evaluation; leave any other module as it is.
+
+    For what reads weight and bias of a batch normalization to freeze, fold or replace it.
+
+    Raises:
+        ValueError: there is no such batch normalization, as the scale depends on the image.
+    """
+    if isinstance(module, RepresentativeBatchNorm2d | InstanceEnhancementBatchNorm2d):
+        raise ValueError(f"{type(module).__name__} is no batch norm in evaluation: its scale depends on the image")
+    if isinstance(module, FoldedBatchNormMixin):
+        weight, bias = module.affine_terms()
+    elif isinstance(module, InputNorm2d):
+        weight, bias = module.weight, module.bias
+    else:
+        return
+    for name in [name for name, _ in module.named_parameters(recurse=False) if name not in _STATE]:
+        delattr(module, name)
+    if weight is not None:
+        module.affine = True
+        module.weight = nn.Parameter(weight.detach())
+        module.bias = nn.Parameter(torch.zeros_like(weight) if bias is None else bias.detach())
+    bases = (cls for cls in type(module).__mro__ if issubclass(cls, _BatchNorm) and not issubclass(cls, BatchNormMixin))
+    module.__class__ = next(bases)
 
 
 def _dims(module: nn.Module) -> int:

@@ -29,7 +29,7 @@ def fused(norm: nn.Module, activation: Callable) -> FilteredBatchNormAct2d | Non
     known = activation_of(activation)
     if type(norm) is not FilteredBatchNorm2d or known is None:
         return None
-    names = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+    names = ("num_features", "eps", "momentum", "affine", "track_running_stats", "gamma_init")
     options = {name: getattr(norm, name) for name in names}
     return copy_norm_state(
         norm, FilteredBatchNormAct2d(**options, **norm._filter_options(), activation=known[0], negative_slope=known[1])

@@ -18,6 +18,7 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from fbn_plugin import layers
+from fbn_plugin.layers.batch_norm import check_gamma_init
 from fbn_plugin.ops.filtered_norm import check_filter
 
 NORMS = Registry("NORM")
@@ -84,6 +85,13 @@ _register("FRN", layers.FilterResponseNorm2d, tlu=False)
 _register("FFRN", layers.FilteredFilterResponseNorm2d, tlu=False)
 _register("ConvNorm", None, layers.ConvNorm2d, None)
 _register("LearnedNorm", layers.LearnedStatsNorm2d)
+_register("ScaledBN", layers.ScaledBatchNorm1d, layers.ScaledBatchNorm2d, layers.ScaledBatchNorm3d)
+_register("ScaledBN-A1", layers.ScaledBatchNormA1)
+_register("ScaledBN-A2", layers.ScaledBatchNormA2)
+_register("RBN", layers.RepresentativeBatchNorm2d)
+_register("RBN-", layers.GatedBatchNorm2d, gate_init=1.0)
+_register("IEBN", layers.InstanceEnhancementBatchNorm2d)
+_register("IEBN-", layers.GatedBatchNorm2d, gate_init=-1.0)
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,8 @@ def _check_value(name: str, key: str, value, default) -> None:
         check_filter(value)
     elif key == "grad_mode":
         check_filter(math.inf, value)
+    elif key == "gamma_init":
+        check_gamma_init(value)
     elif isinstance(default, bool):
         if not isinstance(value, bool):
             raise ValueError(f"option {key!r} of {name} takes True or False, got {value!r}")

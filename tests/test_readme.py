@@ -37,6 +37,8 @@ def test_there_is_one_for_each_framework():
 
 def test_the_table_of_norms_is_the_registry():
     named = set(
-        re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", README.read_text(encoding="utf-8"), re.MULTILINE)))
+        re.findall(
+            r"`([\w-]+)`", "".join(re.findall(r"^\| (`.*?) \|", README.read_text(encoding="utf-8"), re.MULTILINE))
+        )
     )
     assert {name for name, _ in fbn_plugin.NORMS} <= named

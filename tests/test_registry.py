@@ -28,6 +28,22 @@ EXPECTED = {
     "FFRN": (fbn_plugin.FilteredFilterResponseNorm2d,) * 3,
     "ConvNorm": (None, fbn_plugin.ConvNorm2d, None),
     "LearnedNorm": (fbn_plugin.LearnedStatsNorm2d,) * 3,
+    "ScaledBN": (fbn_plugin.ScaledBatchNorm1d, fbn_plugin.ScaledBatchNorm2d, fbn_plugin.ScaledBatchNorm3d),
+    "ScaledBN-A1": (fbn_plugin.ScaledBatchNormA1,) * 3,
+    "ScaledBN-A2": (fbn_plugin.ScaledBatchNormA2,) * 3,
+    "RBN": (fbn_plugin.RepresentativeBatchNorm2d,) * 3,
+    "RBN-": (fbn_plugin.GatedBatchNorm2d,) * 3,
+    "IEBN": (fbn_plugin.InstanceEnhancementBatchNorm2d,) * 3,
+    "IEBN-": (fbn_plugin.GatedBatchNorm2d,) * 3,
+}
+START = {
+    "ScaledBN": 0.1,
+    "ScaledBN-A1": 0.1,
+    "ScaledBN-A2": 0.1,
+    "RBN": 0.731,
+    "RBN-": 0.731,
+    "IEBN": 0.269,
+    "IEBN-": 0.269,
 }
 
 
@@ -51,7 +67,7 @@ def test_every_name_builds_its_class_and_normalizes(name, dims):
         y = norm(torch.randn(2, 32, *[3] * dims) * 3 + 1)
         centered = name not in ("FRN", "FFRN")
         size = y.std() if centered else y.square().mean().sqrt()
-        assert (y.mean().abs() < 0.1 or not centered) and 0.8 < size < 1.2
+        assert (y.mean().abs() < 0.1 or not centered) and 0.8 < size / START.get(name, 1) < 1.2
     assert norm.weight.shape == (32,), "every norm has a scale and a shift unless told otherwise"
 
 
@@ -59,6 +75,9 @@ def test_options_reach_the_layer():
     norm = get_norm("FBN(t_sigma=4.0, eps=1e-3, momentum=None, affine=False, grad_mode='paper')", 8)
     assert (norm.t_sigma, norm.eps, norm.momentum, norm.weight, norm.grad_mode) == (4.0, 1e-3, None, None, "paper")
     assert get_norm("FBN(t_sigma=inf)", 8).t_sigma == math.inf
+    assert get_norm("FBN(gamma_init=0.1)", 8, dims=3).weight.eq(0.1).all()
+    assert get_norm("ScaledBN-A2(gamma_init=0.2)", 8).weight.eq(0.2).all()
+    assert get_norm("RBN-(gate_init=0.5)", 8).gate_bias.eq(0.5).all()
     assert get_norm("FGN(num_groups=4, t_sigma=3)", 8).num_groups == 4
     assert get_norm("GN(num_groups=2)", 8).num_groups == 2
     norm = get_norm("FBN", 8, device="meta", dtype=torch.float64)
@@ -74,7 +93,7 @@ def test_no_norm_and_callables():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("FBM", "unknown norm 'FBM' \\(did you mean 'FBN'\\?\\): accepted are BN, SyncBN, .*FIN, .*LearnedNorm"),
+        ("FBM", "unknown norm 'FBM' \\(did you mean 'FBN'\\?\\): accepted are BN, SyncBN, .*FIN, .*IEBN-$"),
         ("fbn", "did you mean 'FBN'"),
         ("Banana", "unknown norm 'Banana'.*: accepted are BN"),
         ("FBN(t_sgma=3)", "unknown option of FBN 't_sgma' \\(did you mean 't_sigma'\\?\\): accepted are t_sigma, eps"),
@@ -84,6 +103,8 @@ def test_no_norm_and_callables():
         ("FBN(grad_mode='true')", "grad_mode must be one of 'exact', 'paper', got 'true'"),
         ("FBN(eps='a')", "option 'eps' of FBN takes a number such as 1e-05, got 'a'"),
         ("FBN(affine=1)", "option 'affine' of FBN takes True or False, got 1"),
+        ("ScaledBN(gamma_init=0)", r"gamma_init must be a number in \(0, 1\], got 0"),
+        ("RBN--", "unknown norm 'RBN--' \\(did you mean 'RBN-'"),
         ("FGN(num_groups=2.5)", "option 'num_groups' of FGN takes a number such as 32, got 2.5"),
         ("FGN(num_groups=3)", "got 3 groups for 8 channels"),
         ("FBN(3)", "options are written option=value"),
@@ -138,7 +159,9 @@ def test_no_text_does_anything_but_parse_or_say_why(text):
         assert spec.name in NORMS
 
 
-@pytest.mark.parametrize("spec", ["FBN(t_sigma=inf)", "FGN(num_groups=4, t_sigma=3)", "BN"])
+@pytest.mark.parametrize(
+    "spec", ["FBN(t_sigma=inf)", "FGN(num_groups=4, t_sigma=3)", "BN", "RBN-", "ScaledBN-A1(gamma_init=0.2)"]
+)
 def test_factories_can_be_pickled_copied_and_printed(spec):
     factory = norm_factory(spec, dims=1)
     for twin in (pickle.loads(pickle.dumps(factory)), copy.deepcopy(factory), eval(repr(factory))):

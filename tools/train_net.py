@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import importlib.util
 import logging
+import math
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch import nn
 
 import fbn_plugin
 from fbn_plugin.engine.cli import user_errors
@@ -33,14 +35,13 @@ try:
     from detectron2.data.detection_utils import SizeMismatchError
     from detectron2.engine import DefaultTrainer, HookBase, default_argument_parser, default_setup, hooks, launch
     from detectron2.evaluation import COCOEvaluator, verify_results
-    from detectron2.modeling import build_model
     from detectron2.structures import BoxMode
     from detectron2.utils import comm
     from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
     from detectron2.utils.file_io import PathManager
     from detectron2.utils.logger import setup_logger
 
-    from fbn_plugin.frameworks.detectron2 import check_norm
+    from fbn_plugin.frameworks.detectron2 import add_config, build_model, build_optimizer, check_norm
 except ImportError as error:
     found = importlib.util.find_spec("detectron2") is not None
     missing = f"cannot be imported ({error})" if found else "is not installed"
@@ -115,6 +116,16 @@ class Trainer(DefaultTrainer):
         ]
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = build_model(cfg)
+        logging.getLogger("fbn_plugin").info("Model:\n%s", model)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         evaluator = COCOEvaluator(
             dataset_name,
@@ -146,6 +157,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     if len(args.opts) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, and {args.opts[-1]!r} has no partner")
     cfg = get_cfg()
+    add_config(cfg)
     for source, merge, settings in (
         (args.config_file, cfg.merge_from_file, args.config_file),
         ("KEY VALUE", cfg.merge_from_list, args.opts),
@@ -267,6 +279,10 @@ def prepare(args: argparse.Namespace) -> CfgNode:
                 check_norm(group.NORM)
             except ValueError as error:
                 raise ValueError(f"MODEL.{name}.NORM: {error}") from None
+    if not 0 <= cfg.INPUT.NORM_GAMMA_INIT <= 1:
+        raise ValueError(f"INPUT.NORM_GAMMA_INIT must be from 0 to 1, not {cfg.INPUT.NORM_GAMMA_INIT}")
+    if not 0 <= cfg.SOLVER.SCALE_LR_DIVISOR < math.inf:
+        raise ValueError(f"SOLVER.SCALE_LR_DIVISOR must be 0 or more, not {cfg.SOLVER.SCALE_LR_DIVISOR}")
     if cfg.TEST.AUG.ENABLED:
         raise ValueError("TEST.AUG.ENABLED: this tool has no test-time augmentation")
 

@@ -29,13 +29,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, RandomCrop, Resize
 from tqdm import tqdm
 
-from fbn_plugin import convert_norm, parse_spec
+from fbn_plugin import apply_gamma_init, convert_norm, parse_spec, prepend_input_norm, revised_init
 from fbn_plugin.engine import distributed
 from fbn_plugin.engine.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write
 from fbn_plugin.engine.config import check_resume, save_config
 from fbn_plugin.engine.image_data import load_image_data
 from fbn_plugin.engine.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.sampling import InfiniteSampler, SeededDataset
+from fbn_plugin.frameworks.timm import param_groups
 
 __all__ = ["ClassificationTrainer", "classification_config", "create_model", "evaluate"]
 
@@ -68,6 +69,7 @@ def classification_config() -> CfgNode:
     cfg.MODEL.NORM = ""  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
     cfg.MODEL.PRETRAINED = False  # start from timm's weights
     cfg.MODEL.WEIGHTS = ""  # start from, or with --eval-only evaluate, this checkpoint or state dict
+    cfg.MODEL.REVISED_INIT = False  # convolutions and linear layers start as Davis and Frank (2022) have them
     cfg.MODEL.DROP_RATE = 0.0  # dropout before the classifier
     cfg.MODEL.DEVICE = "cuda"  # where there is no GPU: cpu
     cfg.MODEL.PIXEL_MEAN = (123.675, 116.28, 103.53)  # of the channels of INPUT.FORMAT, in 0..255
@@ -87,6 +89,8 @@ def classification_config() -> CfgNode:
     cfg.INPUT.HFLIP = 0.5  # probability
     cfg.INPUT.COLOR_JITTER = 0.0
     cfg.INPUT.AUTO_AUGMENT = ""  # timm's policy string, such as "rand-m9-mstd0.5"
+    # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
+    cfg.INPUT.NORM_GAMMA_INIT = 0.0
     cfg.INPUT.MIXUP = 0.0  # alpha
     cfg.INPUT.CUTMIX = 0.0  # alpha
 
@@ -106,6 +110,9 @@ def classification_config() -> CfgNode:
     cfg.SOLVER.MOMENTUM = 0.9
     cfg.SOLVER.WEIGHT_DECAY = 1e-4
     cfg.SOLVER.FILTER_BIAS_AND_BN = True  # no weight decay on biases and norms
+    # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100), and norms and biases are told
+    # by their types, not by their shapes; 1 is all at one rate. 0: timm's groups.
+    cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
     cfg.SOLVER.LR_SCHEDULER_NAME = "cosine"  # constant, cosine, multistep, poly or tanh, stepped each iteration
     cfg.SOLVER.STEPS = (30, 60, 90)  # multistep: epochs at which the rate is multiplied with GAMMA
     cfg.SOLVER.GAMMA = 0.1  # of multistep; the power of poly
@@ -154,11 +161,11 @@ def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
     model = convert_norm(model, norm)
     if left := [type(module).__name__ for module in model.modules() if module in old]:
         raise ValueError(f"{len(left)} norms of {name} cannot be replaced by {norm}, the first is a {left[0]}")
-    return model
+    return model if kwargs.get("pretrained") else apply_gamma_init(model)
 
 
 def _pixel_statistics(cfg: CfgNode) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of the channels in timm's scale, 0..1."""
+    """Mean and standard deviation of the channels in timm's scale, 0..1: 0 and 1 for an input norm."""
     mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
     channels = len(cfg.INPUT.FORMAT) if cfg.INPUT.FORMAT in ("RGB", "L") else None
     if len(mean) != channels or len(std) != channels:
@@ -166,6 +173,8 @@ def _pixel_statistics(cfg: CfgNode) -> dict[str, tuple[float, ...]]:
             f"MODEL.PIXEL_MEAN {mean} and PIXEL_STD {std} need one value for each channel of INPUT.FORMAT "
             f"{cfg.INPUT.FORMAT!r}, which is 'RGB' or 'L'"
         )
+    if cfg.INPUT.NORM_GAMMA_INIT:
+        return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
     return {"mean": tuple(x / 255 for x in mean), "std": tuple(x / 255 for x in std)}
 
 
@@ -299,11 +308,21 @@ def _check(cfg: CfgNode) -> None:
         ("MODEL.DROP_RATE", cfg.MODEL.DROP_RATE, 0, 1),
         ("SOLVER.LABEL_SMOOTHING", solver.LABEL_SMOOTHING, 0, 1),
         ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY, 0, math.inf),
+        ("SOLVER.SCALE_LR_DIVISOR", solver.SCALE_LR_DIVISOR, 0, math.inf),
         ("INPUT.HFLIP", cfg.INPUT.HFLIP, 0, 1),
+        ("INPUT.NORM_GAMMA_INIT", cfg.INPUT.NORM_GAMMA_INIT, 0, 1),
         ("INPUT.MIXUP", cfg.INPUT.MIXUP, 0, math.inf),
         ("INPUT.CUTMIX", cfg.INPUT.CUTMIX, 0, math.inf),
     ):
         need(low <= value <= high, f"{key} must lie between {low} and {high}, got {value}")
+    need(
+        not (cfg.MODEL.REVISED_INIT and cfg.MODEL.PRETRAINED),
+        "MODEL.REVISED_INIT would replace the weights that MODEL.PRETRAINED loads",
+    )
+    need(
+        solver.FILTER_BIAS_AND_BN or not solver.SCALE_LR_DIVISOR,
+        "SOLVER.SCALE_LR_DIVISOR sets the decay of norms and biases to 0: it wants FILTER_BIAS_AND_BN True",
+    )
     need(solver.BASE_LR > 0, f"SOLVER.BASE_LR must be above 0, got {solver.BASE_LR}")
     scale = cfg.INPUT.SCALE
     need(
@@ -386,9 +405,17 @@ class ClassificationTrainer:
             in_chans=len(cfg.INPUT.FORMAT),
             pretrained=cfg.MODEL.PRETRAINED,
             drop_rate=cfg.MODEL.DROP_RATE,
-        ).to(self.device)
+        )
+        if cfg.MODEL.REVISED_INIT:
+            revised_init(self.model)
+        if cfg.INPUT.NORM_GAMMA_INIT:
+            prepend_input_norm(self.model, cfg.INPUT.NORM_GAMMA_INIT)
+        self.model.to(self.device)
+        parameters = self.model
+        if solver.SCALE_LR_DIVISOR:
+            parameters = param_groups(self.model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
         self.optimizer = create_optimizer_v2(
-            self.model,
+            parameters,
             solver.OPTIMIZER,
             lr=solver.BASE_LR,
             weight_decay=solver.WEIGHT_DECAY,

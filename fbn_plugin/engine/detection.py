@@ -39,6 +39,8 @@ from fbn_plugin.engine.config import CfgNode, check_resume, load_config, save_co
 from fbn_plugin.engine.logging import Timer, TrainingLog, read_metrics, setup_logging
 from fbn_plugin.engine.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset
 from fbn_plugin.frameworks.torchvision import load_backbone, mask_rcnn_fpn
+from fbn_plugin.input_norm import prepend_input_norm
+from fbn_plugin.param_groups import param_groups
 from fbn_plugin.registry import parse_spec
 
 __all__ = [
@@ -206,6 +208,8 @@ def detection_config() -> CfgNode:
             "MAX_SIZE_TEST": 1333,
             "RANDOM_FLIP": "horizontal",
             "FORMAT": "BGR",
+            # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
+            "NORM_GAMMA_INIT": 0.0,
         }
     )
     cfg.DATASETS = CfgNode({"TRAIN": (), "TEST": ()})
@@ -220,6 +224,9 @@ def detection_config() -> CfgNode:
             "NESTEROV": False,
             "WEIGHT_DECAY": 0.0001,
             "WEIGHT_DECAY_NORM": 0.0,
+            # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100), and neither norms nor
+            # biases decay; 1 is all at one rate. 0: detectron2's groups.
+            "SCALE_LR_DIVISOR": 0.0,
             "GAMMA": 0.1,
             "STEPS": (30000,),
             "WARMUP_FACTOR": 0.001,
@@ -301,6 +308,7 @@ def load_detection_config(config_file: str | None = None, overrides: Sequence[st
         "SOLVER.WARMUP_ITERS",
         "SOLVER.WEIGHT_DECAY",
         "SOLVER.WEIGHT_DECAY_NORM",
+        "SOLVER.SCALE_LR_DIVISOR",
         "INPUT.MIN_SIZE_TEST",
         "MODEL.ROI_BOX_HEAD.NUM_FC",
         "MODEL.ROI_BOX_HEAD.NUM_CONV",
@@ -309,6 +317,7 @@ def load_detection_config(config_file: str | None = None, overrides: Sequence[st
         _require(cfg, key, lambda given: given >= 0, "0 or more")
     for key in (
         "SOLVER.WARMUP_FACTOR",
+        "INPUT.NORM_GAMMA_INIT",
         "MODEL.RPN.NMS_THRESH",
         "MODEL.RPN.POSITIVE_FRACTION",
         "MODEL.ROI_HEADS.NMS_THRESH_TEST",
@@ -335,6 +344,10 @@ def load_detection_config(config_file: str | None = None, overrides: Sequence[st
         lambda given: given is None or (isinstance(given, int | float) and 0 <= given < float("inf")),
         "None, or a number that is 0 or more",
     )
+    if cfg.SOLVER.SCALE_LR_DIVISOR:
+        for key, values in {"WEIGHT_DECAY_NORM": (0,), "WEIGHT_DECAY_BIAS": (None, 0), "BIAS_LR_FACTOR": (1,)}.items():
+            what = f"{values[0]} with SCALE_LR_DIVISOR, which sets the decay of norms and biases to 0"
+            _require(cfg, f"SOLVER.{key}", values.__contains__, what)
     _require(cfg, "INPUT.MIN_SIZE_TRAIN", lambda given: given and all(size > 0 for size in given), "sizes above 0")
     _require(cfg, "SOLVER.STEPS", lambda given: list(given) == sorted(set(given)), "increasing iterations")
     own = (-1, cfg.MODEL.FPN.OUT_CHANNELS)
@@ -436,13 +449,18 @@ def build_model(cfg: CfgNode) -> nn.Module:
     model.transform = DetectionTransform(
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, m.PIXEL_MEAN, m.PIXEL_STD, cfg.INPUT.FORMAT == "BGR"
     )
+    if cfg.INPUT.NORM_GAMMA_INIT:
+        prepend_input_norm(model, cfg.INPUT.NORM_GAMMA_INIT)
     return model
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     """SGD with detectron2's parameter groups: norms decay by WEIGHT_DECAY_NORM, biases by WEIGHT_DECAY_BIAS if that is
-    set, and biases learn BIAS_LR_FACTOR times as fast."""
+    set, and biases learn BIAS_LR_FACTOR times as fast; or, with SCALE_LR_DIVISOR, with those of `param_groups`."""
     solver = cfg.SOLVER
+    if solver.SCALE_LR_DIVISOR:
+        parameters = param_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
+        return torch.optim.SGD(parameters, solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen = set()
     for module in model.modules():

@@ -15,26 +15,36 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-from detectron2.config import configurable
-from detectron2.layers import Conv2d, CycleBatchNormList, NaiveSyncBatchNorm, batch_norm
+import torch
+from detectron2 import modeling
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.solver import build as solver_build
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin.convert import build_like, register_converter
+from fbn_plugin.convert import build_like, make_plain, register_converter
 from fbn_plugin.fuse import fused, register_fuser
+from fbn_plugin.gamma_init import apply_gamma_init
+from fbn_plugin.input_norm import Builder, normalize_images, prepend_input_norm, register_prepender
+from fbn_plugin.layers import ScaledBatchNormA1, ScaledBatchNormA2
+from fbn_plugin.param_groups import param_groups, register_norm_type
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
 
 DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 _detectron2_get_norm = batch_norm.get_norm
 _detectron2_retinanet_init = RetinaNetHead.__init__
+_detectron2_convert_frozen = vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"]
 _logger = logging.getLogger(__name__)
 
 # In one process this class is plain batch normalization; its forward differs only in how ranks are averaged.
 register_converter(NaiveSyncBatchNorm, build_like)
+register_norm_type(batch_norm.LayerNorm)
+register_norm_type(CycleBatchNormList, batch_norm=True)
 
 
 def check_norm(norm: str | Callable | None) -> NormFactory | str | Callable | None:
@@ -77,12 +87,14 @@ def get_norm(norm: str | Callable | None, out_channels: int) -> nn.Module | None
 
 def _per_level(retinanet_init: Callable) -> Callable:
     """RetinaNet's head shares its convolutions between the levels of the pyramid, but for ``"BN"`` it keeps statistics
-    of each level. Do the same for a spec that is a batch normalization; a callable is shared, as in detectron2."""
+    of each level and one scale and shift. Do the same for a spec that is a batch normalization, but for those whose
+    scale and shift are one piece; a callable is shared, as in detectron2."""
 
     @functools.wraps(retinanet_init)
     def __init__(self, *, input_shape, conv_dims, norm="", **kwargs):
         factory = check_norm(norm)
-        if factory is not norm and isinstance(factory(conv_dims[0]), _BatchNorm):
+        built = factory(conv_dims[0]) if factory is not norm else None
+        if isinstance(built, _BatchNorm) and not isinstance(built, ScaledBatchNormA1 | ScaledBatchNormA2):
             _logger.info(f"RetinaNetHead: {norm} with statistics of its own for each of {len(input_shape)} levels.")
             norm = functools.partial(_norm_per_level, factory, len(input_shape))
         retinanet_init(self, input_shape=input_shape, conv_dims=conv_dims, norm=norm, **kwargs)
@@ -91,16 +103,24 @@ def _per_level(retinanet_init: Callable) -> Callable:
 
 
 def _norm_per_level(factory: NormFactory, levels: int, channels: int) -> CycleBatchNormList:
-    return CycleBatchNormList(
+    norms = CycleBatchNormList(
         levels,
         bn_class=lambda num_features, affine: factory(num_features, affine=affine),
         num_features=channels,
         affine=factory.spec.options.get("affine", True),
     )
+    norms.gamma_init = getattr(norms[0], "gamma_init", 1.0)
+    return apply_gamma_init(norms)
 
 
 # ``configurable`` goes around the wrapper, so that it sees the norm whether the head is built from a config or not.
 _retinanet_init = configurable(_per_level(_detectron2_retinanet_init.__wrapped__))
+
+
+def _convert_frozen_batchnorm(cls: type[nn.Module], module: nn.Module) -> nn.Module:
+    """detectron2's conversion reads weight and bias of a batch norm: let these say all that it does in evaluation."""
+    make_plain(module)
+    return _detectron2_convert_frozen.__func__(cls, module)
 
 
 def _rebind(old: Callable, new: Callable) -> None:
@@ -114,12 +134,57 @@ def register() -> None:
     """Make spec strings valid wherever detectron2 reads a norm name, in modules already imported and in later ones."""
     _rebind(_detectron2_get_norm, get_norm)
     RetinaNetHead.__init__ = _retinanet_init
+    FrozenBatchNorm2d.convert_frozen_batchnorm = classmethod(_convert_frozen_batchnorm)
 
 
 def unregister() -> None:
     """Give detectron2 its own ``get_norm`` back."""
     _rebind(get_norm, _detectron2_get_norm)
     RetinaNetHead.__init__ = _detectron2_retinanet_init
+    FrozenBatchNorm2d.convert_frozen_batchnorm = _detectron2_convert_frozen
+
+
+def add_config(cfg: CfgNode) -> None:
+    """Add to a config of detectron2 what :func:`build_model` and :func:`build_optimizer` read.
+
+    - INPUT.NORM_GAMMA_INIT: the ``gamma_init`` of :func:`fbn_plugin.prepend_input_norm`; 0 normalizes by
+      MODEL.PIXEL_MEAN and PIXEL_STD.
+    - SOLVER.SCALE_LR_DIVISOR: what :func:`fbn_plugin.param_groups` divides the rate of the batch norms' scale by; 0
+      leaves all rates and decays as detectron2 has them.
+    """
+    cfg.INPUT.NORM_GAMMA_INIT = 0.0
+    cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """detectron2's model, not trained: with the scales that its norms are to start at, and INPUT.NORM_GAMMA_INIT.
+
+    Raises:
+        ValueError: what detectron2 refuses, or an INPUT.NORM_GAMMA_INIT that is neither 0 nor in (0, 1].
+    """
+    model = apply_gamma_init(modeling.build_model(cfg))
+    if cfg.INPUT.NORM_GAMMA_INIT:
+        prepend_input_norm(model, cfg.INPUT.NORM_GAMMA_INIT)
+    return model
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """detectron2's optimizer, with SOLVER.SCALE_LR_DIVISOR over the groups of :func:`fbn_plugin.param_groups`.
+
+    Raises:
+        ValueError: a divisor below 0; or one together with a weight decay on norms or biases, or with BIAS_LR_FACTOR.
+    """
+    solver = cfg.SOLVER
+    if not solver.SCALE_LR_DIVISOR:
+        return solver_build.build_optimizer(cfg, model)
+    if solver.WEIGHT_DECAY_NORM != 0 or solver.WEIGHT_DECAY_BIAS or solver.BIAS_LR_FACTOR != 1:
+        raise ValueError(
+            "SOLVER.SCALE_LR_DIVISOR sets the decay of norms and biases to 0: it wants WEIGHT_DECAY_NORM 0, "
+            "WEIGHT_DECAY_BIAS None and BIAS_LR_FACTOR 1"
+        )
+    groups = param_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
+    optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True)
+    return solver_build.maybe_add_gradient_clipping(cfg, optimizer)
 
 
 def _with_residual(conv: Conv2d, x: Tensor, residual: Tensor) -> Tensor:
@@ -171,3 +236,23 @@ register_fuser(resnet.BasicBlock, lambda block: _fuse_block(block, FusedBasicBlo
 register_fuser(
     resnet.BottleneckBlock, lambda block: _fuse_block(block, FusedBottleneckBlock, "conv1", "conv2", "conv3")
 )
+
+
+def _prepend_input_norm(model: nn.Module, build: Builder) -> None:
+    model.input_norm = build(model.pixel_mean.numel())
+    model.pixel_mean.zero_()
+    model.pixel_std.fill_(1)
+    entry = "preprocess_image" if hasattr(model, "preprocess_image") else "forward"
+    setattr(model, entry, functools.partial(_with_normalized_images, model, entry))
+
+
+def _with_normalized_images(model: nn.Module, entry: str, batched_inputs: list[dict], *args, **kwargs):
+    images = [each["image"].to(model.pixel_mean.device) for each in batched_inputs]
+    images = normalize_images(model.input_norm, images)
+    batched_inputs = [{**each, "image": image} for each, image in zip(batched_inputs, images)]
+    return getattr(type(model), entry)(model, batched_inputs, *args, **kwargs)
+
+
+# A meta architecture holds its mean and deviation as buffers of these names, and either normalizes in a method of its
+# own, which inference calls too, or in the midst of its forward.
+register_prepender(lambda model: isinstance(getattr(model, "pixel_mean", None), Tensor), _prepend_input_norm)

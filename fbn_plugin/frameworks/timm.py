@@ -6,6 +6,7 @@ read in 1.0.31). Its models bind these by name when they are imported, so :func:
 every loaded module.
 """
 
+import copy
 import difflib
 import functools
 import re
@@ -25,17 +26,24 @@ from timm.layers import (
     register_notrace_module,
     split_batchnorm,
 )
+from timm.layers.grn import GlobalResponseNorm
 from timm.layers.typing import LayerType
 from timm.models import _prune, resnet
+from timm.utils import model as timm_model
 from torch import Tensor, nn
 
 from fbn_plugin import layers
-from fbn_plugin.convert import build_like, convert_norm, register_converter
+from fbn_plugin.convert import build_like, convert_norm, make_plain, register_converter
 from fbn_plugin.fuse import fuse_children, fused, register_fuser
+from fbn_plugin.gamma_init import apply_gamma_init
+from fbn_plugin.input_norm import Builder, prepend_to_call, register_prepender
+from fbn_plugin.layers.batch_norm import BatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm_act import activation_of
 from fbn_plugin.ops import filtered_batch_norm_act
-from fbn_plugin.registry import NORMS, NormFactory, NormSpec, norm_factory, parse_spec
+from fbn_plugin.param_groups import param_groups as divided_groups
+from fbn_plugin.param_groups import register_norm_type
+from fbn_plugin.registry import NORMS, NormFactory, NormSpec, norm_factory, norm_options, parse_spec
 
 
 class _NormAct:
@@ -83,6 +91,32 @@ class FilteredBatchNormAct2d(_NormAct, layers.FilteredBatchNorm2d, BatchNormAct2
             return super().forward(input)
         arguments = self._norm_arguments(input)
         return filtered_batch_norm_act(input, **arguments, activation=known[0], negative_slope=known[1])
+
+
+class ScaledBatchNormAct2d(_NormAct, layers.ScaledBatchNorm2d, BatchNormAct2d):
+    """Batch normalization with a small initial scale, and activation."""
+
+    forward = BatchNormAct2d.forward
+
+
+class ScaledBatchNormA1Act(_NormAct, layers.ScaledBatchNormA1, BatchNormAct2d):
+    """Form A1 of batch normalization with a small initial scale, and activation."""
+
+
+class ScaledBatchNormA2Act(_NormAct, layers.ScaledBatchNormA2, BatchNormAct2d):
+    """Form A2 of batch normalization with a small initial scale, and activation."""
+
+
+class GatedBatchNormAct2d(_NormAct, layers.GatedBatchNorm2d, BatchNormAct2d):
+    """Gated batch normalization and activation."""
+
+
+class RepresentativeBatchNormAct2d(_NormAct, layers.RepresentativeBatchNorm2d, BatchNormAct2d):
+    """Representative batch normalization and activation."""
+
+
+class InstanceEnhancementBatchNormAct2d(_NormAct, layers.InstanceEnhancementBatchNorm2d, BatchNormAct2d):
+    """Instance enhancement batch normalization and activation."""
 
 
 class FilteredGroupNormAct(_NormAct, layers.FilteredGroupNorm):
@@ -144,15 +178,28 @@ _FORMS: dict[str, Callable[..., nn.Module]] = {
     "FFRN": functools.partial(FilteredFilterResponseNormAct2d, tlu=False),
     "ConvNorm": ConvNormAndAct2d,
     "LearnedNorm": LearnedStatsNormAct2d,
+    "ScaledBN": ScaledBatchNormAct2d,
+    "ScaledBN-A1": ScaledBatchNormA1Act,
+    "ScaledBN-A2": ScaledBatchNormA2Act,
+    "RBN": RepresentativeBatchNormAct2d,
+    "RBN-": GatedBatchNormAct2d,
+    "IEBN": InstanceEnhancementBatchNormAct2d,
+    "IEBN-": functools.partial(GatedBatchNormAct2d, gate_init=-1.0),
 }
-_FORM_OF_CLASS = {
-    layers.FilteredBatchNorm2d: FilteredBatchNormAct2d,
-    layers.FilteredLayerNorm2d: FilteredLayerNormAct2d,
-    layers.FilteredInstanceNorm2d: FilteredInstanceNormAct2d,
-    layers.FilterResponseNorm2d: FilterResponseNormAct2d,
-    layers.FilteredFilterResponseNorm2d: FilteredFilterResponseNormAct2d,
-    layers.ConvNorm2d: ConvNormAndAct2d,
-    layers.LearnedStatsNorm2d: LearnedStatsNormAct2d,
+_NAME_OF_CLASS = {
+    layers.FilteredBatchNorm2d: "FBN",
+    layers.FilteredLayerNorm2d: "FLN",
+    layers.FilteredInstanceNorm2d: "FIN",
+    layers.ScaledBatchNorm2d: "ScaledBN",
+    layers.ScaledBatchNormA1: "ScaledBN-A1",
+    layers.ScaledBatchNormA2: "ScaledBN-A2",
+    layers.RepresentativeBatchNorm2d: "RBN",
+    layers.InstanceEnhancementBatchNorm2d: "IEBN",
+    layers.GatedBatchNorm2d: "RBN-",
+    layers.FilterResponseNorm2d: "FRN",
+    layers.FilteredFilterResponseNorm2d: "FFRN",
+    layers.ConvNorm2d: "ConvNorm",
+    layers.LearnedStatsNorm2d: "LearnedNorm",
 }
 
 
@@ -165,14 +212,15 @@ def _form(spec: NormSpec) -> functools.partial:
 
 def _find_spec(text: str, timm_names: Iterable[str]) -> NormSpec:
     """The spec that a string given as ``norm_layer`` means, if it is none of timm's: a registered name in any case,
-    with or without its punctuation, and options as in any spec."""
+    with or without its punctuation, and options as in any spec. A minus at the end may be spelled out: ``rbn_minus``
+    is ``RBN-``."""
 
     def fold(name: str) -> str:
-        return re.sub("[^a-z0-9]", "", name.lower())
+        return re.sub("[^a-z0-9]", "", re.sub("-$", "minus", name.strip().lower()))
 
     name, bracket, options = text.partition("(")
     ours = [key for key, _ in NORMS]
-    found = [key for key in ours if key.lower() == name.strip().lower()] or [k for k in ours if fold(k) == fold(name)]
+    found = [key for key in ours if fold(key) == fold(name)]
     if not found:
         known = [fold(key) for key in ours] + sorted(timm_names)
         nearest = difflib.get_close_matches(fold(name), known, n=1)
@@ -215,21 +263,45 @@ def get_norm_act_layer(
         form = _form(NormSpec(name))
     elif isinstance(target, type) and issubclass(target, _NormAct):
         form = target
-    elif target in _FORM_OF_CLASS:
-        form = _FORM_OF_CLASS[target]
+    elif target in _NAME_OF_CLASS:
+        form = _FORMS[_NAME_OF_CLASS[target]]
+        form = getattr(form, "func", form)  # with the defaults of the class, not those of the name
     else:
         return _THEIRS["get_norm_act_layer"](norm_layer, act_layer)
     return functools.partial(form, **{"act_layer": act_layer, **options})
 
 
 def adapt_model_from_string(parent_module: nn.Module, *args, **kwargs) -> nn.Module:
-    """timm's function for its pruned models, which builds every norm anew as batch normalization: filter them again."""
+    """timm's function for its pruned models, which builds every norm anew as batch normalization: make them again what
+    they were."""
     model = _THEIRS["adapt_model_from_string"](parent_module, *args, **kwargs)
     for name, old in parent_module.named_modules():
-        if isinstance(old, FilteredBatchNormMixin):
-            spec = NormSpec("FBN", old._filter_options())
-            model.set_submodule(name, convert_norm(model.get_submodule(name), spec))
+        if isinstance(old, BatchNormMixin):
+            kind = _NAME_OF_CLASS[type(old)]
+            options = {key: getattr(old, key) for key in norm_options(kind)}
+            model.set_submodule(name, convert_norm(model.get_submodule(name), NormSpec(kind, options)))
+            apply_gamma_init(model.get_submodule(name))
     return model
+
+
+def _make_all_plain(model: nn.Module) -> None:
+    """timm's conversions read weight and bias of a batch norm: let these say all that it does in evaluation."""
+    for module in model.modules():
+        make_plain(module)
+
+
+def freeze_batch_norm_2d(module: nn.Module) -> nn.Module:
+    """timm's function, for norms whose scale is more than their weight, too."""
+    _make_all_plain(module)
+    return _THEIRS["freeze_batch_norm_2d"](module)
+
+
+def reparameterize_model(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """timm's function, for norms whose scale is more than their weight, too."""
+    if not inplace:
+        model = copy.deepcopy(model)
+    _make_all_plain(model)
+    return _THEIRS["reparameterize_model"](model, inplace=True)
 
 
 def _warn_of_lost_filter(conversion: Callable) -> Callable:
@@ -239,6 +311,7 @@ def _warn_of_lost_filter(conversion: Callable) -> Callable:
         if filtered:
             message = f"timm's {conversion.__name__} makes batch norms without the filter of {filtered} filtered ones"
             warnings.warn(message, stacklevel=2)
+        _make_all_plain(module)
         return conversion(module, *args, **kwargs)
 
     return converted
@@ -250,6 +323,8 @@ _THEIRS = {
         create_norm.get_norm_layer,
         create_norm_act.get_norm_act_layer,
         norm_act.convert_sync_batchnorm,
+        norm_act.freeze_batch_norm_2d,
+        timm_model.reparameterize_model,
         split_batchnorm.convert_splitbn_model,
         _prune.adapt_model_from_string,
     )
@@ -259,6 +334,8 @@ _OURS = {
     "get_norm_act_layer": get_norm_act_layer,
     "convert_sync_batchnorm": _warn_of_lost_filter(_THEIRS["convert_sync_batchnorm"]),
     "convert_splitbn_model": _warn_of_lost_filter(_THEIRS["convert_splitbn_model"]),
+    "freeze_batch_norm_2d": freeze_batch_norm_2d,
+    "reparameterize_model": reparameterize_model,
     "adapt_model_from_string": adapt_model_from_string,
 }
 
@@ -299,27 +376,8 @@ for _norm_act_class in (BatchNormAct2d, SyncBatchNormAct):
 
 # FX feature extraction traces into modules from outside torch.nn, unless they are registered as leaves.
 for _leaf in (
-    layers.FilteredBatchNorm1d,
-    layers.FilteredBatchNorm2d,
-    layers.FilteredBatchNorm3d,
-    layers.FilteredBatchNormAct2d,
-    layers.FilteredGroupNorm,
-    layers.FilteredInstanceNorm2d,
-    layers.FilteredLayerNorm2d,
-    layers.LayerNorm2d,
-    layers.FilterResponseNorm2d,
-    layers.FilteredFilterResponseNorm2d,
-    layers.ConvNorm2d,
-    layers.LearnedStatsNorm2d,
-    FilteredBatchNormAct2d,
-    FilteredGroupNormAct,
-    FilteredLayerNormAct2d,
-    FilteredInstanceNormAct2d,
-    FilterResponseNormAct2d,
-    FilteredFilterResponseNormAct2d,
-    ConvNormAndAct2d,
-    LearnedStatsNormAct2d,
-    InstanceNormAct2d,
+    *(getattr(layers, name) for name in layers.__all__),
+    *_NormAct.__subclasses__(),
 ):
     register_notrace_module(_leaf)
 
@@ -358,3 +416,28 @@ def _fuse_block(block: nn.Module, fused_class: type[nn.Module], last: int) -> No
 register_fuser(resnet.ResNet, lambda model: fuse_children(model, "bn1", "act1"))
 register_fuser(resnet.BasicBlock, lambda block: _fuse_block(block, FusedBasicBlock, 2))
 register_fuser(resnet.Bottleneck, lambda block: _fuse_block(block, FusedBottleneck, 3))
+
+
+_TIMM_NORMS = {*create_norm._NORM_MAP.values(), *create_norm_act._NORM_ACT_MAP.values(), GlobalResponseNorm}
+register_norm_type(*(norm for norm in _TIMM_NORMS if isinstance(norm, type)))
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divisor: float = 100.0) -> list[dict]:
+    """:func:`fbn_plugin.param_groups` for timm's schedulers, which know two absolute rates, ``warmup_lr`` and
+    ``min_lr``: all groups have the rate ``lr``, and a share ``lr_scale`` that timm's schedulers multiply theirs with.
+
+    Without a scheduler of timm's the share has no effect.
+    """
+    groups = divided_groups(model, lr, weight_decay, scale_lr_divisor)
+    return [{**group, "lr": lr, "lr_scale": group["lr"] / lr} for group in groups]
+
+
+def _prepend_input_norm(model: nn.Module, build: Builder) -> None:
+    prepend_to_call(model, build)
+    channels = model.input_norm.num_features
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.0,) * channels, "std": (1.0,) * channels}
+    model.default_cfg = model.pretrained_cfg
+
+
+# timm's models have no class in common; what they share is the description that loaders are built from.
+register_prepender(lambda model: isinstance(getattr(model, "pretrained_cfg", None), dict), _prepend_input_norm)

@@ -23,10 +23,15 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from fbn_plugin.convert import make_plain
 from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
+from fbn_plugin.gamma_init import apply_gamma_init
+from fbn_plugin.input_norm import Builder, normalize_images, register_prepender
 from fbn_plugin.layers import ConvNorm2d, FilterResponseNorm2d, LearnedStatsNorm2d
+from fbn_plugin.layers.batch_norm import BatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.registry import norm_factory
 
@@ -47,13 +52,13 @@ _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
 def register() -> None:
-    """Let ``create_feature_extractor`` treat our norms as leaves; tracing cannot follow them."""
+    """Let ``create_feature_extractor`` treat this package's norms as leaves; tracing cannot follow them."""
     leaves = feature_extraction._get_leaf_modules_for_ops
     if not hasattr(leaves, "__wrapped__"):
 
         @functools.wraps(leaves)
         def with_our_norms() -> list[type]:
-            return [*leaves(), FilterMixin, FilterResponseNorm2d, ConvNorm2d, LearnedStatsNorm2d]
+            return [*leaves(), FilterMixin, BatchNormMixin, FilterResponseNorm2d, ConvNorm2d, LearnedStatsNorm2d]
 
         feature_extraction._get_leaf_modules_for_ops = with_our_norms
 
@@ -147,7 +152,7 @@ def mask_rcnn_fpn(
         raise ValueError(f"trainable_layers must be 0 to {len(_STAGES)}, got {trainable_layers!r}")
     if not norm:
         raise ValueError('the backbone needs a norm, such as "FBN", "BN" or "FrozenBN"')
-    body = getattr(resnet, backbone)(norm_layer=_norm_layer(norm), **(backbone_options or {}))
+    body = apply_gamma_init(getattr(resnet, backbone)(norm_layer=_norm_layer(norm), **(backbone_options or {})))
     if weights_backbone is not None:
         load_backbone(body, weights_backbone)
     for stage in _STAGES[: len(_STAGES) - trainable_layers]:
@@ -246,6 +251,7 @@ def _freeze(module: nn.Module) -> nn.Module:
     norms) becomes a FrozenBatchNorm2d with its parameters and statistics."""
     module.requires_grad_(False)
     if isinstance(module, _BatchNorm):
+        make_plain(module)
         frozen = FrozenBatchNorm2d(module.num_features, module.eps)
         for name in ("weight", "bias", "running_mean", "running_var"):
             if getattr(module, name) is not None:
@@ -254,3 +260,20 @@ def _freeze(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, _freeze(child))
     return module
+
+
+def _prepend_input_norm(model: nn.Module, build: Builder) -> None:
+    transform, channels = model.transform, len(model.transform.image_mean)
+    transform.image_mean, transform.image_std = [0.0] * channels, [1.0] * channels
+    transform.input_norm = build(channels)
+    transform.register_forward_pre_hook(_normalize_images)
+
+
+def _normalize_images(transform: GeneralizedRCNNTransform, args: tuple) -> tuple[Any, ...]:
+    images, *targets = args
+    return (normalize_images(transform.input_norm, images), *targets)
+
+
+register_prepender(
+    lambda model: isinstance(getattr(model, "transform", None), GeneralizedRCNNTransform), _prepend_input_norm
+)

@@ -10,6 +10,19 @@ from fbn_plugin.layers.filtered_group_norm import (
     FilteredLayerNorm2d,
     LayerNorm2d,
 )
+from fbn_plugin.layers.gated_batch_norm import (
+    GatedBatchNorm2d,
+    InstanceEnhancementBatchNorm2d,
+    RepresentativeBatchNorm2d,
+)
+from fbn_plugin.layers.scaled_batch_norm import (
+    InputNorm2d,
+    ScaledBatchNorm1d,
+    ScaledBatchNorm2d,
+    ScaledBatchNorm3d,
+    ScaledBatchNormA1,
+    ScaledBatchNormA2,
+)
 
 __all__ = [
     "ConvNorm2d",
@@ -22,6 +35,15 @@ __all__ = [
     "FilteredGroupNorm",
     "FilteredInstanceNorm2d",
     "FilteredLayerNorm2d",
+    "GatedBatchNorm2d",
+    "InputNorm2d",
+    "InstanceEnhancementBatchNorm2d",
     "LayerNorm2d",
     "LearnedStatsNorm2d",
+    "RepresentativeBatchNorm2d",
+    "ScaledBatchNorm1d",
+    "ScaledBatchNorm2d",
+    "ScaledBatchNorm3d",
+    "ScaledBatchNormA1",
+    "ScaledBatchNormA2",
 ]

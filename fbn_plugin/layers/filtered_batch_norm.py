@@ -7,6 +7,7 @@ Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
 
 from torch import Tensor, nn
 
+from fbn_plugin.layers.batch_norm import BatchNormMixin
 from fbn_plugin.ops.filtered_norm import check_filter, filtered_batch_norm, filtered_batch_statistics
 
 
@@ -30,7 +31,7 @@ class FilterMixin:
         return text
 
 
-class FilteredBatchNormMixin(FilterMixin):
+class FilteredBatchNormMixin(FilterMixin, BatchNormMixin):
     """Forward pass of filtered batch normalization, to stand before a ``_BatchNorm`` class in the bases."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -43,24 +44,7 @@ class FilteredBatchNormMixin(FilterMixin):
         return filtered_batch_statistics(input, self.eps, self.t_sigma, self.gaussian_correction)
 
     def _norm_arguments(self, input: Tensor) -> dict:
-        """What the operator is called with, the batch counted."""
-        self._check_input_dim(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # cumulative average, as nn.BatchNorm has it
-                momentum = 1.0 / float(self.num_batches_tracked)
-        track = not self.training or self.track_running_stats
-        return {
-            "weight": self.weight,
-            "bias": self.bias,
-            "running_mean": self.running_mean if track else None,
-            "running_var": self.running_var if track else None,
-            "training": self.training or (self.running_mean is None and self.running_var is None),
-            "momentum": momentum,
-            "eps": self.eps,
-            **self._filter_options(),
-        }
+        return {**super()._norm_arguments(input), **self._filter_options()}
 
 
 class _FilteredBatchNorm(FilteredBatchNormMixin):
@@ -74,10 +58,20 @@ class _FilteredBatchNorm(FilteredBatchNormMixin):
         track_running_stats: bool = True,
         grad_mode: str = "exact",
         gaussian_correction: bool = False,
+        gamma_init: float = 1.0,
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            gamma_init=gamma_init,
+            device=device,
+            dtype=dtype,
+        )
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
 
@@ -97,6 +91,7 @@ _DOC = """Filtered batch normalization over {shape} (Horváth and Al-afandi 2020
             as printed.
         gaussian_correction: divide the filtered variance by that of a unit Gaussian cut at ``t_sigma``; the paper does
             not.
+        gamma_init: what the scale starts at, in (0, 1], see :class:`ScaledBatchNorm2d`.
 
     Shape:
         input and output {shape}.

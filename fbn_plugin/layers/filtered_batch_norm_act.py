@@ -30,8 +30,8 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
 
     Args:
         num_features: C.
-        t_sigma, eps, momentum, affine, track_running_stats, grad_mode, gaussian_correction, device, dtype: as in
-            :class:`FilteredBatchNorm2d`.
+        t_sigma, eps, momentum, affine, track_running_stats, grad_mode, gaussian_correction, gamma_init, device,
+            dtype: as in :class:`FilteredBatchNorm2d`.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"identity"``.
         negative_slope: of ``"leaky_relu"``, not below 0.
 
@@ -52,6 +52,7 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
         track_running_stats: bool = True,
         grad_mode: str = "exact",
         gaussian_correction: bool = False,
+        gamma_init: float = 1.0,
         activation: str = "relu",
         negative_slope: float = 0.01,
         device=None,
@@ -67,6 +68,7 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
             track_running_stats,
             grad_mode,
             gaussian_correction,
+            gamma_init,
             device=device,
             dtype=dtype,
         )

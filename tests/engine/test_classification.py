@@ -136,6 +136,10 @@ def test_configs_differ_in_the_norm_alone(folder):
         ({"INPUT__FORMAT": "BGR"}, "INPUT.FORMAT 'BGR', which is 'RGB' or 'L'"),
         ({"MODEL__PIXEL_STD": "[0.0]"}, "MODEL.PIXEL_STD must be positive"),
         ({"INPUT__CROP_PCT": 1.5}, r"INPUT.CROP_PCT must be in \(0, 1\], got 1.5"),
+        ({"SOLVER__SCALE_LR_DIVISOR": -2}, "SOLVER.SCALE_LR_DIVISOR must lie between 0 and inf, got -2.0"),
+        ({"SOLVER__SCALE_LR_DIVISOR": 9, "SOLVER__FILTER_BIAS_AND_BN": False}, "it wants FILTER_BIAS_AND_BN True"),
+        ({"INPUT__NORM_GAMMA_INIT": 2}, "INPUT.NORM_GAMMA_INIT must lie between 0 and 1, got 2.0"),
+        ({"MODEL__REVISED_INIT": True, "MODEL__PRETRAINED": True}, "MODEL.REVISED_INIT would replace the weights"),
         ({"INPUT__MIXUP": 0.2, "SOLVER__IMS_PER_BATCH": 31}, "need an even batch in each process, got 31"),
         ({"DATASETS__NAME": "digit"}, "DATASETS.NAME 'digit' is not known"),
         ({"DATASETS__NAME": "mnist", "DATASETS__ROOT": "nowhere"}, "DATASETS.ROOT 'nowhere' does not exist"),
@@ -385,6 +389,60 @@ def test_weight_decay_of_norms(filtered):
     norms = [m for m in trainer.model.modules() if isinstance(m, FilteredBatchNormMixin)]
     assert norms and all(decay[id(m.weight)] == decay[id(m.bias)] == (0 if filtered else 0.01) for m in norms)
     assert decay[id(trainer.model.fc.weight)] == 0.01
+
+
+def test_the_papers_training(tmp_path, monkeypatch):
+    """Small scales that learn slowly through warm-up and cosine, an input norm, and weights drawn by fan-in."""
+    paper = {
+        "MODEL__NORM": "ScaledBN(gamma_init=0.25)",
+        "MODEL__REVISED_INIT": True,
+        "INPUT__NORM_GAMMA_INIT": 0.25,
+        "INPUT__SIZE": 16,
+        "SOLVER__SCALE_LR_DIVISOR": 50,
+        "SOLVER__MAX_EPOCH": 2,
+        "SOLVER__IMS_PER_BATCH": 200,
+        "SOLVER__WARMUP_FACTOR": 0.5,
+        "SOLVER__MIN_LR": 0.01,
+    }
+    trainer = ClassificationTrainer(config(tmp_path, **paper))
+    model, groups = trainer.model, trainer.optimizer.param_groups
+    scales = {name: m.weight for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    assert len(scales) > 5
+    for name, scale in scales.items():  # the last of each block too, which timm sets to 0
+        assert torch.allclose(scale, torch.tensor(0.58 * 0.25 if name == "input_norm" else 0.25)), name
+    stem = model.conv1[0] if isinstance(model.conv1, nn.Sequential) else model.conv1
+    assert stem.weight.std().item() == pytest.approx(math.sqrt(2 / stem.weight[0].numel()), rel=0.3)
+    assert {p for group in groups for p in group["params"] if group["lr"] < groups[0]["lr"]} == set(scales.values())
+    seen = []
+    step = trainer.optimizer.step
+    monkeypatch.setattr(trainer.optimizer, "step", lambda *a: (seen.append([g["lr"] for g in groups]), step(*a)))
+    raw = np.mean([np.asarray(image) for image, _ in trainer.data.train]) / 255
+    trainer.train()
+    rates = [first for first, *_ in seen]
+    assert all(last == pytest.approx(first / 50) for first, *_, last in seen)
+    assert rates[0] == pytest.approx(0.025) and max(rates) > 0.025 and rates[-1] == pytest.approx(0.01, rel=0.1)
+    norm = model.input_norm
+    assert norm.num_batches_tracked == len(seen) and norm.bias is None
+    inside = (1 - 20 / 9 / 16) ** 2  # share of a padded crop that is image, on average
+    assert norm.running_mean.item() == pytest.approx(raw * inside * (1 - 0.9 ** len(seen)), rel=0.15)
+    again = ClassificationTrainer(config(tmp_path, **paper), resume=True)
+    assert_equal(again.model.state_dict(), model.state_dict())
+    assert [group["lr_scale"] for group in again.optimizer.param_groups] == pytest.approx([1, 1, 1 / 50])
+
+
+def test_pretrained_scales_are_kept(monkeypatch):
+    trained = timm.create_model("test_resnet", num_classes=3)
+    torch.nn.init.constant_(trained.bn1.weight, 0.75)
+    monkeypatch.setattr(classification.timm, "create_model", lambda *args, **kwargs: trained)
+    model = create_model("test_resnet", "ScaledBN(gamma_init=0.25)", pretrained=True)
+    assert (model.bn1.weight == 0.75).all()
+    assert (create_model("test_resnet", "ScaledBN(gamma_init=0.25)").bn1.weight == 0.25).all()
+
+
+def test_a_norm_without_gamma_init_leaves_the_scales_that_timm_sets():
+    model = create_model("test_resnet", "FBN", num_classes=3)
+    last = [block.bn3 if hasattr(block, "bn3") else block.bn2 for block in model.layer1]
+    assert all((norm.weight == 0).all() for norm in last)
 
 
 def test_mixed_precision_keeps_float32_weights(tmp_path):

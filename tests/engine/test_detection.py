@@ -222,6 +222,13 @@ def test_boxes_alone_and_bfloat16(config):
         ({"MODEL.RESNETS.WIDTH_PER_GROUP": 0}, "MODEL.RESNETS.WIDTH_PER_GROUP must be above 0"),
         ({"SOLVER.WEIGHT_DECAY": -1}, "SOLVER.WEIGHT_DECAY must be 0 or more"),
         ({"SOLVER.WEIGHT_DECAY_BIAS": "much"}, "SOLVER.WEIGHT_DECAY_BIAS must be None, or a number"),
+        ({"SOLVER.SCALE_LR_DIVISOR": -1}, "SOLVER.SCALE_LR_DIVISOR must be 0 or more, not -1"),
+        (
+            {"SOLVER.SCALE_LR_DIVISOR": 100, "SOLVER.WEIGHT_DECAY_NORM": 0.1},
+            "SOLVER.WEIGHT_DECAY_NORM must be 0 with SCALE_LR_DIVISOR",
+        ),
+        ({"SOLVER.SCALE_LR_DIVISOR": 1, "SOLVER.BIAS_LR_FACTOR": 2}, "SOLVER.BIAS_LR_FACTOR must be 1 with"),
+        ({"INPUT.NORM_GAMMA_INIT": 1.5}, "INPUT.NORM_GAMMA_INIT must be from 0 to 1, not 1.5"),
         ({"SOLVER.WARMUP_FACTOR": 2}, "SOLVER.WARMUP_FACTOR must be from 0 to 1"),
         ({"SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0}, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be above 0"),
         ({"SEED": 2**63}, "SEED must be below 2**63"),
@@ -371,6 +378,45 @@ def test_decay_and_rate_of_each_parameter(config, bias):
             decay = 0.125 if "Norm" in type(module).__name__ else 0.25
             expected = (2.0, 0.5) if bias and name == "bias" else (1.0, decay)
             assert given[parameter] == expected
+
+
+def test_a_divisor_makes_the_scale_of_batch_norms_slow(config):
+    """Through the schedule, and with the weight decay of the paper."""
+    cfg = config(
+        SOLVER__SCALE_LR_DIVISOR=50, SOLVER__BASE_LR=0.2, SOLVER__WEIGHT_DECAY=0.25, MODEL__ROI_MASK_HEAD__NORM="LN"
+    )
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_scheduler(cfg, optimizer)
+    scales = {module.weight for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+    plain = {
+        p for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)) for p in [m.weight]
+    }
+    assert scales and len(list(model.parameters())) == sum(len(group["params"]) for group in optimizer.param_groups)
+    rates = set()
+    for _ in range(4):
+        base = optimizer.param_groups[0]["lr"]
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                assert group["lr"] == pytest.approx(base / 50 if parameter in scales else base)
+                assert group["weight_decay"] == (0.25 if parameter in plain else 0)
+        rates.add(base)
+        optimizer.step()
+        scheduler.step()
+    assert len(rates) > 2
+
+
+def test_an_input_norm_in_place_of_the_fixed_mean(config):
+    options = {"INPUT__NORM_GAMMA_INIT": 0.5, "MODEL__RESNETS__NORM": "ScaledBN(gamma_init=0.5)"}
+    trainer = DetectionTrainer(config(**options))
+    norm, body = trainer.model.transform.input_norm, trainer.model.backbone.body
+    assert torch.allclose(norm.weight, torch.tensor(0.29)) and trainer.model.transform.image_mean == [0.0] * 3
+    assert all((m.weight == 0.5).all() for m in body.modules() if isinstance(m, nn.BatchNorm2d))
+    metrics = trainer.train()
+    assert norm.num_batches_tracked == 6 and not torch.allclose(norm.weight, torch.tensor(0.29))
+    again = DetectionTrainer(config(**options), resume=True)
+    assert_same_weights(trainer, again)
+    assert again.evaluate() == pytest.approx(metrics, nan_ok=True)
 
 
 def test_frozen_stages_are_not_in_the_optimizer(config):

@@ -35,7 +35,7 @@ from detectron2.modeling.backbone.vit import ResBottleneckBlock as ViTBottleneck
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
-from detectron2.solver import build_optimizer
+from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
@@ -554,6 +554,41 @@ def test_frozen_filtered_norm_computes_what_evaluation_computes():
     torch.testing.assert_close(frozen(x), norm.eval()(x))
 
 
+@pytest.mark.parametrize("norm", ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "IEBN-"])
+def test_frozen_norms_keep_the_whole_scale(norm):
+    model = nn.Sequential(*(batch_norm.get_norm(norm, 8) for _ in range(2)))
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    x = torch.randn(2, 8, 4, 4)
+    expected = model.eval()(x)
+    frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(model)
+    assert [type(m) for m in frozen] == [FrozenBatchNorm2d] * 2
+    torch.testing.assert_close(frozen(x), expected)
+
+
+def test_input_norms_freeze_without_a_shift():
+    norm, x = fbn_plugin.InputNorm2d(), torch.randn(2, 3, 4, 4)
+    expected = norm.eval()(x)
+    torch.testing.assert_close(FrozenBatchNorm2d.convert_frozen_batchnorm(norm)(x), expected)
+
+
+def test_a_norm_that_is_no_batch_norm_in_evaluation_is_not_frozen():
+    with pytest.raises(ValueError, match="RepresentativeBatchNorm2d is no batch norm in evaluation"):
+        build_model(tiny_config(norm="RBN", **{"MODEL.BACKBONE.FREEZE_AT": 1}))
+    frozen_again = vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"]
+    adapter.unregister()
+    assert vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"] is not frozen_again
+
+
+@pytest.mark.parametrize("norm", ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "RBN", "RBN-", "IEBN", "IEBN-"])
+def test_scaled_and_gated_norms_build_and_train(norm):
+    model = build_model(tiny_config(norm=norm, **{"MODEL.BACKBONE.FREEZE_AT": 0}))
+    assert {type(m) for m in norms(model).values()} == {type(fbn_plugin.get_norm(norm, 8))}
+    fbn_plugin.apply_gamma_init(model)
+    sum(training_losses(model).values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_unfreezing_gives_batch_norm_and_conversion_the_filter_back():
     frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(nn.Sequential(FilteredBatchNorm2d(8)))
     thawed = FrozenBatchNorm2d.convert_frozenbatchnorm2d_to_batchnorm2d(frozen)
@@ -640,7 +675,24 @@ def test_retinanet_like_batch_norm():
     copy.deepcopy(ours)
 
 
-@pytest.mark.parametrize("norm, kind", [("FGN(num_groups=4)", FilteredGroupNorm), ("GN(num_groups=8)", nn.GroupNorm)])
+def test_retinanet_keeps_the_small_scale_of_its_norms():
+    head = retinanet_head("ScaledBN(gamma_init=0.25)")
+    lists = [m for m in head.modules() if isinstance(m, CycleBatchNormList)]
+    assert len(lists) == 4 and all(m.weight.eq(0.25).all() and m.bias.eq(0).all() for m in lists)
+    for m in lists:
+        nn.init.ones_(m.weight)
+    fbn_plugin.apply_gamma_init(head)
+    assert all(m.weight.eq(0.25).all() for m in lists)
+
+
+@pytest.mark.parametrize(
+    "norm, kind",
+    [
+        ("FGN(num_groups=4)", FilteredGroupNorm),
+        ("GN(num_groups=8)", nn.GroupNorm),
+        ("ScaledBN-A1", fbn_plugin.ScaledBatchNormA1),
+    ],
+)
 def test_retinanet_shares_other_norms(norm, kind):
     head = retinanet_head(norm)
     assert [type(m) for m in norms(head).values()] == [kind] * 4
@@ -704,3 +756,123 @@ def test_fused_mask_head_computes_the_same():
     assert [type(m.norm) for m in new.conv_norm_relus] == [fbn_plugin.FilteredBatchNormAct2d] * 2
     x = torch.randn(ROIS)
     torch.testing.assert_close(new.layers(x), head.layers(x))
+
+
+# --- an input norm, slow scales --------------------------------------------------------------------------------------
+
+
+def training_config(architecture="GeneralizedRCNN", norm="FBN(gamma_init=0.25)", **overrides):
+    cfg = tiny_config(architecture, norm)
+    adapter.add_config(cfg)
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.merge_from_list([item for pair in overrides.items() for item in pair])
+    return cfg
+
+
+def uneven(images):
+    """The second image is smaller, so that it is padded."""
+    images[1]["image"] = images[1]["image"][:, :40, :48]
+    images[1]["sem_seg"] = images[1]["sem_seg"][:40, :48]
+    images[1]["instances"] = images[1]["instances"][:0]
+    images[1]["instances"]._image_size = (40, 48)
+    return images
+
+
+@pytest.mark.parametrize(
+    "architecture", ["GeneralizedRCNN", "RetinaNet", "PanopticFPN", "SemanticSegmentor", "ProposalNetwork"]
+)
+def test_an_input_norm_sees_the_pixels_and_not_the_padding(architecture):
+    model = adapter.build_model(training_config(architecture, **{"INPUT.NORM_GAMMA_INIT": 0.25}))
+    norm, images = model.input_norm, uneven(batch())
+    assert torch.allclose(norm.weight, torch.tensor(0.58 * 0.25)) and norm.bias is None
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda backbone, args: seen.append(args[0]))
+    with EventStorage():
+        sum(model.train()(images).values()).backward()
+    pixels = torch.cat([each["image"].flatten(1).double() for each in images], 1)
+    torch.testing.assert_close(norm.running_mean.double(), 0.1 * pixels.mean(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * pixels.var(1), rtol=1e-5, atol=0)
+    assert norm.weight.grad.isfinite().all() and norm.weight.grad.abs().max() > 0
+    inside = torch.zeros_like(seen[0], dtype=torch.bool)
+    for place, each in zip(inside, images):
+        place[:, : each["image"].shape[1], : each["image"].shape[2]] = True
+    assert (seen[0][~inside] == 0).all() and (~inside).any()
+    whitened = (pixels - pixels.mean(1, keepdim=True)) / pixels.var(1, correction=0).sqrt()[:, None] * 0.58 * 0.25
+    got = torch.cat([each[:, keep[0]] for each, keep in zip(seen[0].flatten(2), inside.flatten(2))], 1)
+    torch.testing.assert_close(got.double(), whitened, rtol=1e-4, atol=1e-5)
+    assert images[0]["image"].dtype == torch.uint8  # the caller's images are as they were
+
+
+def test_inference_and_copies_of_a_model_with_an_input_norm():
+    model = adapter.build_model(training_config(**{"INPUT.NORM_GAMMA_INIT": 1.0}))
+    training_losses(model)
+    model.eval()
+    images = [{"image": each["image"]} for each in batch()]
+    with torch.no_grad():
+        expected = model(images)
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        for got in (model.inference(images), copied(images)):
+            assert all(torch.equal(a["instances"].scores, b["instances"].scores) for a, b in zip(got, expected))
+        copied.input_norm.weight.data.mul_(3)
+        assert not torch.equal(copied.preprocess_image(images).tensor, model.preprocess_image(images).tensor)
+    assert model.input_norm.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "RetinaNet", "PanopticFPN"])
+def test_scales_start_small_and_learn_slowly_through_the_schedule(architecture):
+    solver = {"BASE_LR": 0.2, "SCALE_LR_DIVISOR": 50.0, "WEIGHT_DECAY": 0.01, "WARMUP_ITERS": 4, "MAX_ITER": 20}
+    overrides = {f"SOLVER.{key}": value for key, value in solver.items()}
+    cfg = training_config(architecture, **overrides, **{"SOLVER.STEPS": (10,), "SOLVER.CLIP_GRADIENTS.ENABLED": True})
+    model = adapter.build_model(cfg)
+    optimizer = adapter.build_optimizer(cfg, model)
+    schedule = build_lr_scheduler(cfg, optimizer)
+    scales = {
+        m.weight for m in model.modules() if isinstance(m, (_BatchNorm, CycleBatchNormList)) and m.weight is not None
+    }
+    assert len(scales) > 50 and all((scale == 0.25).all() for scale in scales)
+    assert any(isinstance(m, CycleBatchNormList) for m in model.modules()) == (architecture == "RetinaNet")
+    others = {p for m in model.modules() for name, p in m.named_parameters(recurse=False) if name == "bias"}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # what clipping wants
+    rates = []
+    for _ in range(20):
+        for group in optimizer.param_groups:
+            slow = group["params"][0] in scales
+            assert all((p in scales) == slow for p in group["params"])
+            assert group["weight_decay"] == (0 if slow or group["params"][0] in others else 0.01)
+            assert group["lr"] == pytest.approx(optimizer.param_groups[0]["lr"] / (50 if slow else 1))
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] < rates[3] < rates[5] == pytest.approx(0.2) and rates[-1] == pytest.approx(0.02)
+    assert type(optimizer).__name__ == "SGDWithGradientClip"
+
+
+def test_without_the_keys_model_and_optimizer_are_detectron2s():
+    cfg = training_config(norm=SPEC)
+    torch.manual_seed(0)
+    model = adapter.build_model(cfg)
+    torch.manual_seed(0)
+    plain = build_model(cfg)
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), model.state_dict().values()))
+    groups, expected = (build(cfg, model).param_groups for build in (adapter.build_optimizer, build_optimizer))
+    assert [{**group, "params": len(group["params"])} for group in groups] == [
+        {**group, "params": len(group["params"])} for group in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    "key, value", [("WEIGHT_DECAY_NORM", 0.1), ("WEIGHT_DECAY_BIAS", 0.1), ("BIAS_LR_FACTOR", 2.0)]
+)
+def test_one_rule_for_weight_decay(key, value):
+    cfg = training_config(**{"SOLVER.SCALE_LR_DIVISOR": 100.0, f"SOLVER.{key}": value})
+    with pytest.raises(ValueError, match=f"SOLVER.SCALE_LR_DIVISOR .*{key}"):
+        adapter.build_optimizer(cfg, nn.BatchNorm2d(2))
+
+
+def test_a_divisor_below_zero():
+    cfg = training_config(**{"SOLVER.SCALE_LR_DIVISOR": -1.0})
+    with pytest.raises(ValueError, match="^scale_lr_divisor must be above 0 and finite, got -1.0$"):
+        adapter.build_optimizer(cfg, nn.BatchNorm2d(2))

@@ -31,7 +31,9 @@ from fbn_plugin.frameworks import timm as adapter
 from fbn_plugin.frameworks.timm import FilteredBatchNormAct2d
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 
-NAMES = ["BN", "SyncBN", "GN", "LN", "IN", "FBN", "FGN", "FLN", "FIN", "FRN", "FFRN", "ConvNorm", "LearnedNorm"]
+NAMES = ["BN", "SyncBN", "GN", "LN", "IN", "FBN", "FGN", "FLN", "FIN"]
+NAMES += ["FRN", "FFRN", "ConvNorm", "LearnedNorm"]
+NAMES += ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "RBN", "RBN-", "IEBN", "IEBN-"]
 # So that they fit 16 channels, have a scale, and mean ours: "frn" alone is a norm+activation of timm's.
 OPTIONS = {"GN": "(num_groups=4)", "FGN": "(num_groups=4)", "LearnedNorm": "(affine=True)", "FRN": "(affine=True)"}
 FORMS = {
@@ -236,6 +238,56 @@ def test_no_registered_name_shadows_one_of_timms():
     ours = {key.lower() for key, _ in NORMS}
     own = {"frn"}  # timm's norm+activation FilterResponseNormAct2d; it stays timm's
     assert not ours & (create_norm._NORM_MAP.keys() | create_norm_act._NORM_ACT_MAP.keys()) - own
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [("rbn", "RBN"), ("RBN-", "RBN-"), ("rbn_minus", "RBN-"), ("iebnminus", "IEBN-"), ("scaledbna1", "ScaledBN-A1")],
+)
+def test_names_in_lower_case_without_punctuation(text, kind):
+    assert timm.layers.get_norm_layer(text).spec.name == kind
+    assert type(timm.layers.get_norm_act_layer(text)(4)) is type(timm.layers.get_norm_act_layer(kind)(4))
+    assert timm.layers.get_norm_act_layer("iebn-")(4).gate_bias.eq(-1).all()
+
+
+@pytest.mark.parametrize("name", ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "RBN", "RBN-", "IEBN", "IEBN-"])
+@pytest.mark.parametrize("model_name", ["test_resnet", "test_efficientnet"])
+def test_scaled_and_gated_norms_in_models(model_name, name):
+    plain = timm.create_model(model_name, num_classes=10)
+    model = timm.create_model(model_name, num_classes=10, norm_layer=f"{name}(eps=1e-3)".lower())
+    cls = type(fbn_plugin.get_norm(name, 8))
+    assert norms_of(model).keys() == norms_of(plain).keys()
+    assert all(isinstance(norm, cls) and norm.eps == 1e-3 for norm in norms_of(model).values())
+    assert others_of(model) == others_of(plain)
+    fbn_plugin.apply_gamma_init(model)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "RBN-", "IEBN-"])
+@pytest.mark.parametrize("conversion", ["freeze_batch_norm_2d", "convert_sync_batchnorm"])
+@pytest.mark.parametrize("model_name", ["test_resnet", "test_efficientnet"])
+def test_what_reads_weight_and_bias_gets_those_of_the_whole_norm(model_name, conversion, name):
+    model = trained(timm.create_model(model_name, num_classes=10, norm_layer=name))
+    images = torch.randn(2, 3, 64, 64)
+    before = model(images)
+    converted = getattr(timm.layers, conversion)(model)
+    assert not any(isinstance(m, fbn_plugin.layers.batch_norm.BatchNormMixin) for m in converted.modules())
+    torch.testing.assert_close(converted.eval()(images), before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_norm_that_is_no_batch_norm_in_evaluation_is_not_frozen():
+    model = timm.create_model("test_resnet", norm_layer="rbn")
+    with pytest.raises(ValueError, match="RepresentativeBatchNorm2d is no batch norm in evaluation: its scale depends"):
+        timm.layers.freeze_batch_norm_2d(model)
+
+
+def test_input_norms_freeze_without_a_shift():
+    norm = fbn_plugin.InputNorm2d()
+    images = torch.randn(4, 3, 8, 8)
+    norm(images)
+    expected = norm.eval()(images)
+    torch.testing.assert_close(timm.layers.freeze_batch_norm_2d(norm)(images), expected)
 
 
 def test_timms_own_norms_pass_as_before():
@@ -479,11 +531,24 @@ def test_reparameterization_folds_the_norms(name):
     torch.testing.assert_close(folded(images), before, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("norm", ["ScaledBN-A1", "ScaledBN-A2", "IEBN-"])
+def test_reparameterization_folds_all_of_a_norm(norm):
+    model = fbn_plugin.convert_norm(timm.create_model("mobileone_s0", num_classes=10), norm)
+    before, images = copy.deepcopy(trained(model).state_dict()), torch.randn(2, 3, 64, 64)
+    expected = model(images)
+    torch.testing.assert_close(timm.utils.reparameterize_model(model)(images), expected, rtol=1e-3, atol=1e-4)
+    assert model.state_dict().keys() == before.keys(), "the model itself stays as it was"
+    torch.testing.assert_close(model(images), expected)
+
+
 def test_pruned_models_keep_the_filter():
     # timm rebuilds their norms as batch normalization. (Its pruned EfficientNets refuse any norm_layer.)
     model = timm.create_model("ecaresnet50d_pruned", num_classes=10, norm_layer="fbn(t_sigma=3)")
     plain = timm.create_model("ecaresnet50d_pruned", num_classes=10)
     assert {(type(m), m.t_sigma) for m in norms_of(model).values()} == {(FilteredBatchNorm2d, 3.0)}
+    gated = timm.create_model("ecaresnet50d_pruned", norm_layer="iebn-(gamma_init=0.5)")
+    assert {(type(m), m.gate_bias[0].item()) for m in norms_of(gated).values()} == {(fbn_plugin.GatedBatchNorm2d, -1.0)}
+    assert all(m.weight.eq(0.5).all() for m in norms_of(gated).values())
     assert others_of(model) == others_of(plain)
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
 
@@ -498,7 +563,7 @@ def test_features_only(name):
         torch.testing.assert_close(feature, expected)
 
 
-@pytest.mark.parametrize("norm_layer", ["fbn", "fgn(num_groups=4)", "fln", "fin", "in"])
+@pytest.mark.parametrize("norm_layer", ["fbn", "fgn(num_groups=4)", "fln", "fin", "in", "scaledbn", "rbn"])
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
 def test_fx_feature_extraction_does_not_trace_into_the_norms(name, norm_layer):
     model = timm.create_model(name, norm_layer=norm_layer)

@@ -90,9 +90,9 @@ def test_other_classification_models_are_converted(name):
     check_same_network(convert_norm(build(**options), "FBN"), build(**options))
 
 
-@pytest.mark.parametrize("spec", ["FBN", "FFRN", "FRN", "ConvNorm", "LearnedNorm"])
-def test_feature_extraction_needs_register(spec):
-    model = torchvision.models.resnet18(norm_layer=norm_factory(spec))
+@pytest.mark.parametrize("norm", ["FBN", "FFRN", "FRN", "ConvNorm", "LearnedNorm", "RBN"])
+def test_feature_extraction_of_a_models_own_norms_needs_register(norm):
+    model = torchvision.models.resnet18(norm_layer=norm_factory(norm))
     try:
         for _ in range(2):
             assert "torchvision" in fbn_plugin.register()
@@ -182,6 +182,25 @@ def test_frozen_stages_do_not_move(norm, trainable):
     frozen = [m for stage in stages[: 5 - trainable] for name in stage for m in body[name].modules()]
     assert not any(isinstance(m, _BatchNorm) for m in frozen)
     assert not any(p.requires_grad for m in frozen for p in m.parameters())
+
+
+@pytest.mark.parametrize("norm", ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "IEBN-"])
+def test_a_frozen_stage_keeps_the_whole_scale(norm):
+    body = torchvision.models.resnet18(norm_layer=norm_factory(norm))
+    for parameter in body.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    x = torch.rand(2, 3, 64, 64)
+    before = body.eval()(x)
+    frozen = adapter._freeze(body)
+    assert not [m for m in frozen.modules() if isinstance(m, _BatchNorm)]
+    torch.testing.assert_close(frozen.train()(x), before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_stage_whose_scale_depends_on_the_image_is_not_frozen():
+    with pytest.raises(ValueError, match="InstanceEnhancementBatchNorm2d is no batch norm in evaluation"):
+        small(norm="IEBN", trainable_layers=4)
+    small(norm="IEBN", trainable_layers=5)
 
 
 def test_a_frozen_stage_is_the_batch_norm_of_evaluation(tmp_path):

@@ -165,6 +165,12 @@ BAD_OVERRIDES = {
     "augmentation": (["INPUT.RANDOM_FLIP", "sideways"], ["INPUT", "horiz"]),
     "batch": (["SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH", "0"]),
     "steps": (["SOLVER.STEPS", "('a',)"], ["SOLVER", "str"]),
+    "divisor": (["SOLVER.SCALE_LR_DIVISOR", "-1.0"], ["SOLVER.SCALE_LR_DIVISOR", "-1.0"]),
+    "divisor and decay": (
+        ["SOLVER.SCALE_LR_DIVISOR", "100.0", "SOLVER.WEIGHT_DECAY_NORM", "0.1"],
+        ["SOLVER.SCALE_LR_DIVISOR", "WEIGHT_DECAY_NORM 0"],
+    ),
+    "input norm": (["INPUT.NORM_GAMMA_INIT", "1.5"], ["INPUT.NORM_GAMMA_INIT", "1.5"]),
     "augmented evaluation": (["TEST.AUG.ENABLED", "True"], ["TEST.AUG.ENABLED"]),
     "mixed precision on a CPU": (["SOLVER.AMP.ENABLED", "True"], ["SOLVER.AMP.ENABLED"]),
 }
@@ -345,6 +351,25 @@ def test_train_resume_evaluate(tool, folder, tmp_path):
     assert again.returncode == 0, again.stderr
     assert len(copypaste(again.stdout)) == 6
     assert copypaste(again.stdout) == copypaste(resumed.stdout)
+
+
+@pytest.mark.detectron2
+def test_small_slow_scales_and_an_input_norm(tool, folder, tmp_path):
+    """The keys that are not detectron2's, from the config to the checkpoint and back."""
+    out = tmp_path / "output"
+    arguments = ["--config-file", CONFIG, *TINY, *datasets(folder, 2), "OUTPUT_DIR", out, "SOLVER.BASE_LR", 0.5]
+    arguments += ["MODEL.RESNETS.NORM", "ScaledBN(gamma_init=0.25)", "INPUT.NORM_GAMMA_INIT", 0.25]
+    first = run_tool(*arguments, "SOLVER.SCALE_LR_DIVISOR", "10000.0", "SOLVER.MAX_ITER", 3)
+    assert first.returncode == 0, first.stderr
+    state = torch.load(out / "model_final.pth")
+    groups = state["trainer"]["_trainer"]["optimizer"]["param_groups"]
+    assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1, 1, 1e-4])
+    assert state["model"]["input_norm.num_batches_tracked"] == 3
+    scale = state["model"]["backbone.bottom_up.stem.conv1.norm.weight"]
+    assert (scale != 0.25).any() and torch.allclose(scale, torch.tensor(0.25), atol=1e-2)
+    again = run_tool("--config-file", out / "config.yaml", "--eval-only", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert copypaste(again.stdout) == copypaste(first.stdout)
 
 
 @pytest.mark.detectron2

@@ -1,0 +1,84 @@
+"""What the batch normalizations of this package share: the constant that their scale starts at, and what
+``nn.BatchNorm*`` does around the arithmetic of its forward pass.
+
+Source of ``gamma_init``: Davis and Frank, "Revisiting Batch Norm Initialization" (2022), section 3.2.
+"""
+
+import numbers
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def check_gamma_init(gamma_init: float) -> float:
+    """Return ``gamma_init`` as a float; ValueError if it is no number in (0, 1]."""
+    if isinstance(gamma_init, bool) or not isinstance(gamma_init, numbers.Real) or not 0 < gamma_init <= 1:
+        raise ValueError(f"gamma_init must be a number in (0, 1], got {gamma_init!r}")
+    return float(gamma_init)
+
+
+class BatchNormMixin:
+    """To stand before a ``_BatchNorm`` class in the bases: its scale starts at ``gamma_init``."""
+
+    def __init__(self, *args, gamma_init: float = 1.0, **kwargs) -> None:
+        self.gamma_init = check_gamma_init(gamma_init)  # first, as reset_parameters is called by the base class
+        super().__init__(*args, **kwargs)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.weight is not None:
+            nn.init.constant_(self.weight, self.gamma_init)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return text if self.gamma_init == 1 else f"{text}, gamma_init={self.gamma_init:g}"
+
+    def _norm_arguments(self, input: Tensor) -> dict:
+        """What ``F.batch_norm`` or an operator like it is called with, the batch counted."""
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # cumulative average, as nn.BatchNorm has it
+                momentum = 1.0 / float(self.num_batches_tracked)
+        track = not self.training or self.track_running_stats
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "running_mean": self.running_mean if track else None,
+            "running_var": self.running_var if track else None,
+            "training": self.training or (self.running_mean is None and self.running_var is None),
+            "momentum": momentum,
+            "eps": self.eps,
+        }
+
+
+class FoldedBatchNormMixin(BatchNormMixin):
+    """Batch normalization whose scale and shift are made of its parameters, and then given to ``F.batch_norm``: what
+    that costs does not grow with the batch. A subclass defines :meth:`affine_terms`."""
+
+    def affine_terms(self) -> tuple[Tensor | None, Tensor | None]:
+        """Scale and shift of the normalized values, ``(C,)`` each: weight and bias of the plain batch normalization
+        that this one equals."""
+        raise NotImplementedError
+
+    def eval_affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift, ``(C,)`` each, of the input in evaluation, where the output is ``scale * input + shift``."""
+        scale, shift = self.affine_terms()
+        root = torch.rsqrt(self.running_var + self.eps)
+        scale = root if scale is None else scale * root
+        moved = -self.running_mean * scale
+        return scale, moved if shift is None else shift + moved
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.affine_terms()
+        return F.batch_norm(input, **{**self._norm_arguments(input), "weight": weight, "bias": bias})
+
+
+class AnyDimsMixin:
+    """Inputs of any number of spatial dimensions, for a layer that is made for images only in its name."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")

@@ -1,0 +1,131 @@
+"""Batch normalization whose scale depends on each image through a gate, with a gradient of its own.
+
+The gate needs an image's mean in each channel, which makes the scale one number an image and channel. Written with
+autograd that takes some ten passes over memory; here the gradient is put together from the sums of ``g`` and ``g (x -
+mean)`` over each image and channel, and what is in between is of size ``(N, C)``. Source of the equation: Davis and
+Frank, "Revisiting Batch Norm Initialization" (2022), section 4.5.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fbn_plugin.ops.filtered_norm import _check_batch
+from fbn_plugin.ops.reference import accumulate_dtype
+
+
+def _pool(x: Tensor) -> Tensor:
+    """The mean over the positions of each image and channel, ``(N, C)``."""
+    return x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x.clone()
+
+
+def _gate(weight: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate, and the scale that it makes of ``weight``: ``(N, C)`` both."""
+    gate = torch.sigmoid(gate_weight * pooled + gate_bias)
+    return gate, gate if weight is None else weight * gate
+
+
+def _per_image(t: Tensor, like: Tensor) -> Tensor:
+    """``(N, C)`` or ``(C,)`` to the rank of ``like``."""
+    return t.reshape(-1, like.shape[1], *[1] * (like.dim() - 2))
+
+
+def _sums(grad: Tensor, x: Tensor, mean: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of ``g`` and of ``g xhat`` over each image and channel: two parameters' gradients of PyTorch's batch
+    normalization, were each image a batch. It stores no product."""
+    shape = x.shape[:2]
+    if grad.is_contiguous() and x.is_contiguous():  # then all images and channels are the channels of one
+        batches = [(grad.reshape(1, shape.numel(), -1), x.reshape(1, shape.numel(), -1))]
+        mean, root = mean.repeat(shape[0]), root.repeat(shape[0])
+    else:
+        batches = zip(grad.split(1), x.split(1))
+    backward = torch.ops.aten.native_batch_norm_backward
+    each = [backward(g, v, None, None, None, mean, root, True, 0.0, [False, True, True])[1:] for g, v in batches]
+    sum_gx, sum_g = (torch.cat(sums).view(shape) for sums in zip(*each))
+    return sum_g, sum_gx
+
+
+class _GatedNorm(torch.autograd.Function):
+    """The output, and mean and unbiased variance of each channel."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, gate_weight, gate_bias, eps, pool_input):
+        dtype = accumulate_dtype(x.dtype)
+        mean, var, ones = (x.new_full((x.shape[1],), value, dtype=dtype) for value in (0, 0, 1))
+        # With a momentum of 1 the running statistics become those of the batch.
+        y, _, root = torch.native_batch_norm(x.to(dtype), ones, None, mean, var, True, 1.0, eps)
+        pooled = _pool(x.to(dtype) if pool_input else y)
+        gate, scale = _gate(weight, gate_weight, gate_bias, pooled)
+        y.mul_(_per_image(scale, y))
+        if bias is not None:
+            y.add_(_per_image(bias, y))
+        ctx.mark_non_differentiable(mean, var)
+        ctx.save_for_backward(x, gate_weight, mean, root, pooled, gate, scale)
+        ctx.pool_input = pool_input
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, gate_weight, gate_bias)]
+        return y.to(x.dtype), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        x, gate_weight, mean, root, pooled, gate, scale = ctx.saved_tensors
+        grad, values = grad.to(mean.dtype), x.to(mean.dtype)
+        sum_g, sum_gx = _sums(grad, values, mean, root)
+        d_gate = sum_gx * (scale * (1 - gate))  # of the sigmoid's argument
+        d_pooled = d_gate * gate_weight
+
+        # The gradient of xhat is h = scale g, plus d_pooled / positions where it is xhat that is pooled.
+        positions = x.shape[2:].numel()
+        sum_h, sum_hx = scale * sum_g, scale * sum_gx
+        if not ctx.pool_input:
+            sum_h, sum_hx = sum_h + d_pooled, sum_hx + d_pooled * pooled
+        count = x.shape[0] * positions
+        of_g, of_x = root * scale, -root.square() * sum_hx.sum(0) / count
+        of_1 = d_pooled * (1 if ctx.pool_input else root) / positions - root * sum_h.sum(0) / count - of_x * mean
+        dx = grad * _per_image(of_g, x)
+        dx.addcmul_(values, _per_image(of_x, x)).add_(_per_image(of_1, x))
+        gradients = dx, (gate * sum_gx).sum(0), sum_g.sum(0), (d_gate * pooled).sum(0), d_gate.sum(0)
+        return *(None if dtype is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None, None
+
+
+def gated_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    pool_input: bool = False,
+) -> Tensor:
+    """``weight * sigmoid(gate_weight * GAP(z) + gate_bias) * xhat + bias`` (Davis and Frank 2022, section 4.5).
+
+    Args:
+        x: ``(N, C, *spatial)`` of any floating dtype; sums are float32, or float64 for float64.
+        weight, bias: ``(C,)``, or None for 1 and 0.
+        gate_weight, gate_bias: ``(C,)``, the paper's v and w.
+        running_mean, running_var, training, momentum, eps: as in ``F.batch_norm``.
+        pool_input: ``z`` is ``x``; otherwise it is ``xhat``, the normalized values. GAP is the mean over ``spatial``.
+
+    Returns:
+        Tensor like ``x``.
+
+    Raises:
+        ValueError: one value per channel in training, or a channel count that does not fit.
+    """
+    if not training or x.numel() == 0:
+        normalized = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
+        _, scale = _gate(weight, gate_weight, gate_bias, _pool(x if pool_input else normalized))
+        y = normalized * _per_image(scale, x)
+        return (y if bias is None else y + _per_image(bias, x)).to(x.dtype)
+    _check_batch(x, weight=weight, bias=bias, gate_weight=gate_weight, gate_bias=gate_bias, running_mean=running_mean)
+    y, mean, var = _GatedNorm.apply(x, weight, bias, gate_weight, gate_bias, eps, pool_input)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(var.to(running_var.dtype), momentum)
+    return y

@@ -1,0 +1,92 @@
+"""Optimizer groups by module type: a slower learning rate for the scale of batch norms, no weight decay on norms and
+biases. Source: Davis and Frank, "Revisiting Batch Norm Initialization" (2022), sections 3.2 and 4.2.
+"""
+
+import fnmatch
+import math
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from fbn_plugin import layers
+
+_NORMS = {_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
+_NORMS |= {cls for cls in vars(layers).values() if isinstance(cls, type) and issubclass(cls, nn.Module)}
+_BATCH_NORMS = {_BatchNorm}
+
+
+def register_norm_type(*module_types: type[nn.Module], batch_norm: bool = False) -> None:
+    """Teach :func:`param_groups` norms that derive from no norm of torch's or of this library.
+
+    Args:
+        module_types: the classes; their subclasses count too.
+        batch_norm: their ``weight`` is the scale of a batch normalization.
+    """
+    _NORMS.update(module_types)
+    if batch_norm:
+        _BATCH_NORMS.update(module_types)
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divisor: float = 100.0) -> list[dict]:
+    """Groups of ``model``'s trainable parameters for any optimizer, each parameter once.
+
+    The scale (``weight``) of a batch normalization, and of any other norm with a ``gamma_init``, learns at
+    ``lr / scale_lr_divisor``. No decay is put on the parameters of norms, on biases, and on what a module names in
+    ``no_weight_decay()`` (timm's convention: names or wildcards, relative to the module). The second parameter of
+    ScaledBN-A2, lambda, learns at the full rate: the paper slows the scale alone.
+
+    The ratio outlasts whatever multiplies the rate of each group: torch's schedulers and detectron2's. timm's warm up
+    from, and end at, one rate for all groups, so for them there is
+    :func:`fbn_plugin.frameworks.timm.param_groups`.
+
+    Args:
+        model: what is to be trained.
+        lr: learning rate, above 0.
+        weight_decay: of everything else, 0 or more.
+        scale_lr_divisor: the paper's c, above 0. 1 is the rate of all others: the paper's baseline.
+
+    Returns:
+        At most three groups with ``params``, ``lr`` and ``weight_decay``: what decays, what does not, and the scales.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    for name, value in (("lr", lr), ("scale_lr_divisor", scale_lr_divisor)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be 0 or more and finite, got {weight_decay!r}")
+    norms, batch_norms = tuple(_NORMS), tuple(_BATCH_NORMS)
+    named = _named_without_decay(model)
+    weights, no_decay, scales = [], [], []
+    seen = set()
+    for module in model.modules():
+        is_norm = isinstance(module, norms)
+        has_scale = isinstance(module, batch_norms) or hasattr(module, "gamma_init")
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen or not parameter.requires_grad:
+                continue
+            seen.add(parameter)
+            if has_scale and name == "weight":
+                scales.append(parameter)
+            elif is_norm or "bias" in name.split("_") or parameter in named:
+                no_decay.append(parameter)
+            else:
+                weights.append(parameter)
+    groups = (
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"params": no_decay, "lr": lr, "weight_decay": 0.0},
+        {"params": scales, "lr": lr / scale_lr_divisor, "weight_decay": 0.0},
+    )
+    return [group for group in groups if group["params"]]
+
+
+def _named_without_decay(model: nn.Module) -> set[nn.Parameter]:
+    found = set()
+    for module in model.modules():
+        if hasattr(module, "no_weight_decay"):
+            patterns = module.no_weight_decay()
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                    found.add(parameter)
+    return found
