@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from detectron2.config import configurable
-from detectron2.layers import Conv2d, CycleBatchNormList, NaiveSyncBatchNorm, batch_norm
+from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.convert import build_like, register_converter
+from fbn_plugin.fold import register_layer
 from fbn_plugin.fuse import fused, register_fuser
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
 
@@ -35,6 +36,8 @@ _logger = logging.getLogger(__name__)
 
 # In one process this class is plain batch normalization; its forward differs only in how ranks are averaged.
 register_converter(NaiveSyncBatchNorm, build_like)
+register_converter(FrozenBatchNorm2d, build_like)
+register_layer(Conv2d, "norm", "activation")
 
 
 def check_norm(norm: str | Callable | None) -> NormFactory | str | Callable | None:

@@ -25,8 +25,10 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from fbn_plugin.convert import build_like, register_converter
 from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
+from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
 from fbn_plugin.registry import norm_factory
 
 BACKBONES = (
@@ -42,6 +44,8 @@ BACKBONES = (
     "wide_resnet101_2",
 )
 
+register_converter(FrozenBatchNorm2d, build_like)
+
 _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
@@ -52,7 +56,7 @@ def register() -> None:
 
         @functools.wraps(leaves)
         def with_filtered_norms() -> list[type]:
-            return [*leaves(), FilterMixin]
+            return [*leaves(), FilterMixin, FrozenBatchNormMixin]
 
         feature_extraction._get_leaf_modules_for_ops = with_filtered_norms
 

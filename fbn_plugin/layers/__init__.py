@@ -8,6 +8,7 @@ from fbn_plugin.layers.filtered_group_norm import (
     FilteredLayerNorm2d,
     LayerNorm2d,
 )
+from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 
 __all__ = [
     "FilteredBatchNorm1d",
@@ -17,5 +18,8 @@ __all__ = [
     "FilteredGroupNorm",
     "FilteredInstanceNorm2d",
     "FilteredLayerNorm2d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "LayerNorm2d",
 ]
