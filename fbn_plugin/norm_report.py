@@ -1,4 +1,4 @@
-"""What was changed in the norms of a model, what was left, and why: filled in by ``convert_norm`` and ``fold_norms``."""
+"""What was changed in the norms of a model, what was left and why: filled by ``convert_norm`` and ``fold_norms``."""
 
 from dataclasses import dataclass, field
 

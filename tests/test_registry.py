@@ -17,6 +17,7 @@ from fbn_plugin.registry import norm_options
 EXPECTED = {
     "BN": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "SyncBN": (nn.SyncBatchNorm,) * 3,
+    "FrozenBN": (fbn_plugin.FrozenBatchNorm1d, fbn_plugin.FrozenBatchNorm2d, fbn_plugin.FrozenBatchNorm3d),
     "GN": (nn.GroupNorm,) * 3,
     "LN": (fbn_plugin.LayerNorm2d,) * 3,
     "IN": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -36,7 +37,7 @@ def test_the_table_here_is_the_registry():
 def test_every_name_builds_its_class_and_normalizes(name, dims):
     norm = get_norm(name, 32, dims=dims)
     assert type(norm) is EXPECTED[name][dims - 1]
-    if name != "SyncBN":  # which refuses to train on a CPU
+    if name not in ("SyncBN", "FrozenBN"):  # one refuses to train on a CPU, the other does not look at its input
         y = norm(torch.randn(2, 32, *[3] * dims) * 3 + 1)
         assert y.mean().abs() < 0.1 and 0.8 < y.std() < 1.2
     assert norm.weight.shape == (32,), "every norm has a scale and a shift unless told otherwise"

@@ -198,7 +198,7 @@ def test_specs():
     "norm, words",
     [
         ("FBM", ["FBM", "did you mean 'FBN'", "SyncBN", "FGN", "FrozenBN", "naiveSyncBN"]),
-        ("FrozenBN(eps=1e-3)", ["FrozenBN", "without options"]),
+        ("naiveSyncBN(eps=1e-3)", ["naiveSyncBN", "without options"]),
         ("FBN(sigma=4)", ["sigma", "did you mean 't_sigma'"]),
         ("FBN(t_sigma=0.5)", ["0.5"]),
         ("FBN(4)", ["FBN(4)"]),

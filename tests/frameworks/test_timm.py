@@ -24,7 +24,7 @@ from fbn_plugin.frameworks import timm as adapter
 from fbn_plugin.frameworks.timm import FilteredBatchNormAct2d
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 
-NAMES = ["BN", "SyncBN", "GN", "LN", "IN", "FBN", "FGN", "FLN", "FIN"]
+NAMES = ["BN", "SyncBN", "FrozenBN", "GN", "LN", "IN", "FBN", "FGN", "FLN", "FIN"]
 FORMS = {
     "name": "fbn",
     "spec": "FBN(t_sigma=5.0, grad_mode='exact')",
@@ -284,7 +284,7 @@ def test_batch_norm_act_converts_to_every_norm(name):
     act = old.act
     new = fbn_plugin.convert_norm(old, name + options)
     assert new.act is act
-    assert new.weight is old.weight
+    assert torch.equal(new.weight, old.weight) if name == "FrozenBN" else new.weight is old.weight
     assert new.eps == 0.1
     images = torch.randn(4, 16, 5, 5)
     expected = fbn_plugin.get_norm(name + options, 16).eval()
