@@ -1,9 +1,10 @@
 """Swap the norms of a built model, keeping weights and statistics: for models that take no norm argument, and for
 trained ones."""
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -196,11 +197,12 @@ def convert_norm(
         sources: families to replace, one or several of ``"BN"``, ``"FrozenBN"``, ``"GN"``, ``"LN"`` and ``"IN"``. By
             default what is frozen stays frozen.
         recalibrate: batches of data, each the model's input or a tuple that begins with it, to refit the new norms on.
-            For norms of the BN family :func:`fbn_plugin.update_population_stats` measures the running statistics of all
-            batch norms in the converted model. For GN, LN and IN each scale and shift is fitted by least squares: in
-            one pass through the old model in evaluation mode, such that on the inputs of the old norm the new norm's
-            outputs come nearest to the old one's, channel by channel. This restores each channel's mean and its scale
-            as far as the two norms agree; what the new norm takes out of every single sample does not come back.
+            For norms of the BN family :func:`fbn_plugin.update_population_stats` measures their running statistics. For
+            GN, LN and IN each scale and shift is fitted by least squares, in one pass through the old model in
+            evaluation mode: such that on the inputs of the old norm the new norm's outputs come nearest to the old
+            one's, channel by channel. What the new norm takes out of every single sample does not come back: group and
+            layer norms come near to the old network, but instance norm takes the mean of each channel, which is what a
+            classifier that averages over positions sees.
         report: is filled with what was changed and what was left; print it.
 
     Returns:
@@ -208,7 +210,7 @@ def convert_norm(
 
     Raises:
         ValueError: a bad spec, an unknown family, a norm that does not fit a layer's channels or has no statistics to
-            freeze, or ``recalibrate`` with FrozenBN or without any batch; the model is then as it was.
+            freeze, or ``recalibrate`` with FrozenBN or without a batch; the model is then as it was.
 
     Warns:
         UserWarning: norms of these families with a forward of their own that no converter is registered for are left as
@@ -253,18 +255,41 @@ def convert_norm(
         raise ValueError("recalibrate refits norms that are not frozen: convert to BN with it, then to FrozenBN")
     if refit not in (None, "BN"):
         _fit(model, replaced, recalibrate)
+    model = _swap(model, replaced)
+    if refit == "BN":
+        from fbn_plugin.population import update_population_stats
+
+        try:
+            with _evaluation(model):
+                for new in replaced.values():
+                    new.train()
+                update_population_stats(model, recalibrate)
+        except Exception:
+            _swap(model, {new: old for old, new in replaced.items()})
+            raise
+    report.changed += changed
+    report.left += left
+    return model
+
+
+def _swap(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() leaves out a second name of a child
             if child in replaced:
                 setattr(parent, name, replaced[child])
-    model = replaced.get(model, model)
-    if refit == "BN":
-        from fbn_plugin.population import update_population_stats
+    return replaced.get(model, model)
 
-        update_population_stats(model, recalibrate)
-    report.changed += changed
-    report.left += left
-    return model
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and after it each module's own mode again."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
 
 
 class _Fit:
@@ -300,19 +325,16 @@ def _bare(norm: nn.Module) -> nn.Module:
 def _fit(model: nn.Module, replaced: dict[nn.Module, nn.Module], batches: Iterable) -> None:
     fits = {old: _Fit(old, new) for old, new in replaced.items() if new.weight is not None and new.bias is not None}
     hooks = [old.register_forward_pre_hook(fit) for old, fit in fits.items()]
-    training = {module: module.training for module in model.modules()}
     number = 0
     try:
-        model.eval()
-        for batch in batches:
-            number += 1
-            first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
-            model(first if isinstance(first, Tensor) else batch)
+        with _evaluation(model):
+            for batch in batches:
+                number += 1
+                first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+                model(first if isinstance(first, (Tensor, tuple, list)) else batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, flag in training.items():
-            module.training = flag
     if not number:
         raise ValueError("recalibrate has no batch of data")
     for old, fit in fits.items():

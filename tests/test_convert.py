@@ -399,6 +399,11 @@ def test_refitting_needs_data_and_norms_that_are_not_frozen():
 def test_batch_norms_get_population_statistics():
     pytest.importorskip("fbn_plugin.population")
     norm, x = nn.GroupNorm(2, 4), torch.randn(16, 4, 8, 8) * 3 + 1
-    new = convert_norm(norm, "BN", sources="GN", recalibrate=[x])
+    model = nn.Sequential(norm, nn.BatchNorm2d(4)).eval()
+    with pytest.raises(ValueError, match="empty"):
+        convert_norm(model, "BN", sources="GN", recalibrate=[])
+    assert model[0] is norm
+    new = convert_norm(model, "BN", sources="GN", recalibrate=[x])[0]
+    assert not new.training and model[1].running_mean.eq(0).all(), "what was not converted keeps its statistics"
     torch.testing.assert_close(new.running_mean, x.mean((0, 2, 3)), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(new.running_var, x.var((0, 2, 3)), atol=0.05, rtol=0.01)
