@@ -167,7 +167,7 @@ def _graphs(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
     waiting, done = [model], set()
     while waiting:
         root = waiting.pop(0)
-        if root in done or family(root) is not None:
+        if root in done or family(root) is not None or type(root).forward in _LAYERS:
             continue
         tracer, before = _Tracer(opaque), _memory(root)
         try:

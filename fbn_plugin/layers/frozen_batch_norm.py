@@ -32,10 +32,10 @@ class FrozenBatchNormMixin:
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() not in self._dims:
             raise ValueError(f"expected {' or '.join(map(str, self._dims))}D input (got {input.dim()}D input)")
-        if not input.requires_grad:
+        if not (self.training and input.requires_grad):
             statistics = self.running_mean, self.running_var
             return F.batch_norm(input, *statistics, self.weight, self.bias, training=False, eps=self.eps)
-        # The backward pass of F.batch_norm would keep the input; that of a product with constants keeps C numbers.
+        # The backward pass of F.batch_norm keeps the input; that of a product with constants keeps C numbers.
         shape = (1, -1) + (1,) * (input.dim() - 2)
         scale, shift = (value.reshape(shape).to(input.dtype) for value in self.eval_affine())
         return input * scale + shift
