@@ -1,13 +1,10 @@
 """Swap the norms of a built model, keeping weights and statistics: for models that take no norm argument, and for
 trained ones."""
 
-import contextlib
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -15,6 +12,7 @@ from fbn_plugin import layers
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin, FilterMixin
 from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
 from fbn_plugin.norm_report import NormChange, NormLeft, NormReport
+from fbn_plugin.refit import evaluation_mode, refit_norms
 from fbn_plugin.registry import NormFactory, norm_factory, norm_options
 
 Converter = Callable[[nn.Module, NormFactory], nn.Module]
@@ -254,13 +252,13 @@ def convert_norm(
     if refit == "FrozenBN":
         raise ValueError("recalibrate refits norms that are not frozen: convert to BN with it, then to FrozenBN")
     if refit not in (None, "BN"):
-        _fit(model, replaced, recalibrate)
+        refit_norms(model, replaced, recalibrate)
     model = _swap(model, replaced)
     if refit == "BN":
         from fbn_plugin.population import update_population_stats
 
         try:
-            with _evaluation(model):
+            with evaluation_mode(model):
                 for new in replaced.values():
                     new.train()
                 update_population_stats(model, recalibrate)
@@ -278,64 +276,3 @@ def _swap(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
             if child in replaced:
                 setattr(parent, name, replaced[child])
     return replaced.get(model, model)
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and after it each module's own mode again."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-
-
-class _Fit:
-    """Sums over the data for the straight line from one norm's outputs to another's, channel by channel."""
-
-    def __init__(self, old: nn.Module, new: nn.Module) -> None:
-        self.old, self.new, self.count, self.sums = _bare(old), _bare(new), 0, 0.0
-        self.new.weight = self.new.bias = None
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        goal, base = (norm.forward(args[0]).movedim(1, 0).flatten(1).double() for norm in (self.old, self.new))
-        self.count += base.shape[1]
-        self.sums = self.sums + torch.stack([base.sum(1), goal.sum(1), base.square().sum(1), (base * goal).sum(1)])
-
-    def apply(self, norm: nn.Module) -> None:
-        if self.count:
-            base, goal, squares, products = self.sums / self.count
-            variance = squares - base * base
-            slope = torch.where(variance > 0, (products - base * goal) / variance, 0.0)
-            norm.weight.copy_(slope)
-            norm.bias.copy_(goal - slope * base)
-
-
-def _bare(norm: nn.Module) -> nn.Module:
-    """A copy without what follows the normalization in the same module."""
-    norm = copy.deepcopy(norm).eval()
-    for name in norm._modules:
-        norm._modules[name] = nn.Identity()
-    return norm
-
-
-@torch.no_grad()
-def _fit(model: nn.Module, replaced: dict[nn.Module, nn.Module], batches: Iterable) -> None:
-    fits = {old: _Fit(old, new) for old, new in replaced.items() if new.weight is not None and new.bias is not None}
-    hooks = [old.register_forward_pre_hook(fit) for old, fit in fits.items()]
-    number = 0
-    try:
-        with _evaluation(model):
-            for batch in batches:
-                number += 1
-                first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
-                model(first if isinstance(first, (Tensor, tuple, list)) else batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not number:
-        raise ValueError("recalibrate has no batch of data")
-    for old, fit in fits.items():
-        fit.apply(replaced[old])
