@@ -3,9 +3,11 @@
 ``import fbn_plugin`` imports torch and nothing heavier; a framework is imported by :func:`register`.
 """
 
+import functools
+
 from torch import nn
 
-from fbn_plugin import convert, frameworks, fuse, ops
+from fbn_plugin import convert, fold, frameworks, fuse, ops
 from fbn_plugin import input_norm as _input_norm
 from fbn_plugin import param_groups as _param_groups
 from fbn_plugin.balanced import BalancedBatchSampler, batch_moments, evaluate_balanced, self_label
@@ -22,6 +24,9 @@ from fbn_plugin.layers import (
     FilteredInstanceNorm2d,
     FilteredLayerNorm2d,
     FilterResponseNorm2d,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
     GatedBatchNorm2d,
     InputNorm2d,
     InstanceEnhancementBatchNorm2d,
@@ -34,6 +39,7 @@ from fbn_plugin.layers import (
     ScaledBatchNormA1,
     ScaledBatchNormA2,
 )
+from fbn_plugin.norm_report import NormReport
 from fbn_plugin.population import update_population_stats
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
 from fbn_plugin.revised_init import revised_init
@@ -53,11 +59,15 @@ __all__ = [
     "FilteredGroupNorm",
     "FilteredInstanceNorm2d",
     "FilteredLayerNorm2d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "GatedBatchNorm2d",
     "InputNorm2d",
     "InstanceEnhancementBatchNorm2d",
     "LayerNorm2d",
     "LearnedStatsNorm2d",
+    "NormReport",
     "RepresentativeBatchNorm2d",
     "ScaledBatchNorm1d",
     "ScaledBatchNorm2d",
@@ -68,6 +78,7 @@ __all__ = [
     "batch_moments",
     "convert_norm",
     "evaluate_balanced",
+    "fold_norms",
     "fuse_norm_act",
     "get_norm",
     "norm_factory",
@@ -83,12 +94,16 @@ __all__ = [
 ]
 
 
-def convert_norm(model: nn.Module, spec: str) -> nn.Module:
+@functools.wraps(convert.convert_norm)
+def convert_norm(model: nn.Module, *args, **kwargs) -> nn.Module:
     frameworks.load_converters()
-    return convert.convert_norm(model, spec)
+    return convert.convert_norm(model, *args, **kwargs)
 
 
-convert_norm.__doc__ = convert.convert_norm.__doc__
+@functools.wraps(fold.fold_norms)
+def fold_norms(model: nn.Module, *args, **kwargs) -> nn.Module:
+    frameworks.load_converters()
+    return fold.fold_norms(model, *args, **kwargs)
 
 
 def fuse_norm_act(model: nn.Module) -> nn.Module:

@@ -2,68 +2,117 @@
 trained ones."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fbn_plugin.layers import InputNorm2d, InstanceEnhancementBatchNorm2d, RepresentativeBatchNorm2d
+from fbn_plugin import layers
 from fbn_plugin.layers.batch_norm import BatchNormMixin, FoldedBatchNormMixin
-from fbn_plugin.layers.conv_norm import ConvNorm2d
-from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
+from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin, FilterMixin
+from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
+from fbn_plugin.norm_report import NormChange, NormLeft, NormReport
+from fbn_plugin.refit import evaluation_mode, refit_norms
 from fbn_plugin.registry import NormFactory, norm_factory, norm_options
 
 Converter = Callable[[nn.Module, NormFactory], nn.Module]
 
+FAMILIES = ("BN", "FrozenBN", "GN", "LN", "IN")
+
 _CONVERTERS: dict[type[nn.Module], Converter] = {}
-_PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, FilteredBatchNormMixin.forward, ConvNorm2d.forward)
+_PLAIN_FORWARDS = (
+    _BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+    FilteredBatchNormMixin.forward,
+    FrozenBatchNormMixin.forward,
+    layers.ConvNorm2d.forward,
+    nn.GroupNorm.forward,
+    layers.FilteredGroupNorm.forward,
+    layers.LayerNorm2d.forward,
+    layers.FilteredLayerNorm2d.forward,
+    _InstanceNorm.forward,
+    layers.FilteredInstanceNorm2d.forward,
+)
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def register_converter(module_type: type[nn.Module], converter: Converter) -> None:
-    """Teach :func:`convert_norm` a batch normalization class whose forward does more than normalize.
+    """Teach :func:`convert_norm` a norm class whose forward does more than normalize.
 
     Args:
         module_type: the class, for instances of it and of subclasses without a converter of their own.
         converter: called with the old module and the factory of the new norm; returns the new module.
+            :func:`build_like` itself says that the class does no more than normalize.
     """
     _CONVERTERS[module_type] = converter
+
+
+def family(module: nn.Module) -> str | None:
+    """Which of ``FAMILIES`` a module belongs to, by what its moments are of; None if it is no norm that is known.
+
+    ``"BN"`` is every subclass of PyTorch's batch norms; ``"FrozenBN"`` a module that has all of batch normalization's
+    state as buffers, whoever made it.
+    """
+    if isinstance(module, _BatchNorm):
+        return "BN"
+    if all(name in module._buffers for name in _STATE[:4]):
+        return "FrozenBN"
+    if isinstance(module, (_InstanceNorm, layers.FilteredInstanceNorm2d)):
+        return "IN"
+    if isinstance(module, nn.GroupNorm):
+        return "GN"
+    return "LN" if isinstance(module, nn.LayerNorm) else None
 
 
 def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
     """Hand the parameters, running statistics and training flag of ``old`` over to ``new``, as far as both have them;
     return ``new``.
 
-    The tensors themselves move, so an optimizer that holds the old parameters keeps training the new norm.
+    The tensors themselves move, so an optimizer that holds the old parameters keeps training the new norm. Only where a
+    parameter becomes a constant or a constant a parameter, ``new`` gets a copy.
     """
     for name in _STATE:
-        tensor = getattr(old, name, None)
-        if tensor is not None and getattr(new, name, None) is not None:
+        tensor, place = getattr(old, name, None), getattr(new, name, None)
+        if tensor is not None and place is not None:
+            if isinstance(tensor, nn.Parameter) != isinstance(place, nn.Parameter):
+                tensor = tensor.detach().clone()
+                tensor = nn.Parameter(tensor) if isinstance(place, nn.Parameter) else tensor
             setattr(new, name, tensor)
     return new.train(old.training)
 
 
 def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
-    """Build the factory's norm for the channels of the batch normalization ``old``, with its options and state.
+    """Build the factory's norm for the channels of the norm ``old``, with its options and state.
 
-    ``eps``, ``momentum``, ``affine`` and ``track_running_stats`` are those of ``old`` where the new norm has them and
-    the spec does not set them, and so is a small ``gamma_init``; an instance normalization tracks no statistics unless
-    the spec says so. Where ``old`` has no weight or bias, neither has the new norm, unless the spec sets ``affine``.
+    ``eps``, ``momentum``, ``affine``, ``track_running_stats`` and ``num_groups`` are those of ``old`` where both norms
+    have them and the spec does not set them, and so is a small ``gamma_init``; an instance normalization tracks no
+    statistics unless the spec says so.
+    Where ``old`` has no weight or bias, neither has the new norm, unless the spec sets ``affine``.
+
+    Raises:
+        ValueError: the norm does not fit the channels, or would freeze statistics that ``old`` does not have.
     """
-    reference = next((t for t in (old.weight, old.running_mean) if t is not None), None)
+    state = [getattr(old, name, None) for name in _STATE]
+    reference = next((tensor for tensor in (state[0], state[2]) if tensor is not None), None)
     placement = {} if reference is None else {"device": reference.device, "dtype": reference.dtype}
     defaults = norm_options(factory.spec.name)
     inherited = {"eps", "momentum", "affine"} & defaults.keys()
-    if defaults.get("track_running_stats"):
+    if defaults.get("track_running_stats") and isinstance(old, _BatchNorm):
         inherited.add("track_running_stats")
     if "gamma_init" in defaults and getattr(old, "gamma_init", 1.0) != 1.0:
         inherited.add("gamma_init")
-    kept = {name: getattr(old, name) for name in inherited - factory.spec.options.keys()}
-    new = copy_norm_state(old, factory(old.num_features, **kept, **placement))
+    if "num_groups" in defaults and family(old) == "GN":
+        inherited.add("num_groups")
+    kept = {name: getattr(old, name) for name in inherited - factory.spec.options.keys() if hasattr(old, name)}
+    new = factory(_num_channels(old), **kept, **placement)
+    if family(new) == "FrozenBN" and (state[2] is None or state[3] is None):
+        raise ValueError(f"{type(old).__name__} has no running statistics to freeze")
+    copy_norm_state(old, new)
     if "affine" not in factory.spec.options:
         for name in ("weight", "bias"):
-            if getattr(old, name) is None and getattr(new, name) is not None:
+            if getattr(old, name) is None and isinstance(getattr(new, name), nn.Parameter):
                 setattr(new, name, None)
     return new
 
@@ -77,11 +126,11 @@ def make_plain(module: nn.Module) -> None:
     Raises:
         ValueError: there is no such batch normalization, as the scale depends on the image.
     """
-    if isinstance(module, RepresentativeBatchNorm2d | InstanceEnhancementBatchNorm2d):
+    if isinstance(module, layers.RepresentativeBatchNorm2d | layers.InstanceEnhancementBatchNorm2d):
         raise ValueError(f"{type(module).__name__} is no batch norm in evaluation: its scale depends on the image")
     if isinstance(module, FoldedBatchNormMixin):
         weight, bias = module.affine_terms()
-    elif isinstance(module, InputNorm2d):
+    elif isinstance(module, layers.InputNorm2d):
         weight, bias = module.weight, module.bias
     else:
         return
@@ -95,67 +144,166 @@ def make_plain(module: nn.Module) -> None:
     module.__class__ = next(bases)
 
 
+def _build_from_affine(old: nn.Module, factory: NormFactory) -> nn.Module:
+    """The same for a batch norm with weights of another meaning: those of the plain batch norm that evaluates as it."""
+    plain = nn.BatchNorm2d(_num_channels(old), old.eps, old.momentum)
+    scale, shift = (value.detach() for value in old.eval_affine())
+    plain.running_mean, plain.running_var = old.running_mean, old.running_var
+    plain.num_batches_tracked = old.num_batches_tracked
+    plain.weight = nn.Parameter(scale * (old.running_var + old.eps).sqrt())
+    plain.bias = nn.Parameter(shift + scale * old.running_mean)
+    return build_like(plain.train(old.training), factory)
+
+
+def _num_channels(module: nn.Module) -> int:
+    for name in ("num_features", "num_channels"):
+        if hasattr(module, name):
+            return getattr(module, name)
+    return module.normalized_shape[0] if isinstance(module, nn.LayerNorm) else len(module.weight)
+
+
 def _dims(module: nn.Module) -> int:
-    if isinstance(module, nn.BatchNorm1d):
+    if isinstance(module, (nn.BatchNorm1d, nn.InstanceNorm1d, layers.FrozenBatchNorm1d)):
         return 1
-    return 3 if isinstance(module, nn.BatchNorm3d) else 2
+    return 3 if isinstance(module, (nn.BatchNorm3d, nn.InstanceNorm3d, layers.FrozenBatchNorm3d)) else 2
 
 
-def _converter(module: nn.Module) -> Converter | None:
+def converter_of(module: nn.Module) -> Converter | None:
     """What turns this module into another norm; None for a module that stays."""
-    if not isinstance(module, _BatchNorm) or isinstance(module, nn.modules.lazy.LazyModuleMixin):
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return None
     for cls in type(module).__mro__:
         if cls in _CONVERTERS:
             return _CONVERTERS[cls]
     if type(module).forward in _PLAIN_FORWARDS:
         return build_like
+    if isinstance(module, _BatchNorm) and hasattr(module, "eval_affine") and module.running_mean is not None:
+        return _build_from_affine
     return None
 
 
-def convert_norm(model: nn.Module, spec: str) -> nn.Module:
-    """Replace every batch normalization in ``model`` (filtered and synchronized ones too) by the norm that ``spec``
-    names.
+def _note(old: nn.Module, new: nn.Module) -> str:
+    """What the new norm has no place for, and what it did not get."""
 
-    Weights, biases, running statistics, ``eps``, ``momentum``, the training flag, device, dtype and ``requires_grad``
-    are kept as far as the new norm has them; parameters stay the same objects. A module that is used twice stays
-    shared.
+    def has(module, name):
+        return getattr(module, name, None) is not None
+
+    lost = [name for name in (*_STATE[:4], "momentum") if has(old, name) and not has(new, name)]
+    if isinstance(old, FilterMixin) and not isinstance(new, FilterMixin):
+        lost.append("the filter")
+    if old._forward_hooks or old._forward_pre_hooks or old._backward_hooks:
+        lost.append("hooks")
+    notes = [f"not carried over: {', '.join(lost)}"] if lost else []
+    if has(new, "running_mean") and not has(old, "running_mean"):
+        notes.append("running statistics are fresh")
+    return "; ".join(notes)
+
+
+def convert_norm(
+    model: nn.Module,
+    spec: str,
+    *,
+    sources: str | Iterable[str] = "BN",
+    recalibrate: Iterable | None = None,
+    report: NormReport | None = None,
+) -> nn.Module:
+    """Replace the batch normalizations in ``model`` (filtered and synchronized ones too), or the norms of other
+    families, by the norm that ``spec`` names.
+
+    Weights, biases, running statistics, ``eps``, ``momentum``, ``num_groups``, the training flag, device, dtype and
+    ``requires_grad`` are kept as far as the new norm has them; parameters stay the same objects. A module that is used
+    twice stays shared. What that means for a trained model:
+
+    - Between norms of the BN and FrozenBN families the evaluation stays the same. Parameters become constants and
+      constants trainable parameters, as copies.
+    - From BN or FrozenBN to GN, LN or IN, scale and shift are copied; running statistics have no place there. The new
+      norm takes other moments, so the model has to be trained on, or refitted with ``recalibrate``.
+    - From GN, LN or IN to BN, scale and shift are copied and the running statistics are fresh (mean 0, variance 1):
+      evaluation means nothing before training or ``recalibrate``. Such norms do not say whether they work on images;
+      group and layer norms are taken to.
 
     Args:
         model: changed in place.
         spec: such as ``"FBN(t_sigma=4)"``, see :func:`fbn_plugin.parse_spec`.
+        sources: families to replace, one or several of ``"BN"``, ``"FrozenBN"``, ``"GN"``, ``"LN"`` and ``"IN"``. By
+            default what is frozen stays frozen.
+        recalibrate: batches of data, each the model's input or a tuple that begins with it, to refit the new norms on.
+            For norms of the BN family :func:`fbn_plugin.update_population_stats` measures their running statistics. For
+            GN, LN and IN each scale and shift is fitted by least squares, in one pass through the old model in
+            evaluation mode: such that on the inputs of the old norm the new norm's outputs come nearest to the old
+            one's, channel by channel. What the new norm takes out of every single sample does not come back: group and
+            layer norms come near to the old network, but instance norm takes the mean of each channel, which is what a
+            classifier that averages over positions sees.
+        report: is filled with what was changed and what was left; print it.
 
     Returns:
-        ``model``, or the new norm if ``model`` is itself a batch normalization.
+        ``model``, or the new norm if ``model`` is itself such a norm.
 
     Raises:
-        ValueError: a bad spec, or a norm that does not fit a layer's channels; the model is then as it was.
+        ValueError: a bad spec, an unknown family, a norm that does not fit a layer's channels or has no statistics to
+            freeze, or ``recalibrate`` with FrozenBN or without a batch; the model is then as it was.
 
     Warns:
-        UserWarning: subclasses of batch normalization with a forward of their own that no converter is registered for
-        are left as they are; or there is no batch normalization at all.
+        UserWarning: norms of these families with a forward of their own that no converter is registered for are left as
+            they are; or there is no such norm at all.
 
     Forward hooks of the old norms are not carried over.
     """
+    sources = (sources,) if isinstance(sources, str) else tuple(sources)
+    for source in sources:
+        if source not in FAMILIES:
+            raise ValueError(f"unknown family of norms {source!r}: accepted are {', '.join(FAMILIES)}")
     factories = {dims: norm_factory(spec, dims) for dims in (1, 2, 3)}
+    report = NormReport() if report is None else report
+    changed, left = [], []
     replaced: dict[nn.Module, nn.Module] = {}
-    left: dict[str, str] = {}
+    unknown: dict[str, str] = {}
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in left):  # the norms inside of a norm that is left
+        if any(name.startswith(f"{outer}.") for outer in unknown):  # the norms inside of a norm that is left
             continue
-        converter = _converter(module)
+        kind = family(module)
+        converter = converter_of(module) if kind in sources else None
         if converter is not None:
             try:
-                replaced[module] = converter(module, factories[_dims(module)])
+                new = replaced[module] = converter(module, factories[_dims(module)])
             except ValueError as error:
                 raise ValueError(f"cannot convert {name or 'the module'!r} to {spec}: {error}") from error
-        elif isinstance(module, _BatchNorm):
-            left[name] = type(module).__name__
-    if not replaced and not left:
-        warnings.warn(f"nothing was converted to {spec}: the model has no batch normalization", stacklevel=2)
-    if left:
-        name, kind = next(iter(left.items()))
-        warnings.warn(f"{len(left)} norms are left as they are: no converter for {kind} (at {name!r})", stacklevel=2)
+            changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new)))
+        elif kind in sources:
+            unknown[name] = type(module).__name__
+            left.append(NormLeft(name, type(module).__name__, "no converter for a forward of its own"))
+        elif kind is not None:
+            left.append(NormLeft(name, type(module).__name__, f"{kind} is not among the sources"))
+    if not replaced and not unknown:
+        what = "batch normalization" if sources == ("BN",) else f"norm of {', '.join(sources)}"
+        warnings.warn(f"nothing was converted to {spec}: the model has no {what}", stacklevel=2)
+    if unknown:
+        name, kind = next(iter(unknown.items()))
+        warnings.warn(f"{len(unknown)} norms are left as they are: no converter for {kind} (at {name!r})", stacklevel=2)
+
+    refit = next((family(new) for new in replaced.values()), None) if recalibrate is not None else None
+    if refit == "FrozenBN":
+        raise ValueError("recalibrate refits norms that are not frozen: convert to BN with it, then to FrozenBN")
+    if refit not in (None, "BN"):
+        refit_norms(model, replaced, recalibrate)
+    model = _swap(model, replaced)
+    if refit == "BN":
+        from fbn_plugin.population import update_population_stats
+
+        try:
+            with evaluation_mode(model):
+                for new in replaced.values():
+                    new.train()
+                update_population_stats(model, recalibrate)
+        except Exception:
+            _swap(model, {new: old for old, new in replaced.items()})
+            raise
+    report.changed += changed
+    report.left += left
+    return model
+
+
+def _swap(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() leaves out a second name of a child
             if child in replaced:

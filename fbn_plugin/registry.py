@@ -73,6 +73,7 @@ def _register(name: str, *classes: type[nn.Module] | None, **defaults) -> None:
 
 _register("BN", nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _register("SyncBN", nn.SyncBatchNorm)
+_register("FrozenBN", layers.FrozenBatchNorm1d, layers.FrozenBatchNorm2d, layers.FrozenBatchNorm3d)
 _register("GN", nn.GroupNorm, num_groups=32)
 _register("LN", layers.LayerNorm2d)
 _register("IN", nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, affine=True)

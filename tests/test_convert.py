@@ -3,8 +3,11 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from torch import nn
 
 import fbn_plugin
@@ -178,3 +181,242 @@ def test_conv_norm_in_and_out():
     assert type(model[1]) is fbn_plugin.FilteredBatchNorm2d and model[1].weight is weight
     with pytest.raises(ValueError, match="cannot convert '7' to ConvNorm: ConvNorm has no form for 1 spatial dim"):
         convert_norm(network(), "ConvNorm")
+
+
+# --- frozen norms --------------------------------------------------------------------------------------------------
+
+
+def test_freezing_keeps_the_evaluation_and_nothing_moves():
+    model = network()
+    before, weight = copy.deepcopy(model).eval(), model[1].weight
+    convert_norm(model, "FrozenBN")
+    assert type(model[1]) is fbn_plugin.FrozenBatchNorm2d and type(model[7]) is fbn_plugin.FrozenBatchNorm1d
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(model.train()(x), before(x))
+    kept = model[1].weight.clone()
+    with torch.no_grad():
+        weight.zero_()  # an optimizer may still hold it
+    assert torch.equal(model[1].weight, kept)
+
+
+@pytest.mark.parametrize("spec", ["BN", "FBN(t_sigma=3)", "GN(num_groups=4)"])
+@pytest.mark.parametrize("theirs", [False, True], ids=["ours", "torchvision"])
+def test_thawing_keeps_the_statistics_and_gives_the_filter(spec, theirs):
+    model = network()
+    before = copy.deepcopy(model).eval()
+    convert_norm(model, "FrozenBN")
+    if theirs:
+        frozen = torchvision.ops.FrozenBatchNorm2d(8, eps=1e-3)
+        frozen.load_state_dict(model[1].state_dict())
+        model[1] = frozen
+    with pytest.warns(UserWarning, match="the model has no batch normalization"):
+        assert type(convert_norm(model, spec)[1]).__name__ == "FrozenBatchNorm2d", "frozen norms stay by default"
+    convert_norm(model, spec, sources="FrozenBN")
+    assert type(model[1]) is type(fbn_plugin.get_norm(spec, 8))
+    assert isinstance(model[1].weight, nn.Parameter) and model[1].weight.requires_grad and model[1].eps == 1e-3
+    if spec[:2] != "GN":
+        x = torch.randn(2, 3, 9, 9)
+        torch.testing.assert_close(model.eval()(x), before(x))
+        assert (model[1].running_var != 1).all() and type(model[7]) is type(fbn_plugin.get_norm(spec, 8, dims=1))
+    model.train()(torch.randn(2, 3, 9, 9)).sum().backward()
+
+
+def test_timms_frozen_norms_keep_their_activation():
+    norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+    norm.running_mean.normal_()
+    x = torch.randn(2, 8, 3, 3)
+    expected = norm.eval()(x)
+    frozen = convert_norm(norm, "FrozenBN")
+    assert type(frozen) is timm.layers.norm_act.FrozenBatchNormAct2d
+    torch.testing.assert_close(frozen(x), expected)
+    thawed = convert_norm(frozen, "FBN", sources="FrozenBN")
+    assert isinstance(thawed, fbn_plugin.FilteredBatchNorm2d)
+    torch.testing.assert_close(thawed.eval()(x), expected)
+
+
+def test_what_has_no_statistics_cannot_be_frozen():
+    for norm, sources in ((nn.BatchNorm2d(4, track_running_stats=False), "BN"), (nn.GroupNorm(2, 4), "GN")):
+        with pytest.raises(ValueError, match="has no running statistics to freeze"):
+            convert_norm(norm, "FrozenBN", sources=sources)
+
+
+def test_a_norm_without_scale_and_shift_is_frozen_with_one_and_zero():
+    norm = nn.BatchNorm2d(4, affine=False)
+    frozen = convert_norm(norm, "FrozenBN")
+    assert frozen.weight.eq(1).all() and frozen.bias.eq(0).all()
+
+
+# --- other families ------------------------------------------------------------------------------------------------
+
+OLD = {
+    "GN": lambda: nn.GroupNorm(2, 8, eps=1e-3),
+    "FGN": lambda: fbn_plugin.FilteredGroupNorm(2, 8, eps=1e-3),
+    "LN": lambda: fbn_plugin.LayerNorm2d(8, eps=1e-3),
+    "FLN": lambda: fbn_plugin.FilteredLayerNorm2d(8, eps=1e-3),
+    "IN": lambda: nn.InstanceNorm2d(8, eps=1e-3, affine=True),
+    "FIN": lambda: fbn_plugin.FilteredInstanceNorm2d(8, eps=1e-3),
+    "timm GN": lambda: timm.layers.GroupNormAct(8, 2, eps=1e-3, act_layer=nn.SiLU),
+}
+
+
+@pytest.mark.parametrize("spec", ["BN", "FBN", "GN(num_groups=4)", "FGN(num_groups=4)", "LN", "FLN", "IN", "FIN"])
+@pytest.mark.parametrize("old", OLD)
+def test_every_family_converts_to_every_norm(old, spec):
+    norm = OLD[old]()
+    nn.init.normal_(norm.weight)
+    new = convert_norm(norm, spec, sources=("GN", "LN", "IN"))
+    assert new.weight is norm.weight and new.bias is norm.bias and new.eps == 1e-3
+    if "timm" in old:
+        assert type(new.act) is nn.SiLU
+    elif "F" in spec or "(" in spec or spec == "BN":
+        assert type(new) is type(fbn_plugin.get_norm(spec, 8))
+    if "BN" in spec:
+        assert new.running_mean.eq(0).all() and new.running_var.eq(1).all()
+    new(torch.randn(2, 8, 3, 3)).sum().backward()
+
+
+def test_groups_are_kept_and_the_same_norm_comes_back():
+    norm = nn.GroupNorm(2, 8)
+    filtered = convert_norm(norm, "FGN(t_sigma=inf)", sources="GN")
+    x = torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(filtered(x), norm(x))
+    assert repr(convert_norm(filtered, "GN", sources="GN")) == repr(norm)
+
+
+def test_a_layer_norm_of_the_last_dimension_is_left():
+    model = nn.Sequential(nn.LayerNorm(8), fbn_plugin.LayerNorm2d(8))
+    with pytest.warns(UserWarning, match="no converter for LayerNorm"):
+        convert_norm(model, "BN", sources="LN")
+    assert [type(m) for m in model] == [nn.LayerNorm, nn.BatchNorm2d]
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match="unknown family of norms 'FBN': accepted are BN, FrozenBN, GN, LN, IN"):
+        convert_norm(network(), "FBN", sources=["BN", "FBN"])
+
+
+class Doubled(nn.BatchNorm2d):
+    """Its scale is twice its weight, in a forward of its own."""
+
+    def forward(self, input):
+        return super().forward(input) * 2
+
+    def eval_affine(self):
+        scale = 2 * self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, 2 * self.bias - self.running_mean * scale
+
+
+def test_weights_of_another_meaning_become_those_of_the_same_evaluation():
+    norm = Doubled(4)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 4, 3, 3)
+    expected = norm.eval()(x)
+    new = convert_norm(norm, "FBN(t_sigma=3)")
+    assert type(new) is fbn_plugin.FilteredBatchNorm2d and not new.training
+    torch.testing.assert_close(new(x), expected)
+    assert new.running_mean is norm.running_mean
+
+
+# --- report --------------------------------------------------------------------------------------------------------
+
+
+def test_report_says_what_was_changed_and_what_was_left_and_why():
+    model = network()
+    model.add_module("group", nn.GroupNorm(2, 8))
+    model.add_module("loud", Loud(8))
+    report = fbn_plugin.NormReport()
+    with pytest.warns(UserWarning, match="no converter for Loud"):
+        assert convert_norm(model, "GN(num_groups=4)", report=report) is model
+    assert [c.name for c in report.changed] == ["1", "3.1", "7"]
+    assert str(report) == (
+        "3 norms changed, 2 left\n"
+        "  1 x BatchNorm2d -> GroupNorm (not carried over: running_mean, running_var, momentum): 1\n"
+        "  1 x SyncBatchNorm -> GroupNorm (not carried over: running_mean, running_var, momentum): 3.1\n"
+        "  1 x BatchNorm1d -> GroupNorm (not carried over: running_mean, running_var): 7\n"
+        "  1 x GroupNorm left: GN is not among the sources: group\n"
+        "  1 x Loud left: no converter for a forward of its own: loud"
+    )
+
+
+def test_report_names_fresh_statistics_lost_filters_and_hooks():
+    report = fbn_plugin.NormReport()
+    norm = fbn_plugin.FilteredGroupNorm(2, 8)
+    norm.register_forward_hook(lambda *_: None)
+    convert_norm(norm, "BN", sources="GN", report=report)
+    assert report.changed[0].note == "not carried over: the filter, hooks; running statistics are fresh"
+    assert "the model" in str(report)
+
+
+# --- recalibration -------------------------------------------------------------------------------------------------
+
+
+def test_refitting_is_least_squares_of_the_old_outputs():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.normal_(norm.weight)  # negative ones, too
+    batches = [torch.randn(n, 4, 3, 5) * 2 + torch.randn(n, 1, 1, 1) for n in (3, 5)]
+    x = torch.cat(batches)
+    goal = norm.eval()(x).detach()
+    base = torch.nn.functional.group_norm(x, 2)
+    new = convert_norm(norm, "GN(num_groups=2)", recalibrate=[(batch, None) for batch in batches])
+    for c in range(4):
+        design = np.stack([base[:, c].numpy().ravel(), np.ones(base[:, c].numel())], 1).astype(np.float64)
+        slope, shift = np.linalg.lstsq(design, goal[:, c].numpy().ravel(), rcond=None)[0]
+        assert new.weight[c].item() == pytest.approx(slope, abs=1e-5)
+        assert new.bias[c].item() == pytest.approx(shift, abs=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["GN(num_groups=2)", "FGN(num_groups=2)", "LN"])
+def test_a_refitted_network_is_nearer_to_the_old_one_and_otherwise_untouched(spec):
+    model = network()
+    model[1].eval()
+    model[1].register_forward_hook(lambda module, args, output: output * 1.0)
+    old, copied = copy.deepcopy(model), convert_norm(copy.deepcopy(model), spec)
+    data = [torch.randn(8, 3, 9, 9) for _ in range(3)]
+    parameters = list(model.parameters())
+    convert_norm(model, spec, recalibrate=data)
+    assert all(a is b for a, b in zip(model.parameters(), parameters))
+    assert not model[1].training and model[3].training and not model[1]._forward_pre_hooks
+    x, first = torch.randn(8, 3, 9, 9), slice(0, 5)  # up to the second norm
+    goal = old.eval()[first](x)
+    errors = [(m.eval()[first](x) - goal).square().mean() for m in (model, copied)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_refitting_leaves_activations_out():
+    norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+    data = [torch.randn(64, 8, 9, 9) * 3 + 2]
+    norm.running_mean.fill_(2)
+    norm.running_var.fill_(9)
+    new = convert_norm(norm, "GN(num_groups=1)", recalibrate=data)
+    assert type(new.act) is nn.SiLU
+    torch.testing.assert_close(new.weight, torch.ones(8), atol=0.02, rtol=0)
+    torch.testing.assert_close(new.bias, torch.zeros(8), atol=0.02, rtol=0)
+
+
+def test_refitting_needs_data_and_norms_that_are_not_frozen():
+    model = network()
+    before = str(model)
+    with pytest.raises(ValueError, match="recalibrate has no batch"):
+        convert_norm(model, "LN", recalibrate=[])
+    with pytest.raises(ValueError, match="recalibrate refits norms that are not frozen"):
+        convert_norm(model, "FrozenBN", recalibrate=[torch.randn(2, 3, 9, 9)])
+    assert str(model) == before
+
+
+def test_batch_norms_get_population_statistics():
+    pytest.importorskip("fbn_plugin.population")
+    norm, x = nn.GroupNorm(2, 4), torch.randn(16, 4, 8, 8) * 3 + 1
+    model = nn.Sequential(norm, nn.BatchNorm2d(4)).eval()
+    with pytest.raises(ValueError, match="empty"):
+        convert_norm(model, "BN", sources="GN", recalibrate=[])
+    assert model[0] is norm
+    new = convert_norm(model, "BN", sources="GN", recalibrate=[x])[0]
+    assert not new.training and model[1].running_mean.eq(0).all(), "what was not converted keeps its statistics"
+    torch.testing.assert_close(new.running_mean, x.mean((0, 2, 3)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(new.running_var, x.var((0, 2, 3)), atol=0.05, rtol=0.01)

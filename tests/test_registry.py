@@ -17,6 +17,7 @@ from fbn_plugin.registry import norm_options
 EXPECTED = {
     "BN": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "SyncBN": (nn.SyncBatchNorm,) * 3,
+    "FrozenBN": (fbn_plugin.FrozenBatchNorm1d, fbn_plugin.FrozenBatchNorm2d, fbn_plugin.FrozenBatchNorm3d),
     "GN": (nn.GroupNorm,) * 3,
     "LN": (fbn_plugin.LayerNorm2d,) * 3,
     "IN": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -63,7 +64,7 @@ def test_every_name_builds_its_class_and_normalizes(name, dims):
     if name == "LearnedNorm":  # whose statistics are to be learned yet, and which has no scale and shift in the paper
         assert norm(torch.randn(2, 32, *[3] * dims)).isfinite().all() and norm.weight is None
         return
-    if name != "SyncBN":  # which refuses to train on a CPU
+    if name not in ("SyncBN", "FrozenBN"):  # one refuses to train on a CPU, the other does not look at its input
         y = norm(torch.randn(2, 32, *[3] * dims) * 3 + 1)
         centered = name not in ("FRN", "FFRN")
         size = y.std() if centered else y.square().mean().sqrt()

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.convert import build_like, make_plain, register_converter
+from fbn_plugin.fold import register_layer
 from fbn_plugin.fuse import fused, register_fuser
 from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, normalize_images, prepend_input_norm, register_prepender
@@ -45,6 +46,8 @@ _logger = logging.getLogger(__name__)
 register_converter(NaiveSyncBatchNorm, build_like)
 register_norm_type(batch_norm.LayerNorm)
 register_norm_type(CycleBatchNormList, batch_norm=True)
+register_converter(FrozenBatchNorm2d, build_like)
+register_layer(Conv2d, "norm", "activation")
 
 
 def check_norm(norm: str | Callable | None) -> NormFactory | str | Callable | None:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 
 from timm.layers import (
     BatchNormAct2d,
+    Conv2dSame,
+    FrozenBatchNormAct2d,
     GroupNormAct,
     LayerNormAct2d,
     SyncBatchNormAct,
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 
 from fbn_plugin import layers
 from fbn_plugin.convert import build_like, convert_norm, make_plain, register_converter
+from fbn_plugin.fold import register_layer, register_norm_act
 from fbn_plugin.fuse import fuse_children, fused, register_fuser
 from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, prepend_to_call, register_prepender
@@ -167,6 +170,7 @@ def _sync_batch_norm_act(num_features: int, **kwargs) -> SyncBatchNormAct:
 _FORMS: dict[str, Callable[..., nn.Module]] = {
     "BN": BatchNormAct2d,
     "SyncBN": _sync_batch_norm_act,
+    "FrozenBN": FrozenBatchNormAct2d,
     "GN": GroupNormAct,
     "LN": functools.partial(LayerNormAct2d, eps=1e-6),
     "IN": functools.partial(InstanceNormAct2d, affine=True),
@@ -371,8 +375,18 @@ def _convert(old: nn.Module, factory: NormFactory) -> nn.Module:
     return new
 
 
-for _norm_act_class in (BatchNormAct2d, SyncBatchNormAct):
+for _norm_act_class in (_NormAct, BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct2d):
     register_converter(_norm_act_class, _convert)
+
+
+def _drop_and_act(norm: nn.Module) -> nn.Module:
+    drop, act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
+    return act if type(drop) is nn.Identity else nn.Sequential(drop, act)
+
+
+for _norm_act_class in (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d):
+    register_norm_act(_norm_act_class, _drop_and_act)
+register_layer(Conv2dSame)
 
 # FX feature extraction traces into modules from outside torch.nn, unless they are registered as leaves.
 for _leaf in (

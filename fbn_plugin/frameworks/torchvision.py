@@ -26,13 +26,11 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from fbn_plugin.convert import make_plain
+from fbn_plugin import layers
+from fbn_plugin.convert import build_like, make_plain, register_converter
 from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
 from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, normalize_images, register_prepender
-from fbn_plugin.layers import ConvNorm2d, FilterResponseNorm2d, LearnedStatsNorm2d
-from fbn_plugin.layers.batch_norm import BatchNormMixin
-from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.registry import norm_factory
 
 BACKBONES = (
@@ -48,6 +46,8 @@ BACKBONES = (
     "wide_resnet101_2",
 )
 
+register_converter(FrozenBatchNorm2d, build_like)
+
 _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
@@ -58,7 +58,7 @@ def register() -> None:
 
         @functools.wraps(leaves)
         def with_our_norms() -> list[type]:
-            return [*leaves(), FilterMixin, BatchNormMixin, FilterResponseNorm2d, ConvNorm2d, LearnedStatsNorm2d]
+            return [*leaves(), *(getattr(layers, name) for name in layers.__all__)]
 
         feature_extraction._get_leaf_modules_for_ops = with_our_norms
 

@@ -10,6 +10,7 @@ from fbn_plugin.layers.filtered_group_norm import (
     FilteredLayerNorm2d,
     LayerNorm2d,
 )
+from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from fbn_plugin.layers.gated_batch_norm import (
     GatedBatchNorm2d,
     InstanceEnhancementBatchNorm2d,
@@ -35,6 +36,9 @@ __all__ = [
     "FilteredGroupNorm",
     "FilteredInstanceNorm2d",
     "FilteredLayerNorm2d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "GatedBatchNorm2d",
     "InputNorm2d",
     "InstanceEnhancementBatchNorm2d",

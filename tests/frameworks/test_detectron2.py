@@ -20,6 +20,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, LazyConfig, get_cfg, instantiate
 from detectron2.layers import (
     ASPP,
+    Conv2d,
     CycleBatchNormList,
     DepthwiseSeparableConv2d,
     FrozenBatchNorm2d,
@@ -198,7 +199,7 @@ def test_specs():
     "norm, words",
     [
         ("FBM", ["FBM", "did you mean 'FBN'", "SyncBN", "FGN", "FrozenBN", "naiveSyncBN"]),
-        ("FrozenBN(eps=1e-3)", ["FrozenBN", "without options"]),
+        ("naiveSyncBN(eps=1e-3)", ["naiveSyncBN", "without options"]),
         ("FBN(sigma=4)", ["sigma", "did you mean 't_sigma'"]),
         ("FBN(t_sigma=0.5)", ["0.5"]),
         ("FBN(4)", ["FBN(4)"]),
@@ -876,3 +877,82 @@ def test_a_divisor_below_zero():
     cfg = training_config(**{"SOLVER.SCALE_LR_DIVISOR": -1.0})
     with pytest.raises(ValueError, match="^scale_lr_divisor must be above 0 and finite, got -1.0$"):
         adapter.build_optimizer(cfg, nn.BatchNorm2d(2))
+
+
+# --- freezing, thawing, folding -------------------------------------------------------------------------------------
+
+
+def moved(model):
+    """In evaluation mode, with the parameters and statistics of its norms as after training."""
+    with torch.no_grad():
+        for module in model.modules():
+            if getattr(module, "running_mean", None) is not None:
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 2)
+                if module.weight is not None:
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.normal_(0, 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("spec", ["BN", SPEC])
+def test_detectron2s_frozen_norms_convert_with_their_statistics(spec):
+    norm = moved(FrozenBatchNorm2d(8, eps=1e-3))
+    x = torch.randn(2, 8, 4, 4)
+    expected = norm(x)
+    new = fbn_plugin.convert_norm(norm, spec, sources="FrozenBN")
+    assert type(new) is type(fbn_plugin.get_norm(spec, 8)) and new.eps == 1e-3 and new.weight.requires_grad
+    torch.testing.assert_close(new.eval()(x), expected)
+    frozen = fbn_plugin.convert_norm(new, "FrozenBN")
+    assert type(frozen) is fbn_plugin.FrozenBatchNorm2d
+    torch.testing.assert_close(frozen(x), expected)
+    FrozenBatchNorm2d(8).load_state_dict(frozen.state_dict())
+
+
+@pytest.mark.parametrize("norm", ["BN", SPEC, "FrozenBN", "SyncBN"])
+def test_folded_mask_rcnn_computes_the_same(norm):
+    model = moved(build_model(tiny_config(norm=norm)))
+    images, rois = torch.randn(1, 3, 64, 64), torch.randn(3, 16, 7, 7)
+    parts = {
+        "features": lambda: model.backbone(images),
+        "boxes": lambda: {"": model.roi_heads.box_head(rois)},
+        "masks": lambda: {"": model.roi_heads.mask_head.layers(rois)},
+    }
+    expected = {name: part() for name, part in parts.items()}
+    count, report = len(norms(model)), fbn_plugin.NormReport()
+    assert fbn_plugin.fold_norms(model, report=report) is model
+    assert len(report.changed) == count and not report.left and not norms(model)
+    for name, part in parts.items():
+        for key, value in part().items():
+            error = (value - expected[name][key]).abs().max()
+            assert error < 1e-5 * expected[name][key].abs().max(), (name, key)
+    with torch.no_grad():
+        model(batch())
+
+
+@pytest.mark.parametrize("spec, left", [(SPEC, 12), (f"{SPEC[:-1]}, affine=False)", 12), (nn.BatchNorm2d, 0)])
+def test_folded_retinanet_head_computes_the_same(spec, left):
+    """Statistics of each level cannot go into weights that the levels share; one norm for all levels can."""
+    head = moved(retinanet_head(spec))
+    features = [torch.randn(2, 16, 8, 8) for _ in range(3)]
+    expected, report = head(features), fbn_plugin.NormReport()
+    fbn_plugin.fold_norms(head, report=report)
+    assert (len(report.changed), len(report.left)) == (0 if left else 4, left)
+    for a, b in zip(head(features), expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_fused_residuals_and_lone_convolutions_with_activation():
+    model = nn.Sequential(Conv2d(3, 4, 1, activation=torch.relu), nn.BatchNorm2d(4), Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model, x, report = moved(model), torch.randn(2, 3, 5, 5), fbn_plugin.NormReport()
+    expected = model(x)
+    fbn_plugin.fold_norms(model, report=report)
+    torch.testing.assert_close(model(x), expected)
+    assert [change.name for change in report.changed] == ["3"]
+    assert report.left[0].reason == "the Conv2d before it has a norm or activation of its own"
+
+    block = moved(fbn_plugin.fuse_norm_act(BasicBlock(8, 8, norm=SPEC)))
+    x = torch.randn(2, 8, 5, 5)
+    expected = block(x)
+    fbn_plugin.fold_norms(block)
+    torch.testing.assert_close(block(x), expected)

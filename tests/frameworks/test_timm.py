@@ -31,7 +31,7 @@ from fbn_plugin.frameworks import timm as adapter
 from fbn_plugin.frameworks.timm import FilteredBatchNormAct2d
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 
-NAMES = ["BN", "SyncBN", "GN", "LN", "IN", "FBN", "FGN", "FLN", "FIN"]
+NAMES = ["BN", "SyncBN", "FrozenBN", "GN", "LN", "IN", "FBN", "FGN", "FLN", "FIN"]
 NAMES += ["FRN", "FFRN", "ConvNorm", "LearnedNorm"]
 NAMES += ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "RBN", "RBN-", "IEBN", "IEBN-"]
 # So that they fit 16 channels, have a scale, and mean ours: "frn" alone is a norm+activation of timm's.
@@ -414,7 +414,7 @@ def test_batch_norm_act_converts_to_every_norm(name):
     act = old.act
     new = fbn_plugin.convert_norm(old, name + options)
     assert new.act is act
-    assert new.weight is old.weight
+    assert torch.equal(new.weight, old.weight) if name == "FrozenBN" else new.weight is old.weight
     assert new.eps == 0.1
     images = torch.randn(4, 16, 5, 5)
     expected = fbn_plugin.get_norm(name + options, 16).eval()

@@ -1,0 +1,81 @@
+"""Batch normalization whose parameters and statistics are constants: a fixed scale and shift of each channel.
+
+What detectors put into a pretrained backbone. Source of the normalization: Ioffe and Szegedy, "Batch Normalization"
+(2015), Algorithm 2, step 11.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_KEYS = ("weight", "bias", "running_mean", "running_var")
+
+
+class FrozenBatchNormMixin:
+    """Buffers and forward pass of a frozen batch normalization, to stand before ``nn.Module`` in the bases."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        for name in _KEYS:
+            start = torch.ones if name in ("weight", "running_var") else torch.zeros
+            self.register_buffer(name, start(num_features, device=device, dtype=dtype))
+
+    def eval_affine(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each channel, ``(C,)`` each: the layer computes ``scale * x + shift``."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, bias, mean, var = (getattr(self, name).to(dtype) for name in _KEYS)
+        scale = weight * (var + self.eps).rsqrt()
+        return scale, bias - mean * scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() not in self._dims:
+            raise ValueError(f"expected {' or '.join(map(str, self._dims))}D input (got {input.dim()}D input)")
+        if not (self.training and input.requires_grad):
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(input, *statistics, self.weight, self.bias, training=False, eps=self.eps)
+        # The backward pass of F.batch_norm keeps the input; that of a product with constants keeps C numbers.
+        shape = (1, -1) + (1,) * (input.dim() - 2)
+        scale, shift = (value.reshape(shape).to(input.dtype) for value in self.eval_affine())
+        return input * scale + shift
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)  # in the checkpoints of layers that count
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
+_DOC = """Frozen batch normalization over {shape}: ``weight * (x - running_mean) / sqrt(running_var + eps) + bias`` with
+    all four constants, in training and evaluation alike.
+
+    They are buffers, so nothing is trained, under the keys that :class:`torch.nn.{base}`, detectron2 and torchvision
+    use; a ``num_batches_tracked`` in a checkpoint is passed over. Gradients go through to the input.
+
+    Args:
+        num_features: C.
+        eps, device, dtype: as in :class:`torch.nn.{base}`.
+
+    Shape:
+        input and output {shape}.
+
+    Raises:
+        ValueError: in ``forward``, an input of another rank.
+    """
+
+
+class FrozenBatchNorm1d(FrozenBatchNormMixin, nn.Module):
+    __doc__ = _DOC.format(shape="``(N, C)`` or ``(N, C, L)``", base="BatchNorm1d")
+    _dims = (2, 3)
+
+
+class FrozenBatchNorm2d(FrozenBatchNormMixin, nn.Module):
+    __doc__ = _DOC.format(shape="``(N, C, H, W)``", base="BatchNorm2d")
+    _dims = (4,)
+
+
+class FrozenBatchNorm3d(FrozenBatchNormMixin, nn.Module):
+    __doc__ = _DOC.format(shape="``(N, C, D, H, W)``", base="BatchNorm3d")
+    _dims = (5,)
