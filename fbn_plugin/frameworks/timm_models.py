@@ -36,7 +36,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
         arguments = {**network.arguments, **kwargs}
         if name in NETWORKS and isinstance(norm := arguments.get("norm_layer"), str) and norm:
             arguments["norm_layer"] = _find_spec(norm, ())
-        return build_model_with_cfg(network.build, name, pretrained, **arguments)
+        return build_model_with_cfg(network.build, name, pretrained, feature_cfg={"feature_cls": "getter"}, **arguments)
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"{name} for images of {network.size}x{network.size} pixels."

@@ -1,4 +1,4 @@
-"""ALL-CNN-C (Springenberg et al., 2015) as section 4 of the ConvNorm paper has it, with the kernel stacks of its table."""
+"""ALL-CNN-C (Springenberg et al., 2015) as section 4 of the ConvNorm paper has it, with its table of kernel stacks."""
 
 from collections.abc import Callable
 

@@ -121,17 +121,17 @@ def global_average() -> nn.Sequential:
 
 @torch.no_grad()
 def init_kaiming(model: nn.Module) -> None:
-    """Start a rectified network: convolutions normal with variance 2 / fan-in, dense layers uniform within
-    ±1 / sqrt(fan-in), all biases at 0.
+    """Start a rectified network: convolutions normal and dense layers uniform, both with variance 2 / fan-in, all
+    their biases at 0.
 
-    As section 4.1 of Revisiting batch norm initialization has it, which does not print the bound of the uniform
-    distribution: it is PyTorch's. Norms are left as they are.
+    As section 4.1 of Revisiting batch norm initialization has it, which does not print the variance of the uniform
+    distribution. Norms are left as they are.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
-            nn.init.uniform_(module.weight, -(module.in_features**-0.5), module.in_features**-0.5)
+            nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
         else:
             continue
         if module.bias is not None:

@@ -74,8 +74,8 @@ class Inception(ImageClassifier):
     - The rows 4c and 4d print 128 projected maps and 576 in all, but add up to 608. The totals are kept, which the next
       rows and the 1024 of 4e need; the projections are 96.
     - The rows 3c and 4e print the size of their input: their output is 14x14 and 7x7.
-    - The text gives 13.6 million parameters. The figure gives 11.2 million with 1000 classes, whichever way 4c and 4d
-      are read; the remainder is not in the paper. The figure is followed.
+    - The text counts 13.6 million parameters. The figure has 11.2 million with 1000 classes, or 11.3 with 128 projected
+      maps in 4c and 4d; where the others are is not in the paper. The figure is followed.
     - The separable convolution (depth multiplier 8) has one norm and one nonlinearity, after its 1x1 part.
     - Initialization: :func:`fbn_plugin.models.base.init_kaiming`.
 
