@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fbn_plugin.registry import NormFactory, norm_factory
+from fbn_plugin.registry import NormFactory, NormSpec, norm_factory, parse_spec
 
 NormLayer = str | Callable[..., nn.Module] | None
 
@@ -35,13 +35,19 @@ def unit(
 
     Returns:
         A sequence of ``conv`` or ``fc``, ``norm`` and ``act``, as far as there are.
+
+    Raises:
+        ValueError: a spec, or an option, that the registry does not know.
     """
-    dense = kernel_size is None
+    dense, options = kernel_size is None, norm_options or {}
     if isinstance(norm_layer, NormFactory):
         norm_layer = norm_layer.spec
     if norm_layer and not callable(norm_layer):
-        norm_layer = norm_factory(norm_layer, dims=1 if dense else 2)
-    norm = norm_layer(out_size, **(norm_options or {})) if norm_layer else None
+        spec = parse_spec(norm_layer)
+        spec = parse_spec(str(NormSpec(spec.name, {**spec.options, **options})))  # which checks the options
+        norm = norm_factory(spec, dims=1 if dense else 2)(out_size)
+    else:
+        norm = norm_layer(out_size, **options) if norm_layer else None
     if dense:
         layer = nn.Linear(in_size, out_size, bias=norm is None)
     else:
@@ -95,6 +101,13 @@ class ImageClassifier(nn.Module):
         """Put a new last layer in place, for ``num_classes`` classes; 0 for none."""
         self.num_classes = num_classes
         self.classifier = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the norms exempt from weight decay; timm asks the model alone."""
+        modules = (
+            (name, module) for name, module in self.named_modules() if name and hasattr(module, "no_weight_decay")
+        )
+        return {f"{prefix}.{name}" for prefix, module in modules for name in module.no_weight_decay()}
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) to what the pooling takes."""

@@ -17,7 +17,8 @@ def _resnet(entrypoint: Callable[..., nn.Module], **kwargs) -> nn.Module:
     """ResNet or ResNeXt with a 3x3 convolution of stride 1 first, and no pooling after it."""
     model = entrypoint(zero_init_last=False, **kwargs)
     old = model.conv1
-    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False)
+    place = {"device": old.weight.device, "dtype": old.weight.dtype}
+    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=False, **place)
     model.maxpool = nn.Identity()
     for info in model.feature_info:
         info["reduction"] //= 2 if info["module"] == "act1" else 4

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from timm.optim import param_groups_weight_decay
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -227,11 +228,15 @@ def test_every_layer_but_the_logits_has_norm_then_activation_and_no_bias(name):
 
 
 class StackedNorm(nn.BatchNorm2d):
-    """Takes a stack of kernels, as ConvNorm2d does."""
+    """Takes a stack of kernels, and exempts them from weight decay, as ConvNorm2d does."""
 
     def __init__(self, num_features: int, kernel_sizes: tuple[int, ...] = ()) -> None:
         super().__init__(num_features)
         self.kernel_sizes = kernel_sizes
+        self.kernels = nn.ParameterList(torch.zeros(num_features, size, size) for size in kernel_sizes)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"kernels.{i}" for i in range(len(self.kernels))}
 
 
 def test_all_cnn_c_gives_each_norm_the_kernel_stack_of_the_papers_table():
@@ -241,6 +246,17 @@ def test_all_cnn_c_gives_each_norm_the_kernel_stack_of_the_papers_table():
     sides = [side for _, side in map_sizes(model, images("all_cnn_c"), r"features\.conv\d")]
     assert sides == [32, 32, 16, 16, 16, 8, 8, 8]
     assert [norm.kernel_sizes for norm in norms_of(AllCNN(StackedNorm)).values()] == [()] * 8
+    with pytest.raises(ValueError, match="unknown option of BN 'kernel_sizes'"):
+        AllCNN("BN", kernel_stacks=True)
+
+
+def test_weight_decay_leaves_out_what_the_norms_exempt():
+    model = AllCNN(StackedNorm, kernel_stacks=True)
+    decayed, exempt = param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay())[::-1]
+    kernels = {id(p) for norm in norms_of(model).values() for p in norm.kernels}
+    assert len(kernels) == 2 * 4 + 3 * 3 + 2 * 2 + 1 and kernels <= {id(p) for p in exempt["params"]}
+    assert {id(p) for p in decayed["params"]} == {id(layer.weight) for layer in layers_of(model)}
+    assert AllCNN().no_weight_decay() == set()
 
 
 @pytest.mark.skipif("ConvNorm" not in NORMS, reason="ConvNorm is not registered")
