@@ -48,8 +48,10 @@ def _repvgg_a0(**kwargs) -> nn.Module:
 
 def _build(build: Callable[..., nn.Module], **kwargs) -> nn.Module:
     """Build a network and start it as the paper does: every scale at its constant, every shift and bias at 0."""
-    if kwargs.get("norm_layer", True) in ("", None):
-        raise ValueError(f"norm_layer must name a norm, without which timm cannot build this network, got {''!r}")
+    if not kwargs.get("norm_layer", True):
+        raise ValueError(
+            f"timm cannot build this network without norms: norm_layer names one, got {kwargs['norm_layer']!r}"
+        )
     model = build(**kwargs)
     init_kaiming(model)
     for module in model.modules():
