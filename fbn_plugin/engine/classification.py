@@ -36,6 +36,7 @@ from fbn_plugin.engine.config import check_resume, save_config
 from fbn_plugin.engine.image_data import load_image_data
 from fbn_plugin.engine.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.sampling import InfiniteSampler, SeededDataset
+from fbn_plugin.frameworks import timm_models
 from fbn_plugin.frameworks.timm import param_groups
 
 __all__ = ["ClassificationTrainer", "classification_config", "create_model", "evaluate"]
@@ -65,7 +66,7 @@ def classification_config() -> CfgNode:
     cfg = CfgNode()
 
     cfg.MODEL = CfgNode()
-    cfg.MODEL.NAME = "resnet50"  # a timm model
+    cfg.MODEL.NAME = "resnet50"  # a timm model, or one of fbn_plugin.models
     cfg.MODEL.NORM = ""  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
     cfg.MODEL.PRETRAINED = False  # start from timm's weights
     cfg.MODEL.WEIGHTS = ""  # start from, or with --eval-only evaluate, this checkpoint or state dict
@@ -140,13 +141,14 @@ def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
     that do not, and for norms with an activation.
 
     Args:
-        name: a timm model name.
+        name: a timm model name, or that of one of the papers' networks.
         norm: spec string such as "FBN(t_sigma=4)"; "" for the model's own norm.
         **kwargs: for `timm.create_model`: num_classes, in_chans, pretrained, drop_rate, ...
 
     Raises:
         ValueError: unknown model, bad spec, a model without batch normalization, or with one that cannot be replaced.
     """
+    timm_models.register()
     try:
         model = timm.create_model(name, **kwargs)
     except RuntimeError as error:  # timm: unknown name, unknown tag, or no such pretrained weights
