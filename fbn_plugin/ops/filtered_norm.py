@@ -175,13 +175,16 @@ _filtered_norm.register_autograd(_backward, setup_context=_keep_for_backward)
 _filtered_norm_backward.register_autograd(_no_double_backward)
 
 
-def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options) -> tuple[Tensor, ...]:
-    """The operator, or inside of a ``torch.func`` transform, which cannot see through it, the reference that it stands
-    for."""
-    wrapped = not torch.compiler.is_compiling() and any(
-        t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x, weight, bias)
+def _transformed(*tensors: Tensor | None) -> bool:
+    """True inside of a ``torch.func`` transform, which cannot see through the operators."""
+    return not torch.compiler.is_compiling() and any(
+        t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
     )
-    if not wrapped:
+
+
+def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options) -> tuple[Tensor, ...]:
+    """The operator, or inside of a ``torch.func`` transform the reference that it stands for."""
+    if not _transformed(x, weight, bias):
         return _filtered_norm(x, weight, bias, *options)
     *options, grad_mode = options
     if grad_mode != "exact":
@@ -382,7 +385,8 @@ def filtered_batch_norm_act(
     check_activation(activation, negative_slope)
     t_sigma = check_filter(t_sigma, grad_mode)
     alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    if not training or math.isinf(t_sigma) or x.numel() == 0 or not alike or triton.refuses(x):
+    plain = not training or math.isinf(t_sigma) or x.numel() == 0
+    if plain or not alike or triton.refuses(x) or _transformed(x, weight, bias, residual):
         moving = running_mean, running_var, training, momentum, eps
         y = filtered_batch_norm(x, weight, bias, *moving, t_sigma, grad_mode, gaussian_correction)
         return reference.activate(y if residual is None else y + residual, activation, negative_slope)
