@@ -7,13 +7,14 @@ from collections.abc import Callable
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fbn_plugin.layers.conv_norm import ConvNorm2d
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.registry import NormFactory, norm_factory, norm_options
 
 Converter = Callable[[nn.Module, NormFactory], nn.Module]
 
 _CONVERTERS: dict[type[nn.Module], Converter] = {}
-_PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, FilteredBatchNormMixin.forward)
+_PLAIN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, FilteredBatchNormMixin.forward, ConvNorm2d.forward)
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 

@@ -36,14 +36,15 @@ _BOUNDS = {"eps": (0, math.inf), "momentum": (0, 1), "num_groups": (1, math.inf)
 _NOT_OPTIONS = ("num_channels", "dims", "device", "dtype")
 
 
-def _register(name: str, *classes: type[nn.Module], **defaults) -> None:
-    """Register module classes under ``name``: one for 1, 2 and 3 spatial dimensions each, or a single one for any
-    number.
+def _register(name: str, *classes: type[nn.Module] | None, **defaults) -> None:
+    """Register module classes under ``name``: one for 1, 2 and 3 spatial dimensions each, None where there is
+    none, or a single one for any number.
 
     The options are the keyword arguments of the class. ``defaults`` replace or add to theirs; an option that the class
     takes before the number of channels (``num_groups``) is passed by keyword like the others.
     """
-    parameters = dict(inspect.signature(classes[0]).parameters)
+    known = [cls for cls in classes if cls is not None]
+    parameters = dict(inspect.signature(known[0]).parameters)
     channels = next(key for key in parameters if key in ("num_channels", "num_features"))
     options = {
         key: p.default for key, p in parameters.items() if key not in (channels, "device", "dtype", "process_group")
@@ -52,6 +53,8 @@ def _register(name: str, *classes: type[nn.Module], **defaults) -> None:
 
     def build(num_channels, dims=2, device=None, dtype=None, **given):
         cls = classes[dims - 1] if len(classes) == 3 else classes[0]
+        if cls is None:
+            raise ValueError(f"{name} has no form for {dims} spatial dimensions, only {known[0].__name__}")
         return cls(**{channels: num_channels}, **{**defaults, **given}, device=device, dtype=dtype)
 
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -63,7 +66,7 @@ def _register(name: str, *classes: type[nn.Module], **defaults) -> None:
         ]
     )
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"Builder of {', '.join(cls.__name__ for cls in classes)}."
+    build.__doc__ = f"Builder of {', '.join(cls.__name__ for cls in known)}."
     NORMS.register(build)
 
 
@@ -76,6 +79,11 @@ _register("FBN", layers.FilteredBatchNorm1d, layers.FilteredBatchNorm2d, layers.
 _register("FGN", layers.FilteredGroupNorm, num_groups=32)
 _register("FLN", layers.FilteredLayerNorm2d)
 _register("FIN", layers.FilteredInstanceNorm2d)
+# Where a network has a norm, its own activation or an addition follows: the threshold is for those who ask for it.
+_register("FRN", layers.FilterResponseNorm2d, tlu=False)
+_register("FFRN", layers.FilteredFilterResponseNorm2d, tlu=False)
+_register("ConvNorm", None, layers.ConvNorm2d, None)
+_register("LearnedNorm", layers.LearnedStatsNorm2d)
 
 
 @dataclass(frozen=True)

@@ -165,3 +165,16 @@ def test_norms_inside_of_a_norm_that_is_left_are_left():
         convert_norm(model, "FBN")
     assert type(model[0].auxiliary) is nn.BatchNorm2d
     assert type(model[1]) is fbn_plugin.FilteredBatchNorm2d
+
+
+def test_conv_norm_in_and_out():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3, momentum=None))
+    weight = model[1].weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_norm(model, "ConvNorm(kernel_sizes=(2, 2))")
+        assert model[1].kernel_sizes == ((2, 2), (2, 2)) and (model[1].eps, model[1].momentum) == (1e-3, None)
+        convert_norm(model, "FBN")
+    assert type(model[1]) is fbn_plugin.FilteredBatchNorm2d and model[1].weight is weight
+    with pytest.raises(ValueError, match="cannot convert '7' to ConvNorm: ConvNorm has no form for 1 spatial dim"):
+        convert_norm(network(), "ConvNorm")

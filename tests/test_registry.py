@@ -24,6 +24,10 @@ EXPECTED = {
     "FGN": (fbn_plugin.FilteredGroupNorm,) * 3,
     "FLN": (fbn_plugin.FilteredLayerNorm2d,) * 3,
     "FIN": (fbn_plugin.FilteredInstanceNorm2d,) * 3,
+    "FRN": (fbn_plugin.FilterResponseNorm2d,) * 3,
+    "FFRN": (fbn_plugin.FilteredFilterResponseNorm2d,) * 3,
+    "ConvNorm": (None, fbn_plugin.ConvNorm2d, None),
+    "LearnedNorm": (fbn_plugin.LearnedStatsNorm2d,) * 3,
 }
 
 
@@ -34,11 +38,20 @@ def test_the_table_here_is_the_registry():
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_name_builds_its_class_and_normalizes(name, dims):
+    if EXPECTED[name][dims - 1] is None:
+        with pytest.raises(ValueError, match=f"{name} has no form for {dims} spatial dimensions"):
+            get_norm(name, 32, dims=dims)
+        return
     norm = get_norm(name, 32, dims=dims)
     assert type(norm) is EXPECTED[name][dims - 1]
+    if name == "LearnedNorm":  # whose statistics are to be learned yet, and which has no scale and shift in the paper
+        assert norm(torch.randn(2, 32, *[3] * dims)).isfinite().all() and norm.weight is None
+        return
     if name != "SyncBN":  # which refuses to train on a CPU
         y = norm(torch.randn(2, 32, *[3] * dims) * 3 + 1)
-        assert y.mean().abs() < 0.1 and 0.8 < y.std() < 1.2
+        centered = name not in ("FRN", "FFRN")
+        size = y.std() if centered else y.square().mean().sqrt()
+        assert (y.mean().abs() < 0.1 or not centered) and 0.8 < size < 1.2
     assert norm.weight.shape == (32,), "every norm has a scale and a shift unless told otherwise"
 
 
@@ -61,7 +74,7 @@ def test_no_norm_and_callables():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("FBM", "unknown norm 'FBM' \\(did you mean 'FBN'\\?\\): accepted are BN, SyncBN, .*FIN$"),
+        ("FBM", "unknown norm 'FBM' \\(did you mean 'FBN'\\?\\): accepted are BN, SyncBN, .*FIN, .*LearnedNorm"),
         ("fbn", "did you mean 'FBN'"),
         ("Banana", "unknown norm 'Banana'.*: accepted are BN"),
         ("FBN(t_sgma=3)", "unknown option of FBN 't_sgma' \\(did you mean 't_sigma'\\?\\): accepted are t_sigma, eps"),

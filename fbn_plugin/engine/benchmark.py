@@ -7,6 +7,7 @@ hits them alike; ratios are taken within a round. Horváth and Al-afandi, "Filte
 
 import contextlib
 import copy
+import ctypes
 import datetime
 import gc
 import json
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 import fbn_plugin
 from fbn_plugin import ops
-from fbn_plugin.layers import FilteredBatchNorm2d, FilteredGroupNorm
+from fbn_plugin.fuse import fuse_norm_act
+from fbn_plugin.layers import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
 
 FORMAT = "fbn_plugin benchmark 1"
 SHAPES = ((16, 64, 56, 56), (16, 256, 28, 28), (2, 256, 100, 152), (16, 512, 7, 7), (2, 2048, 25, 38))
@@ -77,14 +79,6 @@ class NaiveFilteredBatchNorm2d(nn.BatchNorm2d):
         )
 
 
-class _FusedFilteredBatchNormReLU(FilteredBatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return ops.filtered_batch_norm_act(
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.training, self.momentum, self.eps,
-            activation="relu", **self._filter_options(),
-        )  # fmt: skip
-
-
 def _relu_after(norm: nn.Module) -> nn.Module:
     return nn.Sequential(norm, nn.ReLU(inplace=True))
 
@@ -109,12 +103,11 @@ LAYER_PEERS = [
     Peer("naive FBN", "BN", NaiveFilteredBatchNorm2d),
     Peer("BN, ReLU", "BN, ReLU", lambda channels: _relu_after(nn.BatchNorm2d(channels))),
     Peer("FBN, ReLU", "BN, ReLU", lambda channels: _relu_after(FilteredBatchNorm2d(channels))),
+    Peer("FBN+ReLU fused", "BN, ReLU", FilteredBatchNormAct2d),
     Peer("GN", "BN", lambda channels: nn.GroupNorm(_groups(channels), channels)),
     Peer("FGN T=2", "GN", lambda channels: FilteredGroupNorm(_groups(channels), channels, t_sigma=2.0)),
     Peer("FGN T=5", "GN", lambda channels: FilteredGroupNorm(_groups(channels), channels, t_sigma=5.0)),
 ]
-if hasattr(ops, "filtered_batch_norm_act"):
-    LAYER_PEERS.insert(6, Peer("FBN+ReLU fused", "BN, ReLU", _FusedFilteredBatchNormReLU))
 COMPILED = Peer("compiled naive FBN", "BN", lambda channels: torch.compile(NaiveFilteredBatchNorm2d(channels)))
 
 
@@ -125,10 +118,15 @@ def _make_naive(model: nn.Module) -> nn.Module:
     return model
 
 
-# Name -> what makes it out of the model with BN. A peer for the fused norm and activation belongs here.
+def _make_filtered(model: nn.Module) -> nn.Module:
+    return fbn_plugin.convert_norm(model, "FBN(t_sigma=5.0)")
+
+
+# Name -> what makes it out of the model with BN.
 MODEL_PEERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "BN": lambda model: model,
-    "FBN T=5": lambda model: fbn_plugin.convert_norm(model, "FBN(t_sigma=5.0)"),
+    "FBN T=5": _make_filtered,
+    "FBN T=5 fused": lambda model: fuse_norm_act(_make_filtered(model)),
     "naive FBN": _make_naive,
 }
 
@@ -418,9 +416,9 @@ def _dtypes(settings: Settings) -> Sequence[str]:
 def _build_model(name: str) -> nn.Module:
     from torchvision import models
 
-    if name == "mask_rcnn_R_50_FPN":
-        from fbn_plugin.frameworks.torchvision import mask_rcnn_fpn
+    from fbn_plugin.frameworks.torchvision import mask_rcnn_fpn  # it also tells how the models can be fused
 
+    if name == "mask_rcnn_R_50_FPN":
         return mask_rcnn_fpn("resnet50", norm="BN", num_classes=81)
     return models.vgg16_bn() if name == "vgg16" else models.resnet50()
 
@@ -508,6 +506,20 @@ def _model_row(settings: Settings, name: str, data: tuple, layout: str, dtype: s
     return {"peers": peers}
 
 
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep freed memory, and say whether it does.
+
+    Otherwise the pages of large tensors go back to the system when they are freed and are faulted in again when the
+    next is made, at the expense of one peer or another as it happens.
+    """
+    trim_threshold, mmap_max, never = -1, -4, 2**31 - 1
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(mallopt(trim_threshold, never) and mallopt(mmap_max, 0))
+
+
 def environment() -> dict:
     """Hardware, versions, and how busy the machine was."""
     import importlib.metadata
@@ -559,7 +571,7 @@ def run(settings: Settings, on_row: Callable[[dict, dict], None] | None = None) 
     try:
         results = {
             "format": FORMAT,
-            "environment": environment(),
+            "environment": environment() | {"keeps_freed_memory": keep_freed_memory()},
             "settings": json.loads(json.dumps(asdict(settings))),
             "layers": [],
             "models": [],

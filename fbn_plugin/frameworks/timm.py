@@ -100,6 +100,26 @@ class FilteredInstanceNormAct2d(_NormAct, layers.FilteredInstanceNorm2d):
     """Filtered instance normalization and activation."""
 
 
+class FilterResponseNormAct2d(_NormAct, layers.FilterResponseNorm2d):
+    """Filter response normalization and activation. With ``tlu=True`` the threshold is the activation, in place of
+    ``act_layer``, and ``apply_act=False`` leaves it out."""
+
+    def __init__(self, num_features: int, *, tlu: bool = True, apply_act: bool = True, **kwargs) -> None:
+        super().__init__(num_features, tlu=tlu and apply_act, apply_act=apply_act and not tlu, **kwargs)
+
+
+class FilteredFilterResponseNormAct2d(FilterResponseNormAct2d, layers.FilteredFilterResponseNorm2d):
+    """The filtered form of :class:`FilterResponseNormAct2d`."""
+
+
+class ConvNormAndAct2d(_NormAct, layers.ConvNorm2d, BatchNormAct2d):
+    """ConvNorm and activation; timm's ``ConvNormAct`` is something else, a convolution with what follows it."""
+
+
+class LearnedStatsNormAct2d(_NormAct, layers.LearnedStatsNorm2d):
+    """Normalization by learned statistics, and activation."""
+
+
 class InstanceNormAct2d(_NormAct, nn.InstanceNorm2d):
     """Instance normalization and activation, which timm has no class for."""
 
@@ -120,11 +140,19 @@ _FORMS: dict[str, Callable[..., nn.Module]] = {
     "FGN": FilteredGroupNormAct,
     "FLN": FilteredLayerNormAct2d,
     "FIN": FilteredInstanceNormAct2d,
+    "FRN": functools.partial(FilterResponseNormAct2d, tlu=False),
+    "FFRN": functools.partial(FilteredFilterResponseNormAct2d, tlu=False),
+    "ConvNorm": ConvNormAndAct2d,
+    "LearnedNorm": LearnedStatsNormAct2d,
 }
 _FORM_OF_CLASS = {
     layers.FilteredBatchNorm2d: FilteredBatchNormAct2d,
     layers.FilteredLayerNorm2d: FilteredLayerNormAct2d,
     layers.FilteredInstanceNorm2d: FilteredInstanceNormAct2d,
+    layers.FilterResponseNorm2d: FilterResponseNormAct2d,
+    layers.FilteredFilterResponseNorm2d: FilteredFilterResponseNormAct2d,
+    layers.ConvNorm2d: ConvNormAndAct2d,
+    layers.LearnedStatsNorm2d: LearnedStatsNormAct2d,
 }
 
 
@@ -256,11 +284,13 @@ def unregister() -> None:
 
 
 def _convert(old: nn.Module, factory: NormFactory) -> nn.Module:
-    form = _form(factory.spec)
+    act = getattr(old, "act", nn.Identity())  # SyncBatchNormAct may have neither act nor drop
+    form = functools.partial(_form(factory.spec), apply_act=not isinstance(act, nn.Identity))
     form.spec = factory.spec
     new = build_like(old, form)
-    new.drop = getattr(old, "drop", new.drop)  # SyncBatchNormAct may have neither
-    new.act = getattr(old, "act", nn.Identity())
+    new.drop = getattr(old, "drop", new.drop)
+    if getattr(new, "tau", None) is None:  # else the threshold is the activation
+        new.act = act
     return new
 
 
@@ -277,10 +307,18 @@ for _leaf in (
     layers.FilteredInstanceNorm2d,
     layers.FilteredLayerNorm2d,
     layers.LayerNorm2d,
+    layers.FilterResponseNorm2d,
+    layers.FilteredFilterResponseNorm2d,
+    layers.ConvNorm2d,
+    layers.LearnedStatsNorm2d,
     FilteredBatchNormAct2d,
     FilteredGroupNormAct,
     FilteredLayerNormAct2d,
     FilteredInstanceNormAct2d,
+    FilterResponseNormAct2d,
+    FilteredFilterResponseNormAct2d,
+    ConvNormAndAct2d,
+    LearnedStatsNormAct2d,
     InstanceNormAct2d,
 ):
     register_notrace_module(_leaf)

@@ -26,6 +26,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
+from fbn_plugin.layers import ConvNorm2d, FilterResponseNorm2d, LearnedStatsNorm2d
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.registry import norm_factory
 
@@ -46,15 +47,15 @@ _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
 
 
 def register() -> None:
-    """Let ``create_feature_extractor`` treat the filtered norms as leaves; tracing cannot follow them."""
+    """Let ``create_feature_extractor`` treat our norms as leaves; tracing cannot follow them."""
     leaves = feature_extraction._get_leaf_modules_for_ops
     if not hasattr(leaves, "__wrapped__"):
 
         @functools.wraps(leaves)
-        def with_filtered_norms() -> list[type]:
-            return [*leaves(), FilterMixin]
+        def with_our_norms() -> list[type]:
+            return [*leaves(), FilterMixin, FilterResponseNorm2d, ConvNorm2d, LearnedStatsNorm2d]
 
-        feature_extraction._get_leaf_modules_for_ops = with_filtered_norms
+        feature_extraction._get_leaf_modules_for_ops = with_our_norms
 
 
 def unregister() -> None:

@@ -7,7 +7,7 @@ Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
 
 from torch import Tensor, nn
 
-from fbn_plugin.ops.filtered_norm import check_filter, filtered_batch_norm
+from fbn_plugin.ops.filtered_norm import check_filter, filtered_batch_norm, filtered_batch_statistics
 
 
 class FilterMixin:
@@ -35,6 +35,12 @@ class FilteredBatchNormMixin(FilterMixin):
 
     def forward(self, input: Tensor) -> Tensor:
         return filtered_batch_norm(input, **self._norm_arguments(input))
+
+    def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, biased variance and number of the kept values of each channel, ``(C,)`` each, as training normalizes
+        ``input`` with them; no buffer changes."""
+        self._check_input_dim(input)
+        return filtered_batch_statistics(input, self.eps, self.t_sigma, self.gaussian_correction)
 
     def _norm_arguments(self, input: Tensor) -> dict:
         """What the operator is called with, the batch counted."""

@@ -1,14 +1,22 @@
-// CPU kernels of filtered batch and group normalization (Horváth and Al-afandi 2020, Eq. 2-13): plain C++ on raw
-// pointers, no torch headers.
+// CPU kernels of filtered batch and group normalization (Horváth and Al-afandi
+// 2020, Eq. 2-13): plain C++ on raw pointers, no torch headers.
 //
-// Compiled for several instruction sets, chosen when the library is first called. OpenMP's runtime is the one that
-// PyTorch has loaded: the library is built with -fopenmp but not linked to a runtime of its own, which would bring a
-// second pool of threads.
+// Compiled for several instruction sets, chosen when the library is first
+// called. OpenMP's runtime is the one that PyTorch has loaded: the library is
+// built with -fopenmp but not linked to a runtime of its own, which would bring
+// a second pool of threads.
 
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_num_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
+#endif
 
 struct Shape {
     int64_t n, c, s;  // samples, channels, positions
@@ -22,6 +30,10 @@ struct Options {
 
 struct Moments {  // one entry for each set
     float *mean, *var, *lower, *upper, *count;
+    Moments(const Shape& d, float* all) {
+        const int64_t sets = d.groups ? d.n * d.groups : d.c;
+        mean = all, var = mean + sets, lower = var + sets, upper = lower + sets, count = upper + sets;
+    }
 };
 
 constexpr int64_t TILE = 4096;  // values summed in float before they are added up in double
@@ -31,21 +43,27 @@ constexpr int64_t TILE = 4096;  // values summed in float before they are added 
 #endif
 
 namespace generic {
+#define VECTOR_BYTES 16
 #include "cpu_kernels.h"
-}
+#undef VECTOR_BYTES
+}  // namespace generic
 
 #ifdef MANY_INSTRUCTION_SETS
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+#define VECTOR_BYTES 32
 #include "cpu_kernels.h"
-}
+#undef VECTOR_BYTES
+}  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 namespace avx512 {
+#define VECTOR_BYTES 64
 #include "cpu_kernels.h"
-}
+#undef VECTOR_BYTES
+}  // namespace avx512
 #pragma GCC pop_options
 
 static int instruction_set() {
@@ -81,14 +99,23 @@ const char* fbn_instruction_set() {
     return names[instruction_set()];
 }
 
+// `moments` are five arrays, one after the other. Running statistics may be
+// null; a channel whose moments are not finite keeps its own.
 void fbn_forward(const Shape* d, const Options* o, const void* x, void* y, const float* weight, const float* bias,
-                 const Moments* m) {
-    DISPATCH(forward(*d, *o, x, y, weight, bias, *m));
+                 float* moments, float* running_mean, float* running_var, double momentum) {
+    const Moments m(*d, moments);
+    DISPATCH(forward(*d, *o, x, y, weight, bias, m));
+    if (!running_mean || !running_var) return;
+    for (int64_t c = 0; c < d->c; ++c) {
+        const double others = (double)m.count[c] - 1, unbiased = m.var[c] * (m.count[c] / (others > 1 ? others : 1));
+        if (!std::isfinite(m.mean[c]) || !std::isfinite(unbiased)) continue;
+        running_mean[c] = (float)((1 - momentum) * running_mean[c] + momentum * m.mean[c]);
+        running_var[c] = (float)((1 - momentum) * running_var[c] + momentum * unbiased);
+    }
 }
 
-// `scratch` holds 2 * n * c doubles.
 void fbn_backward(const Shape* d, const Options* o, const void* g, const void* x, void* dx, const float* weight,
-                  const Moments* m, float* d_weight, float* d_bias, double* scratch) {
-    DISPATCH(backward(*d, *o, g, x, dx, weight, *m, d_weight, d_bias, scratch));
+                  float* moments, float* d_weight, float* d_bias) {
+    DISPATCH(backward(*d, *o, g, x, dx, weight, Moments(*d, moments), d_weight, d_bias));
 }
 }

@@ -8,7 +8,7 @@ pointers.
 import ctypes
 import functools
 import importlib.machinery
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -26,10 +26,6 @@ class _Options(Structure):
     _fields_ += [(name, c_int32) for name in ("channels_last", "bfloat16", "paper", "threads")]
 
 
-class _Moments(Structure):
-    _fields_ = [(name, c_void_p) for name in FilteredMoments._fields]
-
-
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """The loaded kernels, or the reason why there are none."""
@@ -43,9 +39,9 @@ def library() -> ctypes.CDLL | str:
         return f"the C++ kernels cannot be loaded: {error}"
     kernels.fbn_instruction_set.restype = c_char_p
     kernels.fbn_forward.restype = kernels.fbn_backward.restype = None
-    common = [POINTER(_Shape), POINTER(_Options), *[c_void_p] * 4, POINTER(_Moments)]
-    kernels.fbn_forward.argtypes = common
-    kernels.fbn_backward.argtypes = [*common, *[c_void_p] * 3]
+    common = [POINTER(_Shape), POINTER(_Options), *[c_void_p] * 5]
+    kernels.fbn_forward.argtypes = [*common, *[c_void_p] * 2, c_double]
+    kernels.fbn_backward.argtypes = [*common, *[c_void_p] * 2]
     return kernels
 
 
@@ -59,6 +55,11 @@ def refuses(x: Tensor) -> str | None:
         return "the tensor is neither contiguous nor channels-last"
     kernels = library()
     return kernels if isinstance(kernels, str) else None
+
+
+def takes_statistic(running: Tensor) -> bool:
+    """Whether :func:`forward` can update this running statistic."""
+    return running.dtype is torch.float32 and running.is_contiguous() and running.device.type == "cpu"
 
 
 def _layout(x: Tensor) -> bool | None:
@@ -76,11 +77,17 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(other)
 
 
-def _arguments(x: Tensor, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool, grad_mode: str):
+@functools.lru_cache(maxsize=1024)  # a model's layers ask for the same ones at every step
+def _structures(
+    shape: torch.Size, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool, *flags: bool
+):
     kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
-    shape = _Shape(x.shape[0], x.shape[1], x.shape[2:].numel(), num_groups)
+    return _Shape(shape[0], shape[1], shape[2:].numel(), num_groups), _Options(t_sigma, eps, kappa, *flags)
+
+
+def _arguments(x: Tensor, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool, grad_mode: str):
     flags = _layout(x), x.dtype is torch.bfloat16, grad_mode == "paper", torch.get_num_threads()
-    return byref(shape), byref(_Options(t_sigma, eps, kappa, *flags))
+    return _structures(x.shape, num_groups, t_sigma, eps, gaussian_correction, *flags)
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
@@ -91,43 +98,62 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def filtered_norm(
+def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
     num_groups: int,
     t_sigma: float,
     eps: float,
     gaussian_correction: bool,
-) -> tuple[Tensor, FilteredMoments]:
-    """As :func:`fbn_plugin.ops.reference.filtered_norm`, for what :func:`refuses` does not refuse."""
+) -> tuple[Tensor, Tensor]:
+    """Normalize ``x`` and update the running statistics, if there are any: contiguous and float32.
+
+    Returns:
+        ``y``, and the five :class:`FilteredMoments` as one tensor, ``(5, C)`` or ``(5, N, G)``.
+    """
     shape, options = _arguments(x, num_groups, t_sigma, eps, gaussian_correction, "exact")
-    stats = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
-    moments = FilteredMoments(*(torch.empty(stats, dtype=torch.float32) for _ in range(5)))
     y, weight, bias = torch.empty_like(x), _float(weight), _float(bias)
-    pointers = _Moments(*map(_pointer, moments))
-    library().fbn_forward(shape, options, x.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(bias), byref(pointers))
+    moments = torch.empty((5, shape.c) if num_groups == 0 else (5, shape.n, num_groups), dtype=torch.float32)
+    arrays = map(_pointer, (x, y, weight, bias, moments, running_mean, running_var))
+    library().fbn_forward(shape, options, *arrays, momentum)
+    if running_mean is not None:
+        torch.autograd.graph.increment_version((running_mean, running_var))
     return y, moments
 
 
-def filtered_norm_backward(
+def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    moments: FilteredMoments,
+    moments: Tensor,
     num_groups: int,
     t_sigma: float,
     eps: float,
     gaussian_correction: bool,
     grad_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fbn_plugin.ops.reference.filtered_norm_backward`, for what :func:`refuses` does not refuse."""
+    """As :func:`fbn_plugin.ops.reference.filtered_norm_backward`, with the moments of :func:`forward`."""
     shape, options = _arguments(x, num_groups, t_sigma, eps, gaussian_correction, grad_mode)
-    grad, weight = _like(x, grad), _float(weight)
-    dx = torch.empty_like(x)
-    d_weight, d_bias = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    scratch = torch.empty(2 * x.shape[0] * x.shape[1], dtype=torch.float64)
-    pointers = _Moments(*map(_pointer, moments))
-    arrays = map(_pointer, (grad, x, dx, weight))
-    library().fbn_backward(shape, options, *arrays, byref(pointers), *map(_pointer, (d_weight, d_bias, scratch)))
+    grad, weight, dx = _like(x, grad), _float(weight), torch.empty_like(x)
+    d_weight, d_bias = (torch.empty(shape.c, dtype=torch.float32) for _ in range(2))
+    library().fbn_backward(shape, options, *map(_pointer, (grad, x, dx, weight, moments, d_weight, d_bias)))
     return dx, d_weight, d_bias
+
+
+def filtered_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *options: float | bool
+) -> tuple[Tensor, FilteredMoments]:
+    """As :func:`fbn_plugin.ops.reference.filtered_norm`, for what :func:`refuses` does not refuse."""
+    y, moments = forward(x, weight, bias, None, None, 0.0, *options)
+    return y, FilteredMoments(*(each.clone() for each in moments))  # an operator's outputs share no memory
+
+
+def filtered_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, moments: FilteredMoments, *options: float | bool | str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fbn_plugin.ops.reference.filtered_norm_backward`, for what :func:`refuses` does not refuse."""
+    return backward(grad, x, weight, torch.stack(moments), *options)

@@ -1,91 +1,165 @@
-// Filtered normalization for one instruction set; cpu.cpp includes this file once for each, inside a namespace of its
-// own.
+// Filtered normalization for one instruction set; cpu.cpp includes this file
+// once for each, inside a namespace of its own.
 //
-// Everything works on 16 lanes of float. A statistic is summed in lanes around a value of its own set ("shift"), so
-// that a large mean costs no digits, for at most a few thousand values (a "tile"), and the tiles are added up in
-// double. The first pass also keeps each tile's smallest and largest value: a tile that lies within the band has its
-// sums already, and only the others are read a second time, through the mask.
+// Everything works on vectors of VECTOR_BYTES. A statistic is summed in lanes
+// around a value of its own set ("shift"), so that a large mean costs no
+// digits, for at most a few thousand values (a "tile"), and the tiles are added
+// up in double. The first pass also keeps each tile's smallest and largest
+// value: a tile that lies within the band has its sums already, and only the
+// others are read a second time, through the mask.
 
-typedef float f16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint32_t u16 __attribute__((vector_size(64)));
-typedef uint16_t h16 __attribute__((vector_size(32)));
+typedef float vfloat __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t vint __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t vuint __attribute__((vector_size(VECTOR_BYTES)));
+typedef double vdouble __attribute__((vector_size(VECTOR_BYTES)));  // half as many
+typedef float half_vfloat __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef int32_t half_vint __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint16_t vbfloat __attribute__((vector_size(VECTOR_BYTES / 2)));
 
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = VECTOR_BYTES / sizeof(float);
 
-static inline f16 splat(float v) { return v - f16{}; }
-static inline f16 smaller(f16 a, f16 b) { return a < b ? a : b; }
-static inline f16 larger(f16 a, f16 b) { return a > b ? a : b; }
-static inline f16 only(i16 mask, f16 v) { return (f16)(mask & (i16)v); }
+static inline vfloat splat(float v) { return v - vfloat{}; }
+static inline vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
+static inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
+static inline float smaller(float a, float b) { return a < b ? a : b; }
+static inline float larger(float a, float b) { return a > b ? a : b; }
+static inline vfloat only(vint mask, vfloat v) { return (vfloat)(mask & (vint)v); }
 
-static inline double total(f16 v) {
-    double t = 0;
-    for (int i = 0; i < LANES; ++i) t += v[i];
-    return t;
+static inline vint lane_numbers() {
+    vint lanes;
+    for (int i = 0; i < LANES; ++i) lanes[i] = i;
+    return lanes;
+}
+
+template <class Half, class Whole>
+static inline Half half(const Whole& v, int which) {
+    Half h;
+    memcpy(&h, (const char*)&v + which * sizeof h, sizeof h);
+    return h;
+}
+
+static inline bool any_of(vint mask) {
+    half_vint some = half<half_vint>(mask, 0) | half<half_vint>(mask, 1);
+    int32_t any = 0;
+    for (int i = 0; i < LANES / 2; ++i) any |= some[i];
+    return any;
+}
+
+static inline double total(vfloat v) {
+    vdouble wide = __builtin_convertvector(half<half_vfloat>(v, 0), vdouble) +
+                   __builtin_convertvector(half<half_vfloat>(v, 1), vdouble);
+    double even = 0, odd = 0;
+    for (int i = 0; i < LANES / 2; i += 2) even += wide[i], odd += wide[i + 1];
+    return even + odd;
+}
+
+static inline float smallest(vfloat v) {
+    half_vfloat a = half<half_vfloat>(v, 0), b = half<half_vfloat>(v, 1), c = a < b ? a : b;
+    float even = c[0], odd = c[1];
+    for (int i = 2; i < LANES / 2; i += 2) even = smaller(even, c[i]), odd = smaller(odd, c[i + 1]);
+    return smaller(even, odd);
 }
 
 struct Float32 {
     typedef float scalar;
-    static f16 load(const float* p) {
-        f16 v;
+    static vfloat load(const float* p) {
+        vfloat v;
         memcpy(&v, p, sizeof v);
         return v;
     }
-    static void store(float* p, f16 v) { memcpy(p, &v, sizeof v); }
+    static float load_one(const float* p) { return *p; }
+    static void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 };
 
 struct BFloat16 {
     typedef uint16_t scalar;
-    static f16 load(const uint16_t* p) {
-        h16 v;
+    static vfloat load(const uint16_t* p) {
+        vbfloat v;
         memcpy(&v, p, sizeof v);
-        return (f16)(__builtin_convertvector(v, u16) << 16);
+        return (vfloat)(__builtin_convertvector(v, vuint) << 16);
     }
-    static void store(uint16_t* p, f16 v) {
-        u16 bits = (u16)v;
-        u16 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
-        i16 nan = v != v;
-        rounded = (u16)((i16)rounded & ~nan) | (u16)(nan & 0x7fc00000);
-        h16 out = __builtin_convertvector(rounded >> 16, h16);
+    static float load_one(const uint16_t* p) {
+        const uint32_t bits = (uint32_t)*p << 16;
+        float v;
+        memcpy(&v, &bits, sizeof v);
+        return v;
+    }
+    static void store(uint16_t* p, vfloat v) {
+        vuint bits = (vuint)v;
+        vuint rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+        vint nan = v != v;
+        rounded = (vuint)((vint)rounded & ~nan) | (vuint)(nan & 0x7fc00000);
+        vbfloat out = __builtin_convertvector(rounded >> 16, vbfloat);
         memcpy(p, &out, sizeof out);
     }
 };
 
 // The last, incomplete vector of a run, its missing lanes filled.
 template <class T>
-static inline f16 load_some(const typename T::scalar* p, int64_t n, float fill) {
+static inline vfloat load_some(const typename T::scalar* p, int64_t n, float fill) {
     typename T::scalar buffer[LANES] = {};
     for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
-    f16 v = T::load(buffer);
-    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane < (int32_t)n ? v : splat(fill);
+    vfloat v = T::load(buffer);
+    return lane_numbers() < (int32_t)n ? v : splat(fill);
 }
 
 template <class T>
-static inline void store_some(typename T::scalar* p, int64_t n, f16 v) {
+static inline void store_some(typename T::scalar* p, int64_t n, vfloat v) {
     typename T::scalar buffer[LANES];
     T::store(buffer, v);
     for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
+// What is left of a run of `length` values from `i` on, in some lanes, and the
+// others filled. Where it can, it reads whole vectors, which is much faster.
 template <class T>
-static inline float load_one(const typename T::scalar* p) {
-    return load_some<T>(p, 1, 0.f)[0];
+static inline vfloat load_rest(const typename T::scalar* p, int64_t i, int64_t length, float fill) {
+    if (length < LANES) return load_some<T>(p + i, length - i, fill);
+    return lane_numbers() >= (int32_t)(i + LANES - length) ? T::load(p + length - LANES) : splat(fill);
 }
 
-static inline float middle(float a, float b, float c) {
-    float low = a < b ? a : b, high = a < b ? b : a;
-    return c < low ? low : c > high ? high : c;
+// A run of `n` values is written a vector at a time. Where the last one would
+// be incomplete it overlaps the one before, which is cheaper than a mask; only
+// a run of less than one vector is an incomplete vector (WHOLE is false).
+static inline int64_t vectors(int64_t n) { return (n + LANES - 1) / LANES; }
+static inline int64_t start_of(int64_t vector, int64_t n) {
+    const int64_t at = vector * LANES;
+    return at + LANES <= n ? at : n < LANES ? 0 : n - LANES;
 }
 
-// A value from the bulk of a set, even if some are far off: the median of three medians of three, `value(i)` being the
-// i-th of `n`.
 template <class F>
-static inline float typical(int64_t n, F value) {
-    float thirds[3];
+static inline void for_vectors(int64_t n, F body) {
+    int64_t at = 0;
+    for (; at + LANES <= n; at += LANES) body(at);
+    if (at < n) body(n < LANES ? 0 : n - LANES);
+}
+
+template <class T, bool WHOLE>
+static inline vfloat load_vector(const typename T::scalar* p, int64_t n) {
+    return WHOLE ? T::load(p) : load_some<T>(p, n, 0.f);
+}
+
+template <class T, bool WHOLE>
+static inline void store_vector(typename T::scalar* p, int64_t n, vfloat v) {
+    if (WHOLE)
+        T::store(p, v);
+    else
+        store_some<T>(p, n, v);
+}
+
+template <class V>
+static inline V middle(V a, V b, V c) {
+    return larger(smaller(a, b), smaller(larger(a, b), c));
+}
+
+// A value from the bulk of a set, even if some are far off: the median of three
+// medians of three, `value(i)` being the i-th of `n`.
+template <class V, class F>
+static inline V typical(int64_t n, F value) {
+    V thirds[3];
     for (int64_t i = 0; i < 3; ++i)
-        thirds[i] = middle(value((6 * i + 1) * n / 18), value((6 * i + 3) * n / 18), value((6 * i + 5) * n / 18));
-    return middle(thirds[0], thirds[1], thirds[2]);
+        thirds[i] = middle<V>(value((6 * i + 1) * n / 18), value((6 * i + 3) * n / 18), value((6 * i + 5) * n / 18));
+    return middle<V>(thirds[0], thirds[1], thirds[2]);
 }
 
 // What the moments of one set are, and what they normalize with.
@@ -97,7 +171,8 @@ struct Set {
 static inline void draw_band(Set& s, double shift, double sum, double square, double n, const Options& o) {
     double d = sum / n, var = square / n - d * d, mean = shift + d;
     double sigma = sqrt((var > 0 ? var : var == var ? 0 : var) + o.eps);
-    // wide enough to hold a value even where the deviation is below the rounding of the mean
+    // wide enough to hold a value even where the deviation is below the rounding
+    // of the mean
     double width = o.t_sigma * sigma, least = sigma + 16 * 1.1920929e-07 * (sigma + fabs(mean));
     if (!(width > least)) width = least;
     s.lower = (float)(mean - width);
@@ -127,62 +202,64 @@ struct Tile {
     float low, high;
 };
 
-// Runs that share a statistic: `runs` of them, `length` values each, `stride` values apart.
+// Runs that share a statistic: `runs` of them, `length` values each, `stride`
+// values apart.
 struct Runs {
     int64_t runs, stride, length;
 };
 
 template <class T>
 static Tile measure(const typename T::scalar* x, Runs r, float shift) {
-    f16 k = splat(shift), sum0{}, sum1{}, square0{}, square1{}, low = k, high = k;
+    vfloat k = splat(shift), sum0{}, sum1{}, square0{}, square1{}, low = k, high = k;
     for (int64_t j = 0; j < r.runs; ++j, x += r.stride) {
         int64_t i = 0;
         for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
-            f16 a = T::load(x + i), b = T::load(x + i + LANES), da = a - k, db = b - k;
+            vfloat a = T::load(x + i), b = T::load(x + i + LANES), da = a - k, db = b - k;
             sum0 += da, sum1 += db;
             square0 += da * da, square1 += db * db;
             low = smaller(low, smaller(a, b)), high = larger(high, larger(a, b));
         }
         for (; i < r.length; i += LANES) {
-            f16 a = i + LANES <= r.length ? T::load(x + i) : load_some<T>(x + i, r.length - i, shift), da = a - k;
+            vfloat a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, shift), da = a - k;
             sum0 += da, square0 += da * da;
             low = smaller(low, a), high = larger(high, a);
         }
     }
-    Tile t{total(sum0 + sum1), total(square0 + square1), double(r.runs * r.length), low[0], high[0]};
-    for (int i = 1; i < LANES; ++i) {
-        if (low[i] < t.low) t.low = low[i];
-        if (high[i] > t.high) t.high = high[i];
-    }
-    return t;
+    return {total(sum0 + sum1), total(square0 + square1), double(r.runs * r.length), smallest(low), -smallest(-high)};
 }
 
 template <class T>
 static Tile measure_kept(const typename T::scalar* x, Runs r, float shift, float lower, float upper) {
-    f16 k = splat(shift), lo = splat(lower), hi = splat(upper), sum{}, square{};
-    i16 count{};
-    for (int64_t j = 0; j < r.runs; ++j, x += r.stride)
-        for (int64_t i = 0; i < r.length; i += LANES) {
-            f16 a = i + LANES <= r.length ? T::load(x + i) : load_some<T>(x + i, r.length - i, NAN);
-            i16 kept = (a >= lo) & (a <= hi);
-            f16 d = only(kept, a - k);
-            sum += d, square += d * d, count -= kept;
+    vfloat k = splat(shift), lo = splat(lower), hi = splat(upper), one = splat(1.f);
+    vfloat sum0{}, sum1{}, square0{}, square1{}, count0{}, count1{};
+    for (int64_t j = 0; j < r.runs; ++j, x += r.stride) {
+        int64_t i = 0;
+        for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
+            vfloat a = T::load(x + i), b = T::load(x + i + LANES);
+            vint kept_a = (a >= lo) & (a <= hi), kept_b = (b >= lo) & (b <= hi);
+            vfloat da = only(kept_a, a - k), db = only(kept_b, b - k);
+            sum0 += da, sum1 += db, square0 += da * da, square1 += db * db;
+            count0 += only(kept_a, one), count1 += only(kept_b, one);
         }
-    Tile t{total(sum), total(square), 0, 0, 0};
-    for (int i = 0; i < LANES; ++i) t.count += count[i];
-    return t;
+        for (; i < r.length; i += LANES) {
+            vfloat a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, NAN);
+            vint kept = (a >= lo) & (a <= hi);
+            vfloat d = only(kept, a - k);
+            sum0 += d, square0 += d * d, count0 += only(kept, one);
+        }
+    }
+    return {total(sum0 + sum1), total(square0 + square1), total(count0 + count1), 0, 0};
 }
 
-template <class T>
+template <class T, bool WHOLE>
 static void normalize(const typename T::scalar* x, typename T::scalar* y, int64_t n, float mean, float scale,
                       float shift) {
-    f16 m = splat(mean), a = splat(scale), b = splat(shift);
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) T::store(y + i, (T::load(x + i) - m) * a + b);
-    if (i < n) store_some<T>(y + i, n - i, (load_some<T>(x + i, n - i, 0.f) - m) * a + b);
+    vfloat m = splat(mean), a = splat(scale), b = splat(shift);
+    for_vectors(n, [=](int64_t i) { store_vector<T, WHOLE>(y + i, n, (load_vector<T, WHOLE>(x + i, n) - m) * a + b); });
 }
 
-// How a set of planes is cut into tiles: several short planes make one, a long plane makes several.
+// How a set of planes is cut into tiles: several short planes make one, a long
+// plane makes several.
 struct Tiling {
     int64_t planes, stride, length, planes_per_tile, pieces, piece;
     Tiling(int64_t planes, int64_t stride, int64_t length) : planes(planes), stride(stride), length(length) {
@@ -210,8 +287,8 @@ template <class T>
 static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const Options& o, Tile* tiles) {
     Runs r;
     int64_t n = tiling.tiles();
-    float shift = typical(tiling.planes * tiling.length, [&](int64_t i) {
-        return load_one<T>(x + i / tiling.length * tiling.stride + i % tiling.length);
+    float shift = typical<float>(tiling.planes * tiling.length, [&](int64_t i) {
+        return T::load_one(tiling.planes == 1 ? x + i : x + i / tiling.length * tiling.stride + i % tiling.length);
     });
     double sum = 0, square = 0, count = 0;
     for (int64_t t = 0; t < n; ++t) {
@@ -233,7 +310,7 @@ static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const
     return s;
 }
 
-template <class T>
+template <class T, bool WHOLE>
 static void forward_contiguous(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight,
                                const float* bias, const Moments& out) {
     typedef typename T::scalar scalar;
@@ -249,14 +326,15 @@ static void forward_contiguous(const Shape& d, const Options& o, const void* x_,
             const int64_t start = d.groups ? i * per_group * d.s : i * d.s;
             Set s = filtered_set<T>(x + start, tiling, o, tiles);
             report(s, i, out);
-            double rstd = 1 / sqrt(s.var + o.eps);
-            float mean = (float)s.mean;
-            const int64_t planes = d.groups ? per_group : d.n;
-            for (int64_t j = 0; j < planes; ++j) {
-                int64_t c = d.groups ? i % d.groups * per_group + j : i;
-                double a = weight ? weight[c] * rstd : rstd, b = (bias ? bias[c] : 0.0) - (s.mean - mean) * a;
-                int64_t at = start + j * (d.groups ? d.s : d.c * d.s);
-                normalize<T>(x + at, y + at, d.s, mean, (float)a, (float)b);
+            const double rstd = 1 / sqrt(s.var + o.eps);
+            const float mean = (float)s.mean;
+            for (int64_t j = 0; j < (d.groups ? per_group : 1); ++j) {
+                const int64_t c = d.groups ? i % d.groups * per_group + j : i;
+                const double a = weight ? weight[c] * rstd : rstd, b = (bias ? bias[c] : 0.0) - (s.mean - mean) * a;
+                for (int64_t k = 0; k < (d.groups ? 1 : d.n); ++k) {
+                    const int64_t at = start + j * d.s + k * d.c * d.s;
+                    normalize<T, WHOLE>(x + at, y + at, d.s, mean, (float)a, (float)b);
+                }
             }
         }
         free(tiles);
@@ -270,19 +348,19 @@ struct Sums {
 template <class T, bool PAPER>
 static Sums gradient_sums(const typename T::scalar* g, const typename T::scalar* x, Runs r, float mean, float lower,
                           float upper) {
-    f16 m = splat(mean), lo = splat(lower), hi = splat(upper), sum0{}, sum1{}, dot0{}, dot1{};
+    vfloat m = splat(mean), lo = splat(lower), hi = splat(upper), sum0{}, sum1{}, dot0{}, dot1{};
     for (int64_t j = 0; j < r.runs; ++j, x += r.stride, g += r.stride) {
         int64_t i = 0;
         for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
-            f16 a = T::load(x + i), b = T::load(x + i + LANES), ga = T::load(g + i), gb = T::load(g + i + LANES);
+            vfloat a = T::load(x + i), b = T::load(x + i + LANES), ga = T::load(g + i), gb = T::load(g + i + LANES);
             if (PAPER) ga = only((a >= lo) & (a <= hi), ga), gb = only((b >= lo) & (b <= hi), gb);
             sum0 += ga, sum1 += gb;
             dot0 += ga * (a - m), dot1 += gb * (b - m);
         }
         for (; i < r.length; i += LANES) {
             bool whole = i + LANES <= r.length;
-            f16 a = whole ? T::load(x + i) : load_some<T>(x + i, r.length - i, mean);
-            f16 ga = whole ? T::load(g + i) : load_some<T>(g + i, r.length - i, 0.f);
+            vfloat a = whole ? T::load(x + i) : load_rest<T>(x, i, r.length, mean);
+            vfloat ga = whole ? T::load(g + i) : load_rest<T>(g, i, r.length, 0.f);
             if (PAPER) ga = only((a >= lo) & (a <= hi), ga);
             sum0 += ga, dot0 += ga * (a - m);
         }
@@ -290,47 +368,45 @@ static Sums gradient_sums(const typename T::scalar* g, const typename T::scalar*
     return {total(sum0 + sum1), total(dot0 + dot1)};
 }
 
-// dx = scale * g - f * (offset + slope * (x - mean)); in paper mode the offset is not masked.
+// dx = scale * g - f * (offset + slope * (x - mean)); in paper mode the offset
+// is not masked.
 struct Line {
     float scale, offset, slope, mean, lower, upper;
 };
 
 template <bool PAPER>
-static inline f16 input_gradient(f16 g, f16 x, f16 scale, f16 offset, f16 slope, f16 mean, f16 lower, f16 upper) {
-    i16 kept = (x >= lower) & (x <= upper);
-    f16 line = slope * (x - mean);
+static inline vfloat input_gradient(vfloat g, vfloat x, vfloat scale, vfloat offset, vfloat slope, vfloat mean,
+                                    vfloat lower, vfloat upper) {
+    vint kept = (x >= lower) & (x <= upper);
+    vfloat line = slope * (x - mean);
     return PAPER ? scale * g - offset - only(kept, line) : scale * g - only(kept, offset + line);
 }
 
-template <class T, bool PAPER>
+template <class T, bool WHOLE, bool PAPER>
 static void write_gradient(const typename T::scalar* g, const typename T::scalar* x, typename T::scalar* dx, int64_t n,
                            const Line& l) {
-    f16 a = splat(l.scale), b = splat(l.offset), k = splat(l.slope), m = splat(l.mean), lo = splat(l.lower),
-        hi = splat(l.upper);
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        T::store(dx + i, input_gradient<PAPER>(T::load(g + i), T::load(x + i), a, b, k, m, lo, hi));
-    if (i < n) {
-        f16 last =
-            input_gradient<PAPER>(load_some<T>(g + i, n - i, 0.f), load_some<T>(x + i, n - i, 0.f), a, b, k, m, lo, hi);
-        store_some<T>(dx + i, n - i, last);
-    }
+    vfloat a = splat(l.scale), b = splat(l.offset), k = splat(l.slope), m = splat(l.mean), lo = splat(l.lower),
+           hi = splat(l.upper);
+    for_vectors(n, [=](int64_t i) {
+        vfloat gi = load_vector<T, WHOLE>(g + i, n), xi = load_vector<T, WHOLE>(x + i, n);
+        store_vector<T, WHOLE>(dx + i, n, input_gradient<PAPER>(gi, xi, a, b, k, m, lo, hi));
+    });
 }
 
-static inline Line line_of(const Moments& m, int64_t i, double weight, double sum_g, double sum_gx, const Options& o) {
-    double rstd = 1 / sqrt((double)m.var[i] + o.eps), count = m.count[i];
-    return {(float)(weight * rstd),
+// The line of a set; its scale is still to be multiplied by a channel's weight.
+static inline Line line_of(const Moments& m, int64_t set, double sum_g, double sum_gx, const Options& o) {
+    double rstd = 1 / sqrt((double)m.var[set] + o.eps), count = m.count[set];
+    return {(float)rstd,
             (float)(rstd * sum_g / count),
             (float)(rstd * rstd * rstd * sum_gx / (o.kappa * count)),
-            m.mean[i],
-            m.lower[i],
-            m.upper[i]};
+            m.mean[set],
+            m.lower[set],
+            m.upper[set]};
 }
 
-template <class T, bool PAPER>
+template <class T, bool WHOLE, bool PAPER>
 static void backward_contiguous(const Shape& d, const Options& o, const void* g_, const void* x_, void* dx_,
-                                const float* weight, const Moments& m, float* d_weight, float* d_bias,
-                                double* scratch) {
+                                const float* weight, const Moments& m, float* d_weight, float* d_bias) {
     typedef typename T::scalar scalar;
     const scalar *g = (const scalar*)g_, *x = (const scalar*)x_;
     scalar* dx = (scalar*)dx_;
@@ -348,16 +424,18 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
             }
             d_bias[c] = (float)sum_g;
             d_weight[c] = (float)(sum_gx / sqrt((double)m.var[c] + o.eps));
-            const Line l = line_of(m, c, w, w * sum_g, w * sum_gx, o);
+            Line l = line_of(m, c, w * sum_g, w * sum_gx, o);
+            l.scale *= (float)w;
             for (int64_t n = 0; n < d.n; ++n) {
                 int64_t at = start + n * d.c * d.s;
-                write_gradient<T, PAPER>(g + at, x + at, dx + at, d.s, l);
+                write_gradient<T, WHOLE, PAPER>(g + at, x + at, dx + at, d.s, l);
             }
         }
         return;
     }
     const int64_t per_group = d.c / d.groups;
-    double *by_plane_g = scratch, *by_plane_gx = scratch + d.n * d.c;
+    double* by_plane_g = (double*)malloc(2 * sizeof(double) * d.n * d.c);
+    double* by_plane_gx = by_plane_g + d.n * d.c;
     const Tiling tiling(1, d.s, d.s);
 #pragma omp parallel num_threads(o.threads)
     {
@@ -376,10 +454,12 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
                 by_plane_g[plane] = g_sum, by_plane_gx[plane] = gx_sum * rstd;
                 sum_g += w * g_sum, sum_gx += w * gx_sum;
             }
+            const Line line = line_of(m, i, sum_g, sum_gx, o);
             for (int64_t j = 0; j < per_group; ++j) {
                 int64_t plane = i * per_group + j;
-                const Line l = line_of(m, i, weight ? weight[plane % d.c] : 1, sum_g, sum_gx, o);
-                write_gradient<T, PAPER>(g + plane * d.s, x + plane * d.s, dx + plane * d.s, d.s, l);
+                Line l = line;
+                if (weight) l.scale *= weight[plane % d.c];
+                write_gradient<T, WHOLE, PAPER>(g + plane * d.s, x + plane * d.s, dx + plane * d.s, d.s, l);
             }
         }
 #pragma omp for schedule(static)
@@ -389,17 +469,19 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
             d_bias[c] = (float)sum_g, d_weight[c] = (float)sum_gx;
         }
     }
+    free(by_plane_g);
 }
 
-// ---- channels-last layout: rows of C values, one for each sample and position; a set is some columns of some rows
+// ---- channels-last layout: rows of C values, one for each sample and
+// position; a set is some columns of some rows
 // ------------------------------
 
-// Rows are cut into tiles that do not cross a sample where samples are apart (group form). "Part" is a sample, or the
-// whole batch.
+// Rows are cut into tiles that do not cross a sample where samples are apart
+// (group form). "Part" is a sample, or the whole batch.
 struct Rows {
     int64_t c, parts, rows_per_part, tiles_per_part, rows_per_tile;
     Rows(const Shape& d) : c(d.c), parts(d.groups ? d.n : 1), rows_per_part(d.groups ? d.s : d.n * d.s) {
-        rows_per_tile = rows_per_part / 32 < 32 ? 32 : rows_per_part / 32 > 256 ? 256 : rows_per_part / 32;
+        rows_per_tile = rows_per_part / 32 < 64 ? 64 : rows_per_part / 32 > 256 ? 256 : rows_per_part / 32;
         tiles_per_part = (rows_per_part + rows_per_tile - 1) / rows_per_tile;
     }
     int64_t tiles() const { return parts * tiles_per_part; }
@@ -411,328 +493,408 @@ struct Rows {
     }
 };
 
-// Sums of one tile's columns, for all channels of a layer: an array of C for each tile.
+// The tiles that one thread works on in every pass. Each pass takes them in the
+// opposite order to the one before, so that it begins with what is still in the
+// thread's cache.
+struct Share {
+    int64_t begin, end;
+    explicit Share(int64_t tiles) {
+        const int64_t threads = omp_get_num_threads(), i = omp_get_thread_num();
+        begin = tiles * i / threads, end = tiles * (i + 1) / threads;
+    }
+};
+
+// What is known of one tile's columns: arrays of C for each tile. A tile has so
+// few rows that float can hold its sums.
 struct Columns {
-    double *sum, *square, *count;
-    float *low, *high;
+    float *sum, *square, *count, *low, *high;
     explicit Columns(int64_t n) {
-        sum = (double*)malloc(n * (3 * sizeof(double) + 2 * sizeof(float)));
-        square = sum + n, count = square + n, low = (float*)(count + n), high = low + n;
+        sum = (float*)malloc(n * 5 * sizeof(float));
+        square = sum + n, count = square + n, low = count + n, high = low + n;
     }
     ~Columns() { free(sum); }
 };
 
-template <class T, bool WHOLE>
-static inline f16 load_columns(const typename T::scalar* p, int64_t n) {
-    return WHOLE ? T::load(p) : load_some<T>(p, n, 0.f);
-}
+constexpr int64_t CHUNK = 32;  // vectors of a row that are worked on together:
+                               // their sums stay in the first cache
+constexpr int R = 4;           // rows that are read side by side
 
-template <class T, int V, bool WHOLE>
-static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t stride, int64_t n, const float* shift,
-                            const Columns& out, int64_t at) {
-    f16 k[V], sum[V], square[V], low[V], high[V];
-    for (int v = 0; v < V; ++v) {
-        k[v] = load_columns<Float32, WHOLE>(shift + v * LANES, n);
-        sum[v] = square[v] = f16{}, low[v] = high[v] = load_columns<T, WHOLE>(x + v * LANES, n);
+// Runs `STEP(number of rows, pointer offset)` over all rows of a tile, R at a
+// time and the last ones singly.
+#define FOR_ROWS(rows, c, STEP)         \
+    {                                   \
+        int64_t r = 0;                  \
+        for (; r + R <= rows; r += R) { \
+            const int64_t row = r * c;  \
+            STEP(R)                     \
+        }                               \
+        for (; r < rows; ++r) {         \
+            const int64_t row = r * c;  \
+            STEP(1)                     \
+        }                               \
     }
-    for (int64_t r = 0; r < rows; ++r, x += stride)
+
+template <class T, bool WHOLE, int ROWS>
+static inline void measure_rows(const typename T::scalar* x, int64_t c, int64_t first, int64_t n, const float* shift,
+                                vfloat* sum, vfloat* square, vfloat* low, vfloat* high) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = start_of(first + i, c);
+        vfloat k = load_vector<Float32, WHOLE>(shift + at, c), s{}, q{}, lo = low[i], hi = high[i];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            f16 a = load_columns<T, WHOLE>(x + v * LANES, n), d = a - k[v];
-            sum[v] += d, square[v] += d * d, low[v] = smaller(low[v], a), high[v] = larger(high[v], a);
+        for (int j = 0; j < ROWS; ++j) {
+            vfloat a = load_vector<T, WHOLE>(x + j * c + at, c), d = a - k;
+            s += d, q += d * d, lo = smaller(lo, a), hi = larger(hi, a);
         }
-    for (int64_t i = 0; i < V * LANES && i < n; ++i) {
-        out.sum[at + i] = sum[i / LANES][i % LANES], out.square[at + i] = square[i / LANES][i % LANES],
-                     out.count[at + i] = (double)rows;
-        out.low[at + i] = low[i / LANES][i % LANES], out.high[at + i] = high[i / LANES][i % LANES];
+        sum[i] += s, square[i] += q, low[i] = lo, high[i] = hi;
     }
 }
 
 template <class T, bool WHOLE>
-static void measure_kept_columns(const typename T::scalar* x, int64_t rows, int64_t stride, int64_t n,
-                                 const float* shift, const float* lower, const float* upper, const Columns& out,
-                                 int64_t at) {
-    f16 k = load_columns<Float32, WHOLE>(shift, n), lo = load_columns<Float32, WHOLE>(lower, n),
-        hi = load_columns<Float32, WHOLE>(upper, n);
-    f16 sum{}, square{};
-    i16 count{};
-    for (int64_t r = 0; r < rows; ++r, x += stride) {
-        f16 a = load_columns<T, WHOLE>(x, n);
-        i16 kept = (a >= lo) & (a <= hi);
-        f16 d = only(kept, a - k);
-        sum += d, square += d * d, count -= kept;
+static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t c, const float* shift,
+                            const Columns& out, int64_t tile) {
+    vfloat sum[CHUNK], square[CHUNK], low[CHUNK], high[CHUNK];
+    for (int64_t first = 0; first < vectors(c); first += CHUNK) {
+        const int64_t n = vectors(c) - first < CHUNK ? vectors(c) - first : CHUNK;
+        for (int64_t i = 0; i < n; ++i) {
+            sum[i] = square[i] = vfloat{};
+            low[i] = high[i] = load_vector<T, WHOLE>(x + start_of(first + i, c), c);
+        }
+#define STEP(ROWS) measure_rows<T, WHOLE, ROWS>(x + row, c, first, n, shift, sum, square, low, high);
+        FOR_ROWS(rows, c, STEP)
+#undef STEP
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = tile * c + start_of(first + i, c);
+            store_vector<Float32, WHOLE>(out.sum + at, c, sum[i]);
+            store_vector<Float32, WHOLE>(out.square + at, c, square[i]);
+            store_vector<Float32, WHOLE>(out.count + at, c, splat((float)rows));
+            store_vector<Float32, WHOLE>(out.low + at, c, low[i]);
+            store_vector<Float32, WHOLE>(out.high + at, c, high[i]);
+        }
     }
-    for (int64_t i = 0; i < LANES && i < n; ++i)
-        out.sum[at + i] = sum[i], out.square[at + i] = square[i], out.count[at + i] = count[i];
 }
 
-// Runs `body(first channel, number of channels)` over blocks of 64 channels, then 16, then what is left.
-#define FOR_BLOCKS(c, WIDE, NARROW, REST)              \
-    {                                                  \
-        int64_t at = 0;                                \
-        for (; at + 4 * LANES <= c; at += 4 * LANES) { \
-            const int64_t n = 4 * LANES;               \
-            WIDE;                                      \
-        }                                              \
-        for (; at + LANES <= c; at += LANES) {         \
-            const int64_t n = LANES;                   \
-            NARROW;                                    \
-        }                                              \
-        if (at < c) {                                  \
-            const int64_t n = c - at;                  \
-            REST;                                      \
-        }                                              \
-    }
-
-// Add the columns of a set around its first shift.
-static inline void add_columns(const Columns& columns, const float* shift, const Rows& rows, int64_t part,
-                               int64_t first, int64_t channels, double& sum, double& square, double& count) {
-    sum = square = count = 0;
-    for (int64_t c = first; c < first + channels; ++c) {
-        double a = 0, b = 0, n = 0, d = (double)shift[part * rows.c + c] - shift[part * rows.c + first];
-        for (int64_t t = 0; t < rows.tiles_per_part; ++t) {
-            int64_t at = (part * rows.tiles_per_part + t) * rows.c + c;
-            a += columns.sum[at], b += columns.square[at], n += columns.count[at];
+template <class T, bool WHOLE, int ROWS>
+static inline void measure_kept_rows(const typename T::scalar* x, int64_t c, const int64_t* columns, int64_t n,
+                                     const float* shift, const float* lower, const float* upper, vfloat* sum,
+                                     vfloat* square, vfloat* count) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = columns[i];
+        vfloat k = load_vector<Float32, WHOLE>(shift + at, c), lo = load_vector<Float32, WHOLE>(lower + at, c),
+               hi = load_vector<Float32, WHOLE>(upper + at, c), s{}, q{}, m{};
+#pragma GCC unroll 4
+        for (int j = 0; j < ROWS; ++j) {
+            vfloat a = load_vector<T, WHOLE>(x + j * c + at, c);
+            vint kept = (a >= lo) & (a <= hi);
+            vfloat d = only(kept, a - k);
+            s += d, q += d * d, m += only(kept, splat(1.f));
         }
-        sum += a + n * d, square += b + 2 * d * a + n * d * d, count += n;
+        sum[i] += s, square[i] += q, count[i] += m;
     }
+}
+
+// Measure those vectors of columns again that hold a value outside the band;
+// how many there were.
+template <class T, bool WHOLE>
+static int64_t measure_kept_columns(const typename T::scalar* x, int64_t rows, int64_t c, const float* shift,
+                                    const float* lower, const float* upper, const Columns& out, int64_t tile) {
+    vfloat sum[CHUNK], square[CHUNK], count[CHUNK];
+    int64_t columns[CHUNK], n = 0, measured = 0;
+    for (int64_t v = 0; v < vectors(c); ++v) {
+        const int64_t at = start_of(v, c);
+        vint outside =
+            ~((load_vector<Float32, WHOLE>(out.low + tile * c + at, c) >= load_vector<Float32, WHOLE>(lower + at, c)) &
+              (load_vector<Float32, WHOLE>(out.high + tile * c + at, c) <= load_vector<Float32, WHOLE>(upper + at, c)));
+        if (any_of(outside)) columns[n++] = at;
+        if (n < CHUNK && (v + 1 < vectors(c) || n == 0)) continue;
+        for (int64_t i = 0; i < n; ++i) sum[i] = square[i] = count[i] = vfloat{};
+#define STEP(ROWS) measure_kept_rows<T, WHOLE, ROWS>(x + row, c, columns, n, shift, lower, upper, sum, square, count);
+        FOR_ROWS(rows, c, STEP)
+#undef STEP
+        for (int64_t i = 0; i < n; ++i) {
+            store_vector<Float32, WHOLE>(out.sum + tile * c + columns[i], c, sum[i]);
+            store_vector<Float32, WHOLE>(out.square + tile * c + columns[i], c, square[i]);
+            store_vector<Float32, WHOLE>(out.count + tile * c + columns[i], c, count[i]);
+        }
+        measured += n, n = 0;
+    }
+    return measured;
+}
+
+// Add the tiles of one part's column.
+static inline void add_tiles(const float* of, const Rows& rows, int64_t part, int64_t first, int64_t n, double* total) {
+    for (int64_t i = 0; i < n; ++i) total[i] = 0;
+    const float* p = of + part * rows.tiles_per_part * rows.c + first;
+    for (int64_t t = 0; t < rows.tiles_per_part; ++t, p += rows.c)
+        for (int64_t i = 0; i < n; ++i) total[i] += p[i];
+}
+
+// One part's sets, a block of them at a time, and the columns that they are
+// made of.
+struct Blocks {
+    int64_t channels, sets_per_part, sets_per_block, per_part;
+    Blocks(const Shape& d) : channels(d.groups ? d.c / d.groups : 1), sets_per_part(d.c / channels) {
+        sets_per_block = channels < 256 ? 256 / channels : 1;
+        per_part = (sets_per_part + sets_per_block - 1) / sets_per_block;
+    }
+    int64_t part(int64_t block) const { return block / per_part; }
+    int64_t first_set(int64_t block) const { return block % per_part * sets_per_block; }
+    int64_t sets(int64_t block) const {
+        int64_t left = sets_per_part - first_set(block);
+        return left < sets_per_block ? left : sets_per_block;
+    }
+};
+
+// The sums of a set of columns, each of them around a shift of its own, around
+// the first one's.
+struct Total {
+    double sum, square, count;
+    Total(const double* sums, const double* squares, const double* counts, const float* shift, int64_t channels)
+        : sum(0), square(0), count(0) {
+        for (int64_t c = 0; c < channels; ++c) {
+            double d = (double)shift[c] - shift[0];
+            sum += sums[c] + counts[c] * d, square += squares[c] + 2 * d * sums[c] + counts[c] * d * d;
+            count += counts[c];
+        }
+    }
+};
+
+template <class T, bool WHOLE>
+static void normalize_rows(const typename T::scalar* x, typename T::scalar* y, int64_t rows, int64_t c,
+                           const float* mean, const float* scale, const float* offset) {
+    for (int64_t r = 0; r < rows; ++r, x += c, y += c)
+        for_vectors(c, [=](int64_t at) {
+            vfloat m = load_vector<Float32, WHOLE>(mean + at, c), a = load_vector<Float32, WHOLE>(scale + at, c),
+                   b = load_vector<Float32, WHOLE>(offset + at, c);
+            store_vector<T, WHOLE>(y + at, c, (load_vector<T, WHOLE>(x + at, c) - m) * a + b);
+        });
 }
 
 template <class T, bool WHOLE>
-static inline void normalize_columns(const typename T::scalar* x, typename T::scalar* y, int64_t n, const float* mean,
-                                     const float* scale, const float* shift) {
-    f16 v = (load_columns<T, WHOLE>(x, n) - load_columns<Float32, WHOLE>(mean, n)) *
-                load_columns<Float32, WHOLE>(scale, n) +
-            load_columns<Float32, WHOLE>(shift, n);
-    if (WHOLE)
-        T::store(y, v);
-    else
-        store_some<T>(y, n, v);
-}
-
-template <class T>
 static void forward_channels_last(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight,
                                   const float* bias, const Moments& out) {
     typedef typename T::scalar scalar;
     const scalar* x = (const scalar*)x_;
     scalar* y = (scalar*)y_;
     const Rows rows(d);
-    const int64_t C = d.c, channels = d.groups ? d.c / d.groups : 1, sets_per_part = C / channels;
+    const Blocks blocks(d);
+    const int64_t C = d.c, all = rows.parts * C;
     Columns columns(rows.tiles() * C);
-    float* shift = (float*)malloc(sizeof(float) * rows.parts * C * 5);
-    float *lower = shift + rows.parts * C, *upper = lower + rows.parts * C, *scale = upper + rows.parts * C,
-          *offset = scale + rows.parts * C;
+    double* sums = (double*)malloc(3 * sizeof(double) * all);
+    double *squares = sums + all, *counts = squares + all;
+    float* shift = (float*)malloc(5 * sizeof(float) * all);
+    float *lower = shift + all, *upper = lower + all, *scale = upper + all, *offset = scale + all;
     float* mean = lower;  // the band is not needed once the moments are known
 #pragma omp parallel num_threads(o.threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.parts * C; ++i) {
-            const scalar* p = x + i / C * rows.rows_per_part * C + i % C;
-            shift[i] = typical(rows.rows_per_part, [&](int64_t r) { return load_one<T>(p + r * C); });
+        for (int64_t i = 0; i < rows.parts * vectors(C); ++i) {
+            const int64_t part = i / vectors(C), at = start_of(i % vectors(C), C);
+            const scalar* p = x + part * rows.rows_per_part * C + at;
+            vfloat k =
+                typical<vfloat>(rows.rows_per_part, [&](int64_t r) { return load_vector<T, WHOLE>(p + r * C, C); });
+            store_vector<Float32, WHOLE>(shift + part * C + at, C, k);
         }
+        const Share share(rows.tiles());
+        for (int64_t t = share.begin; t < share.end; ++t)
+            measure_columns<T, WHOLE>(x + rows.first(t) * C, rows.count(t), C, shift + rows.part(t) * C, columns, t);
+#pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows.tiles(); ++t) {
-            const scalar* p = x + rows.first(t) * C;
-            const float* k = shift + rows.part(t) * C;
-            int64_t r = rows.count(t);
-            FOR_BLOCKS(C, (measure_columns<T, 4, true>(p + at, r, C, n, k + at, columns, t * C + at)),
-                       (measure_columns<T, 1, true>(p + at, r, C, n, k + at, columns, t * C + at)),
-                       (measure_columns<T, 1, false>(p + at, r, C, n, k + at, columns, t * C + at)))
+        for (int64_t i = 0; i < rows.parts * blocks.per_part; ++i) {
+            const int64_t part = blocks.part(i), n = blocks.channels, first = blocks.first_set(i) * n;
+            add_tiles(columns.sum, rows, part, first, blocks.sets(i) * n, sums + part * C + first);
+            add_tiles(columns.square, rows, part, first, blocks.sets(i) * n, squares + part * C + first);
+            for (int64_t c = first; c < first + blocks.sets(i) * n; ++c)
+                counts[part * C + c] = (double)rows.rows_per_part;
+            for (int64_t j = 0; j < blocks.sets(i); ++j) {
+                const int64_t at = part * C + first + j * n;
+                Total t(sums + at, squares + at, counts + at, shift + at, n);
+                Set s;
+                draw_band(s, shift[at], t.sum, t.square, t.count, o);
+                for (int64_t c = at; c < at + n; ++c) lower[c] = s.lower, upper[c] = s.upper;
+            }
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.parts * sets_per_part; ++i) {
-            int64_t part = i / sets_per_part, first = i % sets_per_part * channels;
-            double sum, square, count;
-            Set s;
-            add_columns(columns, shift, rows, part, first, channels, sum, square, count);
-            draw_band(s, shift[part * C + first], sum, square, count, o);
-            for (int64_t c = first; c < first + channels; ++c)
-                lower[part * C + c] = s.lower, upper[part * C + c] = s.upper;
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows.tiles(); ++t) {
-            const scalar* p = x + rows.first(t) * C;
+        int64_t measured = 0;
+        for (int64_t t = share.end; t-- > share.begin;) {
             const int64_t part = rows.part(t) * C;
-            for (int64_t at = 0; at < C; at += LANES) {
-                int64_t n = C - at < LANES ? C - at : LANES;
-                bool outlier = false;
-                for (int64_t i = at; i < at + n; ++i)
-                    outlier |=
-                        !(columns.low[t * C + i] >= lower[part + i] && columns.high[t * C + i] <= upper[part + i]);
-                if (!outlier) continue;
-                if (n == LANES)
-                    measure_kept_columns<T, true>(p + at, rows.count(t), C, n, shift + part + at, lower + part + at,
-                                                  upper + part + at, columns, t * C + at);
-                else
-                    measure_kept_columns<T, false>(p + at, rows.count(t), C, n, shift + part + at, lower + part + at,
-                                                   upper + part + at, columns, t * C + at);
+            measured += measure_kept_columns<T, WHOLE>(x + rows.first(t) * C, rows.count(t), C, shift + part,
+                                                       lower + part, upper + part, columns, t);
+        }
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows.parts * blocks.per_part; ++i) {
+            const int64_t part = blocks.part(i), n = blocks.channels, first = blocks.first_set(i) * n;
+            add_tiles(columns.sum, rows, part, first, blocks.sets(i) * n, sums + part * C + first);
+            add_tiles(columns.square, rows, part, first, blocks.sets(i) * n, squares + part * C + first);
+            add_tiles(columns.count, rows, part, first, blocks.sets(i) * n, counts + part * C + first);
+            for (int64_t j = 0; j < blocks.sets(i); ++j) {
+                const int64_t at = part * C + first + j * n;
+                Total t(sums + at, squares + at, counts + at, shift + at, n);
+                Set s;
+                s.lower = lower[at], s.upper = upper[at];
+                settle(s, shift[at], t.sum, t.square, t.count, o);
+                report(s, part * blocks.sets_per_part + blocks.first_set(i) + j, out);
+                const double rstd = 1 / sqrt(s.var + o.eps);
+                for (int64_t c = at; c < at + n; ++c) {
+                    const double a = weight ? weight[c - part * C] * rstd : rstd;
+                    mean[c] = (float)s.mean, scale[c] = (float)a;
+                    offset[c] = (float)((bias ? bias[c - part * C] : 0.0) - (s.mean - (float)s.mean) * a);
+                }
             }
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.parts * sets_per_part; ++i) {
-            int64_t part = i / sets_per_part, first = i % sets_per_part * channels;
-            double sum, square, count;
-            Set s;
-            s.lower = lower[part * C + first], s.upper = upper[part * C + first];
-            add_columns(columns, shift, rows, part, first, channels, sum, square, count);
-            settle(s, shift[part * C + first], sum, square, count, o);
-            report(s, i, out);
-            double rstd = 1 / sqrt(s.var + o.eps);
-            for (int64_t c = first; c < first + channels; ++c) {
-                double a = weight ? weight[c] * rstd : rstd;
-                mean[part * C + c] = (float)s.mean, scale[part * C + c] = (float)a;
-                offset[part * C + c] = (float)((bias ? bias[c] : 0.0) - (s.mean - (float)s.mean) * a);
-            }
-        }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows.tiles(); ++t) {
-            const int64_t part = rows.part(t) * C;
-            const float *m = mean + part, *a = scale + part, *b = offset + part;
-            for (int64_t r = 0; r < rows.count(t); ++r) {
-                const scalar* p = x + (rows.first(t) + r) * C;
-                scalar* q = y + (rows.first(t) + r) * C;
-                int64_t at = 0;
-                for (; at + LANES <= C; at += LANES)
-                    normalize_columns<T, true>(p + at, q + at, LANES, m + at, a + at, b + at);
-                if (at < C) normalize_columns<T, false>(p + at, q + at, C - at, m + at, a + at, b + at);
-            }
+        const bool mostly = 2 * measured > (share.end - share.begin) * vectors(C);
+        for (int64_t i = 0; i < share.end - share.begin; ++i) {
+            const int64_t t = mostly ? share.begin + i : share.end - 1 - i;
+            const int64_t part = rows.part(t) * C, start = rows.first(t) * C;
+            normalize_rows<T, WHOLE>(x + start, y + start, rows.count(t), C, mean + part, scale + part, offset + part);
         }
     }
     free(shift);
+    free(sums);
 }
 
-template <class T, bool PAPER, int V, bool WHOLE>
-static void gradient_columns(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t stride,
-                             int64_t n, const float* mean, const float* lower, const float* upper, const Columns& out,
-                             int64_t at) {
-    f16 m[V], lo[V], hi[V], sum[V], dot[V];
-    for (int v = 0; v < V; ++v) {
-        m[v] = load_columns<Float32, WHOLE>(mean + v * LANES, n);
-        lo[v] = load_columns<Float32, WHOLE>(lower + v * LANES, n),
-        hi[v] = load_columns<Float32, WHOLE>(upper + v * LANES, n);
-        sum[v] = dot[v] = f16{};
-    }
-    for (int64_t r = 0; r < rows; ++r, x += stride, g += stride)
+template <class T, bool WHOLE, bool PAPER, int ROWS>
+static inline void gradient_rows(const typename T::scalar* g, const typename T::scalar* x, int64_t c, int64_t first,
+                                 int64_t n, const float* mean, const float* lower, const float* upper, vfloat* sum,
+                                 vfloat* dot) {
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = start_of(first + i, c);
+        vfloat m = load_vector<Float32, WHOLE>(mean + at, c), s{}, p{}, lo, hi;
+        if (PAPER) lo = load_vector<Float32, WHOLE>(lower + at, c), hi = load_vector<Float32, WHOLE>(upper + at, c);
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) {
-            f16 a = load_columns<T, WHOLE>(x + v * LANES, n), ga = load_columns<T, WHOLE>(g + v * LANES, n);
-            if (PAPER) ga = only((a >= lo[v]) & (a <= hi[v]), ga);
-            sum[v] += ga, dot[v] += ga * (a - m[v]);
+        for (int j = 0; j < ROWS; ++j) {
+            vfloat a = load_vector<T, WHOLE>(x + j * c + at, c), ga = load_vector<T, WHOLE>(g + j * c + at, c);
+            if (PAPER) ga = only((a >= lo) & (a <= hi), ga);
+            s += ga, p += ga * (a - m);
         }
-    for (int64_t i = 0; i < V * LANES && i < n; ++i)
-        out.sum[at + i] = sum[i / LANES][i % LANES], out.square[at + i] = dot[i / LANES][i % LANES];
+        sum[i] += s, dot[i] += p;
+    }
 }
 
-template <class T, bool PAPER, bool WHOLE>
-static inline void write_gradient_columns(const typename T::scalar* g, const typename T::scalar* x,
-                                          typename T::scalar* dx, int64_t n, const float* scale, const float* offset,
-                                          const float* slope, const float* mean, const float* lower,
-                                          const float* upper) {
-    f16 v = input_gradient<PAPER>(load_columns<T, WHOLE>(g, n), load_columns<T, WHOLE>(x, n),
-                                  load_columns<Float32, WHOLE>(scale, n), load_columns<Float32, WHOLE>(offset, n),
-                                  load_columns<Float32, WHOLE>(slope, n), load_columns<Float32, WHOLE>(mean, n),
-                                  load_columns<Float32, WHOLE>(lower, n), load_columns<Float32, WHOLE>(upper, n));
-    if (WHOLE)
-        T::store(dx, v);
-    else
-        store_some<T>(dx, n, v);
+template <class T, bool WHOLE, bool PAPER>
+static void gradient_columns(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t c,
+                             const float* mean, const float* lower, const float* upper, const Columns& out,
+                             int64_t tile) {
+    vfloat sum[CHUNK], dot[CHUNK];
+    for (int64_t first = 0; first < vectors(c); first += CHUNK) {
+        const int64_t n = vectors(c) - first < CHUNK ? vectors(c) - first : CHUNK;
+        for (int64_t i = 0; i < n; ++i) sum[i] = dot[i] = vfloat{};
+#define STEP(ROWS) gradient_rows<T, WHOLE, PAPER, ROWS>(g + row, x + row, c, first, n, mean, lower, upper, sum, dot);
+        FOR_ROWS(rows, c, STEP)
+#undef STEP
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = tile * c + start_of(first + i, c);
+            store_vector<Float32, WHOLE>(out.sum + at, c, sum[i]);
+            store_vector<Float32, WHOLE>(out.square + at, c, dot[i]);
+        }
+    }
 }
 
-template <class T, bool PAPER>
+template <class T, bool WHOLE, bool PAPER>
+static void write_gradient_rows(const typename T::scalar* g, const typename T::scalar* x, typename T::scalar* dx,
+                                int64_t rows, int64_t c, const float* scale, const float* offset, const float* slope,
+                                const float* mean, const float* lower, const float* upper) {
+    for (int64_t r = 0; r < rows; ++r, g += c, x += c, dx += c)
+        for_vectors(c, [=](int64_t at) {
+            vfloat a = load_vector<Float32, WHOLE>(scale + at, c), b = load_vector<Float32, WHOLE>(offset + at, c),
+                   k = load_vector<Float32, WHOLE>(slope + at, c), m = load_vector<Float32, WHOLE>(mean + at, c),
+                   lo = load_vector<Float32, WHOLE>(lower + at, c), hi = load_vector<Float32, WHOLE>(upper + at, c);
+            vfloat gi = load_vector<T, WHOLE>(g + at, c), xi = load_vector<T, WHOLE>(x + at, c);
+            store_vector<T, WHOLE>(dx + at, c, input_gradient<PAPER>(gi, xi, a, b, k, m, lo, hi));
+        });
+}
+
+template <class T, bool WHOLE, bool PAPER>
 static void backward_channels_last(const Shape& d, const Options& o, const void* g_, const void* x_, void* dx_,
-                                   const float* weight, const Moments& m, float* d_weight, float* d_bias,
-                                   double* scratch) {
+                                   const float* weight, const Moments& m, float* d_weight, float* d_bias) {
     typedef typename T::scalar scalar;
     const scalar *g = (const scalar*)g_, *x = (const scalar*)x_;
     scalar* dx = (scalar*)dx_;
     const Rows rows(d);
-    const int64_t C = d.c, channels = d.groups ? d.c / d.groups : 1, sets_per_part = C / channels;
+    const Blocks blocks(d);
+    const int64_t C = d.c, all = rows.parts * C;
     Columns columns(rows.tiles() * C);
-    double *by_part_g = scratch, *by_part_gx = scratch + rows.parts * C;
-    float* scale = (float*)malloc(sizeof(float) * rows.parts * C * 6);
-    float *offset = scale + rows.parts * C, *slope = offset + rows.parts * C, *mean = slope + rows.parts * C;
-    float *lower = mean + rows.parts * C, *upper = lower + rows.parts * C;
+    double* sums = (double*)malloc(2 * sizeof(double) * all);
+    double* dots = sums + all;
+    float* scale = (float*)malloc(6 * sizeof(float) * all);
+    float *offset = scale + all, *slope = offset + all, *mean = slope + all, *lower = mean + all, *upper = lower + all;
 #pragma omp parallel num_threads(o.threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.parts * C; ++i) {
-            int64_t set = i / C * sets_per_part + i % C / channels;
-            mean[i] = m.mean[set], lower[i] = m.lower[set], upper[i] = m.upper[set];
+        for (int64_t i = 0; i < rows.parts * blocks.sets_per_part; ++i)
+            for (int64_t c = i * blocks.channels; c < (i + 1) * blocks.channels; ++c)
+                mean[c] = m.mean[i], lower[c] = m.lower[i], upper[c] = m.upper[i];
+        const Share share(rows.tiles());
+        for (int64_t t = share.begin; t < share.end; ++t) {
+            const int64_t start = rows.first(t) * C, part = rows.part(t) * C;
+            gradient_columns<T, WHOLE, PAPER>(g + start, x + start, rows.count(t), C, mean + part, lower + part,
+                                              upper + part, columns, t);
         }
+#pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows.tiles(); ++t) {
-            const int64_t start = rows.first(t) * C, part = rows.part(t) * C, r = rows.count(t);
-            const float *k = mean + part, *lo = lower + part, *hi = upper + part;
-            FOR_BLOCKS(C,
-                       (gradient_columns<T, PAPER, 4, true>(g + start + at, x + start + at, r, C, n, k + at, lo + at,
-                                                            hi + at, columns, t * C + at)),
-                       (gradient_columns<T, PAPER, 1, true>(g + start + at, x + start + at, r, C, n, k + at, lo + at,
-                                                            hi + at, columns, t * C + at)),
-                       (gradient_columns<T, PAPER, 1, false>(g + start + at, x + start + at, r, C, n, k + at, lo + at,
-                                                             hi + at, columns, t * C + at)))
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows.parts * sets_per_part; ++i) {
-            int64_t part = i / sets_per_part, first = i % sets_per_part * channels;
-            double rstd = 1 / sqrt((double)m.var[i] + o.eps), sum_g = 0, sum_gx = 0;
-            for (int64_t c = first; c < first + channels; ++c) {
-                double a = 0, b = 0, w = weight ? weight[c] : 1;
-                for (int64_t t = 0; t < rows.tiles_per_part; ++t) {
-                    int64_t at = (part * rows.tiles_per_part + t) * C + c;
-                    a += columns.sum[at], b += columns.square[at];
+        for (int64_t i = 0; i < rows.parts * blocks.per_part; ++i) {
+            const int64_t part = blocks.part(i), n = blocks.channels, first = blocks.first_set(i) * n;
+            add_tiles(columns.sum, rows, part, first, blocks.sets(i) * n, sums + part * C + first);
+            add_tiles(columns.square, rows, part, first, blocks.sets(i) * n, dots + part * C + first);
+            for (int64_t j = 0; j < blocks.sets(i); ++j) {
+                const int64_t at = part * C + first + j * n, set = at / n;
+                const double rstd = 1 / sqrt((double)m.var[set] + o.eps);
+                double sum_g = 0, sum_gx = 0;
+                for (int64_t c = at; c < at + n; ++c) {
+                    const double w = weight ? weight[c - part * C] : 1;
+                    sum_g += w * sums[c], sum_gx += w * dots[c], dots[c] *= rstd;
                 }
-                by_part_g[part * C + c] = a, by_part_gx[part * C + c] = b * rstd;
-                sum_g += w * a, sum_gx += w * b;
-            }
-            for (int64_t c = first; c < first + channels; ++c) {
-                const Line l = line_of(m, i, weight ? weight[c] : 1, sum_g, sum_gx, o);
-                scale[part * C + c] = l.scale, offset[part * C + c] = l.offset, slope[part * C + c] = l.slope;
+                const Line l = line_of(m, set, sum_g, sum_gx, o);
+                for (int64_t c = at; c < at + n; ++c) {
+                    scale[c] = weight ? l.scale * weight[c - part * C] : l.scale;
+                    offset[c] = l.offset, slope[c] = l.slope;
+                }
             }
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t c = 0; c < C; ++c) {
             double sum_g = 0, sum_gx = 0;
-            for (int64_t p = 0; p < rows.parts; ++p) sum_g += by_part_g[p * C + c], sum_gx += by_part_gx[p * C + c];
+            for (int64_t p = 0; p < rows.parts; ++p) sum_g += sums[p * C + c], sum_gx += dots[p * C + c];
             d_bias[c] = (float)sum_g, d_weight[c] = (float)sum_gx;
         }
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < rows.tiles(); ++t) {
-            const int64_t p = rows.part(t) * C;
-            for (int64_t r = 0; r < rows.count(t); ++r) {
-                const int64_t start = (rows.first(t) + r) * C;
-                int64_t at = 0;
-                for (; at + LANES <= C; at += LANES)
-                    write_gradient_columns<T, PAPER, true>(g + start + at, x + start + at, dx + start + at, LANES,
-                                                           scale + p + at, offset + p + at, slope + p + at,
-                                                           mean + p + at, lower + p + at, upper + p + at);
-                if (at < C)
-                    write_gradient_columns<T, PAPER, false>(g + start + at, x + start + at, dx + start + at, C - at,
-                                                            scale + p + at, offset + p + at, slope + p + at,
-                                                            mean + p + at, lower + p + at, upper + p + at);
-            }
+        for (int64_t t = share.end; t-- > share.begin;) {
+            const int64_t part = rows.part(t) * C, start = rows.first(t) * C;
+            write_gradient_rows<T, WHOLE, PAPER>(g + start, x + start, dx + start, rows.count(t), C, scale + part,
+                                                 offset + part, slope + part, mean + part, lower + part, upper + part);
         }
     }
     free(scale);
+    free(sums);
 }
 
-#undef FOR_BLOCKS
+#undef FOR_ROWS
+
+template <class T, bool WHOLE>
+static void forward_of(const Shape& d, const Options& o, const void* x, void* y, const float* weight, const float* bias,
+                       const Moments& m) {
+    (o.channels_last ? forward_channels_last<T, WHOLE> : forward_contiguous<T, WHOLE>)(d, o, x, y, weight, bias, m);
+}
+
+template <class T, bool WHOLE>
+static void backward_of(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
+                        const Moments& m, float* d_weight, float* d_bias) {
+    auto run = o.channels_last
+                   ? (o.paper ? backward_channels_last<T, WHOLE, true> : backward_channels_last<T, WHOLE, false>)
+                   : (o.paper ? backward_contiguous<T, WHOLE, true> : backward_contiguous<T, WHOLE, false>);
+    run(d, o, g, x, dx, weight, m, d_weight, d_bias);
+}
+
+static bool whole_vectors(const Shape& d, const Options& o) { return (o.channels_last ? d.c : d.s) >= LANES; }
 
 static void forward(const Shape& d, const Options& o, const void* x, void* y, const float* weight, const float* bias,
                     const Moments& m) {
-    auto run = o.channels_last ? (o.bfloat16 ? forward_channels_last<BFloat16> : forward_channels_last<Float32>)
-                               : (o.bfloat16 ? forward_contiguous<BFloat16> : forward_contiguous<Float32>);
+    auto run = whole_vectors(d, o) ? (o.bfloat16 ? forward_of<BFloat16, true> : forward_of<Float32, true>)
+                                   : (o.bfloat16 ? forward_of<BFloat16, false> : forward_of<Float32, false>);
     run(d, o, x, y, weight, bias, m);
 }
 
-template <class T>
-static void backward_of(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
-                        const Moments& m, float* d_weight, float* d_bias, double* scratch) {
-    auto run = o.channels_last ? (o.paper ? backward_channels_last<T, true> : backward_channels_last<T, false>)
-                               : (o.paper ? backward_contiguous<T, true> : backward_contiguous<T, false>);
-    run(d, o, g, x, dx, weight, m, d_weight, d_bias, scratch);
-}
-
 static void backward(const Shape& d, const Options& o, const void* g, const void* x, void* dx, const float* weight,
-                     const Moments& m, float* d_weight, float* d_bias, double* scratch) {
-    (o.bfloat16 ? backward_of<BFloat16> : backward_of<Float32>)(d, o, g, x, dx, weight, m, d_weight, d_bias, scratch);
+                     const Moments& m, float* d_weight, float* d_bias) {
+    auto run = whole_vectors(d, o) ? (o.bfloat16 ? backward_of<BFloat16, true> : backward_of<Float32, true>)
+                                   : (o.bfloat16 ? backward_of<BFloat16, false> : backward_of<Float32, false>);
+    run(d, o, g, x, dx, weight, m, d_weight, d_bias);
 }

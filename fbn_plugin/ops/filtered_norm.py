@@ -14,11 +14,12 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fbn_plugin.ops import cpu, reference, triton
 
 GRAD_MODES = ("exact", "paper")
+_PLAIN = (Tensor, nn.Parameter)
 
 
 # In the order in which they are asked; the reference refuses nothing.
@@ -31,6 +32,11 @@ def _backend(x: Tensor) -> ModuleType:
 
 def _act_backend(x: Tensor) -> ModuleType:
     return reference if triton.refuses(x) else triton
+
+
+def _running_backend(running_mean: Tensor, running_var: Tensor, mean: Tensor) -> ModuleType:
+    dense = running_mean.is_contiguous() and running_var.is_contiguous()
+    return triton if dense and triton.refuses(mean) is None else reference
 
 
 def backends() -> dict[str, str]:
@@ -161,10 +167,18 @@ def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 8
     x, weight, *moments = ctx.saved_tensors
-    dx, d_weight, d_bias = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
-    d_weight = None if weight is None else d_weight.to(weight.dtype)
-    d_bias = None if ctx.bias_dtype is None else d_bias.to(ctx.bias_dtype)
-    return dx, d_weight, d_bias, *(None,) * 5
+    gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
+    return *_as_inputs(gradients, weight, ctx.bias_dtype), *(None,) * 5
+
+
+def _as_inputs(gradients: tuple[Tensor, Tensor, Tensor], weight: Tensor | None, bias_dtype: torch.dtype | None):
+    """The gradients of x, weight and bias in the dtype of each, None for what is not there."""
+    dx, d_weight, d_bias = gradients
+    return (
+        dx,
+        None if weight is None else d_weight.to(weight.dtype),
+        None if bias_dtype is None else d_bias.to(bias_dtype),
+    )
 
 
 def _no_double_backward(ctx, *_):
@@ -175,6 +189,72 @@ _filtered_norm.register_autograd(_backward, setup_context=_keep_for_backward)
 _filtered_norm_backward.register_autograd(_no_double_backward)
 
 
+class _DirectOnCPU(torch.autograd.Function):
+    """The operator and the running statistics in one call of the C++ kernels, without the dispatcher, which takes
+    longer than the kernels do for a small map."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, *options):
+        y, moments = cpu.forward(x, weight, bias, running_mean, running_var, momentum, *options[:-1])
+        ctx.save_for_backward(x, weight, moments)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.options = options
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, moments = ctx.saved_tensors
+        if _is_plain_gradient(grad):
+            gradients = cpu.backward(grad, x, weight, moments, *ctx.options)
+        else:
+            gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
+        return *_as_inputs(gradients, weight, ctx.bias_dtype), *(None,) * 8
+
+
+class _Direct(torch.autograd.Function):
+    """The operator and the running statistics without the dispatcher, on any backend."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, *options):
+        y, moments = _backend(x).filtered_norm(x, weight, bias, *options[:-1])
+        if running_mean is not None and running_var is not None:
+            batch = moments.mean, moments.var, moments.count
+            _running_backend(running_mean, running_var, moments.mean).update_running_stats(
+                running_mean, running_var, *batch, momentum
+            )
+        ctx.save_for_backward(x, weight, *moments)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.options = options
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, *moments = ctx.saved_tensors
+        if _is_plain_gradient(grad):
+            moments = reference.FilteredMoments(*moments)
+            gradients = _backend(x).filtered_norm_backward(grad, x, weight, moments, *ctx.options)
+        else:
+            gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
+        return *_as_inputs(gradients, weight, ctx.bias_dtype), *(None,) * 8
+
+
+def _nothing_watches(*tensors: Tensor | None) -> bool:
+    """Whether plain tensors are computed with, and no compiler, tracer, transform or mode is to see the operator."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.jit.is_tracing()
+        and all(t is None or type(t) in _PLAIN for t in tensors)
+    )
+
+
+def _is_plain_gradient(grad: Tensor) -> bool:
+    """False if the operator is to be called: it knows batched gradients, and refuses to be differentiated again."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not torch.is_grad_enabled() and not batched and _nothing_watches(grad)
+
+
 def _transformed(*tensors: Tensor | None) -> bool:
     """True inside of a ``torch.func`` transform, which cannot see through the operators."""
     return not torch.compiler.is_compiling() and any(
@@ -182,15 +262,31 @@ def _transformed(*tensors: Tensor | None) -> bool:
     )
 
 
-def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, *options) -> tuple[Tensor, ...]:
-    """The operator, or inside of a ``torch.func`` transform the reference that it stands for."""
+def _normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    *options,
+) -> Tensor:
+    """Normalize and update the running statistics, by the shortest way that there is."""
+    moving = running_mean, running_var
+    if _nothing_watches(x, weight, bias, *moving):
+        on_cpu = cpu.refuses(x) is None and all(t is None or cpu.takes_statistic(t) for t in moving)
+        return (_DirectOnCPU if on_cpu else _Direct).apply(x, weight, bias, *moving, momentum, *options)
     if not _transformed(x, weight, bias):
-        return _filtered_norm(x, weight, bias, *options)
-    *options, grad_mode = options
-    if grad_mode != "exact":
-        raise ValueError(f"torch.func transforms follow the exact gradient only, got grad_mode {grad_mode!r}")
-    y, moments = reference.filtered_norm(x, weight, bias, *options)
-    return (y, *moments)
+        y, *moments = _filtered_norm(x, weight, bias, *options)
+    else:  # the reference that it stands for
+        *options, grad_mode = options
+        if grad_mode != "exact":
+            raise ValueError(f"torch.func transforms follow the exact gradient only, got grad_mode {grad_mode!r}")
+        y, moments = reference.filtered_norm(x, weight, bias, *options)
+    if running_mean is not None and running_var is not None:
+        mean, var, _, _, count = moments
+        _update_running_stats(running_mean, running_var, mean, var, count, momentum)
+    return y
 
 
 @torch.library.custom_op("fbn_plugin::filtered_norm_act", mutates_args=())
@@ -285,8 +381,7 @@ _filtered_norm_act_backward.register_autograd(_no_double_backward)
 def _update_running_stats(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
 ) -> None:
-    dense = running_mean.is_contiguous() and running_var.is_contiguous()
-    backend = triton if dense and triton.refuses(mean) is None else reference
+    backend = _running_backend(running_mean, running_var, mean)
     backend.update_running_stats(running_mean, running_var, mean, var, count, momentum)
 
 
@@ -341,10 +436,26 @@ def filtered_batch_norm(
     if not training or math.isinf(t_sigma) or x.numel() == 0:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     _check_batch(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    y, mean, var, _, _, count = _normalize(x, weight, bias, 0, t_sigma, eps, gaussian_correction, grad_mode)
-    if running_mean is not None and running_var is not None:
-        _update_running_stats(running_mean, running_var, mean, var, count, momentum)
-    return y
+    moving = running_mean, running_var, momentum
+    return _normalize(x, weight, bias, *moving, 0, t_sigma, eps, gaussian_correction, grad_mode)
+
+
+def filtered_batch_statistics(
+    x: Tensor, eps: float = 1e-5, t_sigma: float = 5.0, gaussian_correction: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`filtered_batch_norm` normalizes ``x`` by in training, without a gradient.
+
+    Args:
+        x: ``(N, C, *spatial)``, not empty.
+        eps, t_sigma, gaussian_correction: as in :func:`filtered_batch_norm`.
+
+    Returns:
+        Mean, biased variance and number of the values that the filter keeps, ``(C,)`` each, float32, or float64 for
+        float64.
+    """
+    t_sigma = check_filter(t_sigma)
+    _, mean, var, _, _, count = _filtered_norm(x.detach(), None, None, 0, t_sigma, eps, gaussian_correction, "exact")
+    return mean, var, count
 
 
 def filtered_batch_norm_act(
@@ -437,5 +548,4 @@ def filtered_group_norm(
         return F.group_norm(x, num_groups, weight, bias, eps)
     if x.numel() == num_groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {x.shape} for {num_groups} groups")
-    y, *_ = _normalize(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction, grad_mode)
-    return y
+    return _normalize(x, weight, bias, None, None, 0.0, num_groups, t_sigma, eps, gaussian_correction, grad_mode)

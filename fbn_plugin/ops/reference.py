@@ -80,19 +80,20 @@ def _view(x: Tensor, num_groups: int) -> _View:
     return _View((n, g, k, *spatial), (2, *space), (n, g, 1, *ones), (1, g, k, *ones), (0, *space))
 
 
-def _moments(
-    x: Tensor, reduced: tuple[int, ...], t_sigma: float, eps: float, gaussian_correction: bool
-) -> FilteredMoments:
-    var, mean = torch.var_mean(x, dim=reduced, correction=0, keepdim=True)
+def band(mean: Tensor, var: Tensor, t_sigma: float, eps: float) -> tuple[Tensor, Tensor]:
+    """The lowest and highest value that the filter keeps (Eq. 5), for moments of any shape."""
     sigma = torch.sqrt(var + eps)
     # With T > 1 Chebyshev's inequality keeps at least one value. It speaks of exact moments: where the deviation is
     # below the rounding of the mean (a constant 1e6, say), the band is widened by that rounding, so that the promise
     # holds for the computed ones too.
-    finfo = torch.finfo(x.dtype)
+    finfo = torch.finfo(mean.dtype)
     least = sigma + 16 * finfo.eps * (sigma + mean.abs())
     half_width = torch.maximum(t_sigma * sigma.clamp_min(finfo.tiny), least)
-    lower, upper = mean - half_width, mean + half_width
+    return mean - half_width, mean + half_width
 
+
+def kept_moments(x: Tensor, reduced: tuple[int, ...], lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of the values within a band (Eq. 6, 7), reduced dimensions kept."""
     # A second look at the kept values around their first mean recovers the digits that summing large values loses.
     kept = (x >= lower) & (x <= upper)
     count = kept.sum(dim=reduced, keepdim=True).to(x.dtype)
@@ -100,9 +101,18 @@ def _moments(
     deviation = torch.where(kept, x - rough_mean, 0)
     shift = deviation.sum(dim=reduced, keepdim=True) / count
     var = (deviation.square().sum(dim=reduced, keepdim=True) / count - shift.square()).clamp_min(0)
+    return rough_mean + shift, var, count
+
+
+def _moments(
+    x: Tensor, reduced: tuple[int, ...], t_sigma: float, eps: float, gaussian_correction: bool
+) -> FilteredMoments:
+    var, mean = torch.var_mean(x, dim=reduced, correction=0, keepdim=True)
+    lower, upper = band(mean, var, t_sigma, eps)
+    mean, var, count = kept_moments(x, reduced, lower, upper)
     if gaussian_correction:
         var = var / gaussian_kappa(t_sigma)
-    return FilteredMoments(rough_mean + shift, var, lower, upper, count)
+    return FilteredMoments(mean, var, lower, upper, count)
 
 
 def filtered_norm(

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fbn_plugin import ops
 from fbn_plugin.engine import benchmark
 from fbn_plugin.engine.benchmark import LAYER_PEERS, Settings, interleave, layer_input, memory_of, summarize
 from fbn_plugin.engine.benchmark_report import markdown, plot, summary_table
@@ -85,7 +84,6 @@ def test_naive_form_is_filtered_batch_norm():
     torch.testing.assert_close(naive.eval()(x), own.eval()(x))
 
 
-@pytest.mark.skipif(not hasattr(ops, "filtered_batch_norm_act"), reason="no fused operator in this version")
 def test_fused_peer_is_filtered_batch_norm_then_relu():
     peers = {peer.name: peer.build(4) for peer in LAYER_PEERS}
     x = layer_input((4, 4, 8, 8), 0.0, "contiguous", "float32", "cpu")

@@ -452,6 +452,24 @@ def test_yaml_builds_and_trains(architecture):
         model(batch())
 
 
+@pytest.mark.parametrize("norm", ["ConvNorm", "LearnedNorm", "FRN", "FFRN(tlu=True)"])
+def test_norms_of_the_other_papers_train(norm):
+    model = build_model(tiny_config(norm=norm, **{"MODEL.BACKBONE.FREEZE_AT": 0}))
+    kind = type(fbn_plugin.get_norm(norm, 8))
+    assert sum(type(m) is kind for m in model.modules()) > 20
+    sum(training_losses(model).values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad is not None for m in model.backbone.modules() if type(m) is kind for p in m.parameters())
+    model.eval()
+    with torch.no_grad():
+        model(batch())
+
+
+def test_retinanet_keeps_conv_norms_per_level():
+    lists = [m for m in retinanet_head("ConvNorm").modules() if isinstance(m, CycleBatchNormList)]
+    assert [[type(norm) for norm in each] for each in lists] == [[fbn_plugin.ConvNorm2d] * 3] * 4
+
+
 def test_heads_without_objects():
     """No object in the batch leaves the mask head with an empty input: training goes on, its statistics stay."""
     model = build_model(tiny_config())
@@ -543,8 +561,11 @@ def test_unfreezing_gives_batch_norm_and_conversion_the_filter_back():
     assert type(fbn_plugin.convert_norm(thawed, "FBN")[0]) is FilteredBatchNorm2d
 
 
-def test_weight_decay_norm():
-    cfg = tiny_config(**{"SOLVER.WEIGHT_DECAY": 0.1, "SOLVER.WEIGHT_DECAY_NORM": 0.025, "MODEL.BACKBONE.FREEZE_AT": 0})
+@pytest.mark.parametrize("norm", [SPEC, "ConvNorm(kernel_sizes=(2, 2))"])
+def test_weight_decay_norm(norm):
+    cfg = tiny_config(
+        norm=norm, **{"SOLVER.WEIGHT_DECAY": 0.1, "SOLVER.WEIGHT_DECAY_NORM": 0.025, "MODEL.BACKBONE.FREEZE_AT": 0}
+    )
     model = build_model(cfg)
     decay = {p: group["weight_decay"] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
     in_norms = {p for norm in norms(model).values() for p in norm.parameters()}

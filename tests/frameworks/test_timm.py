@@ -19,12 +19,21 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fbn_plugin
-from fbn_plugin import NORMS, FilteredBatchNorm2d, FilteredInstanceNorm2d, FilteredLayerNorm2d, norm_factory
+from fbn_plugin import (
+    NORMS,
+    FilteredBatchNorm2d,
+    FilteredInstanceNorm2d,
+    FilteredLayerNorm2d,
+    FilterResponseNorm2d,
+    norm_factory,
+)
 from fbn_plugin.frameworks import timm as adapter
 from fbn_plugin.frameworks.timm import FilteredBatchNormAct2d
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 
-NAMES = ["BN", "SyncBN", "GN", "LN", "IN", "FBN", "FGN", "FLN", "FIN"]
+NAMES = ["BN", "SyncBN", "GN", "LN", "IN", "FBN", "FGN", "FLN", "FIN", "FRN", "FFRN", "ConvNorm", "LearnedNorm"]
+# So that they fit 16 channels, have a scale, and mean ours: "frn" alone is a norm+activation of timm's.
+OPTIONS = {"GN": "(num_groups=4)", "FGN": "(num_groups=4)", "LearnedNorm": "(affine=True)", "FRN": "(affine=True)"}
 FORMS = {
     "name": "fbn",
     "spec": "FBN(t_sigma=5.0, grad_mode='exact')",
@@ -96,12 +105,13 @@ def test_a_models_own_options_join_those_of_the_spec():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_registered_norm_has_a_norm_act_form(name):
-    options = "(num_groups=4)" if name in ("GN", "FGN") else ""
+    options = OPTIONS.get(name, "")
     images = torch.randn(4, 16, 6, 6) + 1
     plain = fbn_plugin.get_norm(name + options, 16)
     layer = timm.layers.get_norm_act_layer(name.lower() + options, act_layer=nn.Tanh)
     norm = layer(16, inplace=True, device="cpu", dtype=torch.float32)
     assert norm.state_dict().keys() == plain.state_dict().keys()
+    norm.load_state_dict(plain.state_dict())
     assert all(getattr(norm, key) == getattr(plain, key) for key in ("eps", "momentum") if hasattr(plain, key))
     for module in (plain, norm):
         with torch.no_grad():
@@ -114,7 +124,7 @@ def test_every_registered_norm_has_a_norm_act_form(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments_of_timms_norm_act_convention(name):
-    options = "(num_groups=4)" if name in ("GN", "FGN") else ""
+    options = OPTIONS.get(name, "")
     build = timm.layers.get_norm_act_layer(name.lower() + options, act_layer="leaky_relu")
     norm = build(16, act_kwargs={"negative_slope": 0.3}, inplace=False, drop_layer=nn.Dropout2d)
     assert norm.act.negative_slope == 0.3
@@ -137,6 +147,74 @@ def test_classes_without_batch_statistics(name, cls):
     output = model(torch.randn(2, 3, 96, 96))
     output.sum().backward()
     assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("spec", ["frn(tlu=True)", "ffrn(tlu=True, t_sigma=2)"])
+def test_the_threshold_of_filter_response_norm_is_the_activation(spec):
+    layer = timm.layers.get_norm_act_layer(spec, nn.SiLU)
+    norm = layer(16)
+    assert norm.tau is not None and isinstance(norm.act, nn.Identity)
+    images = torch.randn(2, 16, 5, 5)
+    name, bracket, options = spec.partition("(")
+    torch.testing.assert_close(norm(images), fbn_plugin.get_norm(name.upper() + bracket + options, 16)(images))
+    without = layer(16, apply_act=False)
+    assert without.tau is None and isinstance(without.act, nn.Identity)
+    model = timm.create_model("test_efficientnet", num_classes=10, norm_layer=spec)
+    norms = [m for m in model.modules() if isinstance(m, FilterResponseNorm2d)]
+    plain = norms_of(timm.create_model("test_efficientnet"))
+    assert [m.tau is not None for m in norms] == [not isinstance(m.act, nn.Identity) for m in plain.values()]
+    assert all(isinstance(m.act, nn.Identity) for m in norms)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+
+
+def test_converting_to_a_threshold_puts_it_in_the_activations_place():
+    name = "FRN(tlu=True)"
+    with_act = fbn_plugin.convert_norm(BatchNormAct2d(16), name)
+    assert with_act.tau is not None and isinstance(with_act.act, nn.Identity)
+    without = fbn_plugin.convert_norm(BatchNormAct2d(16, apply_act=False), name)
+    assert without.tau is None and isinstance(without.act, nn.Identity)
+
+
+def test_timms_own_filter_response_norm_keeps_its_name():
+    theirs = timm.layers.get_norm_act_layer("frn", nn.ReLU)(16)
+    assert type(theirs).__module__ == "timm.layers.filter_response_norm"
+    norm = timm.layers.get_norm_act_layer(FilterResponseNorm2d, nn.ReLU)(16)
+    assert isinstance(norm, FilterResponseNorm2d) and norm.tau is not None
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+@pytest.mark.parametrize("spec", ["convnorm(map_size=32)", "learnednorm", "frn(eps=1e-5)", "ffrn"])
+def test_models_of_the_other_papers_norms_train(name, spec):
+    model = timm.create_model(name, num_classes=10, norm_layer=spec)
+    kind = type(fbn_plugin.get_norm({"c": "ConvNorm", "l": "LearnedNorm", "f": "FRN"}[spec[0]], 8))
+    assert sum(isinstance(m, kind) for m in model.modules()) == len(norms_of(timm.create_model(name)))
+    output = model(torch.randn(2, 3, 64, 64))
+    output.sum().backward()
+    assert output.isfinite().all()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_conv_norm_in_timms_hands():
+    model = timm.create_model("test_efficientnet", num_classes=10, norm_layer="convnorm(kernel_sizes=(2, 2))")
+    images = torch.randn(4, 3, 64, 64)
+    model(images)
+    before = model.eval()(images)
+    frozen = timm.layers.freeze_batch_norm_2d(copy.deepcopy(model))
+    torch.testing.assert_close(frozen.train()(images), before, rtol=1e-4, atol=1e-5)
+    decayed, kept = (
+        param_groups_weight_decay(model, 0.1),
+        param_groups_weight_decay(
+            model,
+            0.1,
+            no_weight_decay_list=[f"{p}.{n}" for p, m in norms_of(model).items() for n in m.no_weight_decay()],
+        ),
+    )
+    kernels = sum(len(m.kernels) for m in norms_of(model).values())
+    assert len(kept[0]["params"]) - len(decayed[0]["params"]) == kernels > 0
+    back = fbn_plugin.convert_norm(model, "BN")
+    torch.testing.assert_close(back(images), before)
+    again = fbn_plugin.convert_norm(back, "ConvNorm(init_spread=0)").train()
+    assert all(type(m).__name__ == "ConvNormAndAct2d" for m in norms_of(again).values())
 
 
 def test_create_norm_layer_functions_know_specs():
@@ -190,7 +268,7 @@ def test_a_norm_that_is_registered_later_works_where_it_can():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_norm_act_layers_and_modules_can_be_pickled_and_copied(name):
-    options = "(num_groups=4)" if name in ("GN", "FGN") else ""
+    options = OPTIONS.get(name, "")
     layer = pickle.loads(pickle.dumps(timm.layers.get_norm_act_layer(name + options, nn.SiLU)))
     norm = layer(16).eval()
     images = torch.randn(2, 16, 5, 5)
@@ -278,7 +356,7 @@ def test_converting_batch_norm_act_keeps_all_but_the_moments():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_batch_norm_act_converts_to_every_norm(name):
-    options = "(num_groups=4)" if name in ("GN", "FGN") else ""
+    options = OPTIONS.get(name, "")
     old = BatchNormAct2d(16, eps=0.1, act_layer=nn.SiLU)
     nn.init.uniform_(old.weight, 0.5, 1.5)
     act = old.act

@@ -90,8 +90,9 @@ def test_other_classification_models_are_converted(name):
     check_same_network(convert_norm(build(**options), "FBN"), build(**options))
 
 
-def test_feature_extraction_of_a_filtered_model_needs_register():
-    model = torchvision.models.resnet18(norm_layer=norm_factory("FBN"))
+@pytest.mark.parametrize("spec", ["FBN", "FFRN", "FRN", "ConvNorm", "LearnedNorm"])
+def test_feature_extraction_needs_register(spec):
+    model = torchvision.models.resnet18(norm_layer=norm_factory(spec))
     try:
         for _ in range(2):
             assert "torchvision" in fbn_plugin.register()
@@ -116,6 +117,7 @@ def test_feature_extraction_of_a_filtered_model_needs_register():
         {"norm": "FBN(t_sigma=3)", "norm_fpn": "FBN", "norm_box_head": "FBN", "norm_mask_head": "FBN"},
         {"norm": "FGN", "norm_fpn": "GN(num_groups=4)", "norm_mask_head": "FLN"},
         {"norm": "FrozenBN", "trainable_layers": 0},
+        {"norm": "ConvNorm", "norm_fpn": "FRN", "norm_box_head": "LearnedNorm", "norm_mask_head": "ConvNorm"},
         {"masks": False, "box_fcs": ()},
     ],
 )

@@ -87,6 +87,22 @@ def test_cumulative_average():
     torch.testing.assert_close(layer.running_var, torch.stack([v for _, v in single]).mean(0))
 
 
+@pytest.mark.parametrize("filtered, plain, shape", CASES)
+@pytest.mark.parametrize("t_sigma", [2.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_batch_statistics_are_what_training_normalizes_with(filtered, plain, shape, t_sigma, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
+    layer, x = filtered(4, t_sigma=t_sigma, momentum=1.0, dtype=wide), data(shape).to(dtype).requires_grad_()
+    mean, var, count = layer.batch_statistics(x)
+    assert layer.num_batches_tracked == 0 and not mean.requires_grad
+    assert {(s.shape, s.dtype) for s in (mean, var, count)} == {((4,), wide)}
+    values = x[:, 0].numel()
+    assert (count < values).any() if t_sigma == 2 else (count == values).all()
+    layer(x)
+    torch.testing.assert_close(layer.running_mean, mean)
+    torch.testing.assert_close(layer.running_var, var * count / (count - 1))
+
+
 def test_without_tracking_evaluation_filters_the_batch():
     layer = FilteredBatchNorm2d(4, t_sigma=2.0, track_running_stats=False)
     x = data((3, 4, 5, 6))

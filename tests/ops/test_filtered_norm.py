@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paper_equations import backward as paper_backward
 from paper_equations import forward as paper_forward
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fbn_plugin.ops import filtered_batch_norm, filtered_group_norm
 from fbn_plugin.ops.reference import gaussian_kappa
@@ -324,12 +325,25 @@ def test_other_refusals():
         filtered_group_norm(x, 4)
 
 
-def test_double_backward_is_refused():
-    x, _, _ = batch((4, 2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_groups", BOTH_FORMS)
+def test_double_backward_is_refused(num_groups, dtype):
+    x, _, _ = batch((4, 2), dtype=dtype)
     x.requires_grad_()
-    (grad,) = torch.autograd.grad(norm(x, None, None, 0, t_sigma=2.0).square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(norm(x, None, None, num_groups, t_sigma=2.0).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("num_groups", BOTH_FORMS)
+def test_many_gradients_at_once(num_groups):
+    x, weight, bias = batch((3, 4, 3, 3), dtype=torch.float32)
+    x.requires_grad_()
+    y = norm(x, weight, bias, num_groups, t_sigma=1.8)
+    grads = torch.randn(2, *y.shape)
+    (together,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+    for each, grad in zip(together, grads):
+        torch.testing.assert_close(each, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
 
 
 @pytest.mark.parametrize("num_groups", BOTH_FORMS)
@@ -368,6 +382,44 @@ def test_parameters_of_another_length_are_refused(num_groups, dtype):
 def test_inputs_that_are_no_activations_are_refused(x):
     with pytest.raises(ValueError, match="the input must be floating point of shape"):
         filtered_batch_norm(x, training=True)
+
+
+class _Watcher(TorchDispatchMode):
+    """Notes the operators that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+@pytest.mark.parametrize("num_groups", [0, 2])
+def test_the_direct_way_is_the_operator_that_a_mode_sees(num_groups, mode, dtype):
+    x = (torch.randn(3, 4, 5, 7, dtype=dtype) * 3).requires_grad_()
+    weight, bias = (torch.randn(4, dtype=dtype).requires_grad_() for _ in range(2))
+    grad = torch.randn_like(x)
+
+    def normalize():
+        running = torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)
+        if num_groups:
+            y = filtered_group_norm(x, num_groups, weight, bias, t_sigma=1.5, grad_mode=mode)
+        else:
+            y = filtered_batch_norm(x, weight, bias, *running, True, t_sigma=1.5, grad_mode=mode)
+            assert [each._version for each in running] == [1, 1], "autograd is told of the new statistics"
+        return [y, *running, *torch.autograd.grad(y, [x, weight, bias], grad)]
+
+    direct = normalize()
+    with _Watcher() as watcher:
+        watched = normalize()
+    expected = {"fbn_plugin::filtered_norm", "fbn_plugin::filtered_norm_backward"}
+    assert expected <= watcher.seen
+    for ours, theirs in zip(direct, watched):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_groups", BOTH_FORMS)

@@ -1,0 +1,406 @@
+"""Norms with learned statistics: ConvNorm, whose mean is a learned weighted sum over the map, and a norm whose mean and
+deviation two small networks tell. Source: Esposito and Ganaba, "Convolutional Normalization", sections 3 and 5.
+
+A stack of depthwise kernels, each with a stride of its own size, gives every value of a map one weight: the product of
+the kernel entries that it passes. So the stack is not run over the batch. The weights of the map are composed once, and
+the weighted mean is one contraction with the batch's average map.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fbn_plugin.ops.reference import accumulate_dtype, update_running_stats
+
+# The stack of the paper's first layers, which covers 32 x 32.
+DEFAULT_KERNEL_SIZES = (4, 2, 2, 2)
+
+Size = int | tuple[int, int]
+
+
+def _pair(name: str, size: Size) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    whole = isinstance(pair, Sequence) and all(isinstance(k, int) and not isinstance(k, bool) and k > 0 for k in pair)
+    if not whole or len(pair) != 2:
+        raise ValueError(f"{name} takes positive whole numbers or pairs (height, width) of them, got {size!r}")
+    return tuple(pair)
+
+
+def _factors(side: int) -> list[int]:
+    """Sizes of kernels that cover ``side`` positions, or, where it has a prime factor above 7, the next number without
+    one. Two of more than two 2s are one 4, as in the paper's 32 = 4 x 2 x 2 x 2 and 4 = 2 x 2."""
+    factors, rest = [], side
+    for prime in (2, 3, 5, 7):
+        while rest % prime == 0:
+            factors.append(prime)
+            rest //= prime
+    if rest > 1:
+        return _factors(side + 1)
+    if factors.count(2) > 2:
+        factors[:2] = [4]
+    return sorted(factors, reverse=True) or [1]
+
+
+def _stack(kernel_sizes: Sequence[Size] | None, map_size: Size | None) -> tuple[tuple[int, int], ...]:
+    """The kernel sizes of a layer as pairs, the finest first."""
+    if kernel_sizes is None and map_size is None:
+        kernel_sizes = DEFAULT_KERNEL_SIZES
+    if kernel_sizes is None:
+        height, width = _pair("map_size", map_size)
+        return tuple(itertools.zip_longest(_factors(height), _factors(width), fillvalue=1))
+    if not isinstance(kernel_sizes, Sequence) or isinstance(kernel_sizes, str) or not kernel_sizes:
+        raise ValueError(
+            f"kernel_sizes takes a sequence of sizes, such as {DEFAULT_KERNEL_SIZES}, got {kernel_sizes!r}"
+        )
+    stack = tuple(_pair("kernel_sizes", size) for size in kernel_sizes)
+    if map_size is not None:
+        covered = tuple(math.prod(sides) for sides in zip(*stack))
+        size = _pair("map_size", map_size)
+        if covered[0] < size[0] or covered[1] < size[1]:
+            raise ValueError(
+                f"kernel_sizes {kernel_sizes!r} cover {covered[0]} x {covered[1]} positions and cannot cover the map "
+                f"of {size[0]} x {size[1]}: give larger ones, or no map_size to average over what is left"
+            )
+    return stack
+
+
+def _fold(map: Tensor, size: int, dim: int) -> Tensor:
+    """The sum of the pieces of ``size`` that ``map`` has along ``dim``, the last one perhaps shorter."""
+    first, *others = map.split(size, dim)
+    total = first.clone()
+    for piece in others:
+        total.narrow(dim, 0, piece.shape[dim]).add_(piece)
+    return total
+
+
+class _Cells(NamedTuple):
+    """The cells of a kernel stack on maps of one size: the positions that share a weight, as many as the stack is laid
+    side by side to cover the map."""
+
+    weights: Tensor  # (C, h, w), the sum of p over each cell's positions: non-negative with sum one for each channel
+    copies: Tensor  # (h, w), the number of positions of each cell
+
+    def mean(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 7, ``(C,)``, and the average of the batch's values in each cell, ``(C, h, w)``."""
+        dtype = self.weights.dtype
+        if x.is_contiguous(memory_format=torch.channels_last):  # as they lie: otherwise the sum is ten times slower
+            total = x.permute(0, 2, 3, 1).sum(0, dtype=dtype).permute(2, 0, 1)
+        else:
+            total = x.sum(0, dtype=dtype)
+        for dim in (1, 2):
+            total = _fold(total, self.weights.shape[dim], dim)
+        averages = total.contiguous() / (self.copies * x.shape[0])
+        return (averages * self.weights).sum((1, 2)), averages
+
+    def add_to(self, x: Tensor, values: Tensor) -> None:
+        """Add values of the cells, ``(C, h, w)``, to the cells' positions in all maps of ``x``, in place."""
+        _, h, w = values.shape
+        rows = values.repeat(1, 1, -(-x.shape[3] // w))[:, :, : x.shape[3]]
+        rows = torch.empty_like(x[:1, :, :h]).copy_(rows)  # in the layout of x
+        for piece in x.split(h, 2):
+            piece += rows[:, :, : piece.shape[2]]
+
+
+def _plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, ``(C,)``, in at least float32; many times as fast as ``torch.var_mean`` on a CPU."""
+    averages = x.new_zeros(2, x.shape[1], dtype=accumulate_dtype(x.dtype))  # their dtype is that of the result
+    return torch.batch_norm_update_stats(x, *averages, 0.0)
+
+
+class _WeightedMeanNorm(torch.autograd.Function):
+    """``weight (x - mean) / sqrt(var + eps) + bias`` with the weighted mean and the plain variance of the batch, and
+    the moments.
+
+    With ``g = dL/dy``, ``xhat = (x - mean) / sigma``, ``m = N H W``, ``d = (mean - plain mean) / sigma``, ``a`` the
+    averages of the cells and sums over a channel, ``dbias = sum g``, ``dweight = sum g xhat`` and::
+
+        dx = weight / sigma * (g - (xhat + d) dweight / m - p dbias / N)
+        dcells = -weight / sigma * dbias * a
+
+    Batch normalization's backward kernel, told that the mean is this one, gives both sums, and ``dx`` up to a map that
+    all images share; adding that is all that is left to do.
+    """
+
+    @staticmethod
+    def forward(x, cell_weights, copies, weight, bias, eps):
+        plain_mean, var = _plain_moments(x)
+        mean, averages = _Cells(cell_weights, copies).mean(x)
+        y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+        return y, mean, var, plain_mean, averages
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, _, ctx.eps = inputs
+        _, *moments = output
+        ctx.mark_non_differentiable(*moments)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *moments)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 6
+        x, cell_weights, copies, weight, mean, var, plain_mean, averages = ctx.saved_tensors
+        rstd = torch.rsqrt(var + ctx.eps)
+        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, rstd, True, ctx.eps, (True, True, True)
+        )
+        scale = weight * rstd
+        d_mean = -scale * d_bias
+        everywhere = (d_mean + scale * rstd * (mean - plain_mean) * d_weight) / x.shape[2:].numel()
+        shared = d_mean.view(-1, 1, 1) * cell_weights / copies - everywhere.view(-1, 1, 1)
+        _Cells(cell_weights, copies).add_to(dx, shared / x.shape[0])
+        return dx, d_mean.view(-1, 1, 1) * averages, None, d_weight, d_bias, None
+
+
+class ConvNorm2d(nn.BatchNorm2d):
+    """Convolutional normalization: batch normalization whose mean is a learned weighted sum (Esposito and Ganaba,
+    section 3, Eq. 6-9)::
+
+        mu = 1/N sum_n sum_ij p_ij x_nij,   p_ij >= 0,   sum_ij p_ij = 1        for each channel
+        y = gamma (x - mu) / sqrt(var + eps) + beta
+
+    ``p`` is what a stack of depthwise kernels with strides of their own sizes gives: ``p_ij`` is the product of one
+    entry of each kernel. ``var`` is the plain variance around the plain mean. In evaluation the layer is batch
+    normalization, with moving averages of ``mu`` and ``var``.
+
+    Args:
+        num_features: C.
+        kernel_sizes: sizes of the stack, the one on the input first, each a number or a pair ``(height, width)``.
+        map_size: height and width of the input, or a number for both. Without ``kernel_sizes`` the stack is made of its
+            factors; with them it is checked that they cover it. With neither the sizes are (4, 2, 2, 2), the paper's
+            for 32 x 32.
+        weighted_std: weight the variance too, around ``mu`` (Eq. 8). The authors found it unstable.
+        init_spread: the initial weights lie within a factor ``exp(+-init_spread)`` of the uniform ones, at random for
+            each kernel entry; 0 starts as batch normalization.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`.
+
+    Shape:
+        input and output ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: sizes that are no sizes or do not cover ``map_size``, a negative spread; in ``forward``, an input of
+        another rank, or one value per channel in training.
+
+    What the paper leaves open:
+
+    * A kernel is non-negative with sum one as the softmax of the raw parameter. Products of softmaxes are the softmax
+      of the sum of the raw parameters, which is how ``p`` is computed.
+    * Each kernel starts near the uniform one of its size. The paper's n-th root of ``1 / (H W)`` is the same for
+      kernels of equal sizes, and for others would not sum to one.
+    * The stack need not fit the map. Where it covers more, the map lies in its upper left corner, and where it covers
+      less, it is laid again beside and below itself, which averages what is left of the map as the paper does before
+      its last layers. Padding has no weight: ``p`` is normalized over the map itself.
+    * Moving averages take the unbiased variance, as in batch normalization; with ``weighted_std`` the number of values
+      is the effective one, ``N / sum p^2``.
+    * Scale and shift are batch normalization's. The kernels add their entries for each channel: 28 of the default's.
+
+    Weight decay would draw the kernels towards the plain mean: :meth:`no_weight_decay` names them. timm's optimizers
+    ask the model alone for such a method, and decay whatever has more than one dimension.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        kernel_sizes: Sequence[Size] | None = None,
+        map_size: Size | None = None,
+        weighted_std: bool = False,
+        init_spread: float = 0.01,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        stack = _stack(kernel_sizes, map_size)
+        if not 0 <= init_spread < math.inf:
+            raise ValueError(f"init_spread must be a finite number not below 0, got {init_spread!r}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.kernel_sizes = stack
+        self.weighted_std = weighted_std
+        self.init_spread = init_spread
+        # Parameters of the module itself: what frameworks do to a norm's parameters they do not do to its children's.
+        for number, size in enumerate(stack):
+            kernel = torch.empty(num_features, *size, device=device, dtype=dtype)
+            self.register_parameter(f"kernel{number}", nn.Parameter(kernel))
+        self.reset_parameters()
+
+    @property
+    def kernels(self) -> list[nn.Parameter]:
+        """The raw parameters, ``(C, height, width)`` each, the kernel on the input first: ``kernel0``, ``kernel1``, ...
+
+        A kernel is the softmax of its parameter over height and width.
+        """
+        return [getattr(self, name) for name in self._kernel_names()]
+
+    def _kernel_names(self) -> list[str]:
+        return [name for name in self._parameters if name.startswith("kernel")]
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for kernel in self.kernels:  # none yet when the base class calls
+            nn.init.uniform_(kernel, -self.init_spread, self.init_spread)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay is to leave alone, as timm asks for them."""
+        return set(self._kernel_names())
+
+    def map_weights(self, height: int, width: int) -> Tensor:
+        """``p`` of a map: ``(C, height, width)``, in at least float32, non-negative with sum one for each channel."""
+        weights, copies = self._cells((height, width), accumulate_dtype(self.kernel0.dtype))
+        _, h, w = weights.shape
+        return (weights / copies).repeat(1, -(-height // h), -(-width // w))[:, :height, :width]
+
+    def _cells(self, shape: Sequence[int], dtype: torch.dtype) -> _Cells:
+        height, width = shape
+        logits, *coarser = self.kernels
+        for kernel in coarser:  # each entry weights a copy of the finer stack
+            logits = (kernel[:, :, None, :, None] + logits[:, None, :, None, :]).flatten(3).flatten(1, 2)
+        logits = logits[:, :height, :width].to(dtype)
+        rows, columns = (
+            (side - 1 - torch.arange(cells, device=logits.device)) // cells + 1
+            for side, cells in zip(shape, logits.shape[1:])
+        )
+        copies = (rows[:, None] * columns).to(dtype)
+        weights = (logits + copies.log()).flatten(1).softmax(1).view(logits.shape)
+        return _Cells(weights, copies)
+
+    def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, biased variance and number of values that training normalizes ``input`` with, ``(C,)`` each, in at
+        least float32."""
+        cells = self._cells(input.shape[2:], accumulate_dtype(input.dtype))
+        mean, _ = cells.mean(input)
+        if self.weighted_std:
+            var, _ = cells.mean((input - mean.view(-1, 1, 1)).square())
+        else:
+            _, var = _plain_moments(input)
+        return mean, var, self._count(input, cells)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        use_batch = self.training or (self.running_mean is None and self.running_var is None)
+        if not use_batch or input.numel() == 0:
+            moving = self.running_mean, self.running_var
+            y = F.batch_norm(input, *moving, self.weight, self.bias, use_batch, 0.0, self.eps)
+            # Nothing is added to no values, but distributed training waits for a gradient of every parameter.
+            return y + sum(kernel.sum() for kernel in self.kernels) if use_batch else y
+        if input.numel() == input.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        dtype = accumulate_dtype(input.dtype)
+        cells = self._cells(input.shape[2:], dtype)
+        weight = cells.copies.new_ones(self.num_features) if self.weight is None else self.weight.to(dtype)
+        bias = cells.copies.new_zeros(self.num_features) if self.bias is None else self.bias.to(dtype)
+        if self.weighted_std:
+            mean, var, count = self.batch_statistics(input)
+            scale = weight * torch.rsqrt(var + self.eps)
+            y = (input - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
+            y = y.to(input.dtype)
+        else:
+            count = self._count(input, cells)
+            y, mean, var, *_ = _WeightedMeanNorm.apply(input, *cells, weight, bias, self.eps)
+        if self.training and self.track_running_stats and self.running_mean is not None:
+            self._update_averages(mean.detach(), var.detach(), count.detach())
+        return y
+
+    def _count(self, input: Tensor, cells: _Cells) -> Tensor:
+        if self.weighted_std:
+            return input.shape[0] / (cells.weights.square() / cells.copies).sum((1, 2))
+        return cells.copies.new_full((self.num_features,), input.numel() // self.num_features)
+
+    def _update_averages(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # cumulative average, as nn.BatchNorm2d has it
+                momentum = 1.0 / float(self.num_batches_tracked)
+        update_running_stats(self.running_mean, self.running_var, mean, var, count, momentum or 0.0)
+
+    def extra_repr(self) -> str:
+        sizes = ", ".join(f"{h}" if h == w else f"({h}, {w})" for h, w in self.kernel_sizes)
+        return f"{super().extra_repr()}, kernel_sizes=[{sizes}]" + (", weighted_std=True" if self.weighted_std else "")
+
+
+def _statistic_network(first_layer: bool, **placement) -> nn.Sequential:
+    widths, sizes = ((4, 4, 1), (4, 3, 3)) if first_layer else ((4, 4, 2, 1), (4, 3, 2, 3))
+    layers = []
+    for inner, outer, size in zip((1, *widths), widths, sizes):
+        layers += [nn.Conv1d(inner, outer, size, padding=size // 2, **placement), nn.ReLU()]
+        nn.init.zeros_(layers[-2].bias)
+    return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool1d(1))
+
+
+class LearnedStatsNorm2d(nn.Module):
+    """Normalization of each image by a mean and a deviation that two small networks tell (Esposito and Ganaba, section
+    5)::
+
+        y = (x - mean_network(a)) / std,   a_c = average of channel c over the map
+        std = softplus(std_network(a) + ln(e - 1)) + eps
+
+    A network is 1-D convolutions along the channels and an average over what they give: one number for an image.
+    Training and evaluation are the same; there are no running statistics.
+
+    Args:
+        num_features: C.
+        first_layer: the smaller networks that the paper gives a model's first layer: convolutions to 4, 4, 1 channels
+            with kernels of 4, 3, 3 (85 parameters a network), otherwise to 4, 4, 2, 1 with 4, 3, 2, 3 (97).
+        eps: the smallest deviation.
+        affine: learn a scale and a shift for each channel. The paper has none: only so is the number of parameters, 170
+            or 194 for any C, the fraction of batch normalization's that it reports.
+        device, dtype: of the parameters.
+
+    Shape:
+        input and output ``(N, C, *spatial)``.
+
+    Raises:
+        ValueError: in ``forward``, an input of another rank or number of channels.
+
+    What the paper leaves open: ReLU stands between the convolutions; they are padded with half their size, so that any
+    number of channels will do; the deviation stays positive by a softplus, shifted so that networks that say zero
+    normalize by mean 0 and deviation 1; their biases start at zero, as a mean that is off from the start leaves ReLU
+    nothing; statistics are computed without autocasting. A statistic's gradient sums over a whole image: at the
+    learning rates of batch normalization a network may fail to train.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        first_layer: bool = False,
+        eps: float = 1e-5,
+        affine: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        placement = {"device": device, "dtype": dtype}
+        self.num_features = num_features
+        self.eps = eps
+        self.affine = affine
+        self.mean_network = _statistic_network(first_layer, **placement)
+        self.std_network = _statistic_network(first_layer, **placement)
+        self.weight = nn.Parameter(torch.ones(num_features, **placement)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features, **placement)) if affine else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() < 3 or input.shape[1] != self.num_features:
+            raise ValueError(f"expected input of shape (N, {self.num_features}, *spatial), got {tuple(input.shape)}")
+        dtype = self.mean_network[0].weight.dtype
+        with torch.autocast(input.device.type, enabled=False):
+            pooled = input.flatten(2).mean(2, dtype=accumulate_dtype(input.dtype)).to(dtype).unsqueeze(1)
+            mean, raw_std = self.mean_network(pooled), self.std_network(pooled)
+            std = F.softplus(raw_std + math.log(math.e - 1)) + self.eps
+        ones = (1,) * (input.dim() - 2)
+        y = (input - mean.view(-1, 1, *ones)) / std.view(-1, 1, *ones)
+        if self.affine:
+            per_channel = (-1, *ones)
+            y = y * self.weight.view(per_channel) + self.bias.view(per_channel)
+        return y.to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, affine={self.affine}"
