@@ -255,6 +255,13 @@ def _is_plain_gradient(grad: Tensor) -> bool:
     return not torch.is_grad_enabled() and not batched and _nothing_watches(grad)
 
 
+def _transformed(*tensors: Tensor | None) -> bool:
+    """True inside of a ``torch.func`` transform, which cannot see through the operators."""
+    return not torch.compiler.is_compiling() and any(
+        t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
+    )
+
+
 def _normalize(
     x: Tensor,
     weight: Tensor | None,
@@ -269,11 +276,9 @@ def _normalize(
     if _nothing_watches(x, weight, bias, *moving):
         on_cpu = cpu.refuses(x) is None and all(t is None or cpu.takes_statistic(t) for t in moving)
         return (_DirectOnCPU if on_cpu else _Direct).apply(x, weight, bias, *moving, momentum, *options)
-    if torch.compiler.is_compiling() or not any(
-        t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x, weight, bias)
-    ):
+    if not _transformed(x, weight, bias):
         y, *moments = _filtered_norm(x, weight, bias, *options)
-    else:  # a torch.func transform cannot see through the operator: the reference that it stands for
+    else:  # the reference that it stands for
         *options, grad_mode = options
         if grad_mode != "exact":
             raise ValueError(f"torch.func transforms follow the exact gradient only, got grad_mode {grad_mode!r}")
@@ -491,7 +496,8 @@ def filtered_batch_norm_act(
     check_activation(activation, negative_slope)
     t_sigma = check_filter(t_sigma, grad_mode)
     alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    if not training or math.isinf(t_sigma) or x.numel() == 0 or not alike or triton.refuses(x):
+    plain = not training or math.isinf(t_sigma) or x.numel() == 0
+    if plain or not alike or triton.refuses(x) or _transformed(x, weight, bias, residual):
         moving = running_mean, running_var, training, momentum, eps
         y = filtered_batch_norm(x, weight, bias, *moving, t_sigma, grad_mode, gaussian_correction)
         return reference.activate(y if residual is None else y + residual, activation, negative_slope)

@@ -21,7 +21,8 @@ from fbn_plugin.ops.reference import SIGN_TELLS, FilteredMoments, gaussian_kappa
 
 OLDEST = (3, 2)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Values that a program holds at a time; enough for 16 a thread at 8 warps. Programs that fill a large GPU.
+# Values that a program of 8 warps holds at a time: 16 a thread, and half of that where each value has an accumulator to
+# itself, of which registers would run out. Programs that fill a large GPU.
 _TILE, _PROGRAMS = 4096, 512
 
 
@@ -83,18 +84,19 @@ class _Plan:
         samples = n if num_groups else 1
         self.sets, self.samples, self.channels = samples * c // k, samples, c
         self.set_size = n * c * s // self.sets
+        tile = _TILE // 2 if channels_last else _TILE
         if channels_last:
             reduced, blocks, rows, cols = 0, samples, n * s // samples, c
-            block_stride, row_stride, unit_stride, self.set_width = rows * c, c, c, k
+            block_stride, row_stride, self.set_width = rows * c, c, k
             b = min(_power(cols), 128 // itemsize)
-            a = min(_power(rows), _TILE // b)
+            a = min(_power(rows), tile // b)
             steps = min(4, _power(rows) // a)
         else:
             reduced, blocks, rows, cols = (1, n * num_groups, k, s) if num_groups else (2, c, n, s)
-            block_stride, row_stride, unit_stride = (k * s, s, k) if num_groups else (s, c * s, 1)
+            block_stride, row_stride = (k * s, s) if num_groups else (s, c * s)
             self.set_width = s
-            a = min(_power(rows), max(1, _TILE // min(_power(cols), 512)))
-            b = min(_power(cols), _TILE // a)
+            a = min(_power(rows), max(1, tile // min(_power(cols), 512)))
+            b = min(_power(cols), tile // a)
             steps = 1
 
         def tiles() -> tuple[int, int]:
@@ -113,17 +115,17 @@ class _Plan:
             "tiles_b": tiles_b,
             "block_stride": block_stride,
             "row_stride": row_stride,
-            "unit_stride": unit_stride,
+            "VECTOR": math.gcd(cols, 16 // itemsize),  # values that a thread can read at once
             "REDUCED": reduced,
             "A": a,
             "B": b,
             "STEPS": steps,
-            "num_warps": min(8, max(1, a * b // 512)),
+            "num_warps": min(8, max(1, 8 * a * b // tile)),
         }
 
     def adding_up(self, slots: int) -> dict:
         """Options of a kernel that adds up this many slots in a program."""
-        block = min(1024, max(16, _power(slots)))
+        block = min(4096, max(16, _power(slots)))
         return {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
@@ -163,14 +165,17 @@ def filtered_moments(
     mean, var, lower, upper, count, shift = (x.new_empty(stats, dtype=torch.float32) for _ in range(6))
     partial = x.new_empty((5, plan.slots), dtype=torch.float32)
     set_slots, size = plan.set_units * plan.unit_slots, plan.set_size
+    units = plan.channels, plan.set_units
     adding_up = plan.adding_up(set_slots)
     kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
     with torch.cuda.device_of(x):
-        run.measure[plan.grid](x, shift, partial, plan.slots, size, plan.set_units, plan.set_width, **plan.tiling)
+        run.measure[plan.grid](
+            x, shift, partial, plan.slots, *units, size // plan.set_width, plan.set_width, **plan.tiling
+        )
         run.draw_band[(plan.sets,)](
             shift, lower, upper, partial, plan.slots, set_slots, size, t_sigma, eps, **adding_up
         )
-        run.measure_kept[plan.grid](x, shift, lower, upper, partial, plan.slots, plan.set_units, **plan.tiling)
+        run.measure_kept[plan.grid](x, shift, lower, upper, partial, plan.slots, *units, **plan.tiling)
         run.settle[(plan.sets,)](shift, mean, var, count, partial, plan.slots, set_slots, size, kappa, **adding_up)
     return FilteredMoments(mean, var, lower, upper, count)
 

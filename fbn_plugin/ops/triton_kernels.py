@@ -25,12 +25,24 @@ float32 a slot in each of its rows.
 import triton
 import triton.language as tl
 
+# Sizes that the kernels are not compiled anew for; VECTOR tells what matters of them. (Five times ``slots`` may pass
+# 2^31, hence the casts.)
+_sizes = ["rows", "cols", "tiles_a", "tiles_b", "block_stride", "row_stride", "channels", "samples", "sets", "slots"]
+_sizes += ["set_rows", "set_size", "set_slots", "unit_slots"]
+
 
 @triton.jit
 def _place(tiles_a, tiles_b):
     """This program's block, and the place of its tile in it along both axes."""
-    program = tl.program_id(0).to(tl.int64)
-    return program // tiles_b // tiles_a, program // tiles_b % tiles_a, program % tiles_b
+    program = tl.program_id(0)  # divided in 32 bits, which is many times faster
+    row = program // tiles_b
+    return (row // tiles_a).to(tl.int64), (row % tiles_a).to(tl.int64), (program % tiles_b).to(tl.int64)
+
+
+@triton.jit
+def _aligned(cols, block_stride, row_stride, VECTOR: tl.constexpr):
+    """Tells the compiler that these are multiples of ``VECTOR``: so many neighbours are read at a time."""
+    return cols // VECTOR * VECTOR, block_stride // VECTOR * VECTOR, row_stride // VECTOR * VECTOR
 
 
 @triton.jit
@@ -55,22 +67,36 @@ def _values(
 
 @triton.jit
 def _units(
-    block, ia, ib, rows, cols, tiles_a, tiles_b, unit_stride, REDUCED: tl.constexpr, A: tl.constexpr, B: tl.constexpr
+    block,
+    ia,
+    ib,
+    rows,
+    cols,
+    tiles_a,
+    tiles_b,
+    channels,
+    set_units,
+    REDUCED: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
 ):
-    """The tile's units, their slots and which of them exist: (B,), (A,) or one; :func:`_spread` lays them along the
-    values."""
-    if REDUCED == 0:
-        b = ib * B + tl.arange(0, B)
-        unit, exists = block * unit_stride + b, b < cols
-        slot = unit * tiles_a + ia
-    elif REDUCED == 1:
+    """The tile's units, (B,), (A,) or one: their sets, channels and slots, and which of them exist; :func:`_spread`
+    lays them along the values."""
+    if REDUCED == 0:  # of a sample, or of all
+        channel = ib * B + tl.arange(0, B)
+        exists = channel < cols
+        s = block * (cols // set_units) + channel.to(tl.int32) // set_units
+        slot = (block * cols + channel) * tiles_a + ia
+    elif REDUCED == 1:  # of a group, which is a set
         a = ia * A + tl.arange(0, A)
-        unit, exists = block * unit_stride + a, a < rows
-        slot = unit * tiles_b + ib
-    else:
-        unit, exists = block, block >= 0
-        slot = (unit * tiles_a + ia) * tiles_b + ib
-    return unit, slot, exists
+        exists = a < rows
+        s = tl.zeros_like(a) + block
+        channel = block % (channels // set_units) * set_units + a
+        slot = (block * set_units + a) * tiles_b + ib
+    else:  # a channel, which is a set
+        s, channel, exists = block, block, block >= 0
+        slot = (block * tiles_a + ia) * tiles_b + ib
+    return s, channel, slot, exists
 
 
 @triton.jit
@@ -107,24 +133,34 @@ def _middle(a, b, c):
 
 
 @triton.jit
-def _third(x, first, exists, size, width, row_stride, i: tl.constexpr):
-    """The middle one of three values of a set, at the odd eighteenths of its i-th third."""
-    a, b, c = (6 * i + 1) * size // 18, (6 * i + 3) * size // 18, (6 * i + 5) * size // 18
+def _third(x, first, exists, rows, width, row_stride, i: tl.constexpr):
+    """The middle one of the i-th three of nine values that are spread over a set's rows and, in another order, over
+    its columns. Without a division, of which every thread would do eighteen."""
     return _middle(
-        tl.load(x + first + (a // width * row_stride + a % width), mask=exists, other=0.0).to(tl.float32),
-        tl.load(x + first + (b // width * row_stride + b % width), mask=exists, other=0.0).to(tl.float32),
-        tl.load(x + first + (c // width * row_stride + c % width), mask=exists, other=0.0).to(tl.float32),
+        _sample(x, first, exists, rows, width, row_stride, 3 * i),
+        _sample(x, first, exists, rows, width, row_stride, 3 * i + 1),
+        _sample(x, first, exists, rows, width, row_stride, 3 * i + 2),
     )
 
 
 @triton.jit
+def _sample(x, first, exists, rows, width, row_stride, i: tl.constexpr):
+    """The i-th of nine values, at the same distance from each other along the rows, and in steps of four along the
+    columns."""
+    row = rows.to(tl.int64) * (7 * i + 4) >> 6
+    column = tl.cast(width, tl.int64) * (7 * (4 * i % 9) + 4) >> 6
+    return tl.load(x + first + (row * row_stride + column), mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=_sizes)
 def measure(
     x,
     shift,
     partial,  # (5, slots): sum, sum of squares, dropped values, smallest, largest
     slots,
-    set_size,
+    channels,
     set_units,
+    set_rows,
     set_width,  # neighbours in memory that a row of a set has
     rows,
     cols,
@@ -132,32 +168,30 @@ def measure(
     tiles_b,
     block_stride,
     row_stride,
-    unit_stride,
+    VECTOR: tl.constexpr,
     REDUCED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """First pass of the moments: all values."""
+    slots = tl.cast(slots, tl.int64)
+    cols, block_stride, row_stride = _aligned(cols, block_stride, row_stride, VECTOR)
     block, ia, ib = _place(tiles_a, tiles_b)
-    unit, slot, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, unit_stride, REDUCED, A, B)
+    s, channel, slot, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
     # Every program finds its shift by itself, as the median of three medians of three.
     first, found = block * block_stride, block >= 0
     if REDUCED == 0:
         found = exists
-        first += (ib * B + tl.arange(0, B)) // set_units * set_units
-    size = tl.full((), 0, tl.int64) + set_size
+        first += channel.to(tl.int32) // set_units * set_units
     shifts = _middle(
-        _third(x, first, found, size, set_width, row_stride, 0),
-        _third(x, first, found, size, set_width, row_stride, 1),
-        _third(x, first, found, size, set_width, row_stride, 2),
+        _third(x, first, found, set_rows, set_width, row_stride, 0),
+        _third(x, first, found, set_rows, set_width, row_stride, 1),
+        _third(x, first, found, set_rows, set_width, row_stride, 2),
     )
+    k = shifts
     if REDUCED == 0:
-        tl.store(shift + unit // set_units, shifts, mask=exists)
         k = _spread(shifts, REDUCED)
-    else:  # a block is a set
-        tl.store(shift + block, shifts)
-        k = shifts
     total = tl.zeros([A, B], tl.float32)
     square = tl.zeros([A, B], tl.float32)
     low = tl.zeros([A, B], tl.float32) + k
@@ -171,6 +205,10 @@ def measure(
         square += d * d
         low = tl.minimum(low, v)
         high = tl.maximum(high, v)
+    if REDUCED == 0:  # after the loop, whose loads need not wait for it
+        tl.store(shift + s, shifts, mask=exists)
+    else:
+        tl.store(shift + block, shifts)
     sums = _sum(total, REDUCED)
     tl.store(partial + slot, sums, mask=exists)
     tl.store(partial + slots + slot, _sum(square, REDUCED), mask=exists)
@@ -179,7 +217,7 @@ def measure(
     tl.store(partial + 4 * slots + slot, -_min(-high, REDUCED), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_sizes)
 def measure_kept(
     x,
     shift,
@@ -187,6 +225,7 @@ def measure_kept(
     upper,
     partial,
     slots,
+    channels,
     set_units,
     rows,
     cols,
@@ -194,16 +233,17 @@ def measure_kept(
     tiles_b,
     block_stride,
     row_stride,
-    unit_stride,
+    VECTOR: tl.constexpr,
     REDUCED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """Second pass: replaces the sums of the tiles that hold a value outside of the band; reads no other."""
+    slots = tl.cast(slots, tl.int64)
+    cols, block_stride, row_stride = _aligned(cols, block_stride, row_stride, VECTOR)
     block, ia, ib = _place(tiles_a, tiles_b)
-    unit, slot, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, unit_stride, REDUCED, A, B)
-    s = unit // set_units
+    s, _, slot, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
     lo = tl.load(lower + s, mask=exists, other=0.0)
     hi = tl.load(upper + s, mask=exists, other=0.0)
     low = tl.load(partial + 3 * slots + slot, mask=exists, other=0.0)
@@ -240,9 +280,10 @@ def _add_up(partial, s, set_slots, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_sizes)
 def draw_band(shift, lower, upper, partial, slots, set_slots, set_size, t_sigma, eps, BLOCK: tl.constexpr):
     """Lower and upper cut of a set from the sums of all of its values (Eq. 2-5)."""
+    slots = tl.cast(slots, tl.int64)
     s = tl.program_id(0).to(tl.int64)
     d = _add_up(partial, s, set_slots, BLOCK) / set_size
     var = _add_up(partial + slots, s, set_slots, BLOCK) / set_size - d * d
@@ -255,9 +296,10 @@ def draw_band(shift, lower, upper, partial, slots, set_slots, set_size, t_sigma,
     tl.store(upper + s, (mean + width).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_sizes)
 def settle(shift, mean, var, count, partial, slots, set_slots, set_size, kappa, BLOCK: tl.constexpr):
     """Moments of a set from the sums of its kept values (Eq. 6 and 7)."""
+    slots = tl.cast(slots, tl.int64)
     s = tl.program_id(0).to(tl.int64)
     kept = set_size - _add_up(partial + 2 * slots, s, set_slots, BLOCK)
     d = _add_up(partial, s, set_slots, BLOCK) / kept
@@ -268,25 +310,24 @@ def settle(shift, mean, var, count, partial, slots, set_slots, set_size, kappa, 
 
 
 @triton.jit
-def _affine(unit, exists, mean, var, weight, bias, channels, set_units, eps, REDUCED: tl.constexpr):
+def _affine(s, channel, exists, mean, var, weight, bias, eps, REDUCED: tl.constexpr):
     """What normalizes a unit: mean, inverse deviation, weight and bias."""
-    s = unit // set_units
     m = tl.load(mean + s, mask=exists, other=0.0)
-    r = 1 / tl.sqrt(tl.load(var + s, mask=exists, other=1.0) + eps)
+    r = tl.rsqrt(tl.load(var + s, mask=exists, other=1.0) + eps)
     w, b = tl.zeros_like(m) + 1, tl.zeros_like(m)
     if weight is not None:
-        w = tl.load(weight + unit % channels, mask=exists, other=0.0).to(tl.float32)
+        w = tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
     if bias is not None:
-        b = tl.load(bias + unit % channels, mask=exists, other=0.0).to(tl.float32)
+        b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
     return _spread(m, REDUCED), _spread(r, REDUCED), _spread(w, REDUCED), _spread(b, REDUCED)
 
 
 @triton.jit
-def _of_set(p, unit, exists, set_units, REDUCED: tl.constexpr):
-    return _spread(tl.load(p + unit // set_units, mask=exists, other=0.0), REDUCED)
+def _of_set(p, s, exists, REDUCED: tl.constexpr):
+    return _spread(tl.load(p + s, mask=exists, other=0.0), REDUCED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_sizes)
 def normalize(
     x,
     y,
@@ -305,17 +346,18 @@ def normalize(
     tiles_b,
     block_stride,
     row_stride,
-    unit_stride,
     ACTIVATION: tl.constexpr,
+    VECTOR: tl.constexpr,
     REDUCED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """``y = activation(weight (x - mean) / sigma' + bias + residual)`` (Eq. 8)."""
+    cols, block_stride, row_stride = _aligned(cols, block_stride, row_stride, VECTOR)
     block, ia, ib = _place(tiles_a, tiles_b)
-    unit, _, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, unit_stride, REDUCED, A, B)
-    m, r, w, b = _affine(unit, exists, mean, var, weight, bias, channels, set_units, eps, REDUCED)
+    s, channel, _, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
+    m, r, w, b = _affine(s, channel, exists, mean, var, weight, bias, eps, REDUCED)
     for step in tl.static_range(STEPS):
         offsets, inside = _values(block, ia, ib, step, rows, cols, block_stride, row_stride, A, B, STEPS)
         z = (tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) - m) * r * w + b
@@ -351,7 +393,7 @@ def _gradient(g, offsets, inside, xhat, w, b, other, negative_slope, ACTIVATION:
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_sizes)
 def measure_gradient(
     grad,
     x,
@@ -375,22 +417,24 @@ def measure_gradient(
     tiles_b,
     block_stride,
     row_stride,
-    unit_stride,
     PAPER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OUTPUT: tl.constexpr,
+    VECTOR: tl.constexpr,
     REDUCED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """First pass of the gradients."""
+    slots = tl.cast(slots, tl.int64)
+    cols, block_stride, row_stride = _aligned(cols, block_stride, row_stride, VECTOR)
     block, ia, ib = _place(tiles_a, tiles_b)
-    unit, slot, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, unit_stride, REDUCED, A, B)
-    m, r, w, b = _affine(unit, exists, mean, var, weight, bias, channels, set_units, eps, REDUCED)
+    s, channel, slot, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
+    m, r, w, b = _affine(s, channel, exists, mean, var, weight, bias, eps, REDUCED)
     if PAPER:
-        lo = _of_set(lower, unit, exists, set_units, REDUCED)
-        hi = _of_set(upper, unit, exists, set_units, REDUCED)
+        lo = _of_set(lower, s, exists, REDUCED)
+        hi = _of_set(upper, s, exists, REDUCED)
     total = tl.zeros([A, B], tl.float32)
     product = tl.zeros([A, B], tl.float32)
     for step in tl.static_range(STEPS):
@@ -411,7 +455,7 @@ def measure_gradient(
     tl.store(partial + slots + slot, _sum(product, REDUCED), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_sizes)
 def settle_gradient(
     weight,
     count,
@@ -429,6 +473,7 @@ def settle_gradient(
     BLOCK: tl.constexpr,
 ):
     """The first ``sets`` programs add up a set each, the others a channel each."""
+    slots = tl.cast(slots, tl.int64)
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float64)
     product = tl.zeros([BLOCK], tl.float64)
@@ -438,8 +483,8 @@ def settle_gradient(
             inside = j < set_units * unit_slots
             w = tl.zeros([BLOCK], tl.float64) + 1
             if weight is not None:
-                unit = program * set_units + j // unit_slots
-                w = tl.load(weight + unit % channels, mask=inside, other=0.0).to(tl.float64)
+                first = program % (channels // set_units) * set_units
+                w = tl.load(weight + first + j // unit_slots, mask=inside, other=0.0).to(tl.float64)
             slot = program * set_units * unit_slots + j
             total += w * tl.load(partial + slot, mask=inside, other=0.0).to(tl.float64)
             product += w * tl.load(partial + slots + slot, mask=inside, other=0.0).to(tl.float64)
@@ -449,16 +494,16 @@ def settle_gradient(
     else:
         channel = program - sets
         for i in range(0, samples * unit_slots, BLOCK):
-            j = i + tl.arange(0, BLOCK).to(tl.int64)
+            j = i + tl.arange(0, BLOCK)
             inside = j < samples * unit_slots
-            slot = (j // unit_slots * channels + channel) * unit_slots + j % unit_slots
+            slot = ((j // unit_slots).to(tl.int64) * channels + channel) * unit_slots + j % unit_slots
             total += tl.load(partial + slot, mask=inside, other=0.0).to(tl.float64)
             product += tl.load(partial + slots + slot, mask=inside, other=0.0).to(tl.float64)
         tl.store(d_bias + channel, tl.sum(total, 0).to(tl.float32))
         tl.store(d_weight + channel, tl.sum(product, 0).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_sizes)
 def input_gradient(
     grad,  # before the activation if ACTIVATION is "identity"
     x,
@@ -482,22 +527,23 @@ def input_gradient(
     tiles_b,
     block_stride,
     row_stride,
-    unit_stride,
     PAPER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    VECTOR: tl.constexpr,
     REDUCED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """Second pass of the gradients: ``dx``, exact or as printed (Eq. 11)."""
+    cols, block_stride, row_stride = _aligned(cols, block_stride, row_stride, VECTOR)
     block, ia, ib = _place(tiles_a, tiles_b)
-    unit, _, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, unit_stride, REDUCED, A, B)
-    m, r, w, b = _affine(unit, exists, mean, var, weight, bias, channels, set_units, eps, REDUCED)
-    lo = _of_set(lower, unit, exists, set_units, REDUCED)
-    hi = _of_set(upper, unit, exists, set_units, REDUCED)
-    shared = _of_set(coefficients, unit, exists, set_units, REDUCED)
-    slope = _of_set(coefficients + sets, unit, exists, set_units, REDUCED)
+    s, channel, _, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
+    m, r, w, b = _affine(s, channel, exists, mean, var, weight, bias, eps, REDUCED)
+    lo = _of_set(lower, s, exists, REDUCED)
+    hi = _of_set(upper, s, exists, REDUCED)
+    shared = _of_set(coefficients, s, exists, REDUCED)
+    slope = _of_set(coefficients + sets, s, exists, REDUCED)
     for step in tl.static_range(STEPS):
         offsets, inside = _values(block, ia, ib, step, rows, cols, block_stride, row_stride, A, B, STEPS)
         v = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -512,7 +558,7 @@ def input_gradient(
         tl.store(dx + offsets, (d * r).to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_sizes)
 def update_running(running_mean, running_var, mean, var, count, momentum, channels, BLOCK: tl.constexpr):
     """Moving averages of the mean and the unbiased variance, where both are finite."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

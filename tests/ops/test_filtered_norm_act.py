@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fbn_plugin.layers import FilteredBatchNormAct2d
@@ -128,6 +129,42 @@ def test_residuals_that_kernels_do_not_take_are_added_as_pytorch_adds(monkeypatc
         y = filtered_batch_norm_act(x, training=True, t_sigma=2.0, residual=residual)
         expected = (filtered_batch_norm(x, training=True, t_sigma=2.0) + residual).relu()
         torch.testing.assert_close(y, expected)
+
+
+def test_function_transforms_see_through_the_fused_layer(monkeypatch):
+    monkeypatch.setattr(reference, "refuses", lambda x: None, raising=False)
+    monkeypatch.setattr(filtered_norm, "triton", reference)
+    x, weight, bias, residual = inputs()
+
+    def loss(x, residual):
+        y = filtered_batch_norm_act(x, weight, bias, training=True, t_sigma=2.0, residual=residual)
+        return y.square().sum()
+
+    gradients = torch.func.grad(loss, argnums=(0, 1))(x.detach(), residual.detach())
+    torch.testing.assert_close(gradients, torch.autograd.grad(loss(x, residual), (x, residual)))
+
+
+@pytest.mark.parametrize("activation, add", [("relu", False), ("relu", True), ("silu", True), ("identity", True)])
+def test_keeps_no_more_for_the_backward_pass_than_batch_norm_and_relu(activation, add, monkeypatch):
+    monkeypatch.setattr(reference, "refuses", lambda x: None, raising=False)
+    monkeypatch.setattr(filtered_norm, "triton", reference)
+    x, residual = (torch.randn(4, 8, 16, 16, requires_grad=True) for _ in range(2))
+    residual = residual if add else None
+
+    def kept(step):
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), lambda t: t
+        ):
+            y = step()  # alive, so that no address is taken twice
+        return sum(n for n in storages.values() if n >= x.nbytes), y
+
+    layers = FilteredBatchNormAct2d(8, activation=activation), nn.BatchNorm2d(8)
+    fused, _ = kept(lambda: layers[0](x, residual))
+    native, _ = kept(lambda: F.relu_(layers[1](x) if residual is None else layers[1](x).add_(residual)))
+    assert fused <= native
+    if activation == "identity" or not add:
+        assert fused == x.nbytes, "the input alone, which the layer before has made anyway"
 
 
 @pytest.mark.parametrize(
