@@ -10,11 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fbn_plugin import layers
+from fbn_plugin.balanced import evaluation_mode
 from fbn_plugin.layers.batch_norm import BatchNormMixin, FoldedBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin, FilterMixin
 from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
 from fbn_plugin.norm_report import NormChange, NormLeft, NormReport
-from fbn_plugin.refit import evaluation_mode, refit_norms
+from fbn_plugin.refit import refit_norms
 from fbn_plugin.registry import NormFactory, norm_factory, norm_options
 
 Converter = Callable[[nn.Module, NormFactory], nn.Module]

@@ -1,23 +1,12 @@
 """Fit the scale and shift of new norms to the norms that they are to replace, on data."""
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and after it each module's own mode again."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+from fbn_plugin.balanced import evaluation_mode
 
 
 class _Fit:
