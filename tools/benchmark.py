@@ -27,6 +27,7 @@ def _shape(text: str) -> tuple[int, ...]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", action="store_true", help="time single layers")
+    parser.add_argument("--norms", nargs="+", metavar="SPEC", help="time these norms among the layers too")
     parser.add_argument("--models", nargs="*", metavar="NAME", help="time models: vgg16 resnet50 mask_rcnn_R_50_FPN")
     parser.add_argument("--shapes", nargs="+", metavar="NxCxHxW", help="of the layers' inputs")
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help="contiguous, channels_last")
@@ -88,6 +89,7 @@ def _settings(args: argparse.Namespace):
         device=args.device,
         threads=args.threads,
         layers=args.layers or both,
+        norms=tuple(args.norms or ()),
         models=models,
         shapes=None if args.shapes is None else tuple(map(_shape, args.shapes)),
         layouts=args.layouts,

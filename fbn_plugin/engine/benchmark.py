@@ -29,6 +29,7 @@ import fbn_plugin
 from fbn_plugin import ops
 from fbn_plugin.fuse import fuse_norm_act
 from fbn_plugin.layers import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
+from fbn_plugin.registry import norm_factory, parse_spec
 
 FORMAT = "fbn_plugin benchmark 1"
 SHAPES = ((16, 64, 56, 56), (16, 256, 28, 28), (2, 256, 100, 152), (16, 512, 7, 7), (2, 2048, 25, 38))
@@ -155,6 +156,7 @@ class Settings:
         device: ``"cpu"`` or ``"cuda"``.
         threads: of PyTorch and the kernels on the CPU; None leaves them as they are.
         layers: whether to time single layers.
+        norms: specs of further norms to time among the layers, such as ``"ConvNorm"``.
         models: names in ``MODELS``.
         shapes: ``(N, C, H, W)`` of the layers' inputs; None is ``SHAPES``, or ``QUICK_SHAPES``.
         layouts: names in ``LAYOUTS``; None is both for layers, and for models contiguous on a CPU, channels_last on a
@@ -169,6 +171,7 @@ class Settings:
     device: str = "cpu"
     threads: int | None = None
     layers: bool = True
+    norms: tuple[str, ...] = ()
     models: tuple[str, ...] = tuple(MODELS)
     shapes: tuple[tuple[int, int, int, int], ...] | None = None
     layouts: tuple[str, ...] | None = None
@@ -196,6 +199,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be 1 or more, got {value}")
+        for spec in self.norms:
+            parse_spec(spec)
         if not self.layers and not self.models:
             raise ValueError("nothing to measure: choose layers, models or both")
 
@@ -350,7 +355,8 @@ def _build_layers(settings: Settings, x: Tensor, notes: list[str]) -> dict[str, 
     channels, built = x.shape[1], {}
     if settings.compiled:
         torch.compiler.reset()  # or it gives up after a few shapes
-    for peer in [*LAYER_PEERS, *([COMPILED] if settings.compiled else [])]:
+    others = [Peer(spec, "BN", norm_factory(spec)) for spec in settings.norms]
+    for peer in [*LAYER_PEERS, *others, *([COMPILED] if settings.compiled else [])]:
         module = peer.build(channels).to(x.device)
         if "GN" in peer.name:
             module.to(x.dtype)  # group normalization has no mixed form on a GPU; batch norms keep float32, as autocast
