@@ -1,5 +1,9 @@
 """The C++ kernels against the float64 reference: forward, moments, both gradients; and what they leave to it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,6 +95,31 @@ def test_agrees_with_the_reference(shape, dtype, num_groups, channels_last, t_si
     close(d_weight, d_weight_ref, 2e-4, "d_weight")
     if ref.count.min() > 4:  # with a few values, dx is what is left of sums that cancel
         close(dx, dx_ref, one_rounding + 1e-4, "dx")
+
+
+@built
+@pytest.mark.parametrize("capability, name", [("generic", "generic"), ("avx2", "AVX2")])
+def test_other_instruction_sets_agree_too(capability, name):
+    """The same tests in a process that leaves out what this machine has beyond."""
+    if name not in ("generic", ops.backends()["cpu"].split()[-1]) and "AVX-512" not in ops.backends()["cpu"]:
+        pytest.skip(f"this machine has no {name}")
+    environment = {**os.environ, "FBN_CPU_CAPABILITY": capability}
+    which = "from fbn_plugin import ops; print(ops.backends()['cpu'])"
+    used = subprocess.run([sys.executable, "-c", which], env=environment, capture_output=True, text=True, check=True)
+    assert used.stdout.split()[-1] == name
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "reference or digits or twice",
+    ]
+    result = subprocess.run(tests, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 @built
