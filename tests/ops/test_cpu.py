@@ -147,6 +147,19 @@ def test_error_is_at_most_twice_that_of_batch_norm(shape, channels_last):
 
 
 @built
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_outliers_at_regular_places_cost_no_digits(channels_last):
+    """Sums are taken around a value of the set, which must not be one of these."""
+    x = torch.randn(1, 2, 61, 72, generator=torch.Generator().manual_seed(0))
+    x.flatten(2)[..., ::61] = 300.0
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    _, moments = cpu.filtered_norm(x, None, None, 0, 3.0, 1e-5, False)
+    _, exact = reference.filtered_norm(x.double(), None, None, 0, 3.0, 1e-5, False)
+    torch.testing.assert_close(moments.var.double(), exact.var, rtol=1e-6, atol=0)
+
+
+@built
 @pytest.mark.parametrize("num_groups", [0, 2])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_large_mean_keeps_its_digits(num_groups, channels_last):
