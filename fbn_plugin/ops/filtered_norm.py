@@ -241,6 +241,12 @@ class _Direct(torch.autograd.Function):
         return *_as_inputs(gradients, weight, ctx.bias_dtype), None, None
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the values are those in its memory. Where a bit says that they are to be negated, or are zeros without
+    memory, the dispatcher sees to it."""
+    return type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
 def _nothing_watches(*tensors: Tensor | None) -> bool:
     """Whether plain tensors are computed with, and no compiler, tracer, transform or mode is to see the operator."""
     return (
@@ -248,7 +254,7 @@ def _nothing_watches(*tensors: Tensor | None) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._len_torch_dispatch_stack()
         and not torch.jit.is_tracing()
-        and all(t is None or type(t) in _PLAIN for t in tensors)
+        and all(t is None or _is_plain(t) for t in tensors)
     )
 
 

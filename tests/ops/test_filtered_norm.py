@@ -420,6 +420,18 @@ def test_saved_tensors_may_come_back_in_another_form(num_groups, pack, unpack):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("num_groups", BOTH_FORMS)
+def test_values_that_are_not_what_lies_in_memory(num_groups):
+    x, weight, bias = batch((3, 4, 3, 3), dtype=torch.float32)
+    torch.testing.assert_close(norm(torch._neg_view(x), weight, bias, num_groups), norm(-x, weight, bias, num_groups))
+    x.requires_grad_()
+    y = norm(x, weight, bias, num_groups, t_sigma=1.8)
+    grad = torch.randn_like(x)
+    for lazy, plain in ((torch._neg_view(grad), -grad), (torch._efficientzerotensor(x.shape), torch.zeros(x.shape))):
+        got, expected = (torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in (lazy, plain))
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("x", [torch.ones(4, 3, dtype=torch.int64), torch.ones(4)], ids=["integer", "1-D"])
 def test_inputs_that_are_no_activations_are_refused(x):
     with pytest.raises(ValueError, match="the input must be floating point of shape"):
