@@ -117,7 +117,7 @@ def forward(
     """
     shape, options = _arguments(x, num_groups, t_sigma, eps, gaussian_correction, "exact")
     y, weight, bias = torch.empty_like(x), _float(weight), _float(bias)
-    moments = torch.empty((5, shape.c) if num_groups == 0 else (5, shape.n, num_groups), dtype=torch.float32)
+    moments = x.new_empty((5, shape.c) if num_groups == 0 else (5, shape.n, num_groups), dtype=torch.float32)
     arrays = map(_pointer, (x, y, weight, bias, moments, running_mean, running_var))
     library().fbn_forward(shape, options, *arrays, momentum)
     if running_mean is not None:
@@ -138,8 +138,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`fbn_plugin.ops.reference.filtered_norm_backward`, with the moments of :func:`forward`."""
     shape, options = _arguments(x, num_groups, t_sigma, eps, gaussian_correction, grad_mode)
-    grad, weight, dx = _like(x, grad), _float(weight), torch.empty_like(x)
-    d_weight, d_bias = (torch.empty(shape.c, dtype=torch.float32) for _ in range(2))
+    grad, weight, moments, dx = _like(x, grad), _float(weight), _float(moments), torch.empty_like(x)
+    d_weight, d_bias = (x.new_empty(shape.c, dtype=torch.float32) for _ in range(2))
     library().fbn_backward(shape, options, *map(_pointer, (grad, x, dx, weight, moments, d_weight, d_bias)))
     return dx, d_weight, d_bias
 

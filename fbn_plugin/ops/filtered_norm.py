@@ -81,6 +81,8 @@ def _check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
     for name, tensor in per_channel.items():
         if tensor is not None and tensor.numel() != x.shape[1]:
             raise ValueError(f"{name} has {tensor.numel()} elements, but the input has {x.shape[1]} channels")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but the input is on {x.device}")
 
 
 def _check_batch(x: Tensor, **per_channel: Tensor | None) -> None:
@@ -204,7 +206,7 @@ class _DirectOnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, moments = ctx.saved_tensors
-        if _is_plain_gradient(grad):
+        if _is_plain_gradient(grad) and cpu.refuses(x) is None:  # a saved-tensor hook may have changed x
             gradients = cpu.backward(grad, x, weight, moments, *ctx.options)
         else:
             gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
@@ -239,6 +241,12 @@ class _Direct(torch.autograd.Function):
         return *_as_inputs(gradients, weight, ctx.bias_dtype), None, None
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the values are those in its memory. Where a bit says that they are to be negated, or are zeros without
+    memory, the dispatcher sees to it."""
+    return type(tensor) in _PLAIN and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
 def _nothing_watches(*tensors: Tensor | None) -> bool:
     """Whether plain tensors are computed with, and no compiler, tracer, transform or mode is to see the operator."""
     return (
@@ -246,7 +254,7 @@ def _nothing_watches(*tensors: Tensor | None) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._len_torch_dispatch_stack()
         and not torch.jit.is_tracing()
-        and all(t is None or type(t) in _PLAIN for t in tensors)
+        and all(t is None or _is_plain(t) for t in tensors)
     )
 
 
@@ -436,7 +444,7 @@ def filtered_batch_norm(
         that does not fit.
     """
     t_sigma = check_filter(t_sigma, grad_mode)
-    if not training or math.isinf(t_sigma) or x.numel() == 0:
+    if not training or t_sigma == math.inf or x.numel() == 0:
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     _check_batch(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     moving = running_mean, running_var, momentum
@@ -499,7 +507,7 @@ def filtered_batch_norm_act(
     check_activation(activation, negative_slope)
     t_sigma = check_filter(t_sigma, grad_mode)
     alike = residual is None or (residual.shape == x.shape and residual.dtype == x.dtype)
-    plain = not training or math.isinf(t_sigma) or x.numel() == 0
+    plain = not training or t_sigma == math.inf or x.numel() == 0
     if plain or not alike or triton.refuses(x) or _transformed(x, weight, bias, residual):
         moving = running_mean, running_var, training, momentum, eps
         y = filtered_batch_norm(x, weight, bias, *moving, t_sigma, grad_mode, gaussian_correction)
@@ -547,7 +555,7 @@ def filtered_group_norm(
         raise ValueError(
             f"num_groups must divide the number of channels, got {num_groups} groups for {channels} channels"
         )
-    if math.isinf(t_sigma) or x.numel() == 0:
+    if t_sigma == math.inf or x.numel() == 0:
         return F.group_norm(x, num_groups, weight, bias, eps)
     if x.numel() == num_groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {x.shape} for {num_groups} groups")

@@ -12,6 +12,7 @@ from paper_equations import backward as paper_backward
 from paper_equations import forward as paper_forward
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fbn_plugin import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
 from fbn_plugin.ops import filtered_batch_norm, filtered_group_norm
 from fbn_plugin.ops.reference import gaussian_kappa
 
@@ -378,6 +379,59 @@ def test_parameters_of_another_length_are_refused(num_groups, dtype):
         torch.ops.fbn_plugin.filtered_norm(x, torch.ones(4), None, num_groups, 2.0, 1e-5, False, "exact")
 
 
+@pytest.mark.parametrize("num_groups", BOTH_FORMS)
+def test_parameters_on_another_device_are_refused(num_groups):
+    """The kernels would read them by address."""
+    x = torch.randn(2, 8, 4, 4)
+    with pytest.raises(ValueError, match="weight is on meta, but the input is on cpu"):
+        norm(x, torch.ones(8, device="meta"), None, num_groups)
+    with pytest.raises(ValueError, match="bias is on meta, but the input is on cpu"):
+        norm(x, None, torch.ones(8, device="meta"), num_groups)
+    running = torch.zeros(8, device="meta"), torch.ones(8, device="meta")
+    with pytest.raises(ValueError, match="running_mean is on meta, but the input is on cpu"):
+        filtered_batch_norm(x, None, None, *running, training=True)
+
+
+@pytest.mark.parametrize("num_groups", BOTH_FORMS)
+def test_the_default_device_does_not_matter(num_groups):
+    x, weight, bias = (t.requires_grad_() for t in batch((3, 4, 3, 3), dtype=torch.float32))
+
+    def gradients():
+        return torch.autograd.grad(norm(x, weight, bias, num_groups, t_sigma=1.8).sin().sum(), [x, weight, bias])
+
+    expected = gradients()
+    with torch.device("meta"):
+        got = gradients()
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("num_groups", BOTH_FORMS)
+@pytest.mark.parametrize(
+    "pack, unpack",
+    [(torch.Tensor.double, lambda t: t), (lambda t: torch.stack([t, t], -1), lambda t: t[..., 0])],
+    ids=["wider", "strided"],
+)
+def test_saved_tensors_may_come_back_in_another_form(num_groups, pack, unpack):
+    x, weight, bias = (t.requires_grad_() for t in batch((3, 4, 3, 3), dtype=torch.float32))
+    plain = norm(x, weight, bias, num_groups, t_sigma=1.8)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        hooked = norm(x, weight, bias, num_groups, t_sigma=1.8)
+    expected, got = (torch.autograd.grad(y, [x, weight, bias], y.detach().sin()) for y in (plain, hooked))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("num_groups", BOTH_FORMS)
+def test_values_that_are_not_what_lies_in_memory(num_groups):
+    x, weight, bias = batch((3, 4, 3, 3), dtype=torch.float32)
+    torch.testing.assert_close(norm(torch._neg_view(x), weight, bias, num_groups), norm(-x, weight, bias, num_groups))
+    x.requires_grad_()
+    y = norm(x, weight, bias, num_groups, t_sigma=1.8)
+    grad = torch.randn_like(x)
+    for lazy, plain in ((torch._neg_view(grad), -grad), (torch._efficientzerotensor(x.shape), torch.zeros(x.shape))):
+        got, expected = (torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in (lazy, plain))
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("x", [torch.ones(4, 3, dtype=torch.int64), torch.ones(4)], ids=["integer", "1-D"])
 def test_inputs_that_are_no_activations_are_refused(x):
     with pytest.raises(ValueError, match="the input must be floating point of shape"):
@@ -444,6 +498,21 @@ def test_compiles_without_a_graph_break(training):
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, *compiled)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [FilteredBatchNorm2d(4), FilteredBatchNormAct2d(4), FilteredGroupNorm(2, 4)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_compiles_for_any_shape(layer):
+    """Where the shapes are symbols, so are the numbers among a module's attributes."""
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((4, 4, 9, 7), (2, 4, 5, 6)):
+        x = torch.randn(shape, requires_grad=True)
+        y = compiled(x)
+        torch.testing.assert_close(y, layer(x))
+        y.sum().backward()
 
 
 values = st.floats(-100, 100, allow_nan=False, width=32)
