@@ -69,13 +69,17 @@ def _stack(kernel_sizes: Sequence[Size] | None, map_size: Size | None) -> tuple[
     return stack
 
 
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def _fold(map: Tensor, size: int, dim: int) -> Tensor:
-    """The sum of the pieces of ``size`` that ``map`` has along ``dim``, the last one perhaps shorter."""
-    first, *others = map.split(size, dim)
-    total = first.clone()
-    for piece in others:
-        total.narrow(dim, 0, piece.shape[dim]).add_(piece)
-    return total
+    """The sum of the pieces of ``size`` that ``map`` has along ``dim``, the last one perhaps shorter, in its place."""
+    first = map.narrow(dim, 0, size)
+    for start in range(size, map.shape[dim], size):
+        piece = map.narrow(dim, start, min(size, map.shape[dim] - start))
+        first.narrow(dim, 0, piece.shape[dim]).add_(piece)
+    return first
 
 
 class _Cells(NamedTuple):
@@ -88,20 +92,19 @@ class _Cells(NamedTuple):
     def mean(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 7, ``(C,)``, and the average of the batch's values in each cell, ``(C, h, w)``."""
         dtype = self.weights.dtype
-        if x.is_contiguous(memory_format=torch.channels_last):  # as they lie: otherwise the sum is ten times slower
+        if _channels_last(x):  # as they lie: otherwise the sum is ten times slower
             total = x.permute(0, 2, 3, 1).sum(0, dtype=dtype).permute(2, 0, 1)
         else:
             total = x.sum(0, dtype=dtype)
         for dim in (1, 2):
             total = _fold(total, self.weights.shape[dim], dim)
-        averages = total.contiguous() / (self.copies * x.shape[0])
+        averages = total.div_(self.copies * x.shape[0])
         return (averages * self.weights).sum((1, 2)), averages
 
     def add_to(self, x: Tensor, values: Tensor) -> None:
         """Add values of the cells, ``(C, h, w)``, to the cells' positions in all maps of ``x``, in place."""
         _, h, w = values.shape
-        rows = values.repeat(1, 1, -(-x.shape[3] // w))[:, :, : x.shape[3]]
-        rows = torch.empty_like(x[:1, :, :h]).copy_(rows)  # in the layout of x
+        rows = torch.cat([values[None, ..., : x.shape[3] - start] for start in range(0, x.shape[3], w)], 3)
         for piece in x.split(h, 2):
             piece += rows[:, :, : piece.shape[2]]
 
@@ -154,9 +157,10 @@ class _WeightedMeanNorm(torch.autograd.Function):
         scale = weight * rstd
         d_mean = -scale * d_bias
         everywhere = (d_mean + scale * rstd * (mean - plain_mean) * d_weight) / x.shape[2:].numel()
-        shared = d_mean.view(-1, 1, 1) * cell_weights / copies - everywhere.view(-1, 1, 1)
-        _Cells(cell_weights, copies).add_to(dx, shared / x.shape[0])
-        return dx, d_mean.view(-1, 1, 1) * averages, None, d_weight, d_bias, None
+        d_mean, everywhere = d_mean.view(-1, 1, 1), everywhere.view(-1, 1, 1)
+        shared = (cell_weights * (d_mean / x.shape[0])).div_(copies).sub_(everywhere / x.shape[0])
+        _Cells(cell_weights, copies).add_to(dx, shared)
+        return dx, d_mean * averages, None, d_weight, d_bias, None
 
 
 class ConvNorm2d(nn.BatchNorm2d):
@@ -258,24 +262,31 @@ class ConvNorm2d(nn.BatchNorm2d):
         _, h, w = weights.shape
         return (weights / copies).repeat(1, -(-height // h), -(-width // w))[:, :height, :width]
 
-    def _cells(self, shape: Sequence[int], dtype: torch.dtype) -> _Cells:
-        height, width = shape
-        logits, *coarser = self.kernels
-        for kernel in coarser:  # each entry weights a copy of the finer stack
-            logits = (kernel[:, :, None, :, None] + logits[:, None, :, None, :]).flatten(3).flatten(1, 2)
-        logits = logits[:, :height, :width].to(dtype)
-        rows, columns = (
-            (side - 1 - torch.arange(cells, device=logits.device)) // cells + 1
-            for side, cells in zip(shape, logits.shape[1:])
-        )
+    def _cells(self, shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False) -> _Cells:
+        height, width = (min(side, math.prod(sizes)) for side, sizes in zip(shape, zip(*self.kernel_sizes)))
+        device = self.kernel0.device
+        i, j = (torch.arange(side, device=device) for side in (height, width))
+        rows, columns = ((side - 1 - t) // len(t) + 1 for side, t in zip(shape, (i, j)))
         copies = (rows[:, None] * columns).to(dtype)
-        weights = (logits + copies.log()).flatten(1).softmax(1).view(logits.shape)
-        return _Cells(weights, copies)
+        passed = []  # whether a position passes an entry, for each kernel (entries, h, w)
+        for k, l in self.kernel_sizes:
+            entry = (i % k * l)[:, None] + j % l
+            passed.append(entry == torch.arange(k * l, device=device).view(-1, 1, 1))
+            i, j = i // k, j // l
+        passed = torch.cat(passed).flatten(1).to(dtype)
+        entries = torch.cat([kernel.flatten(1) for kernel in self.kernels], 1).to(dtype)
+        offset = copies.log().flatten()
+        with torch.autocast(device.type, enabled=False):
+            if channels_last:
+                weights = torch.addmm(offset[:, None], passed.T, entries.T).softmax(0).T
+            else:
+                weights = torch.addmm(offset, entries, passed).softmax(1)
+        return _Cells(weights.unflatten(1, copies.shape), copies)
 
     def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, biased variance and number of values that training normalizes ``input`` with, ``(C,)`` each, in at
         least float32."""
-        cells = self._cells(input.shape[2:], accumulate_dtype(input.dtype))
+        cells = self._cells(input.shape[2:], accumulate_dtype(input.dtype), _channels_last(input))
         mean, _ = cells.mean(input)
         if self.weighted_std:
             var, _ = cells.mean((input - mean.view(-1, 1, 1)).square())
@@ -294,7 +305,7 @@ class ConvNorm2d(nn.BatchNorm2d):
         if input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         dtype = accumulate_dtype(input.dtype)
-        cells = self._cells(input.shape[2:], dtype)
+        cells = self._cells(input.shape[2:], dtype, _channels_last(input))
         weight = cells.copies.new_ones(self.num_features) if self.weight is None else self.weight.to(dtype)
         bias = cells.copies.new_zeros(self.num_features) if self.bias is None else self.bias.to(dtype)
         if self.weighted_std:
