@@ -98,7 +98,7 @@ class _Cells(NamedTuple):
     def weights(self, entries: Tensor, channels_last: bool = False) -> Tensor:
         """``p`` of one position of each cell, ``(C, h, w)``, from the raw parameters of all kernels, ``(C, E)``."""
         logits = _product(self.passed.T, entries.T).T if channels_last else _product(entries, self.passed)
-        products = (logits - logits.detach().amax(1, keepdim=True)).exp()
+        products = logits.sub_(logits.detach().amax(1, keepdim=True)).exp_()
         return (products / _product(products, self.copies.view(-1, 1))).unflatten(1, self.copies.shape)
 
     def total(self, x: Tensor) -> Tensor:
@@ -289,15 +289,16 @@ class ConvNorm2d(nn.BatchNorm2d):
 
     def _cells(self, shape: Sequence[int], dtype: torch.dtype) -> _Cells:
         height, width = (min(side, math.prod(sizes)) for side, sizes in zip(shape, zip(*self.kernel_sizes)))
-        device = self.kernel0.device
-        i, j = (torch.arange(side, device=device) for side in (height, width))
-        rows, columns = ((side - 1 - t) // len(t) + 1 for side, t in zip(shape, (i, j)))
+        numbers = torch.arange(max(height, width, *map(math.prod, self.kernel_sizes)), device=self.kernel0.device)
+        i, j = numbers[:height, None], numbers[:width]
+        copies = torch.ones(height, width, dtype=dtype, device=numbers.device)
+        if (height, width) != tuple(shape):
+            copies *= ((shape[0] - 1 - i) // height + 1) * ((shape[1] - 1 - j) // width + 1)
         passed = []
         for h, w in self.kernel_sizes:
-            entry = (i % h * w)[:, None] + j % w
-            passed.append(entry == torch.arange(h * w, device=device).view(-1, 1, 1))
+            passed.append(i % h * w + j % w == numbers[: h * w, None, None])
             i, j = i // h, j // w
-        return _Cells(torch.cat(passed).flatten(1).to(dtype), (rows[:, None] * columns).to(dtype))
+        return _Cells(torch.cat(passed).flatten(1).to(dtype), copies)
 
     def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, biased variance and number of values that training normalizes ``input`` with, ``(C,)`` each, in at
