@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbn_plugin.ops.reference import accumulate_dtype, update_running_stats
+from fbn_plugin.ops.reference import accumulate_dtype, plain_moments, update_running_stats
 
 # The stack of the paper's first layers, which covers 32 x 32.
 DEFAULT_KERNEL_SIZES = (4, 2, 2, 2)
@@ -125,12 +125,6 @@ def _weighted_mean(total: Tensor, weights: Tensor, images: int) -> Tensor:
     return (total * weights).sum((1, 2)) / images
 
 
-def _plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, ``(C,)``, in at least float32; many times as fast as ``torch.var_mean`` on a CPU."""
-    averages = x.new_zeros(2, x.shape[1], dtype=accumulate_dtype(x.dtype))  # their dtype is that of the result
-    return torch.batch_norm_update_stats(x, *averages, 0.0)
-
-
 class _WeightedMeanNorm(torch.autograd.Function):
     """``weight (x - mean) / sqrt(var + eps) + bias`` with the weighted mean and the plain variance of the batch, and
     the moments.
@@ -149,7 +143,7 @@ class _WeightedMeanNorm(torch.autograd.Function):
     @staticmethod
     def forward(x, entries, passed, copies, weight, bias, eps):
         cells = _Cells(passed, copies)
-        plain_mean, var = _plain_moments(x)
+        plain_mean, var = plain_moments(x)
         p, total = cells.weights(entries, _channels_last(x)), cells.total(x)
         mean = _weighted_mean(total, p, x.shape[0])
         y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
@@ -308,7 +302,7 @@ class ConvNorm2d(nn.BatchNorm2d):
         weights = cells.weights(self._entries(dtype), _channels_last(input))
         mean = _weighted_mean(cells.total(input), weights, images)
         if not self.weighted_std:
-            return mean, _plain_moments(input)[1], self._count(input)
+            return mean, plain_moments(input)[1], self._count(input)
         var = _weighted_mean(cells.total((input - mean.view(-1, 1, 1)).square()), weights, images)
         return mean, var, images / (weights.square() * cells.copies).sum((1, 2))
 

@@ -12,12 +12,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fbn_plugin.ops.filtered_norm import _check_batch
-from fbn_plugin.ops.reference import accumulate_dtype
+from fbn_plugin.ops.reference import accumulate_dtype, plain_moments
 
 
 def _pool(x: Tensor) -> Tensor:
     """The mean over the positions of each image and channel, ``(N, C)``."""
     return x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x.clone()
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of each image and channel, ``(N, C)``, and mean and biased variance of each channel, ``(C,)``."""
+    if not x.is_contiguous():
+        return _pool(x), *plain_moments(x)
+    shape = x.shape[:2]  # all images and channels are the channels of one: what they have in common is of their size
+    means, variances = (t.view(shape) for t in plain_moments(x.reshape(1, shape.numel(), -1)))
+    between, mean = torch.var_mean(means, 0, correction=0)
+    return means, mean, variances.mean(0) + between
 
 
 def _gate(weight: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,15 +61,16 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, gate_weight, gate_bias, eps, pool_input):
-        dtype = accumulate_dtype(x.dtype)
-        mean, var, ones = (x.new_full((x.shape[1],), value, dtype=dtype) for value in (0, 0, 1))
-        # With a momentum of 1 the running statistics become those of the batch.
-        y, _, root = torch.native_batch_norm(x.to(dtype), ones, None, mean, var, True, 1.0, eps)
-        pooled = _pool(x.to(dtype) if pool_input else y)
+        values = x.to(accumulate_dtype(x.dtype))
+        means, mean, var = _moments(values)
+        root = torch.rsqrt(var + eps)
+        pooled = means if pool_input else (means - mean) * root
         gate, scale = _gate(weight, gate_weight, gate_bias, pooled)
-        y.mul_(_per_image(scale, y))
-        if bias is not None:
-            y.add_(_per_image(bias, y))
+        factor = root * scale
+        shift = -mean * factor if bias is None else torch.addcmul(bias, mean, factor, value=-1)
+        y = torch.addcmul(_per_image(shift, x), values, _per_image(factor, x))
+        count = x.numel() // x.shape[1]
+        var = var * (count / (count - 1))
         ctx.mark_non_differentiable(mean, var)
         ctx.save_for_backward(x, gate_weight, mean, root, pooled, gate, scale)
         ctx.pool_input = pool_input

@@ -59,6 +59,13 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, ``(C,)``, in at least float32; many times as fast as
+    ``torch.var_mean`` on a CPU."""
+    averages = x.new_zeros(2, x.shape[1], dtype=accumulate_dtype(x.dtype))  # their dtype is that of the result
+    return torch.batch_norm_update_stats(x, *averages, 0.0)
+
+
 class _View(NamedTuple):
     """One form's view of an ``(N, C, *spatial)`` tensor, see the table at the top of the file."""
 
