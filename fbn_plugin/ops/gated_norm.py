@@ -20,16 +20,6 @@ def _pool(x: Tensor) -> Tensor:
     return x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x.clone()
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean of each image and channel, ``(N, C)``, and mean and biased variance of each channel, ``(C,)``."""
-    if not x.is_contiguous():
-        return _pool(x), *plain_moments(x)
-    shape = x.shape[:2]  # all images and channels are the channels of one: what they have in common is of their size
-    means, variances = (t.view(shape) for t in plain_moments(x.reshape(1, shape.numel(), -1)))
-    between, mean = torch.var_mean(means, 0, correction=0)
-    return means, mean, variances.mean(0) + between
-
-
 def _gate(weight: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
     """The gate, and the scale that it makes of ``weight``: ``(N, C)`` both."""
     gate = torch.sigmoid(gate_weight * pooled + gate_bias)
@@ -62,9 +52,11 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, gate_weight, gate_bias, eps, pool_input):
         values = x.to(accumulate_dtype(x.dtype))
-        means, mean, var = _moments(values)
+        mean, var = plain_moments(values)
         root = torch.rsqrt(var + eps)
-        pooled = means if pool_input else (means - mean) * root
+        pooled = _pool(values)
+        if not pool_input:
+            pooled = (pooled - mean) * root
         gate, scale = _gate(weight, gate_weight, gate_bias, pooled)
         factor = root * scale
         shift = -mean * factor if bias is None else torch.addcmul(bias, mean, factor, value=-1)
@@ -83,20 +75,22 @@ class _GatedNorm(torch.autograd.Function):
         x, gate_weight, mean, root, pooled, gate, scale = ctx.saved_tensors
         grad, values = grad.to(mean.dtype), x.to(mean.dtype)
         sum_g, sum_gx = _sums(grad, values, mean, root)
-        d_gate = sum_gx * (scale * (1 - gate))  # of the sigmoid's argument
-        d_pooled = d_gate * gate_weight
+        scaled = scale * sum_gx
+        d_gate = scaled * (1 - gate)  # of the sigmoid's argument
+        d_gate_weight, d_gate_bias = (d_gate * pooled).sum(0), d_gate.sum(0)
 
-        # The gradient of xhat is h = scale g, plus d_pooled / positions where it is xhat that is pooled.
+        # The gradient of xhat is h = scale g, plus gate_weight d_gate / positions where it is xhat that is pooled.
         positions = x.shape[2:].numel()
-        sum_h, sum_hx = scale * sum_g, scale * sum_gx
+        sum_h, sum_hx = (scale * sum_g).sum(0), scaled.sum(0)
+        of_1 = d_gate * (gate_weight / positions)
         if not ctx.pool_input:
-            sum_h, sum_hx = sum_h + d_pooled, sum_hx + d_pooled * pooled
+            sum_h, sum_hx = sum_h + gate_weight * d_gate_bias, sum_hx + gate_weight * d_gate_weight
+            of_1 = of_1 * root
         count = x.shape[0] * positions
-        of_g, of_x = root * scale, -root.square() * sum_hx.sum(0) / count
-        of_1 = d_pooled * (1 if ctx.pool_input else root) / positions - root * sum_h.sum(0) / count - of_x * mean
-        dx = grad * _per_image(of_g, x)
-        dx.addcmul_(values, _per_image(of_x, x)).add_(_per_image(of_1, x))
-        gradients = dx, (gate * sum_gx).sum(0), sum_g.sum(0), (d_gate * pooled).sum(0), d_gate.sum(0)
+        of_x = -root.square() * sum_hx / count
+        of_1 = of_1 - (root * sum_h / count + of_x * mean)
+        dx = torch.addcmul(_per_image(of_1, x), values, _per_image(of_x, x)).addcmul_(grad, _per_image(root * scale, x))
+        gradients = dx, (gate * sum_gx).sum(0), sum_g.sum(0), d_gate_weight, d_gate_bias
         return *(None if dtype is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None, None
 
 
