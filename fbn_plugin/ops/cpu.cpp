@@ -66,13 +66,16 @@ namespace avx512 {
 }  // namespace avx512
 #pragma GCC pop_options
 
+// FBN_CPU_CAPABILITY=generic or avx2 asks for less than the machine has, to test what others run.
 static int instruction_set() {
     static const int level = [] {
+        const char* asked = getenv("FBN_CPU_CAPABILITY");
+        const int most = !asked ? 2 : !strcmp(asked, "generic") ? 0 : !strcmp(asked, "avx2") ? 1 : 2;
         __builtin_cpu_init();
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        if (most > 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
             return 2;
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+        return most > 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
     }();
     return level;
 }

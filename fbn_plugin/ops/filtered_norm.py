@@ -194,8 +194,8 @@ class _DirectOnCPU(torch.autograd.Function):
     longer than the kernels do for a small map."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, *options):
-        y, moments = cpu.forward(x, weight, bias, running_mean, running_var, momentum, *options[:-1])
+    def forward(ctx, x, weight, bias, moving, options):
+        y, moments = cpu.forward(x, weight, bias, *moving, *options[:-1])
         ctx.save_for_backward(x, weight, moments)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.options = options
@@ -208,16 +208,17 @@ class _DirectOnCPU(torch.autograd.Function):
             gradients = cpu.backward(grad, x, weight, moments, *ctx.options)
         else:
             gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
-        return *_as_inputs(gradients, weight, ctx.bias_dtype), *(None,) * 8
+        return *_as_inputs(gradients, weight, ctx.bias_dtype), None, None
 
 
 class _Direct(torch.autograd.Function):
     """The operator and the running statistics without the dispatcher, on any backend."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, *options):
+    def forward(ctx, x, weight, bias, moving, options):
+        running_mean, running_var, momentum = moving
         y, moments = _backend(x).filtered_norm(x, weight, bias, *options[:-1])
-        if running_mean is not None and running_var is not None:
+        if running_mean is not None:
             batch = moments.mean, moments.var, moments.count
             _running_backend(running_mean, running_var, moments.mean).update_running_stats(
                 running_mean, running_var, *batch, momentum
@@ -235,7 +236,7 @@ class _Direct(torch.autograd.Function):
             gradients = _backend(x).filtered_norm_backward(grad, x, weight, moments, *ctx.options)
         else:
             gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
-        return *_as_inputs(gradients, weight, ctx.bias_dtype), *(None,) * 8
+        return *_as_inputs(gradients, weight, ctx.bias_dtype), None, None
 
 
 def _nothing_watches(*tensors: Tensor | None) -> bool:
@@ -272,10 +273,12 @@ def _normalize(
     *options,
 ) -> Tensor:
     """Normalize and update the running statistics, by the shortest way that there is."""
-    moving = running_mean, running_var
-    if _nothing_watches(x, weight, bias, *moving):
-        on_cpu = cpu.refuses(x) is None and all(t is None or cpu.takes_statistic(t) for t in moving)
-        return (_DirectOnCPU if on_cpu else _Direct).apply(x, weight, bias, *moving, momentum, *options)
+    if running_mean is None or running_var is None:
+        running_mean = running_var = None
+    if _nothing_watches(x, weight, bias, running_mean, running_var):
+        statistics = running_mean is None or (cpu.takes_statistic(running_mean) and cpu.takes_statistic(running_var))
+        way = _DirectOnCPU if cpu.refuses(x) is None and statistics else _Direct
+        return way.apply(x, weight, bias, (running_mean, running_var, momentum), options)
     if not _transformed(x, weight, bias):
         y, *moments = _filtered_norm(x, weight, bias, *options)
     else:  # the reference that it stands for
@@ -283,7 +286,7 @@ def _normalize(
         if grad_mode != "exact":
             raise ValueError(f"torch.func transforms follow the exact gradient only, got grad_mode {grad_mode!r}")
         y, moments = reference.filtered_norm(x, weight, bias, *options)
-    if running_mean is not None and running_var is not None:
+    if running_mean is not None:
         mean, var, _, _, count = moments
         _update_running_stats(running_mean, running_var, mean, var, count, momentum)
     return y

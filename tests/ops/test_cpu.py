@@ -1,5 +1,9 @@
 """The C++ kernels against the float64 reference: forward, moments, both gradients; and what they leave to it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,6 +98,31 @@ def test_agrees_with_the_reference(shape, dtype, num_groups, channels_last, t_si
 
 
 @built
+@pytest.mark.parametrize("capability, name", [("generic", "generic"), ("avx2", "AVX2")])
+def test_other_instruction_sets_agree_too(capability, name):
+    """The same tests in a process that leaves out what this machine has beyond."""
+    if name not in ("generic", ops.backends()["cpu"].split()[-1]) and "AVX-512" not in ops.backends()["cpu"]:
+        pytest.skip(f"this machine has no {name}")
+    environment = {**os.environ, "FBN_CPU_CAPABILITY": capability}
+    which = "from fbn_plugin import ops; print(ops.backends()['cpu'])"
+    used = subprocess.run([sys.executable, "-c", which], env=environment, capture_output=True, text=True, check=True)
+    assert used.stdout.split()[-1] == name
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "reference or digits or twice",
+    ]
+    result = subprocess.run(tests, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@built
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("shape", [(4, 32, 14, 14), (2, 16, 60, 70), (8, 24, 3, 5)], ids=str)
 def test_error_is_at_most_twice_that_of_batch_norm(shape, channels_last):
@@ -115,6 +144,19 @@ def test_error_is_at_most_twice_that_of_batch_norm(shape, channels_last):
     for ours, theirs, truth in zip((y, *gradients), native(x, grad, weight, bias), exact):
         spacing = torch.finfo(torch.float32).eps * truth.abs().max()
         assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() + spacing
+
+
+@built
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_outliers_at_regular_places_cost_no_digits(channels_last):
+    """Sums are taken around a value of the set, which must not be one of these."""
+    x = torch.randn(1, 2, 61, 72, generator=torch.Generator().manual_seed(0))
+    x.flatten(2)[..., ::61] = 300.0
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    _, moments = cpu.filtered_norm(x, None, None, 0, 3.0, 1e-5, False)
+    _, exact = reference.filtered_norm(x.double(), None, None, 0, 3.0, 1e-5, False)
+    torch.testing.assert_close(moments.var.double(), exact.var, rtol=1e-6, atol=0)
 
 
 @built
