@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbn_plugin.ops.reference import accumulate_dtype, update_running_stats
+from fbn_plugin.ops.reference import accumulate_dtype, plain_moments, update_running_stats
 
 # The stack of the paper's first layers, which covers 32 x 32.
 DEFAULT_KERNEL_SIZES = (4, 2, 2, 2)
@@ -69,94 +69,113 @@ def _stack(kernel_sizes: Sequence[Size] | None, map_size: Size | None) -> tuple[
     return stack
 
 
+def _channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def _fold(map: Tensor, size: int, dim: int) -> Tensor:
-    """The sum of the pieces of ``size`` that ``map`` has along ``dim``, the last one perhaps shorter."""
-    first, *others = map.split(size, dim)
-    total = first.clone()
-    for piece in others:
-        total.narrow(dim, 0, piece.shape[dim]).add_(piece)
-    return total
+    """The sum of the pieces of ``size`` that ``map`` has along ``dim``, the last one perhaps shorter, in its place."""
+    first = map.narrow(dim, 0, size)
+    for start in range(size, map.shape[dim], size):
+        piece = map.narrow(dim, start, min(size, map.shape[dim] - start))
+        first.narrow(dim, 0, piece.shape[dim]).add_(piece)
+    return first
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product in the dtype of the factors, under autocast too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 class _Cells(NamedTuple):
     """The cells of a kernel stack on maps of one size: the positions that share a weight, as many as the stack is laid
     side by side to cover the map."""
 
-    weights: Tensor  # (C, h, w), the sum of p over each cell's positions: non-negative with sum one for each channel
+    passed: Tensor  # (E, h w), 1 where a cell's positions pass an entry of the kernels, otherwise 0
     copies: Tensor  # (h, w), the number of positions of each cell
 
-    def mean(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 7, ``(C,)``, and the average of the batch's values in each cell, ``(C, h, w)``."""
-        dtype = self.weights.dtype
-        if x.is_contiguous(memory_format=torch.channels_last):  # as they lie: otherwise the sum is ten times slower
+    def weights(self, entries: Tensor, channels_last: bool = False) -> Tensor:
+        """``p`` of one position of each cell, ``(C, h, w)``, from the raw parameters of all kernels, ``(C, E)``."""
+        logits = _product(self.passed.T, entries.T).T if channels_last else _product(entries, self.passed)
+        products = logits.sub_(logits.detach().amax(1, keepdim=True)).exp_()
+        return (products / _product(products, self.copies.view(-1, 1))).unflatten(1, self.copies.shape)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sums of the batch's values in each cell, ``(C, h, w)``."""
+        dtype = self.copies.dtype
+        if _channels_last(x):  # as they lie: otherwise the sum is ten times slower
             total = x.permute(0, 2, 3, 1).sum(0, dtype=dtype).permute(2, 0, 1)
         else:
             total = x.sum(0, dtype=dtype)
-        for dim in (1, 2):
-            total = _fold(total, self.weights.shape[dim], dim)
-        averages = total.contiguous() / (self.copies * x.shape[0])
-        return (averages * self.weights).sum((1, 2)), averages
+        for dim, size in enumerate(self.copies.shape, 1):
+            total = _fold(total, size, dim)
+        return total
 
     def add_to(self, x: Tensor, values: Tensor) -> None:
         """Add values of the cells, ``(C, h, w)``, to the cells' positions in all maps of ``x``, in place."""
-        _, h, w = values.shape
-        rows = values.repeat(1, 1, -(-x.shape[3] // w))[:, :, : x.shape[3]]
-        rows = torch.empty_like(x[:1, :, :h]).copy_(rows)  # in the layout of x
-        for piece in x.split(h, 2):
-            piece += rows[:, :, : piece.shape[2]]
+        h, w = self.copies.shape
+        for rows in x.split(h, 2):
+            for piece in rows.split(w, 3):
+                piece += values[:, : piece.shape[2], : piece.shape[3]]
 
 
-def _plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, ``(C,)``, in at least float32; many times as fast as ``torch.var_mean`` on a CPU."""
-    averages = x.new_zeros(2, x.shape[1], dtype=accumulate_dtype(x.dtype))  # their dtype is that of the result
-    return torch.batch_norm_update_stats(x, *averages, 0.0)
+def _weighted_mean(total: Tensor, weights: Tensor, images: int) -> Tensor:
+    """Eq. 7, ``(C,)``, of the values whose sums in each cell over all images are ``total``."""
+    return (total * weights).sum((1, 2)) / images
 
 
 class _WeightedMeanNorm(torch.autograd.Function):
     """``weight (x - mean) / sqrt(var + eps) + bias`` with the weighted mean and the plain variance of the batch, and
     the moments.
 
-    With ``g = dL/dy``, ``xhat = (x - mean) / sigma``, ``m = N H W``, ``d = (mean - plain mean) / sigma``, ``a`` the
-    averages of the cells and sums over a channel, ``dbias = sum g``, ``dweight = sum g xhat`` and::
+    With ``g = dL/dy``, ``xhat = (x - mean) / sigma``, ``m = N H W``, ``d = (mean - plain mean) / sigma``, ``t`` the
+    sums of the cells and all other sums over a channel, ``dbias = sum g``, ``dweight = sum g xhat``, ``dmean = -weight
+    / sigma dbias`` and::
 
-        dx = weight / sigma * (g - (xhat + d) dweight / m - p dbias / N)
-        dcells = -weight / sigma * dbias * a
+        dx = weight / sigma * (g - (xhat + d) dweight / m) + p dmean / N
+        dentries = dmean / N * passed p (t - N copies mean)
 
     Batch normalization's backward kernel, told that the mean is this one, gives both sums, and ``dx`` up to a map that
     all images share; adding that is all that is left to do.
     """
 
     @staticmethod
-    def forward(x, cell_weights, copies, weight, bias, eps):
-        plain_mean, var = _plain_moments(x)
-        mean, averages = _Cells(cell_weights, copies).mean(x)
+    def forward(x, entries, passed, copies, weight, bias, eps):
+        cells = _Cells(passed, copies)
+        plain_mean, var = plain_moments(x)
+        p, total = cells.weights(entries, _channels_last(x)), cells.total(x)
+        mean = _weighted_mean(total, p, x.shape[0])
         y = F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
-        return y, mean, var, plain_mean, averages
+        return y, mean, var, plain_mean, p, total
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, _, ctx.eps = inputs
+        x, _, passed, copies, weight, _, ctx.eps = inputs
         _, *moments = output
         ctx.mark_non_differentiable(*moments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *moments)
+        ctx.save_for_backward(x, passed, copies, weight, *moments)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         if grad is None:
-            return (None,) * 6
-        x, cell_weights, copies, weight, mean, var, plain_mean, averages = ctx.saved_tensors
+            return (None,) * 7
+        x, passed, copies, weight, mean, var, plain_mean, p, total = ctx.saved_tensors
         rstd = torch.rsqrt(var + ctx.eps)
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, rstd, True, ctx.eps, (True, True, True)
         )
-        scale = weight * rstd
-        d_mean = -scale * d_bias
-        everywhere = (d_mean + scale * rstd * (mean - plain_mean) * d_weight) / x.shape[2:].numel()
-        shared = d_mean.view(-1, 1, 1) * cell_weights / copies - everywhere.view(-1, 1, 1)
-        _Cells(cell_weights, copies).add_to(dx, shared / x.shape[0])
-        return dx, d_mean.view(-1, 1, 1) * averages, None, d_weight, d_bias, None
+        images, scale = x.shape[0], weight * rstd
+        d_mean = -scale * d_bias / images  # of one image
+        # The kernel took d for 0 and the mean for the plain one.
+        excess = d_mean + scale * rstd * (mean - plain_mean) * d_weight / images
+        excess = (excess / x.shape[2:].numel()).view(-1, 1, 1)
+        _Cells(passed, copies).add_to(dx, (p * d_mean.view(-1, 1, 1)).sub_(excess))
+        d_logits = torch.addcmul(total, copies, mean.view(-1, 1, 1), value=-images).mul_(p)
+        d_entries = _product(d_logits.flatten(1), passed.T) * d_mean.view(-1, 1)
+        return dx, d_entries, None, None, d_weight, d_bias, None
 
 
 class ConvNorm2d(nn.BatchNorm2d):
@@ -254,34 +273,38 @@ class ConvNorm2d(nn.BatchNorm2d):
 
     def map_weights(self, height: int, width: int) -> Tensor:
         """``p`` of a map: ``(C, height, width)``, in at least float32, non-negative with sum one for each channel."""
-        weights, copies = self._cells((height, width), accumulate_dtype(self.kernel0.dtype))
-        _, h, w = weights.shape
-        return (weights / copies).repeat(1, -(-height // h), -(-width // w))[:, :height, :width]
+        dtype = accumulate_dtype(self.kernel0.dtype)
+        cells = self._cells((height, width), dtype)
+        h, w = cells.copies.shape
+        return cells.weights(self._entries(dtype)).repeat(1, -(-height // h), -(-width // w))[:, :height, :width]
+
+    def _entries(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([kernel.flatten(1) for kernel in self.kernels], 1).to(dtype)
 
     def _cells(self, shape: Sequence[int], dtype: torch.dtype) -> _Cells:
-        height, width = shape
-        logits, *coarser = self.kernels
-        for kernel in coarser:  # each entry weights a copy of the finer stack
-            logits = (kernel[:, :, None, :, None] + logits[:, None, :, None, :]).flatten(3).flatten(1, 2)
-        logits = logits[:, :height, :width].to(dtype)
-        rows, columns = (
-            (side - 1 - torch.arange(cells, device=logits.device)) // cells + 1
-            for side, cells in zip(shape, logits.shape[1:])
-        )
-        copies = (rows[:, None] * columns).to(dtype)
-        weights = (logits + copies.log()).flatten(1).softmax(1).view(logits.shape)
-        return _Cells(weights, copies)
+        height, width = (min(side, math.prod(sizes)) for side, sizes in zip(shape, zip(*self.kernel_sizes)))
+        numbers = torch.arange(max(height, width, *map(math.prod, self.kernel_sizes)), device=self.kernel0.device)
+        i, j = numbers[:height, None], numbers[:width]
+        copies = torch.ones(height, width, dtype=dtype, device=numbers.device)
+        if (height, width) != tuple(shape):
+            copies *= ((shape[0] - 1 - i) // height + 1) * ((shape[1] - 1 - j) // width + 1)
+        passed = []
+        for h, w in self.kernel_sizes:
+            passed.append(i % h * w + j % w == numbers[: h * w, None, None])
+            i, j = i // h, j // w
+        return _Cells(torch.cat(passed).flatten(1).to(dtype), copies)
 
     def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, biased variance and number of values that training normalizes ``input`` with, ``(C,)`` each, in at
         least float32."""
-        cells = self._cells(input.shape[2:], accumulate_dtype(input.dtype))
-        mean, _ = cells.mean(input)
-        if self.weighted_std:
-            var, _ = cells.mean((input - mean.view(-1, 1, 1)).square())
-        else:
-            _, var = _plain_moments(input)
-        return mean, var, self._count(input, cells)
+        dtype, images = accumulate_dtype(input.dtype), input.shape[0]
+        cells = self._cells(input.shape[2:], dtype)
+        weights = cells.weights(self._entries(dtype), _channels_last(input))
+        mean = _weighted_mean(cells.total(input), weights, images)
+        if not self.weighted_std:
+            return mean, plain_moments(input)[1], self._count(input)
+        var = _weighted_mean(cells.total((input - mean.view(-1, 1, 1)).square()), weights, images)
+        return mean, var, images / (weights.square() * cells.copies).sum((1, 2))
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -294,25 +317,25 @@ class ConvNorm2d(nn.BatchNorm2d):
         if input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         dtype = accumulate_dtype(input.dtype)
-        cells = self._cells(input.shape[2:], dtype)
-        weight = cells.copies.new_ones(self.num_features) if self.weight is None else self.weight.to(dtype)
-        bias = cells.copies.new_zeros(self.num_features) if self.bias is None else self.bias.to(dtype)
+        placement = {"dtype": dtype, "device": input.device}
+        weight = torch.ones(self.num_features, **placement) if self.weight is None else self.weight.to(dtype)
+        bias = torch.zeros(self.num_features, **placement) if self.bias is None else self.bias.to(dtype)
         if self.weighted_std:
             mean, var, count = self.batch_statistics(input)
             scale = weight * torch.rsqrt(var + self.eps)
             y = (input - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
             y = y.to(input.dtype)
         else:
-            count = self._count(input, cells)
-            y, mean, var, *_ = _WeightedMeanNorm.apply(input, *cells, weight, bias, self.eps)
+            count = self._count(input)
+            cells = self._cells(input.shape[2:], dtype)
+            y, mean, var, *_ = _WeightedMeanNorm.apply(input, self._entries(dtype), *cells, weight, bias, self.eps)
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._update_averages(mean.detach(), var.detach(), count.detach())
         return y
 
-    def _count(self, input: Tensor, cells: _Cells) -> Tensor:
-        if self.weighted_std:
-            return input.shape[0] / (cells.weights.square() / cells.copies).sum((1, 2))
-        return cells.copies.new_full((self.num_features,), input.numel() // self.num_features)
+    def _count(self, input: Tensor) -> Tensor:
+        dtype = accumulate_dtype(input.dtype)
+        return input.new_full((self.num_features,), input.numel() // self.num_features, dtype=dtype)
 
     def _update_averages(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         momentum = self.momentum

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fbn_plugin.ops.filtered_norm import _check_batch
-from fbn_plugin.ops.reference import accumulate_dtype
+from fbn_plugin.ops.reference import accumulate_dtype, plain_moments
 
 
 def _pool(x: Tensor) -> Tensor:
@@ -51,15 +51,18 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, gate_weight, gate_bias, eps, pool_input):
-        dtype = accumulate_dtype(x.dtype)
-        mean, var, ones = (x.new_full((x.shape[1],), value, dtype=dtype) for value in (0, 0, 1))
-        # With a momentum of 1 the running statistics become those of the batch.
-        y, _, root = torch.native_batch_norm(x.to(dtype), ones, None, mean, var, True, 1.0, eps)
-        pooled = _pool(x.to(dtype) if pool_input else y)
+        values = x.to(accumulate_dtype(x.dtype))
+        mean, var = plain_moments(values)
+        root = torch.rsqrt(var + eps)
+        pooled = _pool(values)
+        if not pool_input:
+            pooled = (pooled - mean) * root
         gate, scale = _gate(weight, gate_weight, gate_bias, pooled)
-        y.mul_(_per_image(scale, y))
-        if bias is not None:
-            y.add_(_per_image(bias, y))
+        factor = root * scale
+        shift = -mean * factor if bias is None else torch.addcmul(bias, mean, factor, value=-1)
+        y = torch.addcmul(_per_image(shift, x), values, _per_image(factor, x))
+        count = x.numel() // x.shape[1]
+        var = var * (count / (count - 1))
         ctx.mark_non_differentiable(mean, var)
         ctx.save_for_backward(x, gate_weight, mean, root, pooled, gate, scale)
         ctx.pool_input = pool_input
@@ -72,20 +75,22 @@ class _GatedNorm(torch.autograd.Function):
         x, gate_weight, mean, root, pooled, gate, scale = ctx.saved_tensors
         grad, values = grad.to(mean.dtype), x.to(mean.dtype)
         sum_g, sum_gx = _sums(grad, values, mean, root)
-        d_gate = sum_gx * (scale * (1 - gate))  # of the sigmoid's argument
-        d_pooled = d_gate * gate_weight
+        scaled = scale * sum_gx
+        d_gate = scaled * (1 - gate)  # of the sigmoid's argument
+        d_gate_weight, d_gate_bias = (d_gate * pooled).sum(0), d_gate.sum(0)
 
-        # The gradient of xhat is h = scale g, plus d_pooled / positions where it is xhat that is pooled.
+        # The gradient of xhat is h = scale g, plus gate_weight d_gate / positions where it is xhat that is pooled.
         positions = x.shape[2:].numel()
-        sum_h, sum_hx = scale * sum_g, scale * sum_gx
+        sum_h, sum_hx = (scale * sum_g).sum(0), scaled.sum(0)
+        of_1 = d_gate * (gate_weight / positions)
         if not ctx.pool_input:
-            sum_h, sum_hx = sum_h + d_pooled, sum_hx + d_pooled * pooled
+            sum_h, sum_hx = sum_h + gate_weight * d_gate_bias, sum_hx + gate_weight * d_gate_weight
+            of_1 = of_1 * root
         count = x.shape[0] * positions
-        of_g, of_x = root * scale, -root.square() * sum_hx.sum(0) / count
-        of_1 = d_pooled * (1 if ctx.pool_input else root) / positions - root * sum_h.sum(0) / count - of_x * mean
-        dx = grad * _per_image(of_g, x)
-        dx.addcmul_(values, _per_image(of_x, x)).add_(_per_image(of_1, x))
-        gradients = dx, (gate * sum_gx).sum(0), sum_g.sum(0), (d_gate * pooled).sum(0), d_gate.sum(0)
+        of_x = -root.square() * sum_hx / count
+        of_1 = of_1 - (root * sum_h / count + of_x * mean)
+        dx = torch.addcmul(_per_image(of_1, x), values, _per_image(of_x, x)).addcmul_(grad, _per_image(root * scale, x))
+        gradients = dx, (gate * sum_gx).sum(0), sum_g.sum(0), d_gate_weight, d_gate_bias
         return *(None if dtype is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes)), None, None
 
 

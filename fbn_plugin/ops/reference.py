@@ -59,6 +59,20 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, ``(C,)``, in at least float32; many times as fast as
+    ``torch.var_mean`` on a CPU."""
+    if x.device.type == "cpu" and x.is_contiguous() and x.dtype == accumulate_dtype(x.dtype):
+        # Group normalization's kernel, a group for each image and channel, takes half of the time of batch
+        # normalization's or less, though it writes an output that nobody needs.
+        n, c = x.shape[:2]
+        _, means, roots = torch.native_group_norm(x, None, None, n, c, x.shape[2:].numel(), c, 0.0)
+        mean = means.mean(0)
+        return mean, (roots.pow(-2) + (means - mean).square()).mean(0)
+    averages = x.new_zeros(2, x.shape[1], dtype=accumulate_dtype(x.dtype))  # their dtype is that of the result
+    return torch.batch_norm_update_stats(x, *averages, 0.0)
+
+
 class _View(NamedTuple):
     """One form's view of an ``(N, C, *spatial)`` tensor, see the table at the top of the file."""
 

@@ -265,6 +265,18 @@ def test_autocast(make):
     assert all(p.grad.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("weighted_std", [False, True])
+def test_autocast_rounds_no_weights(weighted_std):
+    norm, results = layer(dtype=torch.float32, weighted_std=weighted_std), []
+    for enabled in (False, True):
+        norm.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = norm(data(dtype=torch.float32))
+        (y * data(seed=2, dtype=torch.float32)).sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in norm.parameters())])
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
 @pytest.mark.parametrize("options", [{}, {"weighted_std": True}, {"kernel_sizes": (2, 2)}], ids=str)
 def test_training_compiles_without_a_graph_break(options):
     eager = layer(dtype=torch.float32, **options)
