@@ -16,7 +16,7 @@ from fbn_plugin.engine.logging import read_metrics
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-CLASSIFIERS, DETECTORS = CONFIGS / "Digits" / "test_resnet", CONFIGS / "Demo" / "mask_rcnn_R_18_FPN"
+CLASSIFIERS, DETECTORS = CONFIGS / "Digits" / "lenet5_convs", CONFIGS / "Demo" / "mask_rcnn_R_18_FPN"
 NAMES = [name for name, _ in NORMS]
 
 # A file is named NETWORK_NORM.yaml, NORM being the registry's name as it stands there, "RBN-" with its minus.
@@ -25,15 +25,16 @@ FILES = sorted(CONFIGS.glob("*/[!B]*_*.yaml"))
 # What else a norm, or one file, may set.
 BESIDES = {
     **dict.fromkeys(("ScaledBN", "ScaledBN-A1", "ScaledBN-A2"), {"SOLVER.SCALE_LR_DIVISOR"}),
-    **dict.fromkeys(("test_resnet_IN", "test_resnet_FIN"), {"INPUT.SIZE"}),
-    "test_resnet_LearnedNorm": {"SOLVER.OPTIMIZER", "SOLVER.BASE_LR"},
+    "lenet5_convs_LearnedNorm": {"SOLVER.OPTIMIZER", "SOLVER.BASE_LR"},
+    "mask_rcnn_R_18_FPN_LearnedNorm": {"SOLVER.BASE_LR"},
     "all_cnn_c_ConvNorm": {"MODEL.NAME"},
 }
 
-# The detectors on fewer and smaller images.
+# The detectors on smaller images and fewer regions.
 FEW = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "TEST.EVAL_PERIOD", "0"),
-    *("SOLVER.MAX_ITER", "12", "SOLVER.WARMUP_ITERS", "6"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "50", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "SOLVER.MAX_ITER", "12", "SOLVER.WARMUP_ITERS", "6"),
 ]
 
 
@@ -96,17 +97,17 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_a_classifier_learns(norm, tmp_path):
-    overrides = ["SOLVER.MAX_ITER", "40", "OUTPUT_DIR", str(tmp_path)]
-    result = ClassificationTrainer(load_config(classification_config(), f"{CLASSIFIERS}_{norm}.yaml", overrides)).train()
-    first, last = losses(tmp_path)  # means of 20 iterations
-    assert last < 0.97 * first and result["loss"] < 2.3
+    overrides = ["SOLVER.MAX_ITER", "100", "OUTPUT_DIR", str(tmp_path)]
+    ClassificationTrainer(load_config(classification_config(), f"{CLASSIFIERS}_{norm}.yaml", overrides)).train()
+    first, *_, last = losses(tmp_path)  # means of 20 iterations
+    assert last < 0.97 * first
 
 
 def test_torchvisions_detector_learns(norm, tmp_path, datasets):
     overrides = [*datasets, *FEW, "OUTPUT_DIR", str(tmp_path)]
     DetectionTrainer(load_detection_config(f"{DETECTORS}_{norm}.yaml", overrides), log_period=4).train()
     first, *_, last = losses(tmp_path)
-    assert last < 0.9 * first
+    assert last < 0.95 * first
 
 
 @pytest.mark.detectron2
@@ -119,4 +120,4 @@ def test_detectron2s_detector_learns(norm, tmp_path, datasets, monkeypatch):
     overrides = [*datasets, *FEW, "OUTPUT_DIR", str(tmp_path)]
     train_net.main(["--config-file", f"{DETECTORS}_{norm}.yaml", "--log-period", "4", *overrides])
     first, *_, last = losses(tmp_path)
-    assert last < 0.9 * first
+    assert last < 0.95 * first
