@@ -24,9 +24,12 @@ FILES = sorted(CONFIGS.glob("*/[!B]*_*.yaml"))
 
 # What else a norm, or one file, may set.
 BESIDES = {
-    **dict.fromkeys(("ScaledBN", "ScaledBN-A1", "ScaledBN-A2"), {"SOLVER.SCALE_LR_DIVISOR"}),
+    "ScaledBN": {"SOLVER.SCALE_LR_DIVISOR"},
+    "ScaledBN-A1": {"SOLVER.SCALE_LR_DIVISOR"},
+    "ScaledBN-A2": {"SOLVER.SCALE_LR_DIVISOR"},
     "lenet5_convs_LearnedNorm": {"SOLVER.OPTIMIZER", "SOLVER.BASE_LR"},
     "mask_rcnn_R_18_FPN_LearnedNorm": {"SOLVER.BASE_LR"},
+    "mask_rcnn_R_18_FPN_FrozenBN": {"SOLVER.BASE_LR"},
     "all_cnn_c_ConvNorm": {"MODEL.NAME"},
 }
 
@@ -57,9 +60,8 @@ def values(path: Path) -> dict:
 
 @pytest.mark.parametrize("network", [CLASSIFIERS, DETECTORS], ids=lambda path: path.name)
 def test_every_norm_has_a_config(network):
-    assert {split(path)[1] for path in FILES if path.parent == network.parent and split(path)[0] == network.name} == {
-        *NAMES
-    }
+    files = [path for path in FILES if path.parent == network.parent]
+    assert sorted(split(path)[1] for path in files if split(path)[0] == network.name) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -100,14 +102,14 @@ def test_a_classifier_learns(norm, tmp_path):
     overrides = ["SOLVER.MAX_ITER", "100", "OUTPUT_DIR", str(tmp_path)]
     ClassificationTrainer(load_config(classification_config(), f"{CLASSIFIERS}_{norm}.yaml", overrides)).train()
     first, *_, last = losses(tmp_path)  # means of 20 iterations
-    assert last < 0.97 * first
+    assert last < 0.98 * first
 
 
 def test_torchvisions_detector_learns(norm, tmp_path, datasets):
     overrides = [*datasets, *FEW, "OUTPUT_DIR", str(tmp_path)]
     DetectionTrainer(load_detection_config(f"{DETECTORS}_{norm}.yaml", overrides), log_period=4).train()
     first, *_, last = losses(tmp_path)
-    assert last < 0.95 * first
+    assert last < 0.98 * first
 
 
 @pytest.mark.detectron2
@@ -120,4 +122,4 @@ def test_detectron2s_detector_learns(norm, tmp_path, datasets, monkeypatch):
     overrides = [*datasets, *FEW, "OUTPUT_DIR", str(tmp_path)]
     train_net.main(["--config-file", f"{DETECTORS}_{norm}.yaml", "--log-period", "4", *overrides])
     first, *_, last = losses(tmp_path)
-    assert last < 0.95 * first
+    assert last < 0.98 * first
