@@ -1,5 +1,5 @@
-"""PyTorch's instance normalization for batches of no images too, on which PyTorch's own fails: a detector's mask head gets
-one where nothing is detected."""
+"""PyTorch's instance normalization, for batches of no images too, on which PyTorch's own fails: a detector's mask
+head gets one where nothing is detected."""
 
 from torch import Tensor, nn
 
