@@ -34,6 +34,7 @@ _PLAIN_FORWARDS = (
     layers.LayerNorm2d.forward,
     layers.FilteredLayerNorm2d.forward,
     _InstanceNorm.forward,
+    layers.InstanceNorm2d.forward,
     layers.FilteredInstanceNorm2d.forward,
 )
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from fbn_plugin.layers import LearnedStatsNorm2d
+
 
 @torch.no_grad()
 def revised_init(model: nn.Module) -> nn.Module:
@@ -17,7 +19,7 @@ def revised_init(model: nn.Module) -> nn.Module:
 
     Most models start otherwise, for a reason or not: the ResNets of timm, torchvision and detectron2 by fan-out, the
     predictors of detectors with small deviations, transformers with a truncated normal. So this is for classifiers with
-    ReLU, built and not trained yet.
+    ReLU, built and not trained yet. The small networks in a norm by learned statistics stay as that norm starts them.
 
     Args:
         model: changed in place.
@@ -25,8 +27,9 @@ def revised_init(model: nn.Module) -> nn.Module:
     Returns:
         ``model``.
     """
+    in_norms = {part for norm in model.modules() if isinstance(norm, LearnedStatsNorm2d) for part in norm.modules()}
     for module in model.modules():
-        if isinstance(module, _ConvNd):
+        if isinstance(module, _ConvNd) and module not in in_norms:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, nn.Linear):
             nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")

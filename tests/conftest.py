@@ -58,7 +58,7 @@ def write_shapes(folder, count: int, seed: int, split: str) -> None:
 def fresh_logging():
     """Take back what ``setup_logging`` did, so that no test hears or misses another's messages."""
     yield
-    for name in ("fbn_plugin", "fvcore"):
+    for name in ("fbn_plugin", "fvcore", "detectron2"):
         logger = logging.getLogger(name)
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)

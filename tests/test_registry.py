@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fbn_plugin
-from fbn_plugin import NORMS, get_norm, norm_factory, parse_spec
+from fbn_plugin import NORMS, get_norm, layers, norm_factory, parse_spec
 from fbn_plugin.registry import norm_options
 
 EXPECTED = {
@@ -20,7 +20,7 @@ EXPECTED = {
     "FrozenBN": (fbn_plugin.FrozenBatchNorm1d, fbn_plugin.FrozenBatchNorm2d, fbn_plugin.FrozenBatchNorm3d),
     "GN": (nn.GroupNorm,) * 3,
     "LN": (fbn_plugin.LayerNorm2d,) * 3,
-    "IN": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    "IN": (layers.InstanceNorm1d, layers.InstanceNorm2d, layers.InstanceNorm3d),
     "FBN": (fbn_plugin.FilteredBatchNorm1d, fbn_plugin.FilteredBatchNorm2d, fbn_plugin.FilteredBatchNorm3d),
     "FGN": (fbn_plugin.FilteredGroupNorm,) * 3,
     "FLN": (fbn_plugin.FilteredLayerNorm2d,) * 3,
@@ -70,6 +70,21 @@ def test_every_name_builds_its_class_and_normalizes(name, dims):
         size = y.std() if centered else y.square().mean().sqrt()
         assert (y.mean().abs() < 0.1 or not centered) and 0.8 < size / START.get(name, 1) < 1.2
     assert norm.weight.shape == (32,), "every norm has a scale and a shift unless told otherwise"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_norm_takes_a_batch_of_no_images(name, training):
+    """As the mask head of a detector gets it where nothing is detected."""
+    if name == "SyncBN":
+        pytest.skip("SyncBN trains on GPUs only")
+    norm = get_norm(name, 32).train(training)
+    x = torch.empty(0, 32, 14, 14, requires_grad=True)
+    y = norm(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert not training or all((parameter.grad == 0).all() for parameter in norm.parameters())
+    assert all(buffer.isfinite().all() for buffer in norm.buffers())
 
 
 def test_options_reach_the_layer():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fbn_plugin import revised_init
+from fbn_plugin import LearnedStatsNorm2d, revised_init
 
 
 @pytest.fixture
@@ -40,3 +40,11 @@ def test_variances_stay_through_a_deep_network_with_relu():
     model = revised_init(nn.Sequential(*[nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU()) for _ in range(10)]))
     x = torch.randn(4, 32, 16, 16)
     assert 0.1 < model(x).square().mean() < 2
+
+
+def test_the_networks_of_learned_statistics_are_left():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), LearnedStatsNorm2d(8))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    revised_init(model)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"0.weight", "0.bias"}

@@ -16,6 +16,7 @@ from fbn_plugin.layers.gated_batch_norm import (
     InstanceEnhancementBatchNorm2d,
     RepresentativeBatchNorm2d,
 )
+from fbn_plugin.layers.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fbn_plugin.layers.scaled_batch_norm import (
     InputNorm2d,
     ScaledBatchNorm1d,
@@ -42,6 +43,9 @@ __all__ = [
     "GatedBatchNorm2d",
     "InputNorm2d",
     "InstanceEnhancementBatchNorm2d",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm2d",
     "LearnedStatsNorm2d",
     "RepresentativeBatchNorm2d",

@@ -50,6 +50,7 @@ NETWORKS = {
     "lenet5": Network(LeNet5, **MNIST),
     "lenet5_plain": Network(LeNet5, **MNIST, arguments=_PLAIN),
     **{f"lenet5_{where}": Network(LeNet5, **MNIST, arguments={"norm_after": where}) for where in (*LAYERS, "all")},
+    "lenet5_convs": Network(LeNet5, **MNIST, arguments={"norm_after": LAYERS[:2]}),
     "alexnet_cifar": Network(AlexNet, **{**CIFAR, "size": 227}),
     "alexnet_cifar_plain": Network(AlexNet, **{**CIFAR, "size": 227}, arguments=_PLAIN),
     "all_cnn_c": Network(AllCNN, **CIFAR),

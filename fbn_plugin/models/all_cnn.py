@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fbn_plugin.models.base import ImageClassifier, NormLayer, global_average, init_kaiming, unit
+from fbn_plugin.models.base import ImageClassifier, NormLayer, global_average, unit
+from fbn_plugin.revised_init import revised_init
 
 # Out channels, kernel and stride of each convolution, and the kernel sizes of its DWCK stack.
 LAYERS = (
@@ -24,8 +25,8 @@ class AllCNN(ImageClassifier):
 
     The paper names neither padding nor initialization. All 3x3 convolutions are padded by 1, so that maps are 32x32,
     16x16 and 8x8, the sizes that the stacks are made for; weights start as in
-    :func:`fbn_plugin.models.base.init_kaiming`. The last convolution has no activation and is followed by a mean, so
-    it is the classifier, a linear layer on the averaged maps: the same function and the same number of parameters.
+    :func:`fbn_plugin.revised_init`. The last convolution has no activation and is followed by a mean, so it is the
+    classifier, a linear layer on the averaged maps: the same function and the same number of parameters.
 
     Args:
         norm_layer: spec string, callable or None, see :func:`fbn_plugin.models.base.unit`.
@@ -54,4 +55,4 @@ class AllCNN(ImageClassifier):
             features.add_module(f"conv{number}", convolution)
             channels = width
         super().__init__(features, global_average(), channels, num_classes, in_chans, drop_rate)
-        init_kaiming(self)
+        revised_init(self)

@@ -1,10 +1,8 @@
-"""What the networks share: one layer with its norm and activation, the face of a timm classifier, and the initial
-weights of He et al. (arXiv 1502.01852)."""
+"""What the networks share: one layer with its norm and activation, and the face of a timm classifier."""
 
 from collections import OrderedDict
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from fbn_plugin.registry import NormFactory, NormSpec, norm_factory, parse_spec
@@ -130,22 +128,3 @@ class ImageClassifier(nn.Module):
 def global_average() -> nn.Sequential:
     """Feature maps (N, C, H, W) to the mean of each, (N, C)."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-@torch.no_grad()
-def init_kaiming(model: nn.Module) -> None:
-    """Start a rectified network: convolutions normal and dense layers uniform, both with variance 2 / fan-in, all
-    their biases at 0.
-
-    As section 4.1 of Revisiting batch norm initialization has it, which does not print the variance of the uniform
-    distribution. Norms are left as they are.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
-            nn.init.kaiming_uniform_(module.weight, mode="fan_in", nonlinearity="relu")
-        else:
-            continue
-        if module.bias is not None:
-            module.bias.zero_()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.models import CIFAR, Network
-from fbn_plugin.models.base import init_kaiming
+from fbn_plugin.revised_init import revised_init
 
 
 def _resnet(entrypoint: Callable[..., nn.Module], **kwargs) -> nn.Module:
@@ -53,7 +53,7 @@ def _build(build: Callable[..., nn.Module], **kwargs) -> nn.Module:
             f"timm cannot build this network without norms: norm_layer names one, got {kwargs['norm_layer']!r}"
         )
     model = build(**kwargs)
-    init_kaiming(model)
+    revised_init(model)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.reset_parameters()

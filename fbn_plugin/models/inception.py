@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fbn_plugin.models.base import ImageClassifier, NormLayer, global_average, init_kaiming, unit
+from fbn_plugin.models.base import ImageClassifier, NormLayer, global_average, unit
+from fbn_plugin.revised_init import revised_init
 
 # Name: #1x1, #3x3 reduce, #3x3, double #3x3 reduce, double #3x3, pooling, projection. The modules without 1x1 kernels
 # halve the size of the maps and pass their pooled input through.
@@ -77,7 +78,7 @@ class Inception(ImageClassifier):
     - The text counts 13.6 million parameters. The figure has 11.2 million with 1000 classes, or 11.3 with 128 projected
       maps in 4c and 4d; where the others are is not in the paper. The figure is followed.
     - The separable convolution (depth multiplier 8) has one norm and one nonlinearity, after its 1x1 part.
-    - Initialization: :func:`fbn_plugin.models.base.init_kaiming`.
+    - Initialization: :func:`fbn_plugin.revised_init`.
 
     Args:
         norm_layer: spec string, callable or None, see :func:`fbn_plugin.models.base.unit`.
@@ -124,4 +125,4 @@ class Inception(ImageClassifier):
             features.add_module(f"inception_{name}", module)
             channels = module.out_chs
         super().__init__(features, global_average(), channels, num_classes, in_chans, drop_rate)
-        init_kaiming(self)
+        revised_init(self)

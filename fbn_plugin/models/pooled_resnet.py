@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fbn_plugin.models.base import ImageClassifier, NormLayer, global_average, init_kaiming, unit
+from fbn_plugin.models.base import ImageClassifier, NormLayer, global_average, unit
+from fbn_plugin.revised_init import revised_init
 
 
 class PooledBlock(nn.Module):
@@ -29,7 +30,7 @@ class PooledResNet(ImageClassifier):
     The blocks are those of the residual networks of 2015: norm after each convolution, activation after the sum. The
     paper does not say what a shortcut does where the number of channels grows: here it pads them with zeros, as those
     networks do on CIFAR-10, so that there are no further weights. The "9x9" pool of table 4 is over its 7x7 maps.
-    Weights start as in :func:`fbn_plugin.models.base.init_kaiming`.
+    Weights start as in :func:`fbn_plugin.revised_init`.
 
     Args:
         depths: blocks in each stage.
@@ -66,4 +67,4 @@ class PooledResNet(ImageClassifier):
             features.add_module(f"stage{number}", nn.Sequential(*blocks))
             channels = width
         super().__init__(features, global_average(), channels, num_classes, in_chans, drop_rate)
-        init_kaiming(self)
+        revised_init(self)

@@ -106,21 +106,12 @@ def test_unknown_models_and_norms():
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_configs_differ_in_the_norm_alone(folder):
-    files = sorted((CONFIGS / folder).glob("[!B]*.yaml"))
-    norms = {"BN", "FBN", "GN", "FGN"} if folder == "ImageNet" else {"BN", "FBN"}
-    assert {file.stem.rsplit("_", 1)[1] for file in files} == norms
-    rest = set()
-    for file in files:
+def test_configs_name_models_that_can_be_built(folder):
+    for file in sorted((CONFIGS / folder).glob("[!B]*.yaml")):
         cfg = load_config(classification_config(), file)
-        assert cfg.MODEL.NORM.partition("(")[0] == file.stem.rsplit("_", 1)[1]
         classification._check(cfg)
         with torch.device("meta"):
             create_model(cfg.MODEL.NAME, cfg.MODEL.NORM, in_chans=len(cfg.INPUT.FORMAT))
-        cfg.defrost()
-        cfg.MODEL.NORM = ""
-        rest.add(cfg.dump())
-    assert len(rest) == len({file.stem.rsplit("_", 1)[0] for file in files})  # one for each network
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from fbn_plugin.engine.config import CfgNode
 from fbn_plugin.engine.demo_data import make_digits_on_photos
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs" / "Demo"
 
 
 def demo(*arguments, path=ROOT):
@@ -68,30 +64,3 @@ def test_a_folder_that_is_not_there(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and "nowhere" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def leaves(node, prefix=""):
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-@pytest.mark.parametrize(
-    "first, second",
-    [
-        (CONFIGS / "mask_rcnn_R_18_FPN_BN.yaml", CONFIGS / "mask_rcnn_R_18_FPN_FBN.yaml"),
-        *(
-            (path, path.with_name(path.name.replace("_BN", f"_{norm}")))
-            for path in sorted((ROOT / "configs").glob("*/*_BN.yaml"))
-            for norm in ("FBN", "GN", "FGN")
-            if path.with_name(path.name.replace("_BN", f"_{norm}")).exists() and path.parent != CONFIGS
-        ),
-    ],
-    ids=lambda path: f"{path.parent.name}/{path.stem}",
-)
-def test_sibling_configs_differ_in_the_norm_alone(first, second):
-    one, other = (dict(leaves(CfgNode.load_yaml_with_base(str(path)))) for path in (first, second))
-    differing = {key for key in one.keys() | other.keys() if one.get(key) != other.get(key)}
-    assert differing and all(key.endswith("NORM") or key == "OUTPUT_DIR" for key in differing)

@@ -1,0 +1,25 @@
+"""PyTorch's instance normalization, for batches of no images too, on which PyTorch's own fails: a detector's mask
+head gets one where nothing is detected."""
+
+from torch import Tensor, nn
+
+
+class _AnyBatchMixin:
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() > 0:
+            return super().forward(input)
+        self._check_input_dim(input)
+        # Nothing is added to no values, but distributed training waits for a gradient of every parameter.
+        return input + sum(parameter.sum() for parameter in self.parameters())
+
+
+class InstanceNorm1d(_AnyBatchMixin, nn.InstanceNorm1d):
+    """:class:`torch.nn.InstanceNorm1d`, for empty batches too."""
+
+
+class InstanceNorm2d(_AnyBatchMixin, nn.InstanceNorm2d):
+    """:class:`torch.nn.InstanceNorm2d`, for empty batches too."""
+
+
+class InstanceNorm3d(_AnyBatchMixin, nn.InstanceNorm3d):
+    """:class:`torch.nn.InstanceNorm3d`, for empty batches too."""
