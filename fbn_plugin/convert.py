@@ -16,6 +16,7 @@ from fbn_plugin.layers.batch_norm import BatchNormMixin, FoldedBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin, FilterMixin
 from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
 from fbn_plugin.norm_report import NormChange, NormLeft, NormReport
+from fbn_plugin.population import update_population_stats
 from fbn_plugin.refit import refit_norms
 from fbn_plugin.registry import NormFactory, norm_factory, norm_options
 
@@ -309,8 +310,6 @@ def convert_norm(
         refit_norms(model, replaced, recalibrate)
     model = _swap(model, replaced)
     if refit == "BN":
-        from fbn_plugin.population import update_population_stats
-
         try:
             with evaluation_mode(model):
                 for new in replaced.values():
