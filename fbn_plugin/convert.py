@@ -36,6 +36,7 @@ _PLAIN_FORWARDS = (
     layers.LayerNorm2d.forward,
     layers.FilteredLayerNorm2d.forward,
     _InstanceNorm.forward,
+    layers.InstanceNorm2d.forward,
     layers.FilteredInstanceNorm2d.forward,
     layers.FilterResponseNorm2d.forward,
     layers.LearnedStatsNorm2d.forward,

@@ -20,7 +20,7 @@ EXPECTED = {
     "FrozenBN": (fbn_plugin.FrozenBatchNorm1d, fbn_plugin.FrozenBatchNorm2d, fbn_plugin.FrozenBatchNorm3d),
     "GN": (nn.GroupNorm,) * 3,
     "LN": (fbn_plugin.LayerNorm2d,) * 3,
-    "IN": (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    "IN": (nn.InstanceNorm1d, fbn_plugin.InstanceNorm2d, nn.InstanceNorm3d),
     "FBN": (fbn_plugin.FilteredBatchNorm1d, fbn_plugin.FilteredBatchNorm2d, fbn_plugin.FilteredBatchNorm3d),
     "FGN": (fbn_plugin.FilteredGroupNorm,) * 3,
     "FLN": (fbn_plugin.FilteredLayerNorm2d,) * 3,
@@ -83,6 +83,18 @@ def test_options_reach_the_layer():
     assert get_norm("GN(num_groups=2)", 8).num_groups == 2
     norm = get_norm("FBN", 8, device="meta", dtype=torch.float64)
     assert norm.weight.is_meta and norm.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_batch_without_images(name, training):
+    """As in the head of a detector for images in which nothing is found; DDP waits for the gradients all the same."""
+    norm = get_norm(name, 32).train(training)
+    x = torch.empty(0, 32, 4, 4, requires_grad=True)
+    y = norm(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert not training or all(parameter.grad is not None for parameter in norm.parameters())
 
 
 def test_no_norm_and_callables():

@@ -157,7 +157,7 @@ class LearnedStatsNormAct2d(_NormAct, layers.LearnedStatsNorm2d):
     """Normalization by learned statistics, and activation."""
 
 
-class InstanceNormAct2d(_NormAct, nn.InstanceNorm2d):
+class InstanceNormAct2d(_NormAct, layers.InstanceNorm2d):
     """Instance normalization and activation, which timm has no class for."""
 
 

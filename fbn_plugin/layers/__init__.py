@@ -8,6 +8,7 @@ from fbn_plugin.layers.filtered_group_norm import (
     FilteredGroupNorm,
     FilteredInstanceNorm2d,
     FilteredLayerNorm2d,
+    InstanceNorm2d,
     LayerNorm2d,
 )
 from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
@@ -42,6 +43,7 @@ __all__ = [
     "GatedBatchNorm2d",
     "InputNorm2d",
     "InstanceEnhancementBatchNorm2d",
+    "InstanceNorm2d",
     "LayerNorm2d",
     "LearnedStatsNorm2d",
     "RepresentativeBatchNorm2d",

@@ -2,8 +2,8 @@
 alike.
 
 Horváth and Al-afandi, "Filtered Batch Normalization" (2020), section IV-D, puts the filter into group normalization and
-names layer normalization as a further host; instance normalization is a group for each channel. Plain ``LayerNorm2d``
-is here because PyTorch has no channels-first one.
+names layer normalization as a further host; instance normalization is a group for each channel. The plain forms are
+here where PyTorch lacks something: ``LayerNorm2d``, channels first, and an ``InstanceNorm2d`` for empty batches.
 """
 
 import torch.nn.functional as F
@@ -110,6 +110,18 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         last = input.movedim(1, -1)
         return F.layer_norm(last, self.normalized_shape, self.weight, self.bias, self.eps).movedim(-1, 1)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """:class:`torch.nn.InstanceNorm2d` that takes a batch of no images, too: in the heads of detectors that is an image
+    in which nothing is found."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[0] > 0:
+            return super().forward(input)
+        self._check_input_dim(input)
+        # Nothing is normalized, but distributed training waits for a gradient of every parameter.
+        return input if self.weight is None else input * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
