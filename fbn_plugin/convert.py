@@ -43,17 +43,29 @@ _PLAIN_FORWARDS = (
 )
 _GATED_BY_IMAGE = (layers.RepresentativeBatchNorm2d, layers.InstanceEnhancementBatchNorm2d)
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_FAMILY: dict[type[nn.Module], str] = {
+    _BatchNorm: "BN",
+    nn.GroupNorm: "GN",
+    nn.LayerNorm: "LN",
+    _InstanceNorm: "IN",
+    layers.FilteredInstanceNorm2d: "IN",
+    layers.FilterResponseNorm2d: "FRN",
+    layers.LearnedStatsNorm2d: "LearnedNorm",
+}
 
 
-def register_converter(module_type: type[nn.Module], converter: Converter) -> None:
+def register_converter(module_type: type[nn.Module], converter: Converter, family: str | None = None) -> None:
     """Teach :func:`convert_norm` a norm class whose forward does more than normalize.
 
     Args:
         module_type: the class, for instances of it and of subclasses without a converter of their own.
         converter: called with the old module and the factory of the new norm; returns the new module.
             :func:`build_like` itself says that the class does no more than normalize.
+        family: which of ``FAMILIES`` it is of, if it derives from no norm of torch's or of this library.
     """
     _CONVERTERS[module_type] = converter
+    if family is not None:
+        _FAMILY[module_type] = family
 
 
 def family(module: nn.Module) -> str | None:
@@ -62,19 +74,10 @@ def family(module: nn.Module) -> str | None:
     ``"BN"`` is every subclass of PyTorch's batch norms; ``"FrozenBN"`` a module that has all of batch normalization's
     state as buffers, whoever made it.
     """
-    if isinstance(module, _BatchNorm):
-        return "BN"
-    if all(name in module._buffers for name in _STATE[:4]):
-        return "FrozenBN"
-    if isinstance(module, (_InstanceNorm, layers.FilteredInstanceNorm2d)):
-        return "IN"
-    if isinstance(module, nn.GroupNorm):
-        return "GN"
-    if isinstance(module, layers.FilterResponseNorm2d):
-        return "FRN"
-    if isinstance(module, layers.LearnedStatsNorm2d):
-        return "LearnedNorm"
-    return "LN" if isinstance(module, nn.LayerNorm) else None
+    for cls in type(module).__mro__:
+        if cls in _FAMILY:
+            return _FAMILY[cls]
+    return "FrozenBN" if all(name in module._buffers for name in _STATE[:4]) else None
 
 
 def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
