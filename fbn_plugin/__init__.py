@@ -4,15 +4,18 @@
 """
 
 import functools
+from collections.abc import Callable
 
 from torch import nn
 
-from fbn_plugin import convert, fold, frameworks, fuse, ops
-from fbn_plugin import input_norm as _input_norm
-from fbn_plugin import param_groups as _param_groups
+from fbn_plugin import ops
 from fbn_plugin.balanced import BalancedBatchSampler, batch_moments, evaluate_balanced, self_label
-from fbn_plugin.frameworks import register, unregister
+from fbn_plugin.convert import convert_norm
+from fbn_plugin.fold import fold_norms
+from fbn_plugin.frameworks import load_converters, register, unregister
+from fbn_plugin.fuse import fuse_norm_act
 from fbn_plugin.gamma_init import apply_gamma_init
+from fbn_plugin.input_norm import prepend_input_norm
 from fbn_plugin.layers import (
     ConvNorm2d,
     FilteredBatchNorm1d,
@@ -30,6 +33,7 @@ from fbn_plugin.layers import (
     GatedBatchNorm2d,
     InputNorm2d,
     InstanceEnhancementBatchNorm2d,
+    InstanceNorm2d,
     LayerNorm2d,
     LearnedStatsNorm2d,
     RepresentativeBatchNorm2d,
@@ -40,6 +44,7 @@ from fbn_plugin.layers import (
     ScaledBatchNormA2,
 )
 from fbn_plugin.norm_report import NormReport
+from fbn_plugin.param_groups import param_groups
 from fbn_plugin.population import update_population_stats
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
 from fbn_plugin.revised_init import revised_init
@@ -65,6 +70,7 @@ __all__ = [
     "GatedBatchNorm2d",
     "InputNorm2d",
     "InstanceEnhancementBatchNorm2d",
+    "InstanceNorm2d",
     "LayerNorm2d",
     "LearnedStatsNorm2d",
     "NormReport",
@@ -94,37 +100,19 @@ __all__ = [
 ]
 
 
-@functools.wraps(convert.convert_norm)
-def convert_norm(model: nn.Module, *args, **kwargs) -> nn.Module:
-    frameworks.load_converters()
-    return convert.convert_norm(model, *args, **kwargs)
+def _for_frameworks(function: Callable) -> Callable:
+    """``function(model, ...)`` that knows the modules of the frameworks in use."""
+
+    @functools.wraps(function)
+    def prepared(model: nn.Module, *args, **kwargs):
+        load_converters()
+        return function(model, *args, **kwargs)
+
+    return prepared
 
 
-@functools.wraps(fold.fold_norms)
-def fold_norms(model: nn.Module, *args, **kwargs) -> nn.Module:
-    frameworks.load_converters()
-    return fold.fold_norms(model, *args, **kwargs)
-
-
-def fuse_norm_act(model: nn.Module) -> nn.Module:
-    frameworks.load_converters()
-    return fuse.fuse_norm_act(model)
-
-
-fuse_norm_act.__doc__ = fuse.fuse_norm_act.__doc__
-
-
-def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divisor: float = 100.0) -> list[dict]:
-    frameworks.load_converters()
-    return _param_groups.param_groups(model, lr, weight_decay, scale_lr_divisor)
-
-
-param_groups.__doc__ = _param_groups.param_groups.__doc__
-
-
-def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1) -> nn.Module:
-    frameworks.load_converters()
-    return _input_norm.prepend_input_norm(model, gamma_init)
-
-
-prepend_input_norm.__doc__ = _input_norm.prepend_input_norm.__doc__
+convert_norm = _for_frameworks(convert_norm)
+fold_norms = _for_frameworks(fold_norms)
+fuse_norm_act = _for_frameworks(fuse_norm_act)
+param_groups = _for_frameworks(param_groups)
+prepend_input_norm = _for_frameworks(prepend_input_norm)

@@ -1,6 +1,7 @@
 """Swap the norms of a built model, keeping weights and statistics: for models that take no norm argument, and for
 trained ones."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -15,12 +16,13 @@ from fbn_plugin.layers.batch_norm import BatchNormMixin, FoldedBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin, FilterMixin
 from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
 from fbn_plugin.norm_report import NormChange, NormLeft, NormReport
+from fbn_plugin.population import update_population_stats
 from fbn_plugin.refit import refit_norms
 from fbn_plugin.registry import NormFactory, norm_factory, norm_options
 
 Converter = Callable[[nn.Module, NormFactory], nn.Module]
 
-FAMILIES = ("BN", "FrozenBN", "GN", "LN", "IN")
+FAMILIES = ("BN", "FrozenBN", "GN", "LN", "IN", "FRN", "LearnedNorm")
 
 _CONVERTERS: dict[type[nn.Module], Converter] = {}
 _PLAIN_FORWARDS = (
@@ -34,21 +36,36 @@ _PLAIN_FORWARDS = (
     layers.LayerNorm2d.forward,
     layers.FilteredLayerNorm2d.forward,
     _InstanceNorm.forward,
-    layers.InstanceNorm2d.forward,
+    layers.InstanceNorm2d.forward,  # of all three
     layers.FilteredInstanceNorm2d.forward,
+    layers.FilterResponseNorm2d.forward,
+    layers.LearnedStatsNorm2d.forward,
 )
+_GATED_BY_IMAGE = (layers.RepresentativeBatchNorm2d, layers.InstanceEnhancementBatchNorm2d)
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_FAMILY: dict[type[nn.Module], str] = {
+    _BatchNorm: "BN",
+    nn.GroupNorm: "GN",
+    nn.LayerNorm: "LN",
+    _InstanceNorm: "IN",
+    layers.FilteredInstanceNorm2d: "IN",
+    layers.FilterResponseNorm2d: "FRN",
+    layers.LearnedStatsNorm2d: "LearnedNorm",
+}
 
 
-def register_converter(module_type: type[nn.Module], converter: Converter) -> None:
+def register_converter(module_type: type[nn.Module], converter: Converter, family: str | None = None) -> None:
     """Teach :func:`convert_norm` a norm class whose forward does more than normalize.
 
     Args:
         module_type: the class, for instances of it and of subclasses without a converter of their own.
         converter: called with the old module and the factory of the new norm; returns the new module.
             :func:`build_like` itself says that the class does no more than normalize.
+        family: which of ``FAMILIES`` it is of, if it derives from no norm of torch's or of this library.
     """
     _CONVERTERS[module_type] = converter
+    if family is not None:
+        _FAMILY[module_type] = family
 
 
 def family(module: nn.Module) -> str | None:
@@ -57,20 +74,15 @@ def family(module: nn.Module) -> str | None:
     ``"BN"`` is every subclass of PyTorch's batch norms; ``"FrozenBN"`` a module that has all of batch normalization's
     state as buffers, whoever made it.
     """
-    if isinstance(module, _BatchNorm):
-        return "BN"
-    if all(name in module._buffers for name in _STATE[:4]):
-        return "FrozenBN"
-    if isinstance(module, (_InstanceNorm, layers.FilteredInstanceNorm2d)):
-        return "IN"
-    if isinstance(module, nn.GroupNorm):
-        return "GN"
-    return "LN" if isinstance(module, nn.LayerNorm) else None
+    for cls in type(module).__mro__:
+        if cls in _FAMILY:
+            return _FAMILY[cls]
+    return "FrozenBN" if all(name in module._buffers for name in _STATE[:4]) else None
 
 
 def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
     """Hand the parameters, running statistics and training flag of ``old`` over to ``new``, as far as both have them;
-    return ``new``.
+    return ``new``. Parameters besides weight and bias go to a norm of the same class.
 
     The tensors themselves move, so an optimizer that holds the old parameters keeps training the new norm. Only where a
     parameter becomes a constant or a constant a parameter, ``new`` gets a copy.
@@ -82,6 +94,12 @@ def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
                 tensor = tensor.detach().clone()
                 tensor = nn.Parameter(tensor) if isinstance(place, nn.Parameter) else tensor
             setattr(new, name, tensor)
+    if type(new) is type(old):
+        places = dict(new.named_parameters())
+        for name, parameter in old.named_parameters():
+            if name not in _STATE and name in places and places[name].shape == parameter.shape:
+                owner, _, attribute = name.rpartition(".")
+                setattr(new.get_submodule(owner), attribute, parameter)
     return new.train(old.training)
 
 
@@ -97,7 +115,7 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
         ValueError: the norm does not fit the channels, or would freeze statistics that ``old`` does not have.
     """
     state = [getattr(old, name, None) for name in _STATE]
-    reference = next((tensor for tensor in (state[0], state[2]) if tensor is not None), None)
+    reference = next((tensor for tensor in (state[0], state[2], *old.parameters()) if tensor is not None), None)
     placement = {} if reference is None else {"device": reference.device, "dtype": reference.dtype}
     defaults = norm_options(factory.spec.name)
     inherited = {"eps", "momentum", "affine"} & defaults.keys()
@@ -128,7 +146,7 @@ def make_plain(module: nn.Module) -> None:
     Raises:
         ValueError: there is no such batch normalization, as the scale depends on the image.
     """
-    if isinstance(module, layers.RepresentativeBatchNorm2d | layers.InstanceEnhancementBatchNorm2d):
+    if isinstance(module, _GATED_BY_IMAGE):
         raise ValueError(f"{type(module).__name__} is no batch norm in evaluation: its scale depends on the image")
     if isinstance(module, FoldedBatchNormMixin):
         weight, bias = module.affine_terms()
@@ -136,25 +154,25 @@ def make_plain(module: nn.Module) -> None:
         weight, bias = module.weight, module.bias
     else:
         return
+    trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     for name in [name for name, _ in module.named_parameters(recurse=False) if name not in _STATE]:
         delattr(module, name)
     if weight is not None:
         module.affine = True
-        module.weight = nn.Parameter(weight.detach())
-        module.bias = nn.Parameter(torch.zeros_like(weight) if bias is None else bias.detach())
+        module.weight = nn.Parameter(weight.detach(), trains)
+        module.bias = nn.Parameter(torch.zeros_like(weight) if bias is None else bias.detach(), trains)
     bases = (cls for cls in type(module).__mro__ if issubclass(cls, _BatchNorm) and not issubclass(cls, BatchNormMixin))
     module.__class__ = next(bases)
 
 
-def _build_from_affine(old: nn.Module, factory: NormFactory) -> nn.Module:
+def _build_from_plain(old: nn.Module, factory: NormFactory) -> nn.Module:
     """The same for a batch norm with weights of another meaning: those of the plain batch norm that evaluates as it."""
-    plain = nn.BatchNorm2d(_num_channels(old), old.eps, old.momentum)
-    scale, shift = (value.detach() for value in old.eval_affine())
-    plain.running_mean, plain.running_var = old.running_mean, old.running_var
-    plain.num_batches_tracked = old.num_batches_tracked
-    plain.weight = nn.Parameter(scale * (old.running_var + old.eps).sqrt())
-    plain.bias = nn.Parameter(shift + scale * old.running_mean)
-    return build_like(plain.train(old.training), factory)
+    new = build_like(old, factory)
+    if type(new) is type(old):
+        return new
+    plain = copy.deepcopy(old)
+    make_plain(plain)
+    return build_like(plain, factory)
 
 
 def _num_channels(module: nn.Module) -> int:
@@ -172,16 +190,14 @@ def _dims(module: nn.Module) -> int:
 
 def converter_of(module: nn.Module) -> Converter | None:
     """What turns this module into another norm; None for a module that stays."""
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) or getattr(module, "tau", None) is not None:
         return None
     for cls in type(module).__mro__:
         if cls in _CONVERTERS:
             return _CONVERTERS[cls]
     if type(module).forward in _PLAIN_FORWARDS:
         return build_like
-    if isinstance(module, _BatchNorm) and hasattr(module, "eval_affine") and module.running_mean is not None:
-        return _build_from_affine
-    return None
+    return _build_from_plain if type(module).forward is FoldedBatchNormMixin.forward else None
 
 
 def _note(old: nn.Module, new: nn.Module) -> str:
@@ -191,6 +207,10 @@ def _note(old: nn.Module, new: nn.Module) -> str:
         return getattr(module, name, None) is not None
 
     lost = [name for name in (*_STATE[:4], "momentum") if has(old, name) and not has(new, name)]
+    if not isinstance(old, FoldedBatchNormMixin):  # whose further parameters are in the new weight and bias
+        kept = {id(parameter) for parameter in new.parameters()}
+        further = [name for name, parameter in old.named_parameters() if id(parameter) not in kept]
+        lost += dict.fromkeys(name.partition(".")[0] for name in further if name not in _STATE)
     if isinstance(old, FilterMixin) and not isinstance(new, FilterMixin):
         lost.append("the filter")
     if old._forward_hooks or old._forward_pre_hooks or old._backward_hooks:
@@ -198,6 +218,8 @@ def _note(old: nn.Module, new: nn.Module) -> str:
     notes = [f"not carried over: {', '.join(lost)}"] if lost else []
     if has(new, "running_mean") and not has(old, "running_mean"):
         notes.append("running statistics are fresh")
+    if isinstance(new, (FoldedBatchNormMixin, *_GATED_BY_IMAGE)) and type(new) is not type(old):
+        notes.append("weight and bias mean something else, so the evaluation changes")
     return "; ".join(notes)
 
 
@@ -217,21 +239,23 @@ def convert_norm(
     twice stays shared. What that means for a trained model:
 
     - Between norms of the BN and FrozenBN families the evaluation stays the same. Parameters become constants and
-      constants trainable parameters, as copies.
-    - From BN or FrozenBN to GN, LN or IN, scale and shift are copied; running statistics have no place there. The new
-      norm takes other moments, so the model has to be trained on, or refitted with ``recalibrate``.
-    - From GN, LN or IN to BN, scale and shift are copied and the running statistics are fresh (mean 0, variance 1):
-      evaluation means nothing before training or ``recalibrate``. Such norms do not say whether they work on images;
-      group and layer norms are taken to.
+      constants trainable parameters, as copies. But ScaledBN-A1, ScaledBN-A2, RBN, RBN-, IEBN and IEBN- do more with
+      weight and bias, which are copied as they are: the evaluation changes. Out of these, RBN and IEBN are left.
+    - From BN or FrozenBN to GN, LN, IN or FRN, scale and shift are copied; running statistics have no place there. The
+      new norm takes other moments, so the model has to be trained on, or refitted with ``recalibrate``.
+    - From GN, LN, IN or FRN to BN, scale and shift are copied and the running statistics are fresh (mean 0, variance
+      1): evaluation means nothing before training or ``recalibrate``. Such norms do not say whether they work on
+      images; they are taken to. FRN with a threshold, which is an activation too, is left.
+    - LearnedNorm has no scale and shift, unless ``affine`` is set: nor has what it is converted to.
 
     Args:
         model: changed in place.
         spec: such as ``"FBN(t_sigma=4)"``, see :func:`fbn_plugin.parse_spec`.
-        sources: families to replace, one or several of ``"BN"``, ``"FrozenBN"``, ``"GN"``, ``"LN"`` and ``"IN"``. By
-            default what is frozen stays frozen.
+        sources: families to replace, one or several of ``"BN"``, ``"FrozenBN"``, ``"GN"``, ``"LN"``, ``"IN"``,
+            ``"FRN"`` and ``"LearnedNorm"``. By default what is frozen stays frozen.
         recalibrate: batches of data, each the model's input or a tuple that begins with it, to refit the new norms on.
             For norms of the BN family :func:`fbn_plugin.update_population_stats` measures their running statistics. For
-            GN, LN and IN each scale and shift is fitted by least squares, in one pass through the old model in
+            all others each scale and shift is fitted by least squares, in one pass through the old model in
             evaluation mode: such that on the inputs of the old norm the new norm's outputs come nearest to the old
             one's, channel by channel. What the new norm takes out of every single sample does not come back: group and
             layer norms come near to the old network, but instance norm takes the mean of each channel, which is what a
@@ -290,8 +314,6 @@ def convert_norm(
         refit_norms(model, replaced, recalibrate)
     model = _swap(model, replaced)
     if refit == "BN":
-        from fbn_plugin.population import update_population_stats
-
         try:
             with evaluation_mode(model):
                 for new in replaced.values():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fbn_plugin.balanced import evaluation_mode
+from fbn_plugin.layers import LearnedStatsNorm2d
 
 
 class _Fit:
@@ -14,7 +15,8 @@ class _Fit:
 
     def __init__(self, old: nn.Module, new: nn.Module) -> None:
         self.old, self.new, self.count, self.sums = _bare(old), _bare(new), 0, 0.0
-        self.new.weight = self.new.bias = None
+        nn.init.ones_(self.new.weight)
+        nn.init.zeros_(self.new.bias)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         goal, base = (norm.forward(args[0]).movedim(1, 0).flatten(1).double() for norm in (self.old, self.new))
@@ -34,8 +36,9 @@ class _Fit:
 def _bare(norm: nn.Module) -> nn.Module:
     """A copy without what follows the normalization in the same module."""
     norm = copy.deepcopy(norm).eval()
-    for name in norm._modules:
-        norm._modules[name] = nn.Identity()
+    if not isinstance(norm, LearnedStatsNorm2d):  # which has its statistics from its children
+        for name in norm._modules:
+            norm._modules[name] = nn.Identity()
     return norm
 
 

@@ -291,33 +291,76 @@ def test_a_layer_norm_of_the_last_dimension_is_left():
 
 
 def test_unknown_family():
-    with pytest.raises(ValueError, match="unknown family of norms 'FBN': accepted are BN, FrozenBN, GN, LN, IN"):
+    with pytest.raises(ValueError, match="unknown family of norms 'FBN': accepted are BN, FrozenBN, GN, LN, IN, FRN"):
         convert_norm(network(), "FBN", sources=["BN", "FBN"])
 
 
-class Doubled(nn.BatchNorm2d):
-    """Its scale is twice its weight, in a forward of its own."""
+def norm_with_learned_state(spec):
+    """A norm of 4 channels in which no parameter or statistic is what it starts at."""
+    torch.manual_seed(0)
+    norm = fbn_plugin.get_norm(spec, 4)
+    for tensor in norm.parameters():
+        nn.init.uniform_(tensor, 0.2, 0.8)
+    if getattr(norm, "running_mean", None) is not None:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return norm.eval()
 
-    def forward(self, input):
-        return super().forward(input) * 2
 
-    def eval_affine(self):
-        scale = 2 * self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, 2 * self.bias - self.running_mean * scale
-
-
-def test_weights_of_another_meaning_become_those_of_the_same_evaluation():
-    norm = Doubled(4)
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.5, 2)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
+@pytest.mark.parametrize("spec", ["ScaledBN-A1", "ScaledBN-A2", "RBN-", "IEBN-(affine=False)"])
+def test_weights_of_another_meaning_become_those_of_the_same_evaluation(spec):
+    norm = norm_with_learned_state(spec).requires_grad_(False)
     x = torch.randn(2, 4, 3, 3)
-    expected = norm.eval()(x)
-    new = convert_norm(norm, "FBN(t_sigma=3)")
-    assert type(new) is fbn_plugin.FilteredBatchNorm2d and not new.training
+    expected, report = norm(x), fbn_plugin.NormReport()
+    new = convert_norm(norm, "FBN(t_sigma=3, affine=True)", report=report)
+    assert type(new) is fbn_plugin.FilteredBatchNorm2d and not new.training and report.changed[0].note == ""
+    assert not any(parameter.requires_grad for parameter in new.parameters())
     torch.testing.assert_close(new(x), expected)
-    assert new.running_mean is norm.running_mean
+
+
+@pytest.mark.parametrize("spec", ["ScaledBN-A1", "ScaledBN-A2", "RBN-", "IEBN-", "ConvNorm", "LearnedNorm", "FFRN"])
+def test_the_same_kind_keeps_all_of_its_parameters(spec):
+    norm = norm_with_learned_state(spec)
+    x, parameters, report = torch.randn(2, 4, 3, 3), dict(norm.named_parameters()), fbn_plugin.NormReport()
+    expected = norm(x)
+    new = convert_norm(norm, spec, sources=("BN", "FRN", "LearnedNorm"), report=report)
+    assert new is not norm and torch.equal(new(x), expected) and report.changed[0].note == ""
+    assert all(parameter is parameters[name] for name, parameter in new.named_parameters())
+
+
+@pytest.mark.parametrize("spec", ["ScaledBN-A1", "ScaledBN-A2", "RBN", "RBN-", "IEBN", "IEBN-"])
+def test_report_says_that_weights_take_another_meaning(spec):
+    report = fbn_plugin.NormReport()
+    convert_norm(nn.BatchNorm2d(4), spec, report=report)
+    assert report.changed[0].note == "weight and bias mean something else, so the evaluation changes"
+
+
+def test_filter_response_and_learned_norms_are_reported_and_converted():
+    model = nn.Sequential(*(fbn_plugin.get_norm(spec, 4) for spec in ("FRN", "FRN(tlu=True)", "LearnedNorm", "BN")))
+    weight, report = model[0].weight, fbn_plugin.NormReport()
+    convert_norm(model, "FBN", report=report)
+    assert [(entry.name, entry.reason) for entry in report.left] == [
+        ("0", "FRN is not among the sources"),
+        ("1", "FRN is not among the sources"),
+        ("2", "LearnedNorm is not among the sources"),
+    ]
+    report = fbn_plugin.NormReport()
+    with pytest.warns(UserWarning, match="no converter for FilterResponseNorm2d"):  # its threshold is an activation
+        convert_norm(model, "BN", sources=("FRN", "LearnedNorm"), report=report)
+    assert [type(norm).__name__ for norm in model] == [
+        "BatchNorm2d",
+        "FilterResponseNorm2d",
+        "BatchNorm2d",
+        "FilteredBatchNorm2d",
+    ]
+    assert model[0].weight is weight and model[2].weight is None
+    assert report.changed[1].note == "not carried over: mean_network, std_network; running statistics are fresh"
+
+
+def test_report_names_lost_kernels():
+    report = fbn_plugin.NormReport()
+    convert_norm(fbn_plugin.ConvNorm2d(4, kernel_sizes=(2, 2)), "BN", report=report)
+    assert report.changed[0].note == "not carried over: kernel0, kernel1"
 
 
 # --- report --------------------------------------------------------------------------------------------------------
@@ -386,6 +429,19 @@ def test_a_refitted_network_is_nearer_to_the_old_one_and_otherwise_untouched(spe
     goal = old.eval()[first](x)
     errors = [(m.eval()[first](x) - goal).square().mean() for m in (model, copied)]
     assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("spec", ["FRN", "LearnedNorm(affine=True)"])
+def test_other_norms_are_refitted_too(spec):
+    torch.manual_seed(0)
+    data = [torch.randn(8, 4, 5, 5) + 3]
+    norm = norm_with_learned_state("BN")
+    goal = norm(data[0])
+    fresh, refitted = (
+        convert_norm(nn.Sequential(copy.deepcopy(norm)), spec, recalibrate=batches) for batches in (None, data)
+    )
+    errors = [(model(data[0]) - goal).square().mean().item() for model in (fresh, refitted)]
+    assert errors[1] < 0.5 * errors[0]
 
 
 def test_refitting_leaves_activations_out():

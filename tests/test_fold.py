@@ -265,7 +265,11 @@ def test_hooks_and_parametrizations():
 
 
 def test_norms_that_look_at_their_input():
-    for norm in (nn.BatchNorm2d(4, track_running_stats=False), nn.GroupNorm(2, 4), fbn_plugin.LayerNorm2d(4)):
+    for norm in (
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.GroupNorm(2, 4),
+        *(fbn_plugin.get_norm(name, 4) for name in ("LN", "FIN", "FRN", "FFRN", "LearnedNorm")),
+    ):
         report = assert_same_after_folding(nn.Sequential(nn.Conv2d(3, 4, 1), norm), torch.randn(2, 3, 5, 5), 0, ["1"])
         assert report.left[0].reason == "in evaluation it takes moments of its input"
 

@@ -100,6 +100,18 @@ def test_options_reach_the_layer():
     assert norm.weight.is_meta and norm.weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_batch_without_images(name, training):
+    """As in the head of a detector for images in which nothing is found; DDP waits for the gradients all the same."""
+    norm = get_norm(name, 32).train(training)
+    x = torch.empty(0, 32, 4, 4, requires_grad=True)
+    y = norm(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert not training or all(parameter.grad is not None for parameter in norm.parameters())
+
+
 def test_no_norm_and_callables():
     assert get_norm("", 8) is None and get_norm(None, 8) is None
     assert isinstance(get_norm(nn.BatchNorm2d, 8), nn.BatchNorm2d)

@@ -47,6 +47,7 @@ register_converter(NaiveSyncBatchNorm, build_like)
 register_norm_type(batch_norm.LayerNorm)
 register_norm_type(CycleBatchNormList, batch_norm=True)
 register_converter(FrozenBatchNorm2d, build_like)
+register_converter(batch_norm.LayerNorm, build_like, family="LN")
 register_layer(Conv2d, "norm", "activation")
 
 

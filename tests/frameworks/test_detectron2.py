@@ -734,6 +734,17 @@ def test_convert_norm_knows_detectron2s_batch_norms():
     assert not model[1][0].affine
 
 
+def test_convert_norm_knows_detectron2s_layer_norm():
+    norm, report = batch_norm.LayerNorm(8, eps=1e-3), fbn_plugin.NormReport()
+    with pytest.warns(UserWarning, match="nothing was converted"):
+        fbn_plugin.convert_norm(norm, SPEC, report=report)
+    assert report.left[0].reason == "LN is not among the sources"
+    new = fbn_plugin.convert_norm(norm, "FLN(t_sigma=inf)", sources="LN")
+    assert type(new) is fbn_plugin.FilteredLayerNorm2d and new.weight is norm.weight and new.eps == 1e-3
+    x = torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(new(x), norm(x))
+
+
 @pytest.mark.parametrize("depth, fused, left", [(18, 17, 3), (50, 49, 4)])
 def test_fused_blocks_compute_the_same(depth, fused, left):
     torch.manual_seed(0)
