@@ -35,7 +35,7 @@ from fbn_plugin.engine.checkpoint import AtomicCheckpointer, PeriodicCheckpointe
 from fbn_plugin.engine.config import check_resume, save_config
 from fbn_plugin.engine.image_data import load_image_data
 from fbn_plugin.engine.logging import Timer, TrainingLog, setup_logging
-from fbn_plugin.engine.sampling import InfiniteSampler, SeededDataset
+from fbn_plugin.engine.sampling import BalancedSampler, InfiniteSampler, SeededDataset
 from fbn_plugin.frameworks import timm_models
 from fbn_plugin.frameworks.timm import param_groups
 
@@ -101,6 +101,8 @@ def classification_config() -> CfgNode:
 
     cfg.DATALOADER = CfgNode()
     cfg.DATALOADER.NUM_WORKERS = 4
+    # Above 0: every batch holds so many images of each class (Hajaj and Gillies 2018: 1), in each process.
+    cfg.DATALOADER.IMAGES_PER_CLASS = 0
 
     cfg.SOLVER = CfgNode()
     cfg.SOLVER.MAX_EPOCH = 100
@@ -222,10 +224,14 @@ def build_train_loader(
     dataset.transform = build_train_transform(cfg, prefetch)
     rank, world_size = distributed.rank(), distributed.world_size()
     batch_size = cfg.SOLVER.IMS_PER_BATCH // world_size
+    if cfg.DATALOADER.IMAGES_PER_CLASS:
+        sampler = BalancedSampler(dataset, cfg.DATALOADER.IMAGES_PER_CLASS, cfg.SEED, rank, world_size, start)
+    else:
+        sampler = InfiniteSampler(len(dataset), cfg.SEED, rank, world_size, start * batch_size)
     loader = DataLoader(
         SeededDataset(dataset, cfg.SEED),
         batch_size,
-        sampler=InfiniteSampler(len(dataset), cfg.SEED, rank, world_size, start * batch_size),
+        sampler=sampler,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=fast_collate if prefetch else None,
         pin_memory=prefetch,
@@ -298,6 +304,7 @@ def _check(cfg: CfgNode) -> None:
         ("SOLVER.MAX_ITER", solver.MAX_ITER, 0),
         ("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, 1),
         ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, 0),
+        ("DATALOADER.IMAGES_PER_CLASS", cfg.DATALOADER.IMAGES_PER_CLASS, 0),
         ("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, 1),
         ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 0),
         ("INPUT.SIZE", cfg.INPUT.SIZE, 1),
@@ -395,6 +402,14 @@ class ClassificationTrainer:
             raise ValueError(
                 f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is more than the {len(self.data.train)} training images"
             )
+        per_class, world_size = cfg.DATALOADER.IMAGES_PER_CLASS, distributed.world_size()
+        if per_class and not eval_only:
+            balanced = BalancedSampler(self.data.train, per_class, cfg.SEED).batch_size
+            if balanced * world_size != solver.IMS_PER_BATCH:
+                raise ValueError(
+                    f"DATALOADER.IMAGES_PER_CLASS {per_class} of {len(self.data.classes)} classes in {world_size} "
+                    f"processes need SOLVER.IMS_PER_BATCH {balanced * world_size}, got {solver.IMS_PER_BATCH}"
+                )
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:

@@ -63,6 +63,13 @@ class Images(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def targets(self) -> Sequence[int]:
+        """The class index of each image; none is decoded."""
+        if hasattr(self.samples, "targets"):  # timm's reader of tar files
+            return self.samples.targets
+        return [sample[1] for sample in getattr(self.samples, "samples", self.samples)]
+
     def __getitem__(self, index: int):
         image, label = self.samples[index]
         try:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-__all__ = ["GroupedBatchSampler", "InfiniteSampler", "SeededDataset", "seeded_rng"]
+from fbn_plugin.balanced import BalancedBatchSampler
+
+__all__ = ["BalancedSampler", "GroupedBatchSampler", "InfiniteSampler", "SeededDataset", "seeded_rng"]
 
 
 class InfiniteSampler(Sampler):
@@ -49,6 +51,43 @@ class InfiniteSampler(Sampler):
                 generator = np.random.default_rng([self.seed, epoch])
                 order = generator.permutation(self.size) if self.shuffle else np.arange(self.size)
             yield int(order[position % self.size]), position
+
+
+class BalancedSampler(Sampler):
+    """An endless stream of ``(index, position)``, as InfiniteSampler's, whose batches hold equally many images of every
+    class; classes with fewer images start over within an epoch.
+
+    Args:
+        labels: the class of each sample of the dataset, or a dataset that has them.
+        images_per_class: in a batch of one process; the batch size is that times the number of classes.
+        seed: of the order.
+        start: batches to pass over, to resume at that iteration.
+
+    Raises:
+        ValueError: see :class:`fbn_plugin.BalancedBatchSampler`.
+    """
+
+    def __init__(self, labels, images_per_class: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0):
+        self.batches = BalancedBatchSampler(
+            labels, images_per_class, uneven="cycle", seed=seed, num_replicas=world_size, rank=rank
+        )
+        self.start = start
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch of one process."""
+        return self.batches.images_per_class * len(self.batches.counts)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        first, skip = divmod(self.start, len(self.batches))
+        number = self.start * self.batches.num_replicas + self.batches.rank
+        for epoch in itertools.count(first):
+            self.batches.set_epoch(epoch)
+            for batch in itertools.islice(self.batches, skip, None):
+                for place, index in enumerate(batch):
+                    yield int(index), number * len(batch) + place
+                number += self.batches.num_replicas
+            skip = 0
 
 
 class GroupedBatchSampler(Sampler):

@@ -1,19 +1,22 @@
-"""How a norm gets into a framework: one file a framework, each with ``register()`` and ``unregister()``."""
+"""How a norm gets into a framework: one file a framework, timm with another for the papers' networks, each with
+``register()`` and ``unregister()``."""
 
 import importlib
 import importlib.util
+import itertools
 import sys
 import warnings
 from types import ModuleType
 
-FRAMEWORKS = ("detectron2", "timm", "torchvision")
+# The files that plug into each.
+FRAMEWORKS = {"detectron2": ["detectron2"], "timm": ["timm", "timm_models"], "torchvision": ["torchvision"]}
 
 
-def _adapters(names) -> dict[str, ModuleType]:
+def _adapters(names) -> dict[str, list[ModuleType]]:
     adapters = {}
     for name in names:
         try:
-            adapters[name] = importlib.import_module(f"fbn_plugin.frameworks.{name}")
+            adapters[name] = [importlib.import_module(f"fbn_plugin.frameworks.{file}") for file in FRAMEWORKS[name]]
         except Exception as error:  # a package that was built against another torch fails in many ways
             warnings.warn(f"{name} is installed but cannot be imported, so it gets no norms: {error}", stacklevel=3)
     return adapters
@@ -26,14 +29,14 @@ def register() -> list[str]:
         The names of the frameworks, out of ``detectron2``, ``timm`` and ``torchvision``.
     """
     adapters = _adapters(name for name in FRAMEWORKS if importlib.util.find_spec(name) is not None)
-    for adapter in adapters.values():
+    for adapter in itertools.chain(*adapters.values()):
         adapter.register()
     return list(adapters)
 
 
 def unregister() -> None:
     """Take out of the frameworks what :func:`register` put in."""
-    for name in FRAMEWORKS:
+    for name in itertools.chain(*FRAMEWORKS.values()):
         adapter = sys.modules.get(f"fbn_plugin.frameworks.{name}")
         if adapter is not None:
             adapter.unregister()

@@ -355,20 +355,13 @@ def _replace(old: dict[str, Callable], new: dict[str, Callable]) -> None:
 
 
 def register() -> None:
-    """Make timm understand registered norms as ``norm_layer``, in models that are loaded already and in later ones, and
-    know the papers' networks."""
-    from fbn_plugin.frameworks import timm_models  # which imports this file
-
+    """Make timm understand registered norms as ``norm_layer``, in models that are loaded already and in later ones."""
     _replace(_THEIRS, _OURS)
-    timm_models.register()
 
 
 def unregister() -> None:
     """Give timm its own functions back; models that are built stay as they are."""
-    from fbn_plugin.frameworks import timm_models
-
     _replace(_OURS, _THEIRS)
-    timm_models.unregister()
 
 
 def _convert(old: nn.Module, factory: NormFactory) -> nn.Module:

@@ -26,7 +26,7 @@ from fbn_plugin.engine.classification import (
     evaluate,
 )
 from fbn_plugin.engine.config import load_config
-from fbn_plugin.engine.image_data import Images
+from fbn_plugin.engine.image_data import Images, load_image_data
 from fbn_plugin.engine.logging import TrainingLog, read_metrics
 from fbn_plugin.engine.sampling import InfiniteSampler, SeededDataset
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
@@ -507,3 +507,14 @@ def test_labelled_with_what_it_was_measured_on():
         "test_resnet with FBN on handwritten digits (scikit-learn): "
         "top-1 97.50 %, top-5 100.00 %, loss 0.1235 (360 validation images)"
     )
+
+
+def test_balanced_batches_from_a_config(tmp_path):
+    cfg = config(tmp_path, DATALOADER__IMAGES_PER_CLASS=2, SOLVER__IMS_PER_BATCH=20, DATALOADER__NUM_WORKERS=0)
+    data = load_image_data("digits", mode="L")
+    _, targets = next(build_train_loader(cfg, data.train, CPU))
+    assert targets.bincount().tolist() == [2] * 10
+    cfg = config(tmp_path, DATALOADER__IMAGES_PER_CLASS=2, SOLVER__IMS_PER_BATCH=32)
+    sentence = "IMAGES_PER_CLASS 2 of 10 classes in 1 processes need SOLVER.IMS_PER_BATCH 20, got 32"
+    with pytest.raises(ValueError, match=sentence):
+        ClassificationTrainer(cfg)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from fbn_plugin.engine.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset, seeded_rng
+from fbn_plugin.engine.sampling import BalancedSampler, GroupedBatchSampler, InfiniteSampler, SeededDataset, seeded_rng
 
 sizes = st.integers(1, 12)
 seeds = st.integers(0, 2**32)
@@ -89,3 +89,21 @@ def test_randomness_does_not_depend_on_workers(workers):
     batches = [sample for batch in islice(loader, 4) for sample in batch]
     assert batches == [dataset[item] for item in islice(InfiniteSampler(5, 3), 8)]
     assert len({sample[1:] for sample in batches}) == 8
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_balanced_batches_and_a_resumed_stream(world_size):
+    labels = [0] * 7 + [1] * 3 + [2] * 5
+
+    def batches(rank, start, number):
+        stream = iter(BalancedSampler(labels, 2, seed=1, rank=rank, world_size=world_size, start=start))
+        return [[next(stream) for _ in range(6)] for _ in range(number)]
+
+    positions = []
+    for rank in range(world_size):
+        stream = batches(rank, 0, 12)
+        assert all(sorted(labels[index] for index, _ in batch) == [0, 0, 1, 1, 2, 2] for batch in stream)
+        assert batches(rank, 5, 7) == stream[5:]
+        assert stream[0] != stream[6]
+        positions += [position for batch in stream for _, position in batch]
+    assert sorted(positions) == list(range(12 * 6 * world_size)), "each sample's augmentation is its own"

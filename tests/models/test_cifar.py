@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin.frameworks import timm as adapter
+from fbn_plugin import frameworks as adapter
 from fbn_plugin.models import cifar
 
 NAMES = {name: name.removesuffix("_cifar") for name in cifar.NETWORKS}
