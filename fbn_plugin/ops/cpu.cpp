@@ -1,10 +1,9 @@
-// CPU kernels of filtered batch and group normalization (Horváth and Al-afandi
-// 2020, Eq. 2-13): plain C++ on raw pointers, no torch headers.
+// CPU kernels of filtered batch and group normalization (Horváth and Al-afandi 2020, Eq. 2-13): plain C++ on raw
+// pointers, no torch headers.
 //
-// Compiled for several instruction sets, chosen when the library is first
-// called. OpenMP's runtime is the one that PyTorch has loaded: the library is
-// built with -fopenmp but not linked to a runtime of its own, which would bring
-// a second pool of threads.
+// Compiled for several instruction sets, chosen when the library is first called. OpenMP's runtime is the one that
+// PyTorch has loaded: the library is built with -fopenmp but not linked to a runtime of its own, which would bring a
+// second pool of threads.
 
 #include <cmath>
 #include <cstdint>
@@ -102,8 +101,8 @@ const char* fbn_instruction_set() {
     return names[instruction_set()];
 }
 
-// `moments` are five arrays, one after the other. Running statistics may be
-// null; a channel whose moments are not finite keeps its own.
+// `moments` are five arrays, one after the other. Running statistics may be null; a channel whose moments are not
+// finite keeps its own.
 void fbn_forward(const Shape* d, const Options* o, const void* x, void* y, const float* weight, const float* bias,
                  float* moments, float* running_mean, float* running_var, double momentum) {
     const Moments m(*d, moments);

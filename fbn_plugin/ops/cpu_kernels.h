@@ -1,12 +1,10 @@
-// Filtered normalization for one instruction set; cpu.cpp includes this file
-// once for each, inside a namespace of its own.
+// Filtered normalization for one instruction set; cpu.cpp includes this file once for each, inside a namespace of its
+// own.
 //
-// Everything works on vectors of VECTOR_BYTES. A statistic is summed in lanes
-// around a value of its own set ("shift"), so that a large mean costs no
-// digits, for at most a few thousand values (a "tile"), and the tiles are added
-// up in double. The first pass also keeps each tile's smallest and largest
-// value: a tile that lies within the band has its sums already, and only the
-// others are read a second time, through the mask.
+// Everything works on vectors of VECTOR_BYTES. A statistic is summed in lanes around a value of its own set ("shift"),
+// so that a large mean costs no digits, for at most a few thousand values (a "tile"), and the tiles are added up in
+// double. The first pass also keeps each tile's smallest and largest value: a tile that lies within the band has its
+// sums already, and only the others are read a second time, through the mask.
 
 typedef float vfloat __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t vint __attribute__((vector_size(VECTOR_BYTES)));
@@ -110,17 +108,16 @@ static inline void store_some(typename T::scalar* p, int64_t n, vfloat v) {
     for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
 }
 
-// What is left of a run of `length` values from `i` on, in some lanes, and the
-// others filled. Where it can, it reads whole vectors, which is much faster.
+// What is left of a run of `length` values from `i` on, in some lanes, and the others filled. Where it can, it reads
+// whole vectors, which is much faster.
 template <class T>
 static inline vfloat load_rest(const typename T::scalar* p, int64_t i, int64_t length, float fill) {
     if (length < LANES) return load_some<T>(p + i, length - i, fill);
     return lane_numbers() >= (int32_t)(i + LANES - length) ? T::load(p + length - LANES) : splat(fill);
 }
 
-// A run of `n` values is written a vector at a time. Where the last one would
-// be incomplete it overlaps the one before, which is cheaper than a mask; only
-// a run of less than one vector is an incomplete vector (WHOLE is false).
+// A run of `n` values is written a vector at a time. Where the last one would be incomplete it overlaps the one before,
+// which is cheaper than a mask; only a run of less than one vector is an incomplete vector (WHOLE is false).
 static inline int64_t vectors(int64_t n) { return (n + LANES - 1) / LANES; }
 static inline int64_t start_of(int64_t vector, int64_t n) {
     const int64_t at = vector * LANES;
@@ -173,8 +170,7 @@ struct Set {
 static inline void draw_band(Set& s, double shift, double sum, double square, double n, const Options& o) {
     double d = sum / n, var = square / n - d * d, mean = shift + d;
     double sigma = sqrt((var > 0 ? var : var == var ? 0 : var) + o.eps);
-    // wide enough to hold a value even where the deviation is below the rounding
-    // of the mean
+    // wide enough to hold a value even where the deviation is below the rounding of the mean
     double width = o.t_sigma * sigma, least = sigma + 16 * 1.1920929e-07 * (sigma + fabs(mean));
     if (!(width > least)) width = least;
     s.lower = (float)(mean - width);
@@ -197,15 +193,13 @@ static inline void report(const Set& s, int64_t i, const Moments& out) {
 }
 
 // ---- contiguous layout: a set is a number of runs of consecutive values
-// -----------------------------------------------------------------------
 
 struct Tile {
     double sum, square, count;
     float low, high;
 };
 
-// Runs that share a statistic: `runs` of them, `length` values each, `stride`
-// values apart.
+// Runs that share a statistic: `runs` of them, `length` values each, `stride` values apart.
 struct Runs {
     int64_t runs, stride, length;
 };
@@ -260,8 +254,7 @@ static void normalize(const typename T::scalar* x, typename T::scalar* y, int64_
     for_vectors(n, [=](int64_t i) { store_vector<T, WHOLE>(y + i, n, (load_vector<T, WHOLE>(x + i, n) - m) * a + b); });
 }
 
-// How a set of planes is cut into tiles: several short planes make one, a long
-// plane makes several.
+// How a set of planes is cut into tiles: several short planes make one, a long plane makes several.
 struct Tiling {
     int64_t planes, stride, length, planes_per_tile, pieces, piece;
     Tiling(int64_t planes, int64_t stride, int64_t length) : planes(planes), stride(stride), length(length) {
@@ -370,8 +363,7 @@ static Sums gradient_sums(const typename T::scalar* g, const typename T::scalar*
     return {total(sum0 + sum1), total(dot0 + dot1)};
 }
 
-// dx = scale * g - f * (offset + slope * (x - mean)); in paper mode the offset
-// is not masked.
+// dx = scale * g - f * (offset + slope * (x - mean)); in paper mode the offset is not masked.
 struct Line {
     float scale, offset, slope, mean, lower, upper;
 };
@@ -474,12 +466,10 @@ static void backward_contiguous(const Shape& d, const Options& o, const void* g_
     free(by_plane_g);
 }
 
-// ---- channels-last layout: rows of C values, one for each sample and
-// position; a set is some columns of some rows
-// ------------------------------
+// ---- channels-last layout: rows of C values, one for each sample and position; a set is some columns of some rows
 
-// Rows are cut into tiles that do not cross a sample where samples are apart
-// (group form). "Part" is a sample, or the whole batch.
+// Rows are cut into tiles that do not cross a sample where samples are apart (group form). "Part" is a sample, or the
+// whole batch.
 struct Rows {
     int64_t c, parts, rows_per_part, tiles_per_part, rows_per_tile;
     Rows(const Shape& d) : c(d.c), parts(d.groups ? d.n : 1), rows_per_part(d.groups ? d.s : d.n * d.s) {
@@ -495,9 +485,8 @@ struct Rows {
     }
 };
 
-// The tiles that one thread works on in every pass. Each pass takes them in the
-// opposite order to the one before, so that it begins with what is still in the
-// thread's cache.
+// The tiles that one thread works on in every pass. Each pass takes them in the opposite order to the one before, so
+// that it begins with what is still in the thread's cache.
 struct Share {
     int64_t begin, end;
     explicit Share(int64_t tiles) {
@@ -506,8 +495,7 @@ struct Share {
     }
 };
 
-// What is known of one tile's columns: arrays of C for each tile. A tile has so
-// few rows that float can hold its sums.
+// What is known of one tile's columns: arrays of C for each tile. A tile has so few rows that float can hold its sums.
 struct Columns {
     float *sum, *square, *count, *low, *high;
     explicit Columns(int64_t n) {
@@ -521,8 +509,7 @@ constexpr int64_t CHUNK = 32;  // vectors of a row that are worked on together:
                                // their sums stay in the first cache
 constexpr int R = 4;           // rows that are read side by side
 
-// Runs `STEP(number of rows, pointer offset)` over all rows of a tile, R at a
-// time and the last ones singly.
+// Runs `STEP(number of rows, pointer offset)` over all rows of a tile, R at a time and the last ones singly.
 #define FOR_ROWS(rows, c, STEP)         \
     {                                   \
         int64_t r = 0;                  \
@@ -594,8 +581,7 @@ static inline void measure_kept_rows(const typename T::scalar* x, int64_t c, con
     }
 }
 
-// Measure those vectors of columns again that hold a value outside the band;
-// how many there were.
+// Measure those vectors of columns again that hold a value outside the band; how many there were.
 template <class T, bool WHOLE>
 static int64_t measure_kept_columns(const typename T::scalar* x, int64_t rows, int64_t c, const float* shift,
                                     const float* lower, const float* upper, const Columns& out, int64_t tile) {
@@ -630,8 +616,7 @@ static inline void add_tiles(const float* of, const Rows& rows, int64_t part, in
         for (int64_t i = 0; i < n; ++i) total[i] += p[i];
 }
 
-// One part's sets, a block of them at a time, and the columns that they are
-// made of.
+// One part's sets, a block of them at a time, and the columns that they are made of.
 struct Blocks {
     int64_t channels, sets_per_part, sets_per_block, per_part;
     Blocks(const Shape& d) : channels(d.groups ? d.c / d.groups : 1), sets_per_part(d.c / channels) {
@@ -646,8 +631,7 @@ struct Blocks {
     }
 };
 
-// The sums of a set of columns, each of them around a shift of its own, around
-// the first one's.
+// The sums of a set of columns, each of them around a shift of its own, around the first one's.
 struct Total {
     double sum, square, count;
     Total(const double* sums, const double* squares, const double* counts, const float* shift, int64_t channels)
