@@ -51,7 +51,8 @@ def close(got, expected, tolerance, name):
 
 
 shapes = st.one_of(
-    st.tuples(st.integers(3, 40), st.sampled_from([2, 6, 34])),
+    st.tuples(st.integers(3, 40), st.sampled_from([2, 6, 34, 96])),
+    st.tuples(st.sampled_from([257, 700]), st.sampled_from([4, 40])),
     st.tuples(st.integers(1, 4), st.sampled_from([2, 6]), st.integers(4, 150)),
     st.tuples(st.integers(1, 5), st.sampled_from([2, 6, 16, 34, 66, 130]), st.integers(2, 12), st.integers(2, 12)),
     st.tuples(st.integers(1, 2), st.sampled_from([2, 4]), st.integers(60, 75), st.integers(60, 75)),
