@@ -206,6 +206,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
             module.training = training
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer is; the CPU if there is none."""
+    return next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
+
+
 @dataclass(frozen=True)
 class BalancedResult:
     """What a classifier predicts in batches that were balanced by some labels.
@@ -248,7 +253,7 @@ def _predict(
         if len(crop) != len(labels):
             raise ValueError(f"the dataset has {len(crop)} images, but there are {len(labels)} labels")
     sampler = BalancedBatchSampler(labels, images_per_class, uneven="cycle", num_replicas=1, rank=0)
-    device = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0)).device
+    device = device_of(model)
     total = None
     with evaluation_mode(model), batch_moments(model):
         for number, crop in enumerate(crops):

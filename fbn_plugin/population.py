@@ -80,7 +80,7 @@ def update_population_stats(
     }
     if not norms:
         raise ValueError("the model has no batch norm in training mode to update: call model.train() before")
-    forward = forward or functools.partial(_forward, device=next(iter(norms.values())).running_mean.device)
+    forward = forward or functools.partial(forward_batch, device=next(iter(norms.values())).running_mean.device)
 
     run = functools.partial(_run, model, norms, loader, num_batches, forward)
     with evaluation_mode(model):
@@ -90,7 +90,7 @@ def update_population_stats(
     _write(norms, found)
 
 
-def _forward(model: nn.Module, batch: Any, device: torch.device) -> Any:
+def forward_batch(model: nn.Module, batch: Any, device: torch.device) -> Any:
     """Call ``model`` with the inputs in ``batch``, on ``device``."""
     pair = isinstance(batch, (tuple, list)) and len(batch) > 0 and isinstance(batch[0], (Tensor, tuple, list))
     inputs = batch[0] if pair else batch

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fbn_plugin.balanced import evaluation_mode
+from fbn_plugin.balanced import device_of, evaluation_mode
 from fbn_plugin.layers import LearnedStatsNorm2d
+from fbn_plugin.population import forward_batch
 
 
 class _Fit:
@@ -57,13 +58,12 @@ def refit_norms(model: nn.Module, replaced: dict[nn.Module, nn.Module], batches:
     """
     fits = {old: _Fit(old, new) for old, new in replaced.items() if new.weight is not None and new.bias is not None}
     hooks = [old.register_forward_pre_hook(fit) for old, fit in fits.items()]
-    number = 0
+    number, device = 0, device_of(model)
     try:
         with evaluation_mode(model):
             for batch in batches:
                 number += 1
-                first = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
-                model(first if isinstance(first, (Tensor, tuple, list)) else batch)
+                forward_batch(model, batch, device)
     finally:
         for hook in hooks:
             hook.remove()

@@ -214,7 +214,7 @@ def _form(spec: NormSpec) -> functools.partial:
     return functools.partial(_FORMS[spec.name], **spec.options)
 
 
-def _find_spec(text: str, timm_names: Iterable[str]) -> NormSpec:
+def find_spec(text: str, timm_names: Iterable[str]) -> NormSpec:
     """The spec that a string given as ``norm_layer`` means, if it is none of timm's: a registered name in any case,
     with or without its punctuation, and options as in any spec. A minus at the end may be spelled out: ``rbn_minus``
     is ``RBN-``."""
@@ -242,7 +242,7 @@ def get_norm_layer(norm_layer: LayerType | None) -> Callable[..., nn.Module] | N
     try:
         return _THEIRS["get_norm_layer"](norm_layer)
     except KeyError:
-        return norm_factory(_find_spec(norm_layer, create_norm._NORM_MAP))
+        return norm_factory(find_spec(norm_layer, create_norm._NORM_MAP))
 
 
 def get_norm_act_layer(
@@ -261,7 +261,7 @@ def get_norm_act_layer(
         try:
             return _THEIRS["get_norm_act_layer"](norm_layer, act_layer)
         except KeyError:
-            form = _form(_find_spec(target, create_norm_act._NORM_ACT_MAP))
+            form = _form(find_spec(target, create_norm_act._NORM_ACT_MAP))
     elif (name := getattr(target, "__name__", None)) in NORMS and NORMS.get(name) is target:
         options.pop("dims", None)
         form = _form(NormSpec(name))

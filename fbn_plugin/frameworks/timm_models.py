@@ -9,7 +9,7 @@ from collections.abc import Callable
 from timm.models import _registry, build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import nn
 
-from fbn_plugin.frameworks.timm import _find_spec
+from fbn_plugin.frameworks.timm import find_spec
 from fbn_plugin.models import NETWORKS, cifar
 
 _ALL = {**NETWORKS, **cifar.NETWORKS}
@@ -35,7 +35,7 @@ def _entrypoint(name: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs) -> nn.Module:
         arguments = {**network.arguments, **kwargs}
         if name in NETWORKS and isinstance(norm := arguments.get("norm_layer"), str) and norm:
-            arguments["norm_layer"] = _find_spec(norm, ())
+            arguments["norm_layer"] = find_spec(norm, ())
         return build_model_with_cfg(network.build, name, pretrained, feature_cfg={"feature_cls": "getter"}, **arguments)
 
     create.__name__ = create.__qualname__ = name
