@@ -1,0 +1,9 @@
+"""retinanet_R_50_FPN_1x_BN.py with FBN, whose statistics the head keeps for each level, as it does for BN."""
+
+import fbn_plugin
+
+from .retinanet_R_50_FPN_1x_BN import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
+
+fbn_plugin.register()
+
+model.backbone.bottom_up.stem.norm = model.backbone.bottom_up.stages.norm = model.head.norm = "FBN(t_sigma=5.0)"
