@@ -1,17 +1,23 @@
 """The files of configs/: those of one network differ in the norm alone, and every registered norm has one for each
-framework that trains on handwritten digits: timm's, torchvision's and detectron2's."""
+framework that trains on handwritten digits: timm's, torchvision's and detectron2's. The detectors at full size, built
+without memory, have the norms that they name where they name them, and are detectron2's own but for those."""
 
+import argparse
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+import fbn_plugin
 from fbn_plugin import NORMS
 from fbn_plugin.engine import checkpoint
 from fbn_plugin.engine.classification import ClassificationTrainer, classification_config
 from fbn_plugin.engine.config import CfgNode, load_config
 from fbn_plugin.engine.demo_data import make_digits_on_photos
-from fbn_plugin.engine.detection import DetectionTrainer, load_detection_config
+from fbn_plugin.engine.detection import DetectionTrainer, build_model, load_detection_config
 from fbn_plugin.engine.logging import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +27,34 @@ NAMES = [name for name, _ in NORMS]
 
 # A file is named NETWORK_NORM.yaml, NORM being the registry's name as it stands there, "RBN-" with its minus.
 FILES = sorted(CONFIGS.glob("*/[!B]*_*.yaml"))
+
+# The detectors at full size.
+COCO = [path for path in FILES if path.parent.name == "Misc" or path.parent.name.startswith("COCO-")]
+SIX = ["BN", "FBN", "SyncBN", "SyncFBN", "GN", "FGN"]
+NINE = [*SIX, "ConvNorm", "ScaledBN", "FrozenBN"]
+PLAIN = {"FBN": "BN", "SyncFBN": "SyncBN", "FGN": "GN"}
+COCO_NORMS = {
+    "COCO-Detection/faster_rcnn_R_50_FPN_1x": ["BN", "FBN"],
+    "COCO-Detection/retinanet_R_50_FPN_1x": ["BN", "FBN"],
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN": NINE,
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_all": SIX,
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x": NINE,
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_all": SIX,
+    "COCO-InstanceSegmentation/mask_rcnn_X_101_32x8d_FPN": NINE,
+    "COCO-InstanceSegmentation/mask_rcnn_X_101_32x8d_FPN_3x": NINE,
+    "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x": ["BN", "FBN"],
+    "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x": ["BN", "FBN"],
+    "Misc/cascade_mask_rcnn_R_50_FPN_1x": ["BN", "FBN"],
+    "Misc/mask_rcnn_R_50_FPN_3x": SIX,
+    "Misc/scratch_mask_rcnn_R_50_FPN_3x": [*SIX, "ScaledBN"],
+}
+# Models that torchvision's engine has not, with the key that says so.
+NOT_TORCHVISION = {
+    "retinanet": "ANCHOR_GENERATOR.SIZES|META_ARCHITECTURE",
+    "panoptic": "META_ARCHITECTURE",
+    "keypoint": "KEYPOINT_ON",
+    "cascade": "ROI_HEADS.NAME",
+}
 
 # What else a norm, or one file, may set.
 BESIDES = {
@@ -32,6 +66,13 @@ BESIDES = {
     "mask_rcnn_R_18_FPN_FrozenBN": {"SOLVER.BASE_LR"},
     "all_cnn_c_ConvNorm": {"MODEL.NAME"},
 }
+for norm in ("GN", "FGN"):
+    # The ImageNet weights that were trained with GN, and the place of the stride in them.
+    for schedule in ("", "_all", "_1x", "_1x_all", "_3x"):
+        BESIDES[f"mask_rcnn_R_50_FPN{schedule}_{norm}"] = {"MODEL.WEIGHTS", "MODEL.RESNETS.STRIDE_IN_1X1"}
+    # There are none: BN's do not fit, so nothing of them is frozen.
+    for schedule in ("", "_3x"):
+        BESIDES[f"mask_rcnn_X_101_32x8d_FPN{schedule}_{norm}"] = {"MODEL.BACKBONE.FREEZE_AT"}
 
 # The detectors on smaller images and fewer regions.
 FEW = [
@@ -44,6 +85,10 @@ FEW = [
 def split(path: Path) -> tuple[str, str]:
     network, _, norm = path.stem.rpartition("_")
     return network, norm
+
+
+def coco_id(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
 
 
 def leaves(node, prefix=""):
@@ -73,6 +118,182 @@ def test_configs_of_a_network_differ_in_the_norm_alone(path):
     besides = {key for key in differing if not key.endswith("NORM")} - {"OUTPUT_DIR"}
     assert besides == BESIDES.get(path.stem, BESIDES.get(norm, set()))
     assert (norm == "BN") == (not differing)
+
+
+@pytest.mark.parametrize("network", COCO_NORMS)
+def test_every_detector_has_its_norms(network):
+    found = [split(path)[1] for path in COCO if split(path)[0] == Path(network).name and path.match(f"{network}_*")]
+    assert sorted(found) == sorted(COCO_NORMS[network])
+
+
+def test_every_detector_is_listed():
+    assert len(COCO) == sum(map(len, COCO_NORMS.values()))
+
+
+@pytest.mark.parametrize("path", [path for path in COCO if split(path)[1] in PLAIN], ids=coco_id)
+def test_a_filtered_config_is_its_plain_ones_but_for_the_filter(path):
+    network, norm = split(path)
+    own, plain = values(path), values(path.with_name(f"{network}_{PLAIN[norm]}.yaml"))
+    differing = {key for key in own.keys() | plain.keys() if own.get(key) != plain.get(key)}
+    assert differing and all(key.endswith(".NORM") for key in differing)
+    assert {own[key] for key in differing} == {f"{norm}(t_sigma=5.0)"}
+
+
+def norms_in(module: nn.Module | None) -> set[type]:
+    leaves = [] if module is None else [each for each in module.modules() if not any(each.children())]
+    return {type(each) for each in leaves if "Norm" in type(each).__name__}
+
+
+@pytest.mark.parametrize("path", COCO, ids=coco_id)
+def test_torchvisions_engine_reads_it_or_says_why_not(path):
+    key = next((key for kind, key in NOT_TORCHVISION.items() if path.name.startswith(kind)), None)
+    if key:
+        with pytest.raises(ValueError, match=key):
+            load_detection_config(path)
+        return
+    cfg = load_detection_config(path)
+    with torch.device("meta"):
+        model = build_model(cfg)
+    body, names = model.backbone.body, ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+    mask_head = model.roi_heads.mask_head if cfg.MODEL.MASK_ON else None
+    for name, part in zip(names, (body.layer4, model.backbone.fpn, model.roi_heads.box_head, mask_head)):
+        norm = cfg.MODEL[name].NORM
+        if norm == "FrozenBN":
+            assert [each.__name__ for each in norms_in(part)] == ["FrozenBatchNorm2d"]
+        else:
+            assert norms_in(part) == ({type(fbn_plugin.get_norm(norm, 64))} if norm else set())
+
+
+@pytest.fixture
+def train_net(monkeypatch):
+    """detectron2's tool, with the norms in detectron2."""
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import train_net
+
+    fbn_plugin.register()
+    yield train_net
+    fbn_plugin.unregister()
+
+
+def detectron2_config(train_net, path: Path):
+    """The config as the tool reads it, for a model without memory."""
+    opts = ["MODEL.DEVICE", "meta"]
+    return train_net.load_config(argparse.Namespace(config_file=str(path), opts=opts))
+
+
+def detectron2_model(train_net, path: Path) -> nn.Module:
+    with torch.device("meta"):
+        return train_net.build_model(detectron2_config(train_net, path))
+
+
+def detectron2_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a model by the group of the config that names their norm; of the backbone, what is never frozen."""
+    backbone = model.backbone
+    yield "RESNETS", nn.ModuleList([backbone.bottom_up.res3, backbone.bottom_up.res4, backbone.bottom_up.res5])
+    yield "FPN", nn.ModuleList([part for name, part in backbone.named_children() if name != "bottom_up"])
+    heads = getattr(model, "roi_heads", None)
+    yield "ROI_BOX_HEAD", getattr(heads, "box_head", None)
+    yield "ROI_MASK_HEAD", getattr(heads, "mask_head", None)
+    yield "ROI_KEYPOINT_HEAD", getattr(heads, "keypoint_head", None)
+    yield "SEM_SEG_HEAD", getattr(model, "sem_seg_head", None)
+    yield "RETINANET", getattr(model, "head", None)
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("path", COCO, ids=coco_id)
+def test_detectron2_builds_the_norms_where_they_are_named(path, train_net):
+    from detectron2.layers import FrozenBatchNorm2d, get_norm
+
+    cfg = detectron2_config(train_net, path)
+    model = detectron2_model(train_net, path)
+    for name, part in detectron2_parts(model):
+        norm = cfg.MODEL[name].get("NORM", "")
+        assert norms_in(part) == ({type(get_norm(norm, 64))} if norm and part is not None else set())
+
+    body, norm = model.backbone.bottom_up, type(get_norm(cfg.MODEL.RESNETS.NORM, 64))
+    first = nn.ModuleList([body.stem, body.res2])
+    assert cfg.MODEL.BACKBONE.FREEZE_AT in (0, 2)
+    frozen = cfg.MODEL.BACKBONE.FREEZE_AT == 2
+    assert {parameter.requires_grad for parameter in first.parameters()} == {not frozen}
+    has_statistics = "running_mean" in dict(get_norm(cfg.MODEL.RESNETS.NORM, 64).named_buffers())
+    assert norms_in(first) == {FrozenBatchNorm2d if frozen and has_statistics else norm}
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize(
+    "ours, own, besides",
+    [
+        ("COCO-Detection/faster_rcnn_R_50_FPN_1x_BN", "", {"MODEL.RESNETS.NORM"}),
+        ("COCO-Detection/retinanet_R_50_FPN_1x_BN", "", {"MODEL.RESNETS.NORM", "MODEL.RETINANET.NORM"}),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x_FrozenBN", "", set()),
+        ("COCO-InstanceSegmentation/mask_rcnn_X_101_32x8d_FPN_3x_FrozenBN", "", set()),
+        ("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x_BN", "", {"MODEL.RESNETS.NORM"}),
+        (
+            "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x_BN",
+            "",
+            {"MODEL.RESNETS.NORM", "MODEL.SEM_SEG_HEAD.NORM"},
+        ),
+        ("Misc/cascade_mask_rcnn_R_50_FPN_1x_BN", "", {"MODEL.RESNETS.NORM"}),
+        ("Misc/mask_rcnn_R_50_FPN_3x_GN", "Misc/mask_rcnn_R_50_FPN_3x_gn", {"MODEL.WEIGHTS"}),
+        ("Misc/mask_rcnn_R_50_FPN_3x_SyncBN", "Misc/mask_rcnn_R_50_FPN_3x_syncbn", set()),
+        ("Misc/scratch_mask_rcnn_R_50_FPN_3x_GN", "Misc/scratch_mask_rcnn_R_50_FPN_3x_gn", {"MODEL.PIXEL_STD"}),
+    ],
+)
+def test_it_is_detectron2s_own_but_for_norm_and_evaluation(ours, own, besides, train_net):
+    from detectron2.checkpoint.catalog import ModelCatalog
+    from detectron2.config import get_cfg
+
+    model_zoo = pytest.importorskip("detectron2.model_zoo", reason="detectron2's model zoo wants setuptools below 81")
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file(f"{own or ours.rpartition('_')[0]}.yaml"))
+    plain = dict(leaves(cfg))
+    mine = dict(leaves(detectron2_config(train_net, CONFIGS / f"{ours}.yaml")))
+    differing = {key for key in plain if mine[key] != plain[key]} - {"MODEL.DEVICE"}
+    evaluation = {"TEST.EVAL_PERIOD", "TEST.PRECISE_BN.ENABLED", "SOLVER.CHECKPOINT_PERIOD"}
+    assert differing - evaluation == besides | {"SOLVER.REFERENCE_WORLD_SIZE"}
+    if "MODEL.WEIGHTS" in besides:  # the same file, under the address that needs no catalog
+        assert mine["MODEL.WEIGHTS"] == ModelCatalog.get(plain["MODEL.WEIGHTS"].removeprefix("catalog://"))
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.py")), ids=coco_id)
+def test_a_lazy_config_is_its_yaml(path, train_net):
+    pytest.importorskip("detectron2.model_zoo", reason="detectron2's model zoo wants setuptools below 81")
+    from detectron2.config import LazyConfig, instantiate
+
+    fbn_plugin.unregister()  # the file registers by itself
+    lazy = LazyConfig.load(str(path))
+    with torch.device("meta"):
+        model = instantiate(lazy.model)
+    cfg, same = (
+        detectron2_config(train_net, path.with_suffix(".yaml")),
+        detectron2_model(train_net, path.with_suffix(".yaml")),
+    )
+    kinds = [{name: type(each) for name, each in built.named_modules()} for built in (model, same)]
+    assert kinds[0] == kinds[1]
+    shapes = [{name: value.shape for name, value in built.state_dict().items()} for built in (model, same)]
+    assert shapes[0] == shapes[1]
+    assert lazy.train.init_checkpoint == cfg.MODEL.WEIGHTS
+    assert lazy.train.max_iter == cfg.SOLVER.MAX_ITER and lazy.train.eval_period == cfg.TEST.EVAL_PERIOD
+    assert lazy.optimizer.lr == cfg.SOLVER.BASE_LR
+    assert lazy.dataloader.train.total_batch_size == cfg.SOLVER.IMS_PER_BATCH
+    assert lazy.dataloader.train.dataset.names in cfg.DATASETS.TRAIN
+
+
+@pytest.mark.parametrize("folder", [CONFIGS, CONFIGS / "COCO-InstanceSegmentation"], ids=lambda path: path.name)
+def test_a_readme_lists_every_config_of_its_folder_and_no_other(folder):
+    """By patterns such as ``mask_rcnn_R_50_FPN_{BN,FBN}.yaml``."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    listed = set()
+    for pattern in re.findall(r"^\| `([^`]+\.(?:yaml|py))`", text, re.MULTILINE):
+        head, choices, tail = re.fullmatch(r"([^{]*)(?:\{(.*)\})?(.*)", pattern).groups()
+        for choice in (choices or "").split(","):
+            found = set(folder.glob(head + choice + tail))
+            assert found and not found & listed, f"{pattern} names no file, or one that another row names"
+            listed |= found
+    there = {path for ending in ("yaml", "py") for path in folder.rglob(f"*.{ending}")}
+    assert {path for path in there - listed if not path.name.startswith("Base-")} == set()
 
 
 @pytest.fixture(params=NAMES)

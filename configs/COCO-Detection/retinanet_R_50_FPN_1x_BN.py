@@ -1,6 +1,6 @@
-"""retinanet_R_50_FPN_1x_BN.yaml for detectron2's tools/lazyconfig_train_net.py, with norms in backbone and head. That tool
-has neither the population statistics nor the linear rule of this project's: it evaluates with moving averages, and takes
-16 images on any number of GPUs."""
+"""retinanet_R_50_FPN_1x_BN.yaml for detectron2's tools/lazyconfig_train_net.py. That tool has neither the population
+statistics nor the linear rule of this project's: it evaluates with moving averages, and takes 16 images on any number
+of GPUs."""
 
 from detectron2 import model_zoo
 
