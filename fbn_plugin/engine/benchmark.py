@@ -5,7 +5,6 @@ hits them alike; ratios are taken within a round. Horváth and Al-afandi, "Filte
 148, 164 and 172 ms for one VGG-16 step without norm, with BN and with FBN.
 """
 
-import contextlib
 import copy
 import ctypes
 import datetime
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 import fbn_plugin
 from fbn_plugin import ops
+from fbn_plugin.engine.run_info import cpu_name
 from fbn_plugin.fuse import fuse_norm_act
 from fbn_plugin.layers import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
 from fbn_plugin.registry import norm_factory, parse_spec
@@ -536,13 +536,9 @@ def environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     facts = {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

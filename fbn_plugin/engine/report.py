@@ -15,6 +15,7 @@ from pycocotools import mask as mask_utils
 
 from fbn_plugin.engine.coco_data import CocoDataset, read_image
 from fbn_plugin.engine.logging import read_metrics
+from fbn_plugin.engine.run_info import hardware
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
@@ -128,15 +129,6 @@ def _mask(segmentation: list | dict, size: tuple[int, int]) -> np.ndarray:
     return mask_utils.decode(segmentation).astype(bool)
 
 
-def hardware() -> str:
-    """The machine and the PyTorch that a run used, in words."""
-    if torch.cuda.is_available():
-        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    else:
-        device = f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
-    return f"{device}; torch {torch.__version__}, Python {platform.python_version()}"
-
-
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }}
@@ -186,5 +178,6 @@ def write_report(
     body += ["<h2>Detections</h2>", '<p class="note">Validation images; detections with a score of at least 50 %.</p>']
     body += [picture("detections.png", plot_detections(data, runs), "ground truth and detections on validation images")]
     body += ["<h2>Commands</h2>", f"<pre>{html.escape(chr(10).join(commands))}</pre>"]
-    body += [f'<p class="note">{html.escape(hardware())}</p>']
+    machine = f"{hardware()}; torch {torch.__version__}, Python {platform.python_version()}"
+    body += [f'<p class="note">{html.escape(machine)}</p>']
     Path(path).write_text(_PAGE.format(title=html.escape(title), body="\n".join(body)), encoding="utf-8")

@@ -118,13 +118,20 @@ class FilteredFilterResponseNorm2d(FilterMixin, FilterResponseNorm2d):
         super().__init__(num_features, eps, affine, tlu, device=device, dtype=dtype)
         self._init_filter(t_sigma, "exact", gaussian_correction)
 
+    def _dropped(self, square: Tensor, space: tuple[int, ...]) -> Tensor:
+        # The margin of rounding keeps the values of a constant map for the smallest of cuts.
+        cut = max(self.t_sigma * self.t_sigma, 1 + 16 * torch.finfo(square.dtype).eps)
+        return square > cut * (square.detach().mean(space, keepdim=True) + self.eps)
+
+    def filtered_share(self, input: Tensor) -> Tensor:
+        square = input.detach().to(accumulate_dtype(input.dtype)).square()
+        return self._dropped(square, tuple(range(2, input.dim()))).double().mean()
+
     def mean_square(self, input: Tensor) -> Tensor:
         """``nu2'``: ``(N, C, 1, ...)``, in at least float32."""
         square = input.to(accumulate_dtype(input.dtype)).square()
         space = tuple(range(2, input.dim()))
-        # The margin of rounding keeps the values of a constant map for the smallest of cuts.
-        cut = max(self.t_sigma * self.t_sigma, 1 + 16 * torch.finfo(square.dtype).eps)
-        dropped = square > cut * (square.detach().mean(space, keepdim=True) + self.eps)
+        dropped = self._dropped(square, space)
         kept = square.shape[2:].numel() - dropped.sum(space, keepdim=True)
         filtered = square.masked_fill(dropped, 0).sum(space, keepdim=True) / kept
         return filtered / gaussian_kappa(self.t_sigma) if self.gaussian_correction else filtered

@@ -8,7 +8,12 @@ Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
 from torch import Tensor, nn
 
 from fbn_plugin.layers.batch_norm import BatchNormMixin
-from fbn_plugin.ops.filtered_norm import check_filter, filtered_batch_norm, filtered_batch_statistics
+from fbn_plugin.ops.filtered_norm import (
+    check_filter,
+    filtered_batch_norm,
+    filtered_batch_statistics,
+    filtered_share,
+)
 
 
 class FilterMixin:
@@ -21,6 +26,11 @@ class FilterMixin:
 
     def _filter_options(self) -> dict:
         return {"t_sigma": self.t_sigma, "grad_mode": self.grad_mode, "gaussian_correction": self.gaussian_correction}
+
+    def filtered_share(self, input: Tensor) -> Tensor:
+        """The share of the values of ``input``, not empty, that training leaves out of its moments: a scalar, 0 to 1,
+        without a gradient. A synchronized norm tells what its own process's batch would leave out."""
+        return filtered_share(input, getattr(self, "num_groups", 0), self.eps, self.t_sigma)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, t_sigma={self.t_sigma:g}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
-from fbn_plugin.ops.filtered_norm import filtered_group_norm
+from fbn_plugin.ops.filtered_norm import filtered_group_norm, filtered_share
 
 
 class FilteredGroupNorm(FilterMixin, nn.GroupNorm):
@@ -148,3 +148,7 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
             last.reshape(-1, last.shape[-1]), 1, self.weight, self.bias, self.eps, **self._filter_options()
         )
         return rows.view(last.shape).movedim(-1, 1)
+
+    def filtered_share(self, input: Tensor) -> Tensor:
+        rows = input.movedim(1, -1).reshape(-1, input.shape[1])
+        return filtered_share(rows, 1, self.eps, self.t_sigma)

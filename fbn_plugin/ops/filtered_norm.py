@@ -469,6 +469,22 @@ def filtered_batch_statistics(
     return mean, var, count
 
 
+def filtered_share(x: Tensor, num_groups: int = 0, eps: float = 1e-5, t_sigma: float = 5.0) -> Tensor:
+    """The share of the values of ``x`` that the filter leaves out, without a gradient.
+
+    Args:
+        x: ``(N, C, *spatial)``, not empty.
+        num_groups: as in :func:`filtered_group_norm`; 0 is the batch form.
+        eps, t_sigma: as in :func:`filtered_batch_norm`.
+
+    Returns:
+        A scalar, 0 to 1; NaN where a normalized set has a NaN or an infinity.
+    """
+    t_sigma = check_filter(t_sigma)
+    *_, count = _filtered_norm(x.detach(), None, None, num_groups, t_sigma, eps, False, "exact")
+    return 1 - count.double().sum() / x.numel()
+
+
 def filtered_batch_norm_act(
     x: Tensor,
     weight: Tensor | None = None,

@@ -1,0 +1,100 @@
+"""What a run was made with: ``run_info.json`` in its folder, so that a table can say hardware and numbers of images
+beside the figures."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fbn_plugin
+from fbn_plugin.engine.checkpoint import atomic_write
+
+__all__ = ["cpu_name", "hardware", "read_run_info", "write_run_info"]
+
+_FILE = "run_info.json"
+_PACKAGES = ("torch", "torchvision", "detectron2", "pycocotools")
+
+
+def cpu_name() -> str:
+    """The processor's name, or its architecture where the system does not tell."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def hardware(device: str | torch.device | None = None) -> str:
+    """What a process computes on, in words.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"`` and the like; None takes a GPU if there is one.
+    """
+    kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        return torch.cuda.get_device_name(device)
+    if kind == "cpu":
+        return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return kind
+
+
+def write_run_info(
+    folder: str | os.PathLike,
+    engine: str,
+    device: str | torch.device,
+    processes: int,
+    images_per_batch: int,
+    train_images: Mapping[str, int],
+    test_images: Mapping[str, int],
+) -> None:
+    """Write ``run_info.json`` in one step.
+
+    Args:
+        folder: OUTPUT_DIR.
+        engine: what trains: ``"detectron2"`` or ``"torchvision"``.
+        device: of one process.
+        processes: how many processes share a batch.
+        images_per_batch: of all processes together, after any scaling.
+        train_images, test_images: name of each set -> number of its images.
+    """
+    info = {
+        "engine": engine,
+        "hardware": hardware(device),
+        "processes": processes,
+        "images_per_batch": images_per_batch,
+        "train_images": dict(train_images),
+        "test_images": dict(test_images),
+        "versions": {"fbn_plugin": fbn_plugin.__version__, "python": platform.python_version(), **_versions()},
+    }
+    atomic_write(os.path.join(folder, _FILE), json.dumps(info, indent=2).encode())
+
+
+def read_run_info(folder: str | os.PathLike) -> dict[str, Any]:
+    """What :func:`write_run_info` wrote; empty for a folder without it.
+
+    Raises:
+        ValueError: the file is no JSON mapping.
+    """
+    path = Path(folder) / _FILE
+    if not path.is_file():
+        return {}
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} holds a {type(info).__name__}, not a mapping")
+    return info
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found

@@ -1,0 +1,25 @@
+"""What a run was made with: written whole, read back, absent in older folders."""
+
+import pytest
+import torch
+
+import fbn_plugin
+from fbn_plugin.engine.run_info import hardware, read_run_info, write_run_info
+
+
+def test_written_and_read_back(tmp_path):
+    assert read_run_info(tmp_path) == {}
+    write_run_info(tmp_path, "torchvision", "cpu", 2, 4, {"a:train": 10}, {"a:val": 3})
+    info = read_run_info(tmp_path)
+    assert info["hardware"] == hardware("cpu") and f"{torch.get_num_threads()} threads" in info["hardware"]
+    assert (info["engine"], info["processes"], info["images_per_batch"]) == ("torchvision", 2, 4)
+    assert (info["train_images"], info["test_images"]) == ({"a:train": 10}, {"a:val": 3})
+    assert info["versions"]["fbn_plugin"] == fbn_plugin.__version__
+    assert [path.name for path in tmp_path.iterdir()] == ["run_info.json"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_file(tmp_path, content):
+    (tmp_path / "run_info.json").write_text(content)
+    with pytest.raises(ValueError, match="run_info.json"):
+        read_run_info(tmp_path)
