@@ -10,7 +10,7 @@ from torch import nn
 
 from fbn_plugin import ops
 from fbn_plugin.balanced import BalancedBatchSampler, batch_moments, evaluate_balanced, self_label
-from fbn_plugin.convert import convert_norm
+from fbn_plugin.convert import convert_norm, convert_sync
 from fbn_plugin.fold import fold_norms
 from fbn_plugin.frameworks import load_converters, register, unregister
 from fbn_plugin.fuse import fuse_norm_act
@@ -42,6 +42,7 @@ from fbn_plugin.layers import (
     ScaledBatchNorm3d,
     ScaledBatchNormA1,
     ScaledBatchNormA2,
+    SyncFilteredBatchNorm,
 )
 from fbn_plugin.norm_report import NormReport
 from fbn_plugin.param_groups import param_groups
@@ -80,9 +81,11 @@ __all__ = [
     "ScaledBatchNorm3d",
     "ScaledBatchNormA1",
     "ScaledBatchNormA2",
+    "SyncFilteredBatchNorm",
     "apply_gamma_init",
     "batch_moments",
     "convert_norm",
+    "convert_sync",
     "evaluate_balanced",
     "fold_norms",
     "fuse_norm_act",
@@ -112,6 +115,7 @@ def _for_frameworks(function: Callable) -> Callable:
 
 
 convert_norm = _for_frameworks(convert_norm)
+convert_sync = _for_frameworks(convert_sync)
 fold_norms = _for_frameworks(fold_norms)
 fuse_norm_act = _for_frameworks(fuse_norm_act)
 param_groups = _for_frameworks(param_groups)

@@ -18,17 +18,19 @@ from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
 from fbn_plugin.norm_report import NormChange, NormLeft, NormReport
 from fbn_plugin.population import update_population_stats
 from fbn_plugin.refit import refit_norms
-from fbn_plugin.registry import NormFactory, norm_factory, norm_options
+from fbn_plugin.registry import NormFactory, NormSpec, norm_factory, norm_options
 
 Converter = Callable[[nn.Module, NormFactory], nn.Module]
 
 FAMILIES = ("BN", "FrozenBN", "GN", "LN", "IN", "FRN", "LearnedNorm")
 
 _CONVERTERS: dict[type[nn.Module], Converter] = {}
+_SYNCHRONIZED_TYPES: set[type[nn.Module]] = {nn.SyncBatchNorm, layers.SyncFilteredBatchNorm}
 _PLAIN_FORWARDS = (
     _BatchNorm.forward,
     nn.SyncBatchNorm.forward,
     FilteredBatchNormMixin.forward,
+    layers.SyncFilteredBatchNorm.forward,
     FrozenBatchNormMixin.forward,
     layers.ConvNorm2d.forward,
     nn.GroupNorm.forward,
@@ -42,6 +44,8 @@ _PLAIN_FORWARDS = (
     layers.LearnedStatsNorm2d.forward,
 )
 _GATED_BY_IMAGE = (layers.RepresentativeBatchNorm2d, layers.InstanceEnhancementBatchNorm2d)
+_WITHOUT_SYNCHRONIZED_FORM = (FoldedBatchNormMixin, *_GATED_BY_IMAGE, layers.ConvNorm2d)
+_SYNCHRONIZED = "it is synchronized already"
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _FAMILY: dict[type[nn.Module], str] = {
     _BatchNorm: "BN",
@@ -54,7 +58,9 @@ _FAMILY: dict[type[nn.Module], str] = {
 }
 
 
-def register_converter(module_type: type[nn.Module], converter: Converter, family: str | None = None) -> None:
+def register_converter(
+    module_type: type[nn.Module], converter: Converter, family: str | None = None, synchronized: bool = False
+) -> None:
     """Teach :func:`convert_norm` a norm class whose forward does more than normalize.
 
     Args:
@@ -62,8 +68,11 @@ def register_converter(module_type: type[nn.Module], converter: Converter, famil
         converter: called with the old module and the factory of the new norm; returns the new module.
             :func:`build_like` itself says that the class does no more than normalize.
         family: which of ``FAMILIES`` it is of, if it derives from no norm of torch's or of this library.
+        synchronized: it takes the moments of all processes' batches, so :func:`convert_sync` leaves it.
     """
     _CONVERTERS[module_type] = converter
+    if synchronized:
+        _SYNCHRONIZED_TYPES.add(module_type)
     if family is not None:
         _FAMILY[module_type] = family
 
@@ -107,8 +116,8 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     """Build the factory's norm for the channels of the norm ``old``, with its options and state.
 
     ``eps``, ``momentum``, ``affine``, ``track_running_stats`` and ``num_groups`` are those of ``old`` where both norms
-    have them and the spec does not set them, and so is a small ``gamma_init``; an instance normalization tracks no
-    statistics unless the spec says so.
+    have them and the spec does not set them, and so is a small ``gamma_init``; between synchronized norms the process
+    group stays. An instance normalization tracks no statistics unless the spec says so.
     Where ``old`` has no weight or bias, neither has the new norm, unless the spec sets ``affine``.
 
     Raises:
@@ -130,6 +139,8 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     if family(new) == "FrozenBN" and (state[2] is None or state[3] is None):
         raise ValueError(f"{type(old).__name__} has no running statistics to freeze")
     copy_norm_state(old, new)
+    if hasattr(old, "process_group") and hasattr(new, "process_group"):
+        new.process_group = old.process_group
     if "affine" not in factory.spec.options:
         for name in ("weight", "bias"):
             if getattr(old, name) is None and isinstance(getattr(new, name), nn.Parameter):
@@ -325,6 +336,70 @@ def convert_norm(
     report.changed += changed
     report.left += left
     return model
+
+
+def convert_sync(model: nn.Module, process_group=None, report: NormReport | None = None) -> nn.Module:
+    """Synchronize the batch norms in ``model`` over processes: filtered ones become
+    :class:`fbn_plugin.SyncFilteredBatchNorm` and plain ones ``nn.SyncBatchNorm``, which trains on GPUs only.
+
+    The counterpart of ``nn.SyncBatchNorm.convert_sync_batchnorm`` that keeps the filter with its options. As with
+    :func:`convert_norm`, weights, statistics and settings stay, parameters are the same objects, and a shared module
+    stays shared. 1-D and 3-D forms become the same classes, which take inputs of any number of dimensions. What is left
+    is in the report: norms that take the moments of each sample, which need no synchronization; frozen ones; those that
+    are synchronized already, with the group that they have; a filtered norm that is fused with its activation (convert
+    before :func:`fbn_plugin.fuse_norm_act`); and batch norms that do more than normalize, for which there is no
+    synchronized form.
+
+    Args:
+        model: changed in place.
+        process_group: of ``torch.distributed``; None synchronizes all processes.
+        report: is filled with what was changed and what was left; print it.
+
+    Returns:
+        ``model``, or the new norm if ``model`` is itself such a norm.
+
+    Warns:
+        UserWarning: batch norms were left that still take the moments of each process's own batch; or there is no
+            batch norm at all.
+    """
+    report = NormReport() if report is None else report
+    replaced: dict[nn.Module, nn.Module] = {}
+    local: dict[str, str] = {}
+    norms = [(name, module, kind) for name, module in model.named_modules() if (kind := family(module)) is not None]
+    for name, module, kind in norms:
+        if any(name.startswith(f"{outer}.") for outer in local):  # the norms inside of a norm that is left
+            continue
+        if reason := _why_not_synchronized(module, kind):
+            report.left.append(NormLeft(name, type(module).__name__, reason))
+            if kind == "BN" and reason is not _SYNCHRONIZED:
+                local[name] = type(module).__name__
+            continue
+        options = module._filter_options() if isinstance(module, FilterMixin) else None
+        spec = NormSpec("SyncBN") if options is None else NormSpec("SyncFBN", options)
+        new = replaced[module] = converter_of(module)(module, norm_factory(spec))
+        new.process_group = process_group
+        report.changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new)))
+    if not any(kind == "BN" for _, _, kind in norms):
+        warnings.warn("nothing was synchronized: the model has no batch normalization", stacklevel=2)
+    if local:
+        name, kind = next(iter(local.items()))
+        message = f"{len(local)} batch norms are left unsynchronized, such as {kind} (at {name!r}): see the report"
+        warnings.warn(message, stacklevel=2)
+    return _swap(model, replaced)
+
+
+def _why_not_synchronized(module: nn.Module, kind: str) -> str | None:
+    if kind == "FrozenBN":
+        return "it is frozen"
+    if kind != "BN":
+        return f"{kind} takes no moments of a batch, so there is nothing to synchronize"
+    if isinstance(module, tuple(_SYNCHRONIZED_TYPES)):
+        return _SYNCHRONIZED
+    if isinstance(module, layers.FilteredBatchNormAct2d):
+        return "it is fused with its activation: synchronize before fuse_norm_act"
+    if isinstance(module, _WITHOUT_SYNCHRONIZED_FORM):
+        return "it does more than normalize, and has no synchronized form"
+    return None if converter_of(module) is not None else "no converter for a forward of its own"
 
 
 def _swap(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -21,7 +21,7 @@ from fbn_plugin.norm_report import NormChange, NormLeft, NormReport
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS_AFTER_LINEAR = (nn.BatchNorm1d, nn.SyncBatchNorm, layers.FrozenBatchNorm1d)
+_NORMS_AFTER_LINEAR = (nn.BatchNorm1d, nn.SyncBatchNorm, layers.SyncFilteredBatchNorm, layers.FrozenBatchNorm1d)
 _ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU}
 
 # The forward of a layer that can take a norm in, and the attributes that it applies to its output, if they are set.

@@ -476,3 +476,86 @@ def test_batch_norms_get_population_statistics():
     assert not new.training and model[1].running_mean.eq(0).all(), "what was not converted keeps its statistics"
     torch.testing.assert_close(new.running_mean, x.mean((0, 2, 3)), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(new.running_var, x.var((0, 2, 3)), atol=0.05, rtol=0.01)
+
+
+# --- synchronized norms --------------------------------------------------------------------------------------------
+
+
+def test_convert_sync_keeps_filter_state_and_settings():
+    options = {"t_sigma": 2.5, "grad_mode": "paper", "gaussian_correction": True, "gamma_init": 0.1}
+    filtered = [
+        fbn_plugin.FilteredBatchNorm2d(8, eps=1e-3, momentum=None, **options),
+        fbn_plugin.FilteredBatchNorm1d(8, affine=False, **options),
+        fbn_plugin.FilteredBatchNorm3d(8, track_running_stats=False, **options),
+    ]
+    model = nn.Sequential(*filtered, nn.BatchNorm2d(8, eps=1e-3, momentum=0.3), nn.BatchNorm1d(8))
+    model[0].running_mean.normal_()
+    model[0].eval()
+    state, parameters, group = model.state_dict(), dict(model.named_parameters()), object()
+    report = fbn_plugin.NormReport()
+    assert fbn_plugin.convert_sync(model, group, report) is model
+    assert [type(m) for m in model] == [fbn_plugin.SyncFilteredBatchNorm] * 3 + [nn.SyncBatchNorm] * 2
+    assert all(getattr(m, name) == value for m in model[:3] for name, value in options.items())
+    assert all(m.process_group is group for m in model)
+    assert [m.eps for m in model] == [1e-3, 1e-5, 1e-5, 1e-3, 1e-5]
+    assert [m.momentum for m in model] == [None, 0.1, 0.1, 0.3, 0.1]
+    assert not model[0].training and model[1].training and model[1].weight is None and model[2].running_mean is None
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert [(change.name, change.note) for change in report.changed] == [(str(i), "") for i in range(5)]
+    assert type(fbn_plugin.convert_sync(nn.BatchNorm2d(4))) is nn.SyncBatchNorm, "a norm by itself"
+
+
+def test_convert_sync_keeps_shared_norms_shared():
+    norm = fbn_plugin.FilteredBatchNorm2d(4)
+    model = fbn_plugin.convert_sync(nn.ModuleDict({"a": norm, "b": nn.Sequential(norm)}))
+    assert model["a"] is model["b"][0] and type(model["a"]) is fbn_plugin.SyncFilteredBatchNorm
+
+
+def test_convert_sync_reports_what_it_leaves_and_warns_of_local_moments():
+    group = object()
+    names = ["GN(num_groups=2)", "FLN", "FrozenBN", "RBN", "ScaledBN-A1", "ConvNorm", "FRN"]
+    synchronized = [fbn_plugin.SyncFilteredBatchNorm(4, process_group=group), nn.SyncBatchNorm(4)]
+    others = [fbn_plugin.FilteredBatchNormAct2d(4), Loud(4)]
+    model = nn.Sequential(*(fbn_plugin.get_norm(name, 4) for name in names), *synchronized, *others)
+    before, report = list(model), fbn_plugin.NormReport()
+    with pytest.warns(UserWarning) as caught:
+        fbn_plugin.convert_sync(model, report=report)
+    assert [str(w.message) for w in caught] == [
+        "5 batch norms are left unsynchronized, such as RepresentativeBatchNorm2d (at '3'): see the report"
+    ]
+    assert list(model) == before and not report.changed and model[7].process_group is group
+    more = "it does more than normalize, and has no synchronized form"
+    nothing = "takes no moments of a batch, so there is nothing to synchronize"
+    assert [left.reason for left in report.left] == [
+        *(f"GN {nothing}", f"LN {nothing}", "it is frozen", more, more, more, f"FRN {nothing}"),
+        *("it is synchronized already",) * 2,
+        "it is fused with its activation: synchronize before fuse_norm_act",
+        "no converter for a forward of its own",
+    ]
+    with pytest.warns(UserWarning, match="nothing was synchronized: the model has no batch normalization"):
+        fbn_plugin.convert_sync(nn.Linear(2, 2))
+
+
+def test_process_groups_stay_between_synchronized_norms():
+    group = object()
+    norm = convert_norm(fbn_plugin.SyncFilteredBatchNorm(4, 2.0, process_group=group), "SyncBN")
+    assert type(norm) is nn.SyncBatchNorm and norm.process_group is group
+    assert convert_norm(norm, "SyncFBN(t_sigma=3)").process_group is group
+    assert convert_norm(fbn_plugin.FilteredBatchNorm2d(4), "SyncFBN").process_group is None
+
+
+@pytest.mark.parametrize("spec", ["BN", "FBN(t_sigma=3)", "SyncBN", "FrozenBN", "GN(num_groups=2)"])
+def test_synchronized_filtered_norms_convert_there_and_back(spec):
+    norm = norm_with_learned_state("SyncFBN(t_sigma=3)")
+    x, weight = torch.randn(2, 4, 3, 3), norm.weight
+    expected = norm(x)
+    there = convert_norm(norm, spec)
+    assert type(there) is type(fbn_plugin.get_norm(spec, 4))
+    back = convert_norm(there, "SyncFBN(t_sigma=3)", sources=("BN", "FrozenBN", "GN"))
+    assert repr(back) == repr(norm)
+    assert spec == "FrozenBN" or back.weight is weight
+    if "GN" not in spec:
+        torch.testing.assert_close(there(x), expected)
+        torch.testing.assert_close(back(x), expected)

@@ -150,7 +150,7 @@ def test_norms_on_both_sides_and_in_a_row():
     assert [change.name for change in report.changed] == ["0", "2", "3"]
 
 
-@pytest.mark.parametrize("spec", ["FBN(t_sigma=2)", "FrozenBN", "BN", "SyncBN"])
+@pytest.mark.parametrize("spec", ["FBN(t_sigma=2)", "SyncFBN(t_sigma=2)", "FrozenBN", "BN", "SyncBN"])
 def test_every_norm_that_is_a_scale_and_shift(spec):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), fbn_plugin.get_norm(spec, 4), nn.ReLU())
     assert_same_after_folding(model, torch.randn(2, 3, 6, 6), 1)

@@ -38,7 +38,7 @@ def in_group(model, scale=(), no_decay=()) -> dict:
     return given
 
 
-@pytest.mark.parametrize("spec", ["BN", "SyncBN", "FBN", "FBN(t_sigma=3)"])
+@pytest.mark.parametrize("spec", ["BN", "SyncBN", "FBN", "FBN(t_sigma=3)", "SyncFBN"])
 def test_the_scale_of_a_batch_norm_is_slow_and_its_shift_is_not(spec):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), get_norm(spec, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
     in_group(model, scale=["1.weight"], no_decay=["0.bias", "1.bias", "4.bias"])

@@ -22,6 +22,7 @@ EXPECTED = {
     "LN": (fbn_plugin.LayerNorm2d,) * 3,
     "IN": (layers.InstanceNorm1d, layers.InstanceNorm2d, layers.InstanceNorm3d),
     "FBN": (fbn_plugin.FilteredBatchNorm1d, fbn_plugin.FilteredBatchNorm2d, fbn_plugin.FilteredBatchNorm3d),
+    "SyncFBN": (fbn_plugin.SyncFilteredBatchNorm,) * 3,
     "FGN": (fbn_plugin.FilteredGroupNorm,) * 3,
     "FLN": (fbn_plugin.FilteredLayerNorm2d,) * 3,
     "FIN": (fbn_plugin.FilteredInstanceNorm2d,) * 3,

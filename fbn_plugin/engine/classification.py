@@ -385,7 +385,9 @@ class ClassificationTrainer:
         self.device = distributed.init(cfg.MODEL.DEVICE)
         _check(cfg)
         if self.device.type == "cpu" and cfg.MODEL.NORM.startswith("SyncBN"):
-            raise ValueError("SyncBN runs on GPUs only; use BN on the CPU")
+            raise ValueError(
+                "SyncBN runs on GPUs only; use BN or, over several processes, SyncFBN(t_sigma=inf) on the CPU"
+            )
         previous = os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
         if eval_only and not (cfg.MODEL.WEIGHTS or cfg.MODEL.PRETRAINED or (resume and previous)):
             raise ValueError(

@@ -534,7 +534,9 @@ class DetectionTrainer:
             raise ValueError(f"SOLVER.IMS_PER_BATCH {images} must be a multiple of the number of processes, {world}")
         norms = [cfg.MODEL[part].NORM for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")]
         if self.device.type == "cpu" and any(norm.startswith("SyncBN") for norm in norms):
-            raise ValueError("SyncBN runs on GPUs only; use BN on the CPU")
+            raise ValueError(
+                "SyncBN runs on GPUs only; use BN or, over several processes, SyncFBN(t_sigma=inf) on the CPU"
+            )
         previous = os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
         if eval_only and not (cfg.MODEL.WEIGHTS or (resume and previous)):
             raise ValueError("nothing to evaluate: set MODEL.WEIGHTS, or --resume with a checkpoint in OUTPUT_DIR")

@@ -1,5 +1,5 @@
 """How a norm gets into a framework: one file a framework, timm with another for the papers' networks, each with
-``register()`` and ``unregister()``."""
+``register()`` and ``unregister()``. PyTorch, which all are built on, has one too."""
 
 import importlib
 import importlib.util
@@ -7,6 +7,8 @@ import itertools
 import sys
 import warnings
 from types import ModuleType
+
+from fbn_plugin.frameworks import pytorch
 
 # The files that plug into each.
 FRAMEWORKS = {"detectron2": ["detectron2"], "timm": ["timm", "timm_models"], "torchvision": ["torchvision"]}
@@ -25,9 +27,13 @@ def _adapters(names) -> dict[str, list[ModuleType]]:
 def register() -> list[str]:
     """Plug the registered norms into every installed framework, however often and in whatever import order.
 
+    With or without a framework, ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` warns from now on if it is given
+    filtered norms, whose filter it drops.
+
     Returns:
         The names of the frameworks, out of ``detectron2``, ``timm`` and ``torchvision``.
     """
+    pytorch.register()
     adapters = _adapters(name for name in FRAMEWORKS if importlib.util.find_spec(name) is not None)
     for adapter in itertools.chain(*adapters.values()):
         adapter.register()
@@ -36,6 +42,7 @@ def register() -> list[str]:
 
 def unregister() -> None:
     """Take out of the frameworks what :func:`register` put in."""
+    pytorch.unregister()
     for name in itertools.chain(*FRAMEWORKS.values()):
         adapter = sys.modules.get(f"fbn_plugin.frameworks.{name}")
         if adapter is not None:

@@ -43,7 +43,7 @@ _detectron2_convert_frozen = vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"]
 _logger = logging.getLogger(__name__)
 
 # In one process this class is plain batch normalization; its forward differs only in how ranks are averaged.
-register_converter(NaiveSyncBatchNorm, build_like)
+register_converter(NaiveSyncBatchNorm, build_like, synchronized=True)
 register_norm_type(batch_norm.LayerNorm)
 register_norm_type(CycleBatchNormList, batch_norm=True)
 register_converter(FrozenBatchNorm2d, build_like)

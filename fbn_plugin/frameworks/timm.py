@@ -96,6 +96,10 @@ class FilteredBatchNormAct2d(_NormAct, layers.FilteredBatchNorm2d, BatchNormAct2
         return filtered_batch_norm_act(input, **arguments, activation=known[0], negative_slope=known[1])
 
 
+class SyncFilteredBatchNormAct(_NormAct, layers.SyncFilteredBatchNorm, BatchNormAct2d):
+    """Filtered batch normalization over the batches of all processes, and activation."""
+
+
 class ScaledBatchNormAct2d(_NormAct, layers.ScaledBatchNorm2d, BatchNormAct2d):
     """Batch normalization with a small initial scale, and activation."""
 
@@ -175,6 +179,7 @@ _FORMS: dict[str, Callable[..., nn.Module]] = {
     "LN": functools.partial(LayerNormAct2d, eps=1e-6),
     "IN": functools.partial(InstanceNormAct2d, affine=True),
     "FBN": FilteredBatchNormAct2d,
+    "SyncFBN": SyncFilteredBatchNormAct,
     "FGN": FilteredGroupNormAct,
     "FLN": FilteredLayerNormAct2d,
     "FIN": FilteredInstanceNormAct2d,
@@ -192,6 +197,7 @@ _FORMS: dict[str, Callable[..., nn.Module]] = {
 }
 _NAME_OF_CLASS = {
     layers.FilteredBatchNorm2d: "FBN",
+    layers.SyncFilteredBatchNorm: "SyncFBN",
     layers.FilteredLayerNorm2d: "FLN",
     layers.FilteredInstanceNorm2d: "FIN",
     layers.ScaledBatchNorm2d: "ScaledBN",
@@ -314,6 +320,8 @@ def _warn_of_lost_filter(conversion: Callable) -> Callable:
         filtered = sum(isinstance(m, FilteredBatchNormMixin) for m in module.modules())
         if filtered:
             message = f"timm's {conversion.__name__} makes batch norms without the filter of {filtered} filtered ones"
+            if conversion.__name__ == "convert_sync_batchnorm":
+                message += ": fbn_plugin.convert_sync keeps it"
             warnings.warn(message, stacklevel=2)
         _make_all_plain(module)
         return conversion(module, *args, **kwargs)

@@ -25,6 +25,7 @@ from fbn_plugin.layers.scaled_batch_norm import (
     ScaledBatchNormA1,
     ScaledBatchNormA2,
 )
+from fbn_plugin.layers.sync_filtered_batch_norm import SyncFilteredBatchNorm
 
 __all__ = [
     "ConvNorm2d",
@@ -54,4 +55,5 @@ __all__ = [
     "ScaledBatchNorm3d",
     "ScaledBatchNormA1",
     "ScaledBatchNormA2",
+    "SyncFilteredBatchNorm",
 ]

@@ -1,4 +1,5 @@
-"""Functional filtered normalization: see :mod:`fbn_plugin.ops.filtered_norm`."""
+"""Functional filtered normalization: see :mod:`fbn_plugin.ops.filtered_norm` and, over several processes,
+:mod:`fbn_plugin.ops.sync_filtered_norm`."""
 
 from fbn_plugin.ops.filtered_norm import (
     backends,
@@ -7,5 +8,13 @@ from fbn_plugin.ops.filtered_norm import (
     filtered_batch_norm_act,
     filtered_group_norm,
 )
+from fbn_plugin.ops.sync_filtered_norm import sync_filtered_batch_norm
 
-__all__ = ["backends", "explain", "filtered_batch_norm", "filtered_batch_norm_act", "filtered_group_norm"]
+__all__ = [
+    "backends",
+    "explain",
+    "filtered_batch_norm",
+    "filtered_batch_norm_act",
+    "filtered_group_norm",
+    "sync_filtered_batch_norm",
+]

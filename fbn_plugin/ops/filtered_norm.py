@@ -30,11 +30,14 @@ def _backend(x: Tensor) -> ModuleType:
     return next((backend for backend in _BACKENDS.values() if backend.refuses(x) is None), reference)
 
 
-def _act_backend(x: Tensor) -> ModuleType:
+def act_backend(x: Tensor) -> ModuleType:
+    """The backend of what the C++ kernels have no part for: activations, and the single steps of a batch that is spread
+    over processes."""
     return reference if triton.refuses(x) else triton
 
 
-def _running_backend(running_mean: Tensor, running_var: Tensor, mean: Tensor) -> ModuleType:
+def running_backend(running_mean: Tensor, running_var: Tensor, mean: Tensor) -> ModuleType:
+    """The backend that moves running statistics."""
     dense = running_mean.is_contiguous() and running_var.is_contiguous()
     return triton if dense and triton.refuses(mean) is None else reference
 
@@ -75,7 +78,8 @@ def check_filter(t_sigma: float, grad_mode: str = "exact") -> float:
     return float(min(t_sigma, sys.float_info.max)) if t_sigma != math.inf else math.inf
 
 
-def _check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
+def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
+    """ValueError if ``x`` is not floating point of shape ``(N, C, ...)``, or a tensor does not fit C or the device."""
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"the input must be floating point of shape (N, C, ...), got {x.dtype} of {tuple(x.shape)}")
     for name, tensor in per_channel.items():
@@ -86,7 +90,7 @@ def _check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
 
 
 def _check_batch(x: Tensor, **per_channel: Tensor | None) -> None:
-    _check_channels(x, **per_channel)
+    check_channels(x, **per_channel)
     if x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
@@ -111,7 +115,7 @@ def _filtered_norm(
     gaussian_correction: bool,
     grad_mode: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_channels(x, weight=weight, bias=bias)  # the kernels read them by address
+    check_channels(x, weight=weight, bias=bias)  # the kernels read them by address
     y, moments = _backend(x).filtered_norm(x, weight, bias, num_groups, t_sigma, eps, gaussian_correction)
     return (y, *moments)
 
@@ -170,10 +174,10 @@ def _backward(ctx, grad, *_):
         return (None,) * 8
     x, weight, *moments = ctx.saved_tensors
     gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
-    return *_as_inputs(gradients, weight, ctx.bias_dtype), *(None,) * 5
+    return *as_inputs(gradients, weight, ctx.bias_dtype), *(None,) * 5
 
 
-def _as_inputs(gradients: tuple[Tensor, Tensor, Tensor], weight: Tensor | None, bias_dtype: torch.dtype | None):
+def as_inputs(gradients: tuple[Tensor, Tensor, Tensor], weight: Tensor | None, bias_dtype: torch.dtype | None):
     """The gradients of x, weight and bias in the dtype of each, None for what is not there."""
     dx, d_weight, d_bias = gradients
     return (
@@ -210,7 +214,7 @@ class _DirectOnCPU(torch.autograd.Function):
             gradients = cpu.backward(grad, x, weight, moments, *ctx.options)
         else:
             gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
-        return *_as_inputs(gradients, weight, ctx.bias_dtype), None, None
+        return *as_inputs(gradients, weight, ctx.bias_dtype), None, None
 
 
 class _Direct(torch.autograd.Function):
@@ -222,7 +226,7 @@ class _Direct(torch.autograd.Function):
         y, moments = _backend(x).filtered_norm(x, weight, bias, *options[:-1])
         if running_mean is not None:
             batch = moments.mean, moments.var, moments.count
-            _running_backend(running_mean, running_var, moments.mean).update_running_stats(
+            running_backend(running_mean, running_var, moments.mean).update_running_stats(
                 running_mean, running_var, *batch, momentum
             )
         ctx.save_for_backward(x, weight, *moments)
@@ -238,7 +242,7 @@ class _Direct(torch.autograd.Function):
             gradients = _backend(x).filtered_norm_backward(grad, x, weight, moments, *ctx.options)
         else:
             gradients = _filtered_norm_backward(grad, x, weight, *moments, *ctx.options)
-        return *_as_inputs(gradients, weight, ctx.bias_dtype), None, None
+        return *as_inputs(gradients, weight, ctx.bias_dtype), None, None
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -314,8 +318,8 @@ def _filtered_norm_act(
     activation: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_channels(x, weight=weight, bias=bias)
-    backend = _act_backend(x)
+    check_channels(x, weight=weight, bias=bias)
+    backend = act_backend(x)
     moments = backend.filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
     y = backend.normalize(x, weight, bias, moments, num_groups, eps, residual, activation, negative_slope)
     return (y, *moments)
@@ -348,7 +352,7 @@ def _filtered_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     moments = reference.FilteredMoments(mean, var, lower, upper, count)
     options = num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope
-    *gradients, dz = _act_backend(x).filtered_norm_act_backward(grad, x, weight, bias, other, moments, *options)
+    *gradients, dz = act_backend(x).filtered_norm_act_backward(grad, x, weight, bias, other, moments, *options)
     return *gradients, x.new_empty(0) if dz is None else dz  # an operator's outputs cannot be optional
 
 
@@ -392,7 +396,7 @@ _filtered_norm_act_backward.register_autograd(_no_double_backward)
 def _update_running_stats(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
 ) -> None:
-    backend = _running_backend(running_mean, running_var, mean)
+    backend = running_backend(running_mean, running_var, mean)
     backend.update_running_stats(running_mean, running_var, mean, var, count, momentum)
 
 
@@ -565,7 +569,7 @@ def filtered_group_norm(
         channels.
     """
     t_sigma = check_filter(t_sigma, grad_mode)
-    _check_channels(x, weight=weight, bias=bias)
+    check_channels(x, weight=weight, bias=bias)
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(

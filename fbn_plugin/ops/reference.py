@@ -225,28 +225,46 @@ def filtered_norm_backward(
     variance: ``dx = (g - (sum f g + f xhat sum f g xhat / k) / M) / sigma'``, ``dweight = sum f grad xhat``, ``dbias =
     sum f grad``. (The second summand of Eq. 10 is zero by the definition of the filtered mean, Eq. 6.)
     """
-    view = _view(x, num_groups)
-    values = x.reshape(view.shape).to(moments.mean.dtype)
-    grad = grad.reshape(view.shape).to(values.dtype)
-    mean, var, lower, upper, count = (m.view(view.stats) for m in moments)
-    rstd = torch.rsqrt(var + eps)
-    xhat = (values - mean) * rstd
-    mask = ((values >= lower) & (values <= upper)).to(values.dtype)
-
-    if grad_mode == "paper":
-        masked, spread = grad * mask, 1.0
-    else:
-        masked, spread = grad, mask
+    parts = _gradient_parts(grad, x, moments, num_groups, eps)
+    view, masked = parts.view, parts.summands(grad_mode)
     d_bias = masked.sum(dim=view.not_channel)
-    d_weight = (masked * xhat).sum(dim=view.not_channel)
+    d_weight = (masked * parts.xhat).sum(dim=view.not_channel)
 
-    scale = 1.0 if weight is None else weight.to(values.dtype).view(view.channel)
+    scale = 1.0 if weight is None else weight.to(masked.dtype).view(view.channel)
     sum_g = (masked * scale).sum(dim=view.reduced, keepdim=True)
-    sum_g_xhat = (masked * scale * xhat).sum(dim=view.reduced, keepdim=True)
+    sum_g_xhat = (masked * scale * parts.xhat).sum(dim=view.reduced, keepdim=True)
     if gaussian_correction:
         sum_g_xhat = sum_g_xhat / gaussian_kappa(t_sigma)
-    dx = rstd * (grad * scale - (spread * sum_g + mask * xhat * sum_g_xhat) / count)
-    return torch.empty_like(x).copy_(dx.reshape(x.shape)), d_weight.flatten(), d_bias.flatten()
+    count = moments.count.view(view.stats)
+    return parts.dx(x, scale, sum_g / count, sum_g_xhat / count, grad_mode), d_weight.flatten(), d_bias.flatten()
+
+
+class _GradientParts(NamedTuple):
+    """What the gradients are made of, in the shapes of the form's view and in the dtype of the statistics."""
+
+    view: _View
+    grad: Tensor
+    xhat: Tensor
+    rstd: Tensor
+    mask: Tensor
+
+    def summands(self, grad_mode: str) -> Tensor:
+        """Of the sum over a set that is the shift's gradient."""
+        return self.grad * self.mask if grad_mode == "paper" else self.grad
+
+    def dx(self, x: Tensor, scale: Tensor | float, mean_g: Tensor, mean_g_xhat: Tensor, grad_mode: str) -> Tensor:
+        spread = 1.0 if grad_mode == "paper" else self.mask
+        dx = self.rstd * (self.grad * scale - (spread * mean_g + self.mask * self.xhat * mean_g_xhat))
+        return torch.empty_like(x).copy_(dx.reshape(x.shape))
+
+
+def _gradient_parts(grad: Tensor, x: Tensor, moments: FilteredMoments, num_groups: int, eps: float) -> _GradientParts:
+    view = _view(x, num_groups)
+    values = x.reshape(view.shape).to(moments.mean.dtype)
+    mean, var, lower, upper, _ = (m.view(view.stats) for m in moments)
+    rstd = torch.rsqrt(var + eps)
+    mask = ((values >= lower) & (values <= upper)).to(values.dtype)
+    return _GradientParts(view, grad.reshape(view.shape).to(values.dtype), (values - mean) * rstd, rstd, mask)
 
 
 def filtered_norm_act_backward(
@@ -289,6 +307,54 @@ def _slope(z: Tensor, activation: str, negative_slope: float) -> Tensor:
         return sigmoid * (1 + z * (1 - sigmoid))
     below = {"identity": 1.0, "relu": 0.0, "leaky_relu": negative_slope}[activation]
     return torch.where(z <= 0, below, torch.ones_like(z))
+
+
+# --- the batch form step by step, for batches whose values are on several processes -----------------------------------
+
+
+def measure(x: Tensor) -> tuple[Tensor, Tensor, None]:
+    """Mean and biased variance of each channel, ``(C,)`` each in the dtype of statistics, and what
+    :func:`measure_kept` wants to know of this pass: here nothing. ``x`` is not empty."""
+    return *plain_moments(x), None
+
+
+def measure_kept(x: Tensor, lower: Tensor, upper: Tensor, measured: None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of each channel's values in ``[lower, upper]``, all ``(C,)``; where the number
+    is 0, the others are NaN."""
+    view = _view(x, 0)
+    moments = kept_moments(x.to(lower.dtype), view.reduced, lower.view(view.stats), upper.view(view.stats))
+    return tuple(moment.flatten() for moment in moments)
+
+
+def gradient_sums(
+    grad: Tensor, x: Tensor, moments: FilteredMoments, eps: float, grad_mode: str
+) -> tuple[Tensor, Tensor]:
+    """The sums over this ``x`` that are the gradients of weight and bias, ``(C,)`` each."""
+    parts = _gradient_parts(grad, x, moments, 0, eps)
+    masked = parts.summands(grad_mode)
+    return (masked * parts.xhat).sum(dim=parts.view.reduced), masked.sum(dim=parts.view.reduced)
+
+
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    moments: FilteredMoments,
+    eps: float,
+    grad_mode: str,
+    mean_g: Tensor,
+    mean_g_xhat: Tensor,
+) -> Tensor:
+    """The gradient of ``x``, from the sums of all ``x`` whose moments these are.
+
+    Args:
+        mean_g, mean_g_xhat: ``(C,)``, the sums of ``weight * grad`` and of that times xhat, divided by the number of
+            kept values, the second by :func:`gaussian_kappa` too if that correction is on.
+    """
+    parts = _gradient_parts(grad, x, moments, 0, eps)
+    scale = 1.0 if weight is None else weight.to(parts.xhat.dtype).view(parts.view.channel)
+    mean_g, mean_g_xhat = (mean.to(parts.xhat.dtype).view(parts.view.stats) for mean in (mean_g, mean_g_xhat))
+    return parts.dx(x, scale, mean_g, mean_g_xhat, grad_mode)
 
 
 def update_running_stats(

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import os
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -326,6 +327,146 @@ def filtered_norm_act_backward(
             **plan.tiling,
         )
     return dx, d_weight, d_bias, dz
+
+
+class _Measured(NamedTuple):
+    """What the first pass over a batch leaves for the second."""
+
+    shift: Tensor
+    partial: Tensor
+
+
+def measure(x: Tensor) -> tuple[Tensor, Tensor, _Measured]:
+    """As :func:`fbn_plugin.ops.reference.measure`, for what :func:`refuses` does not refuse."""
+    plan = _plan(x, 0)
+    shift = x.new_empty(plan.sets, dtype=torch.float32)
+    partial = x.new_empty((5, plan.slots), dtype=torch.float32)
+    rows = plan.set_size // plan.set_width
+    with torch.cuda.device_of(x):
+        kernels().measure[plan.grid](
+            x, shift, partial, plan.slots, plan.channels, plan.set_units, rows, plan.set_width, **plan.tiling
+        )
+    measured = _Measured(shift, partial)
+    mean, var, _ = _settled(x, plan, measured)
+    return mean, var, measured
+
+
+def measure_kept(x: Tensor, lower: Tensor, upper: Tensor, measured: _Measured) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fbn_plugin.ops.reference.measure_kept`, once for what :func:`measure` has measured."""
+    plan, (shift, partial) = _plan(x, 0), measured
+    with torch.cuda.device_of(x):
+        kernels().measure_kept[plan.grid](
+            x, shift, lower, upper, partial, plan.slots, plan.channels, plan.set_units, **plan.tiling
+        )
+    return _settled(x, plan, measured)
+
+
+def _settled(x: Tensor, plan: _Plan, measured: _Measured) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var, count = (torch.empty_like(measured.shift) for _ in range(3))
+    slots = plan.set_units * plan.unit_slots
+    with torch.cuda.device_of(x):
+        kernels().settle[(plan.sets,)](
+            measured.shift,
+            mean,
+            var,
+            count,
+            measured.partial,
+            plan.slots,
+            slots,
+            plan.set_size,
+            1.0,
+            **plan.adding_up(slots),
+        )
+    return mean, var, count
+
+
+def gradient_sums(
+    grad: Tensor, x: Tensor, moments: FilteredMoments, eps: float, grad_mode: str
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fbn_plugin.ops.reference.gradient_sums`, for what :func:`refuses` does not refuse."""
+    plan = _plan(x, 0)
+    mean, var, lower, upper, count = moments
+    d_weight, d_bias = (torch.empty_like(mean) for _ in range(2))
+    partial = x.new_empty((2, plan.slots), dtype=torch.float32)
+    coefficients = x.new_empty((2, plan.sets), dtype=torch.float32)  # of a batch that is here as a whole
+    with torch.cuda.device_of(x):
+        kernels().measure_gradient[plan.grid](
+            _like(x, grad),
+            x,
+            None,
+            None,
+            mean,
+            var,
+            lower,
+            upper,
+            None,
+            None,
+            partial,
+            plan.slots,
+            plan.channels,
+            plan.set_units,
+            eps,
+            0.0,
+            PAPER=grad_mode == "paper",
+            ACTIVATION="identity",
+            OUTPUT=False,
+            **plan.tiling,
+        )
+        kernels().settle_gradient[(plan.sets + plan.channels,)](
+            None,
+            count,
+            coefficients,
+            d_weight,
+            d_bias,
+            partial,
+            plan.slots,
+            plan.sets,
+            plan.samples,
+            plan.channels,
+            plan.set_units,
+            plan.unit_slots,
+            1.0,
+            **plan.adding_up(max(plan.set_units, plan.samples) * plan.unit_slots),
+        )
+    return d_weight, d_bias
+
+
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    moments: FilteredMoments,
+    eps: float,
+    grad_mode: str,
+    mean_g: Tensor,
+    mean_g_xhat: Tensor,
+) -> Tensor:
+    """As :func:`fbn_plugin.ops.reference.input_gradient`, for what :func:`refuses` does not refuse."""
+    plan, dx = _plan(x, 0), torch.empty_like(x)
+    mean, var, lower, upper, _ = moments
+    with torch.cuda.device_of(x):
+        kernels().input_gradient[plan.grid](
+            _like(x, grad),
+            x,
+            None,
+            dx,
+            mean,
+            var,
+            lower,
+            upper,
+            _dense(weight),
+            None,
+            torch.stack((mean_g, mean_g_xhat)).to(mean.dtype),
+            plan.sets,
+            plan.channels,
+            plan.set_units,
+            eps,
+            0.0,
+            PAPER=grad_mode == "paper",
+            ACTIVATION="identity",
+            **plan.tiling,
+        )
+    return dx
 
 
 def update_running_stats(

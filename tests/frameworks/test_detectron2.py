@@ -545,13 +545,15 @@ def test_freeze_at(freeze_at, frozen_stages):
     assert seen == {"stem", "res2", "res3", "res4", "res5"}
 
 
-def test_frozen_filtered_norm_computes_what_evaluation_computes():
-    norm = FilteredBatchNorm2d(8)
+@pytest.mark.parametrize("spec", ["FBN", "SyncFBN"])
+def test_frozen_filtered_norm_computes_what_evaluation_computes(spec):
+    norm = batch_norm.get_norm(spec, 8)
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
     nn.init.normal_(norm.weight)
     frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(copy.deepcopy(norm))
     x = torch.randn(2, 8, 4, 4)
+    assert type(frozen) is FrozenBatchNorm2d
     torch.testing.assert_close(frozen(x), norm.eval()(x))
 
 
@@ -664,6 +666,13 @@ def test_retinanet_keeps_statistics_per_level(affine):
         assert not torch.equal(norms_of_levels[0].running_mean, norms_of_levels[1].running_mean)
 
 
+def test_retinanet_keeps_synchronized_statistics_per_level():
+    head = retinanet_head("SyncFBN(t_sigma=4.0)")
+    lists = [m for m in head.modules() if isinstance(m, CycleBatchNormList)]
+    assert len(lists) == 4 and all(type(norm) is fbn_plugin.SyncFilteredBatchNorm for m in lists for norm in m)
+    assert all(norm.t_sigma == 4 and norm.weight is None for m in lists for norm in m)
+
+
 def test_retinanet_like_batch_norm():
     """With nothing to filter, the head computes what detectron2's own BN head does, in the same state_dict."""
     own, ours = retinanet_head("BN"), retinanet_head("FBN(t_sigma=inf)")
@@ -732,6 +741,14 @@ def test_convert_norm_knows_detectron2s_batch_norms():
     assert_all_filtered(model, 3)
     assert (model[0].running_mean == 3).all()
     assert not model[1][0].affine
+
+
+def test_convert_sync_knows_detectron2s_batch_norms():
+    norms_of_levels = CycleBatchNormList(2, bn_class=FilteredBatchNorm2d, num_features=8)
+    model, report = nn.Sequential(NaiveSyncBatchNorm(8), norms_of_levels), fbn_plugin.NormReport()
+    fbn_plugin.convert_sync(model, report=report)
+    assert type(model[0]) is NaiveSyncBatchNorm and report.left[0].reason == "it is synchronized already"
+    assert [type(norm) for norm in model[1]] == [fbn_plugin.SyncFilteredBatchNorm] * 2 and not model[1][0].affine
 
 
 def test_convert_norm_knows_detectron2s_layer_norm():

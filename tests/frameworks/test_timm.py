@@ -31,7 +31,7 @@ from fbn_plugin.frameworks import timm as adapter
 from fbn_plugin.frameworks.timm import FilteredBatchNormAct2d
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 
-NAMES = ["BN", "SyncBN", "FrozenBN", "GN", "LN", "IN", "FBN", "FGN", "FLN", "FIN"]
+NAMES = ["BN", "SyncBN", "FrozenBN", "GN", "LN", "IN", "FBN", "SyncFBN", "FGN", "FLN", "FIN"]
 NAMES += ["FRN", "FFRN", "ConvNorm", "LearnedNorm"]
 NAMES += ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "RBN", "RBN-", "IEBN", "IEBN-"]
 # So that they fit 16 channels, have a scale, and mean ours: "frn" alone is a norm+activation of timm's.
@@ -484,13 +484,34 @@ def test_conversions_that_lose_the_filter_say_so_once(name, conversion):
     with pytest.warns(UserWarning) as caught:
         converted = convert(model)
     count = len(norms_of(timm.create_model(name)))
-    assert [str(w.message) for w in caught] == [
-        f"timm's {conversion} makes batch norms without the filter of {count} filtered ones"
-    ]
+    message = f"timm's {conversion} makes batch norms without the filter of {count} filtered ones"
+    if conversion == "convert_sync_batchnorm":
+        message += ": fbn_plugin.convert_sync keeps it"
+    assert [str(w.message) for w in caught] == [message]
     torch.testing.assert_close(converted.eval()(images), before)  # the activations are kept
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(timm.create_model(name))
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_convert_sync_keeps_filter_and_activation(name):
+    model = trained(timm.create_model(name, num_classes=10, norm_layer="fbn(t_sigma=2.5, grad_mode='paper')"))
+    images, parameters = torch.randn(2, 3, 64, 64), dict(model.named_parameters())
+    expected, training = model(images), copy.deepcopy(model).train()(images)
+    report = fbn_plugin.NormReport()
+    assert fbn_plugin.convert_sync(model, report=report) is model
+    norms = norms_of(model)
+    assert len(report.changed) == len(norms) and not report.left
+    assert {(isinstance(m, fbn_plugin.SyncFilteredBatchNorm), m.t_sigma, m.grad_mode) for m in norms.values()} == {
+        (True, 2.5, "paper")
+    }
+    assert all(parameter is parameters[key] for key, parameter in model.named_parameters())
+    assert torch.equal(model(images), expected)
+    torch.testing.assert_close(model.train()(images), training)
+    plain = fbn_plugin.convert_sync(timm.create_model(name))
+    kind = nn.SyncBatchNorm if name == "test_resnet" else SyncBatchNormAct
+    assert {type(m) for m in norms_of(plain).values()} == {kind}
 
 
 def test_weight_decay_leaves_the_norms_out():

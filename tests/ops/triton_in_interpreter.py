@@ -8,10 +8,11 @@ import itertools
 
 import pytest
 import torch
+from simulated_group import SimulatedGroup
 from test_cpu import batch, close, run
 
 from fbn_plugin import ops
-from fbn_plugin.ops import reference, triton
+from fbn_plugin.ops import reference, sync_filtered_norm, triton
 from fbn_plugin.ops.reference import SIGN_TELLS
 
 # Rows and columns that do not fill their tiles, several tiles along both axes, a set in a tile, single positions.
@@ -163,3 +164,41 @@ def test_operator_with_activation_uses_the_kernels(monkeypatch):
     y = ops.filtered_batch_norm_act(x, weight, bias, mean, var, True, t_sigma=2.0, residual=residual)
     y.sum().backward()
     assert mean.ne(0).all() and residual.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("t_sigma, mode", [(2.0, "exact"), (2.0, "paper"), (float("inf"), "exact")])
+def test_synchronized_batch_is_normalized_as_one(channels_last, t_sigma, mode, monkeypatch):
+    """The kernels with the exchanges between them, no share like another and one empty."""
+    group, sizes = SimulatedGroup(3), (3, 0, 2)
+    monkeypatch.setattr(sync_filtered_norm, "dist", group)
+    shape, dtype = (5, 4, 5, 7), torch.float16 if channels_last else torch.float32
+    grad, _, weight, bias = inputs(shape, dtype)
+    x = batch(shape, dtype, channels_last, 3)
+    options = {"t_sigma": t_sigma, "grad_mode": mode, "gaussian_correction": True}
+
+    def one(operator, x, grad, dtype, **options):
+        leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, weight.to(dtype), bias.to(dtype))]
+        x, w, b = (leaf.requires_grad_() for leaf in leaves)
+        mean, var = torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)
+        y = operator(x, w, b, mean, var, **options)
+        y.backward(grad)
+        return y.detach(), x.grad, w.grad, b.grad, mean, var
+
+    shares = list(zip(x.split(sizes), grad.split(sizes)))
+    expected = one(ops.filtered_batch_norm, x.double(), grad.double(), torch.float64, training=True, **options)
+    for name in ("measure", "measure_kept", "normalize", "gradient_sums", "input_gradient", "update_running_stats"):
+        monkeypatch.setattr(reference, name, None)
+    results = group.run(
+        lambda rank: one(sync_filtered_norm.sync_filtered_batch_norm, *shares[rank], torch.float32, **options)
+    )
+    assert not any(isinstance(result, Exception) for result in results), results
+    parts = list(zip(*results))
+    one_rounding = torch.finfo(dtype).eps
+    for name, share, truth in zip(("y", "dx"), parts[:2], expected[:2]):
+        close(torch.cat(share), truth, one_rounding + 1e-4, name)
+    for name, share, truth in zip(("d_weight", "d_bias"), parts[2:4], expected[2:4]):
+        close(sum(share), truth, 2e-4, name)
+    for name, share, truth in zip(("mean", "var"), parts[4:], expected[4:]):
+        close(share[0], truth, 1e-5, name)
+        assert torch.equal(share[0], share[1]) and torch.equal(share[0], share[2])

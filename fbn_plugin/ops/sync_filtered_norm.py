@@ -1,0 +1,166 @@
+"""Filtered batch normalization of a batch whose images are spread over processes: every process normalizes its share by
+the filtered moments of the whole.
+
+A process with no image takes part like any other. What is exchanged is a few numbers a channel: once before the band
+can be drawn, once after, and once in the backward pass. Moments of shares are put together by means and deviations, as
+Chan, Golub and LeVeque do ("Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979), never by
+sums of squares. Source of the filter: Horváth and Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-13.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fbn_plugin.ops.filtered_norm import act_backend, as_inputs, check_channels, check_filter, running_backend
+from fbn_plugin.ops.reference import FilteredMoments, accumulate_dtype, band, gaussian_kappa
+
+
+@torch.compiler.disable
+def sync_filtered_batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    t_sigma: float = 5.0,
+    grad_mode: str = "exact",
+    gaussian_correction: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
+) -> Tensor:
+    """:func:`fbn_plugin.ops.filtered_batch_norm` in training, over the batches of all processes of a group: outputs,
+    gradients and running statistics are those of one process with the concatenated batch.
+
+    All processes of the group must call it, and run its backward pass, alike often and in the same order; their batches
+    may be of different sizes, and empty. The forward pass exchanges twice (once where ``t_sigma`` is inf, which needs
+    no second look), the backward pass once. The process whose input needs no gradient takes part in that, too, if
+    any other's does.
+
+    The gradients of ``weight`` and ``bias`` are the sums over this process's values, as those of
+    :class:`torch.nn.SyncBatchNorm`: like those of any other parameter they add up over processes to the gradient
+    of the sum of the losses, and ``DistributedDataParallel`` averages them.
+
+    On a GPU the kernels are those of :func:`fbn_plugin.ops.filtered_batch_norm`, the exchanges between them. On a CPU
+    it is plain PyTorch. ``torch.compile`` breaks its graph here.
+
+    Args:
+        x: this process's ``(N, C, *spatial)``; N may be 0.
+        weight, bias, running_mean, running_var, momentum, eps, t_sigma, grad_mode, gaussian_correction: as in
+            :func:`fbn_plugin.ops.filtered_batch_norm`; the running statistics end equal on all processes.
+        process_group: of ``torch.distributed``, which is initialized; None is all processes.
+
+    Returns:
+        Tensor like ``x``.
+
+    Raises:
+        ValueError: ``t_sigma`` or ``grad_mode`` out of range, a channel count that does not fit, or, on every process
+        alike, one value per channel on all processes together.
+    """
+    t_sigma = check_filter(t_sigma, grad_mode)
+    check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    with torch.no_grad():
+        moments, anywhere = _moments(x, eps, t_sigma, gaussian_correction, differentiates, process_group)
+        if running_mean is not None and running_var is not None:
+            backend = running_backend(running_mean, running_var, moments.mean)
+            backend.update_running_stats(running_mean, running_var, moments.mean, moments.var, moments.count, momentum)
+    if not differentiates and torch.is_grad_enabled() and anywhere:
+        x = x.detach().requires_grad_()  # so that the backward pass comes here
+    kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
+    return _Normalize.apply(x, weight, bias, moments, eps, grad_mode, kappa, process_group)
+
+
+def _moments(
+    x: Tensor,
+    eps: float,
+    t_sigma: float,
+    gaussian_correction: bool,
+    differentiates: bool,
+    group: "dist.ProcessGroup | None",
+) -> tuple[FilteredMoments, bool]:
+    """The filtered moments of all processes' values; and for a process that does not differentiate, whether any other
+    does."""
+    backend, channels, values = act_backend(x), x.shape[1], x.numel() // x.shape[1]
+    local = x.new_zeros(2, channels, dtype=torch.float64)
+    facts = [local.new_full((1,), fact) for fact in (values, differentiates)]
+    measured = None
+    if values:
+        mean, var, measured = backend.measure(x)
+        local = torch.stack((mean, var)).double()
+    of_all = _gather(torch.cat((local.flatten(), *facts)), group)
+    counts, differentiate = of_all[:, -2:].unbind(1)
+    mean, var, count = _together(*of_all[:, :-2].unflatten(1, (2, channels)).unbind(1), counts[:, None])
+    # Looked at where it matters only: reading a number makes a GPU's host wait.
+    if values < 2 and counts.sum() == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got 1 on {len(counts)} processes, and here input "
+            f"size {x.shape}"
+        )
+    anywhere = not differentiates and bool(differentiate.any())
+
+    wide = accumulate_dtype(x.dtype)
+    mean, var, count = mean.to(wide), var.to(wide), count.expand(channels).to(wide)
+    if math.isinf(t_sigma):
+        edge = torch.full_like(mean, math.inf)
+        return FilteredMoments(mean, var, -edge, edge, count), anywhere
+    lower, upper = band(mean, var, t_sigma, eps)
+    local = x.new_zeros(3, channels, dtype=torch.float64)
+    if values:
+        mean, var, count = backend.measure_kept(x, lower, upper, measured)
+        local = torch.where(count > 0, torch.stack((mean, var, count)).double(), 0)
+    mean, var, count = _together(*_gather(local.flatten(), group).unflatten(1, (3, channels)).unbind(1))
+    if gaussian_correction:
+        var = var / gaussian_kappa(t_sigma)
+    return FilteredMoments(mean.to(wide), var.to(wide), lower, upper, count.to(wide)), anywhere
+
+
+def _gather(numbers: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """Each process's ``numbers``, one row a process."""
+    rows = numbers.new_empty(dist.get_world_size(group), len(numbers))
+    dist.all_gather(list(rows.unbind()), numbers, group=group)
+    return rows
+
+
+def _together(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and number of all values, ``(C,)``, from those of shares, ``(shares, C)``; NaN where there
+    is no value, or where a share has one. The counts may be one a share."""
+    total = count.sum(0)
+    center = (count * mean).sum(0) / total
+    squares = (count * (var + (mean - center).square())).sum(0)
+    return center, squares / total, total
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalization by moments of all processes, and a gradient that knows of all of them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, moments, eps, grad_mode, kappa, group):
+        ctx.save_for_backward(x, weight, *moments)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.options = eps, grad_mode, kappa, group
+        if x.numel() == 0:
+            return torch.empty_like(x)
+        return act_backend(x).normalize(x, weight, bias, moments, 0, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, *moments = ctx.saved_tensors
+        eps, grad_mode, kappa, group = ctx.options
+        moments, backend = FilteredMoments(*moments), act_backend(x)
+        d_weight = d_bias = torch.zeros_like(moments.mean)
+        if x.numel():
+            d_weight, d_bias = backend.gradient_sums(grad, x, moments, eps, grad_mode)
+        sums = torch.stack((d_bias, d_weight)).double()
+        dist.all_reduce(sums, group=group)
+        if x.numel() and ctx.needs_input_grad[0]:
+            scale = 1.0 if weight is None else weight.double()
+            mean_g, mean_g_xhat = sums * scale / moments.count.double()
+            dx = backend.input_gradient(grad, x, weight, moments, eps, grad_mode, mean_g, mean_g_xhat / kappa)
+        else:
+            dx = torch.zeros_like(x)
+        return *as_inputs((dx, d_weight, d_bias), weight, ctx.bias_dtype), *(None,) * 5
