@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
-from fbn_plugin.ops.filtered_norm import filtered_share
 
 __all__ = ["FilterMeter"]
 
