@@ -727,7 +727,7 @@ def test_the_linear_rule(config, monkeypatch):
     for processes, factor in ((1, 0.5), (8, 4)):
         scaled = scale_to_processes(cfg, processes)
         solver, test = scaled.SOLVER, scaled.TEST
-        assert [solver.IMS_PER_BATCH, solver.BASE_LR] == pytest.approx([4 * factor, 0.02 * factor])
+        assert pytest.approx([4 * factor, 0.02 * factor]) == [solver.IMS_PER_BATCH, solver.BASE_LR]
         counts = [solver.MAX_ITER, *solver.STEPS, solver.CHECKPOINT_PERIOD, test.EVAL_PERIOD, *test.EVAL_ITERATIONS]
         counts.append(solver.WARMUP_ITERS)
         assert counts == [round(count / factor) for count in (100, 60, 80, 50, 40, 30, 90, 10)]
