@@ -1,7 +1,7 @@
 """The model that a detection config describes, with detectron2's optimizer and learning rate schedules.
 
-What torchvision's model does otherwise than detectron2's (RoIAlign's half pixel, the first values of the heads'
-weights) stays torchvision's.
+What torchvision's model does otherwise than detectron2's (RoIAlign's half pixel, the first values of the weights) stays
+torchvision's.
 """
 
 import logging
@@ -19,6 +19,8 @@ from fvcore.common.param_scheduler import (
 )
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fbn_plugin.engine.coco_data import scaled_size
@@ -52,6 +54,51 @@ class DetectionTransform(GeneralizedRCNNTransform):
             return image, target
         size = scaled_size(*image.shape[-2:], short, self.max_size)
         return F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)[0], target
+
+
+class DetectionRPN(RegionProposalNetwork):
+    """torchvision's proposal network with detectron2's losses: weights, and where smooth L1 goes over into L2."""
+
+    beta, weight, box_weight = 0.0, 1.0, 1.0
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        positive, negative = (torch.cat(sampled) > 0 for sampled in self.fg_bg_sampler(labels))
+        chosen = positive | negative
+        logits, classes = objectness.flatten()[chosen], torch.cat(labels)[chosen]
+        deltas, targets = pred_bbox_deltas[positive], torch.cat(regression_targets)[positive]
+        score = F.binary_cross_entropy_with_logits(logits, classes, reduction="sum")
+        box = F.smooth_l1_loss(deltas, targets, beta=self.beta, reduction="sum")
+        weight = self.weight / (self.fg_bg_sampler.batch_size_per_image * len(labels))
+        return weight * score, weight * self.box_weight * box
+
+
+class DetectionRoIHeads(RoIHeads):
+    """torchvision's heads for boxes and masks with detectron2's loss of the boxes; see `DetectionRPN`."""
+
+    beta, box_weight = 0.0, 1.0
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        if not self.training:
+            return super().forward(features, proposals, image_shapes, targets)
+        proposals, matched, labels, regression_targets = self.select_training_samples(proposals, targets)
+        regions = self.box_roi_pool(features, proposals, image_shapes)
+        logits, deltas = self.box_predictor(self.box_head(regions))
+        classes = torch.cat(labels)
+        positive = classes.nonzero().squeeze(1)
+        deltas = deltas.unflatten(1, (logits.shape[1], 4))[positive, classes[positive]]
+        box = F.smooth_l1_loss(deltas, torch.cat(regression_targets)[positive], beta=self.beta, reduction="sum")
+        losses = {
+            "loss_classifier": F.cross_entropy(logits, classes),
+            "loss_box_reg": self.box_weight * box / classes.numel(),
+        }
+        if self.has_mask():
+            boxes, matched = ([x[label > 0] for x, label in zip(each, labels)] for each in (proposals, matched))
+            logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
+            masks, labels = ([target[name] for target in targets] for name in ("masks", "labels"))
+            losses["loss_mask"] = maskrcnn_loss(logits, boxes, masks, labels, matched)
+        return [], losses
 
 
 def build_model(cfg: CfgNode) -> nn.Module:
@@ -111,6 +158,13 @@ def build_model(cfg: CfgNode) -> nn.Module:
     )
     model.transform = DetectionTransform(
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, m.PIXEL_MEAN, m.PIXEL_STD, cfg.INPUT.FORMAT == "BGR"
+    )
+    model.rpn.__class__, model.roi_heads.__class__ = DetectionRPN, DetectionRoIHeads
+    model.rpn.beta, model.rpn.weight = m.RPN.SMOOTH_L1_BETA, m.RPN.LOSS_WEIGHT
+    model.rpn.box_weight = m.RPN.BBOX_REG_LOSS_WEIGHT
+    model.roi_heads.beta, model.roi_heads.box_weight = (
+        m.ROI_BOX_HEAD.SMOOTH_L1_BETA,
+        m.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT,
     )
     model.rpn.box_coder.weights = m.RPN.BBOX_REG_WEIGHTS
     model.rpn.min_size = max(m.PROPOSAL_GENERATOR.MIN_SIZE, model.rpn.min_size)

@@ -3,11 +3,15 @@
 import itertools
 import json
 import math
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from fbn_plugin.engine import detection
 from fbn_plugin.engine.cli import UserError
@@ -356,6 +360,33 @@ def test_weights_of_a_classification_model_go_into_the_backbone(config, tmp_path
         DetectionTrainer(config("other", MODEL__WEIGHTS=tmp_path / "other.pth"))
 
 
+@pytest.mark.parametrize("norm", ["BN", "FBN", "FrozenBN", "GN(num_groups=4)", "FGN(num_groups=4)"])
+def test_a_backbone_of_detectron2s_goes_under_any_norm_and_says_so(config, tmp_path, norm):
+    """By the name that it has there: the block's norms and convolutions, with a head's entry that is of no use."""
+    blobs = {"pred_w": np.zeros(3, np.float32)}
+    source = build_model(config()).backbone.body.state_dict()
+    for name, value in source.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        value += torch.rand(value.shape)
+        *where, conv, entry = name.replace("downsample.", "downsample").split(".")
+        last = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}[entry]
+        kind = "w" if "conv" in conv or conv == "downsample0" else f"bn_{last}"
+        branch = "1" if "downsample" in conv else f"2{'abc'[int(conv[-1]) - 1]}"
+        block = f"res{int(where[0][-1]) + 1}_{where[1]}_branch{branch}" if where else ""
+        blobs[f"{block}_{kind}" if block else "conv1_w" if kind == "w" else f"res_conv1_{kind}"] = value.numpy()
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"blobs": blobs}))
+    cfg = config(MODEL__WEIGHTS=tmp_path / "R-18.pkl", MODEL__RESNETS__NORM=norm, MODEL__BACKBONE__FREEZE_AT=1)
+    own = DetectionTrainer(cfg).model.backbone.body.state_dict()
+    assert all(torch.equal(value, source[name]) for name, value in own.items() if "num_batches" not in name)
+    lines = (Path(cfg.OUTPUT_DIR) / "log.txt").read_text()
+    statistics = "20 of the 20" if "GN" not in norm else "0 of the 0"
+    assert f"scale and shift of 20 of 20 loaded, running statistics of {statistics} that have them" in lines
+    assert ("running statistics in the file and left out: 40; the norms have none" in lines) == ("GN" in norm)
+    assert "as built, not from the file: backbone.fpn, rpn, roi_heads" in lines
+    assert "in the file and not used: pred_w" in lines
+
+
 def test_the_model_sees_what_detectron2s_would(config):
     image = torch.rand(3, 20, 30)
     mean, std = [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]
@@ -371,6 +402,42 @@ def test_the_model_sees_what_detectron2s_would(config):
         torch.testing.assert_close(images.tensors[0, :, :20, :30], expected)
     model.transform.min_size, model.transform.max_size = (10,), 12
     assert model.transform([image])[0].image_sizes == [(8, 12)]
+
+
+def losses_of(model):
+    torch.manual_seed(0)
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+    mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    mask[:, 10:40, 10:40] = 1
+    object_ = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([2]), "masks": mask}
+    nothing = {name: value[:0] for name, value in object_.items()}
+    return {name: loss.item() for name, loss in model.train()(images, [object_, nothing]).items()}
+
+
+def test_losses_are_torchvisions_with_detectron2s_weights_and_point(config):
+    """At torchvision's point, 1/9, its own; the rest follows from that: each weight multiplies, 0 is L1."""
+    rpn, box = "MODEL__RPN__", "MODEL__ROI_BOX_HEAD__"
+    at_its_point = {f"{rpn}SMOOTH_L1_BETA": 1 / 9, f"{box}SMOOTH_L1_BETA": 1 / 9}
+    cfg = config(**at_its_point)
+    torch.manual_seed(1)
+    model = build_model(cfg)
+    weights = model.state_dict()
+    ours = losses_of(model)
+    model.rpn.__class__, model.roi_heads.__class__ = RegionProposalNetwork, RoIHeads
+    assert ours == pytest.approx(losses_of(model), rel=1e-4) and min(ours.values()) > 0
+
+    factors = {f"{rpn}LOSS_WEIGHT": 2, f"{rpn}BBOX_REG_LOSS_WEIGHT": 3, f"{box}BBOX_REG_LOSS_WEIGHT": 5}
+    model = build_model(config(**at_its_point, **factors))
+    model.load_state_dict(weights)
+    expected = {"loss_objectness": 2, "loss_rpn_box_reg": 6, "loss_box_reg": 5}
+    weighted = losses_of(model)
+    assert weighted == pytest.approx({name: expected.get(name, 1) * value for name, value in ours.items()}, rel=1e-4)
+
+    model = build_model(config())
+    model.load_state_dict(weights)
+    absolute = losses_of(model)
+    for name in ("loss_rpn_box_reg", "loss_box_reg"):  # |x| is above smooth L1, by half the point at most
+        assert ours[name] < absolute[name]
 
 
 def test_norms_reach_their_places(config):
