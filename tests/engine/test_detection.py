@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -168,8 +169,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
 
 
 def test_a_damaged_image_is_named(config, shapes, tmp_path):
-    import shutil
-
     folder = shutil.copytree(shapes, tmp_path / "set")
     for path in (folder / "train").iterdir():
         path.write_bytes(path.read_bytes()[:100])
@@ -196,10 +195,12 @@ def test_two_test_sets_are_told_apart(config, shapes):
 
 
 def test_boxes_alone_and_bfloat16(config):
-    cfg = config(SOLVER__MAX_ITER=2, MODEL__MASK_ON=False, SOLVER__AMP__ENABLED=True)
+    options = {"MODEL__RESNETS__NORM": "FBN(t_sigma=2.0)", "NORM_STATS_PERIOD": 2}
+    cfg = config(SOLVER__MAX_ITER=2, MODEL__MASK_ON=False, SOLVER__AMP__ENABLED=True, **options)
     metrics = DetectionTrainer(cfg).train()
     assert not any(name.startswith("segm/") for name in metrics)
-    assert "loss_mask" not in metrics_of(cfg)[0]
+    losses, shares, _ = metrics_of(cfg)
+    assert "loss_mask" not in losses and 0 < shares["filtered/mean"] < 0.25
 
 
 @pytest.mark.parametrize(
@@ -287,6 +288,14 @@ def test_wrong_input_is_named_before_anything_is_written(config, tmp_path, chang
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         DetectionTrainer(config(**{key.replace(".", "__"): value for key, value in changes.items()}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sets_of_other_classes_are_refused(config, shapes, tmp_path):
+    folder = shutil.copytree(shapes, tmp_path / "set")
+    path = folder / "annotations/instances_val.json"
+    path.write_text(path.read_text().replace('"disc"', '"ring"'))
+    with pytest.raises(ValueError, match=r":train' and '.*:val' have different classes"):
+        DetectionTrainer(config(DATASETS__TEST=f"{folder}:val"))
 
 
 def test_the_batch_is_shared_evenly(config, monkeypatch):
@@ -696,6 +705,8 @@ def test_evaluations_after_chosen_iterations(config):
     cfg = config(SOLVER__MAX_ITER=4, TEST__EVAL_ITERATIONS=(1, 3))
     DetectionTrainer(cfg).train()
     assert [row["iteration"] + 1 for row in metrics_of(cfg) if "bbox/AP" in row] == [1, 3, 4]
+    saved = load_detection_config(f"{cfg.OUTPUT_DIR}/config.yaml")
+    assert saved.TEST.EVAL_ITERATIONS == (1, 3) and saved == cfg
 
 
 def test_precise_statistics_are_those_of_the_checkpoint_and_survive_an_interruption(config):
