@@ -1,6 +1,6 @@
 """The model that a detection config describes, with detectron2's optimizer and learning rate schedules.
 
-What torchvision's model does otherwise than detectron2's (RoIAlign's half pixel, the first values of the weights) stays
+What torchvision's model does otherwise than detectron2's (RoIAlign without the shift by half a pixel, for one) stays
 torchvision's.
 """
 
@@ -101,6 +101,21 @@ class DetectionRoIHeads(RoIHeads):
         return [], losses
 
 
+def _detectron2_start(model: nn.Module) -> None:
+    """Give the heads' last layers and the box head's linear ones detectron2's first values; the rest has them."""
+    for layer in model.roi_heads.box_head.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+    last = {model.roi_heads.box_predictor.cls_score: 0.01, model.roi_heads.box_predictor.bbox_pred: 0.001}
+    if model.roi_heads.has_mask():
+        nn.init.zeros_(model.roi_heads.mask_predictor.conv5_mask.bias)
+        last[model.roi_heads.mask_predictor.mask_fcn_logits] = 0.001
+    for layer, deviation in last.items():
+        nn.init.normal_(layer.weight, std=deviation)
+        nn.init.zeros_(layer.bias)
+
+
 def build_model(cfg: CfgNode) -> nn.Module:
     """The Mask R-CNN (without MODEL.MASK_ON: Faster R-CNN) that the config describes, with random weights, on the CPU.
 
@@ -159,6 +174,7 @@ def build_model(cfg: CfgNode) -> nn.Module:
     model.transform = DetectionTransform(
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, m.PIXEL_MEAN, m.PIXEL_STD, cfg.INPUT.FORMAT == "BGR"
     )
+    _detectron2_start(model)
     model.rpn.__class__, model.roi_heads.__class__ = DetectionRPN, DetectionRoIHeads
     model.rpn.beta, model.rpn.weight = m.RPN.SMOOTH_L1_BETA, m.RPN.LOSS_WEIGHT
     model.rpn.box_weight = m.RPN.BBOX_REG_LOSS_WEIGHT

@@ -413,6 +413,35 @@ def test_the_model_sees_what_detectron2s_would(config):
     assert model.transform([image])[0].image_sizes == [(8, 12)]
 
 
+@pytest.mark.detectron2
+@pytest.mark.parametrize("options", [[], ["MODEL.ROI_BOX_HEAD.NUM_CONV", "1", "MODEL.ROI_BOX_HEAD.NORM", "BN"]])
+def test_training_starts_as_in_detectron2(options):
+    """Every layer of a detector, from input to output, has weights and biases of the deviation that it has there."""
+    model_zoo = pytest.importorskip("detectron2.model_zoo", reason="detectron2 is not installed")
+    from detectron2.modeling import build_model as build_theirs
+
+    values = {key: value for key, value in TINY.items() if key.startswith("MODEL.")}
+    values |= {"MODEL.FPN.OUT_CHANNELS": 64, "MODEL.ROI_BOX_HEAD.FC_DIM": 256, "MODEL.ROI_MASK_HEAD.CONV_DIM": 64}
+    settings = [*(str(part) for pair in values.items() for part in pair), *options]
+    cfg = model_zoo.get_config("Base-RCNN-FPN.yaml")
+    cfg.merge_from_list(settings)
+
+    # What torchvision's last layers have for the background too.
+    same = {(2, 64, 1, 1): (3, 64, 1, 1), (8, 256): (12, 256)}
+
+    def deviations(model):
+        found = {}
+        for name, value in model.named_parameters():
+            kind = "backbone" if name.startswith("backbone") else "rpn" if "rpn" in name else "heads"
+            shape = same.get(tuple(value.shape), tuple(value.shape)) if value.dim() > 1 else "vector"
+            found.setdefault((kind, shape), []).append(value.std(correction=0).item())
+        return {key: sorted(values) for key, values in found.items()}
+
+    torch.manual_seed(0)
+    ours, theirs = deviations(build_model(load_detection_config(None, settings))), deviations(build_theirs(cfg))
+    assert ours == {key: pytest.approx(values, rel=0.2, abs=1e-6) for key, values in theirs.items()}
+
+
 def losses_of(model):
     torch.manual_seed(0)
     images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
