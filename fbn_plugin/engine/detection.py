@@ -39,7 +39,7 @@ from fbn_plugin.engine.logging import Timer, TrainingLog, read_metrics, setup_lo
 from fbn_plugin.engine.norm_stats import FilterMeter
 from fbn_plugin.engine.run_info import write_run_info
 from fbn_plugin.engine.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset
-from fbn_plugin.engine.weights import loading_report
+from fbn_plugin.engine.weights import loading_report, refuse_foreign, refuse_misfit
 from fbn_plugin.frameworks.torchvision import load_backbone
 from fbn_plugin.population import update_population_stats
 from fbn_plugin.registry import parse_spec
@@ -91,11 +91,12 @@ class _Weights:
 
     def load(self, model: nn.Module, strict: bool) -> list[str]:
         """Load into a detector; the lines that say what was loaded. ``strict``: nothing may be missing or left."""
+        file = f"MODEL.WEIGHTS {self.source}"
         if self.is_backbone:
             body = model.backbone.body
             with warnings.catch_warnings():  # the report tells it
                 warnings.simplefilter("ignore")
-                loaded = load_backbone(body, self._weights, f"MODEL.WEIGHTS {self.source}")
+                loaded = load_backbone(body, self._weights, file)
             left = [name for name in self._weights if name not in loaded and not name.endswith("num_batches_tracked")]
             loaded = {f"backbone.body.{name}" for name in loaded}
         else:
@@ -103,18 +104,16 @@ class _Weights:
             given = {n: v for n, v in self._weights.items() if n in own and own[n] == getattr(v, "shape", None)}
             left = [name for name in self._weights if name not in given]
             missing = [name for name in own if name not in given]
-            if not given:
-                raise ValueError(f"MODEL.WEIGHTS {self.source!r} has no entry of this model")
+            refuse_foreign(file, given, left)
+            shapes = [(n, self._weights[n].shape, own[n]) for n in missing if hasattr(self._weights.get(n), "shape")]
+            if strict:
+                refuse_misfit(file, missing, shapes, left)
             # Another number of classes, or another norm, is no other network; another convolution of the backbone is.
             convolutions = [n for n in missing if n.startswith("backbone.body.") and len(own[n]) == 4]
-            if wrong := missing + left if strict else convolutions:
-                name = wrong[0]
-                who = "only the model has" if name not in self._weights else "only the file has"
-                what = f"{name!r} has another shape" if name in own and name in self._weights else f"{who} {name!r}"
-                raise ValueError(f"MODEL.WEIGHTS {self.source} does not fit this model: {what}")
+            refuse_misfit(file, convolutions, [each for each in shapes if each[0] in convolutions])
             model.load_state_dict(given, strict=False)
             loaded = given.keys()
-        return loading_report(model, f"MODEL.WEIGHTS {self.source}", loaded, [*left, *self.unused])
+        return loading_report(file, model, loaded, [*left, *self.unused])
 
     def advise(self, cfg: CfgNode) -> None:
         """Say what torchvision's ImageNet weights want, where the config has it otherwise."""

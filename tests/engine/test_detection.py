@@ -365,7 +365,7 @@ def test_weights_of_a_classification_model_go_into_the_backbone(config, tmp_path
     own = trainer.model.backbone.body.state_dict()
     assert all(torch.equal(own[name], value) for name, value in source.state_dict().items() if name in own)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="has no entry of this model"):
+    with pytest.raises(ValueError, match="has no weight of this model"):
         DetectionTrainer(config("other", MODEL__WEIGHTS=tmp_path / "other.pth"))
 
 
@@ -389,11 +389,18 @@ def test_a_backbone_of_detectron2s_goes_under_any_norm_and_says_so(config, tmp_p
     own = DetectionTrainer(cfg).model.backbone.body.state_dict()
     assert all(torch.equal(value, source[name]) for name, value in own.items() if "num_batches" not in name)
     lines = (Path(cfg.OUTPUT_DIR) / "log.txt").read_text()
-    statistics = "20 of the 20" if "GN" not in norm else "0 of the 0"
-    assert f"scale and shift of 20 of 20 loaded, running statistics of {statistics} that have them" in lines
-    assert ("running statistics in the file and left out: 40; the norms have none" in lines) == ("GN" in norm)
-    assert "as built, not from the file: backbone.fpn, rpn, roi_heads" in lines
-    assert "in the file and not used: pred_w" in lines
+    # The stem is frozen, and so are its statistics, unless the norm has none.
+    has_none = "GN" in norm
+    kinds = {"FrozenBatchNorm2d": 1} if not has_none else {}
+    kind = type(build_model(config(MODEL__RESNETS__NORM=norm)).backbone.body.layer1[0].bn1).__name__
+    kinds[kind] = 20 - sum(kinds.values()) if kind not in kinds else 20
+    listed = ", ".join(f"{count} norms ({name})" for name, count in kinds.items())
+    assert f"scale and shift of {listed} loaded" in lines
+    statistics = f"left out: {kind} has none" if has_none else f"running statistics of {listed} loaded"
+    assert statistics in lines
+    assert f"{'60 of 60' if has_none else '100 of 100'} tensors of the backbone loaded" in lines
+    assert "not in the file, so at its initial values: fpn, rpn, roi_heads" in lines
+    assert "1 entries of the file not used: pred_w" in lines
 
 
 def test_the_model_sees_what_detectron2s_would(config):

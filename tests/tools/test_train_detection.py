@@ -192,7 +192,7 @@ def test_annotations_cut_short_and_weights_of_other_networks_are_one_line(main, 
         (["DATASETS.TRAIN", f"{folder}:train"], f"{annotations} is not valid JSON, perhaps cut short"),
         (
             ["MODEL.WEIGHTS", tmp_path / "other.pth"],
-            "other.pth does not fit this model: only the model has 'backbone.body",
+            "other.pth is of another model: 19 entries do not fit, such as backbone.body.layer1.0.conv1",
         ),
         (["MODEL.WEIGHTS", tmp_path / "stem.pth"], "stem.pth does not fit the backbone"),
         (["--eval-only", "MODEL.WEIGHTS", tmp_path / "stem.pth"], "stem.pth is a backbone; --eval-only wants a whole"),
