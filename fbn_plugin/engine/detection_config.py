@@ -181,6 +181,9 @@ def detection_config() -> CfgNode:
     cfg.DATALOADER = CfgNode({"NUM_WORKERS": 4, "ASPECT_RATIO_GROUPING": True, "FILTER_EMPTY_ANNOTATIONS": True})
     cfg.SOLVER = CfgNode(
         {
+            # The number of processes that batch, rate and schedule are meant for: see `scale_to_processes`; 0 is off.
+            # It stands first: of all that differs when a run is resumed on another number, this is what to say.
+            "REFERENCE_WORLD_SIZE": 0,
             "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
             "MAX_ITER": 40000,
             "BASE_LR": 0.001,
@@ -202,8 +205,6 @@ def detection_config() -> CfgNode:
             # A metric of the evaluations, such as "segm/AP": each that beats the best so far writes model_best.pth.
             "BEST_CHECKPOINT_METRIC": "",
             "IMS_PER_BATCH": 16,
-            # The number of processes that batch, rate and schedule are meant for: see `scale_to_processes`; 0 is off.
-            "REFERENCE_WORLD_SIZE": 0,
             "BIAS_LR_FACTOR": 1.0,
             "WEIGHT_DECAY_BIAS": None,
             "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "value", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},

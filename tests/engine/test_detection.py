@@ -849,9 +849,14 @@ def test_the_linear_rule(config, monkeypatch):
     assert scale_to_processes(cfg, 400).TEST.EVAL_PERIOD == 1  # 0 would be never
 
 
-def test_a_scaled_run_is_resumed(config):
+def test_a_scaled_run_is_resumed_on_as_many_processes(config, monkeypatch):
     options = {"SOLVER__REFERENCE_WORLD_SIZE": 2, "SOLVER__IMS_PER_BATCH": 4, "SOLVER__MAX_ITER": 1}
     trainer = DetectionTrainer(config(**options))
     assert (trainer.cfg.SOLVER.IMS_PER_BATCH, trainer.cfg.SOLVER.MAX_ITER, trainer.batch_size) == (2, 2, 2)
     trainer.train()
     assert DetectionTrainer(config(**options), resume=True).start == 2
+    monkeypatch.setattr(detection.distributed, "world_size", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"SOLVER\.REFERENCE_WORLD_SIZE is 1 in the run that OUTPUT_DIR .* holds, not 2"
+    ):
+        DetectionTrainer(config(**options), resume=True)
