@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 8 tools/train_detection.py --config-file configs/... --resume
 
 The vocabulary is detectron2's; ``KEY VALUE`` pairs override the file. OUTPUT_DIR receives ``metrics.json``, TensorBoard
-files, ``log.txt``, ``config.yaml``, checkpoints (``model_final.pth``), and the detections under ``inference/``.
+files, ``log.txt``, ``config.yaml``, ``run_info.json``, checkpoints (``model_final.pth``), and the detections under
+``inference/``; with ``--eval-only``, ``evaluation.json`` and the detections.
 """
 
 import argparse
@@ -31,9 +32,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
         setup_logging()
         cfg = load_detection_config(args.config_file, args.overrides)
-        trainer = DetectionTrainer(cfg, resume=args.resume, eval_only=args.eval_only, log_period=args.log_period)
-    with user_errors(UserError, FloatingPointError, OSError):
-        metrics = trainer.evaluate() if args.eval_only else trainer.train()
+    with distributed.peers_lost():
+        with user_errors():
+            trainer = DetectionTrainer(cfg, resume=args.resume, eval_only=args.eval_only, log_period=args.log_period)
+        with user_errors(UserError, FloatingPointError, OSError):
+            if args.eval_only:
+                trainer.write_evaluation(metrics := trainer.evaluate())
+            else:
+                metrics = trainer.train()
     distributed.finish()
     return metrics
 

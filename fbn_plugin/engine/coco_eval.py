@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from fbn_plugin.engine.coco_data import CocoDataset
 
-__all__ = ["coco_results", "evaluate_coco"]
+__all__ = ["coco_results", "evaluate_coco", "metric_names"]
 
 # Name: (IoU threshold or None for all of 0.5:0.95, index of the area range in COCOeval: all, small, medium, large).
 _METRICS = {"AP": (None, 0), "AP50": (0.5, 0), "AP75": (0.75, 0), "APs": (None, 1), "APm": (None, 2), "APl": (None, 3)}
@@ -38,6 +38,12 @@ def coco_results(data: CocoDataset, image_id: int, output: dict[str, torch.Tenso
         rle = mask_utils.encode(np.asfortranarray((mask[0] > 0.5).cpu().numpy().astype(np.uint8)))
         result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
     return results
+
+
+def metric_names(data: CocoDataset, masks: bool = True) -> list[str]:
+    """The keys of what ``evaluate_coco`` returns."""
+    classes = [f"AP-{name}" for name in data.class_names] if len(data.class_names) > 1 else []
+    return [f"{task}/{name}" for task in (("bbox", "segm") if masks else ("bbox",)) for name in (*_METRICS, *classes)]
 
 
 def evaluate_coco(

@@ -1,6 +1,11 @@
 """One process or many: set-up from torchrun's environment, rank helpers, collectives that one process may call too."""
 
+import contextlib
 import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +20,7 @@ __all__ = [
     "finish",
     "init",
     "is_main",
+    "peers_lost",
     "rank",
     "reduce_mean",
     "world_size",
@@ -56,6 +62,34 @@ def finish() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def peers_lost() -> Iterator[None]:
+    """Where processes share a run, say in one sentence that another one stopped, and exit with code 1.
+
+    A process notices that by a failed exchange, or by the SIGTERM that torchrun sends to those that are left. Alone, a
+    process gets neither, and errors and signals stay as they are.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    sentence = "another process of this run stopped; what that one printed says why, and --resume continues the run"
+
+    def stop(*_) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        raise SystemExit(1)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises it itself, NCCL a DistError
+        if isinstance(error, dist.DistError) or re.search(r"gloo|[Cc]onnection (closed|reset) by peer", str(error)):
+            stop()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def rank() -> int:

@@ -46,6 +46,15 @@ BACKBONES = (
     "wide_resnet101_2",
 )
 
+# Those whose widths can be set, with their blocks.
+_BLOCKS = {
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (resnet.Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (resnet.Bottleneck, [3, 8, 36, 3]),
+}
+
 register_converter(FrozenBatchNorm2d, build_like)
 
 _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
@@ -86,7 +95,57 @@ class FusedBottleneck(resnet.Bottleneck):
         return self.bn3(self.conv3(x), identity)
 
 
-register_fuser(resnet.ResNet, lambda model: fuse_children(model, "bn1", "relu"))
+class ScaledResNet(resnet.ResNet):
+    """torchvision's ResNet with other widths, as detectron2's config names them; the names of parameters stay.
+
+    Args:
+        block: ``resnet.BasicBlock`` or ``resnet.Bottleneck``.
+        layers: number of blocks in each of the four stages.
+        stem_channels: output channels of ``conv1``; torchvision's are 64.
+        res2_channels: output channels of ``layer1``, doubled by each later stage; torchvision's are 64 with basic
+            blocks and 256 with bottlenecks, where it is a multiple of 4.
+        groups, width_per_group: of ``layer1``'s 3x3 convolutions; the width doubles with each stage. For bottlenecks.
+        kwargs: ResNet's other arguments.
+    """
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: list[int],
+        stem_channels: int = 64,
+        res2_channels: int = 256,
+        groups: int = 1,
+        width_per_group: int = 64,
+        **kwargs: Any,
+    ):
+        self._widths = (stem_channels, res2_channels, width_per_group)
+        super().__init__(block, layers, groups=groups, **kwargs)
+        self.fc = nn.Linear(8 * res2_channels, self.fc.out_features)
+
+    def _make_layer(self, block: type[nn.Module], planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+        stem_channels, res2_channels, width_per_group = self._widths
+        scale = planes // 64  # 1, 2, 4, 8
+        if scale == 1:
+            self.inplanes = stem_channels
+            self.conv1 = nn.Conv2d(3, stem_channels, 7, stride=2, padding=3, bias=False)
+            self.bn1 = self._norm_layer(stem_channels)
+        planes = scale * res2_channels // block.expansion
+        if block is resnet.Bottleneck:
+            # A block computes int(planes * base_width / 64): the half keeps that from falling below the integer.
+            self.base_width = 64 * (scale * width_per_group + 0.5) / planes
+        return super()._make_layer(block, planes, *args, **kwargs)
+
+
+def stride_in_1x1(body: nn.Module) -> None:
+    """Move the stride of each bottleneck from its 3x3 convolution to the 1x1 before it, where He et al. (2015) and the
+    weights of MSRA have it."""
+    for block in body.modules():
+        if isinstance(block, resnet.Bottleneck) and block.conv2.stride != (1, 1):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+
+
+for kind in (resnet.ResNet, ScaledResNet):
+    register_fuser(kind, lambda model: fuse_children(model, "bn1", "relu"))
 register_fuser(resnet.BasicBlock, lambda block: fuse_block(block, FusedBasicBlock, ("bn1", "bn2")))
 register_fuser(resnet.Bottleneck, lambda block: fuse_block(block, FusedBottleneck, ("bn1", "bn2", "bn3")))
 
@@ -103,6 +162,7 @@ def mask_rcnn_fpn(
     trainable_layers: int = 5,
     weights_backbone: str | os.PathLike | None = None,
     backbone_options: Mapping[str, Any] | None = None,
+    bottleneck_stride: str = "3x3",
     fpn_channels: int = 256,
     anchor_sizes: Sequence[Sequence[float]] = ((32,), (64,), (128,), (256,), (512,)),
     aspect_ratios: Sequence[Sequence[float]] = ((0.5, 1.0, 2.0),),
@@ -130,7 +190,10 @@ def mask_rcnn_fpn(
             backbone that gets weights.
         weights_backbone: file with a state dict of torchvision's classification model (or of this library's: the keys
             are the same); None starts from random weights. Nothing is downloaded.
-        backbone_options: further arguments of the ResNet, such as ``{"groups": 32, "width_per_group": 4}``.
+        backbone_options: further arguments of the ResNet, such as ``{"groups": 32, "width_per_group": 4}``; with
+            ``stem_channels`` or ``res2_channels``, those of :class:`ScaledResNet`.
+        bottleneck_stride: of a bottleneck's convolutions, the one that has the stride: ``"3x3"`` as torchvision's
+            weights want it, or ``"1x1"`` as MSRA's do.
         fpn_channels: channels of each of the five pyramid levels.
         anchor_sizes, aspect_ratios: for each of the five levels, or one entry for all.
         rpn_convs: 3x3 convolutions in the proposal network's head.
@@ -143,7 +206,8 @@ def mask_rcnn_fpn(
             ``rpn_batch_size_per_image``, ``box_detections_per_img``, ...
 
     Raises:
-        ValueError: an unknown backbone or norm, a norm that does not fit the channels, or weights of another network.
+        ValueError: an unknown backbone, norm or place of the stride, a norm that does not fit the channels, or weights
+            of another network.
         FileNotFoundError: no such weights.
     """
     if backbone not in BACKBONES:
@@ -152,7 +216,11 @@ def mask_rcnn_fpn(
         raise ValueError(f"trainable_layers must be 0 to {len(_STAGES)}, got {trainable_layers!r}")
     if not norm:
         raise ValueError('the backbone needs a norm, such as "FBN", "BN" or "FrozenBN"')
-    body = apply_gamma_init(getattr(resnet, backbone)(norm_layer=_norm_layer(norm), **(backbone_options or {})))
+    if bottleneck_stride not in ("3x3", "1x1"):
+        raise ValueError(f"bottleneck_stride must be '3x3' or '1x1', got {bottleneck_stride!r}")
+    body = apply_gamma_init(_resnet(backbone, norm_layer=_norm_layer(norm), **(backbone_options or {})))
+    if bottleneck_stride == "1x1":
+        stride_in_1x1(body)
     if weights_backbone is not None:
         load_backbone(body, weights_backbone)
     for stage in _STAGES[: len(_STAGES) - trainable_layers]:
@@ -191,17 +259,22 @@ def mask_rcnn_fpn(
     )
 
 
-def load_backbone(body: nn.Module, weights: str | os.PathLike | Mapping[str, torch.Tensor]) -> None:
+def load_backbone(body: nn.Module, weights: str | os.PathLike | Mapping[str, Tensor], name: str = "") -> list[str]:
     """Load a classification model's weights into a ResNet or a detector's ``backbone.body``.
 
     Args:
-        body: with any norm; one without running statistics leaves those of the weights out, with a warning.
+        body: with any norm. One without running statistics leaves those of the weights out, with a warning; what else a
+            norm has, and the weights have not, keeps its value.
         weights: a state dict, or a file of one, as torchvision publishes them.
+        name: what errors call the weights; the file, by default.
+
+    Returns:
+        the names in ``body.state_dict()`` that were loaded.
 
     Raises:
         FileNotFoundError, ValueError: no such file; not a state dict of this network.
     """
-    name = "the state dict"
+    name = name or "the state dict"
     if isinstance(weights, str | os.PathLike):
         name = os.fspath(weights)
         if not os.path.isfile(name):
@@ -212,10 +285,11 @@ def load_backbone(body: nn.Module, weights: str | os.PathLike | Mapping[str, tor
             raise ValueError(f"backbone weights {name} cannot be read: {str(error).splitlines()[0]}") from None
     own = body.state_dict()
     given = {key: value for key, value in weights.items() if not key.startswith("fc.")}
+    norms = {key.removesuffix("weight") for key in given if key.endswith(".weight") and given[key].dim() == 1}
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     dropped = [key for key in given if key not in own and key.endswith(statistics)]
     unknown = [key for key in given if key not in own and key not in dropped]
-    missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked") and not k.startswith("fc.")]
+    missing = [key for key in own if key not in given and not key.startswith(("fc.", *norms))]
     if wrong := unknown + missing:
         raise ValueError(f"{name} does not fit the backbone: {len(wrong)} names differ, such as {wrong[0]!r}")
     if wrong := [key for key in given if key in own and given[key].shape != own[key].shape]:
@@ -224,6 +298,15 @@ def load_backbone(body: nn.Module, weights: str | os.PathLike | Mapping[str, tor
     if any(not key.endswith("num_batches_tracked") for key in dropped):
         warnings.warn(f"the running statistics in {name} are left out: the backbone's norm has none", stacklevel=2)
     body.load_state_dict({key: value for key, value in given.items() if key in own}, strict=False)
+    return [key for key in given if key in own]
+
+
+def _resnet(name: str, **options: Any) -> resnet.ResNet:
+    if options.keys().isdisjoint(("stem_channels", "res2_channels")):
+        return getattr(resnet, name)(**options)
+    if name not in _BLOCKS:
+        raise ValueError(f"{name} has no stem_channels and res2_channels, but {', '.join(_BLOCKS)} have")
+    return ScaledResNet(*_BLOCKS[name], **options)
 
 
 def _norm_layer(spec: str) -> Callable[[int], nn.Module] | None:

@@ -10,7 +10,7 @@ import torch
 from pycocotools.cocoeval import COCOeval
 
 from fbn_plugin.engine.coco_data import CocoDataset, CocoDetection, resolve_dataset
-from fbn_plugin.engine.coco_eval import coco_results, evaluate_coco
+from fbn_plugin.engine.coco_eval import coco_results, evaluate_coco, metric_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,3 +105,9 @@ def test_results_are_in_the_files_ids_and_boxes(shapes):
     (result,) = coco_results(data, 3, output)
     assert (result["image_id"], result["category_id"], result["bbox"]) == (3, 7, [10.0, 5.0, 20.0, 20.0])
     assert result["segmentation"]["size"] == [96, 80] and isinstance(result["segmentation"]["counts"], str)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_the_names_of_the_metrics_are_known_in_advance(shapes, masks):
+    data = resolve_dataset(f"{shapes}:val")
+    assert metric_names(data, masks) == list(evaluate_coco(data, [], masks))

@@ -3,10 +3,16 @@
 import itertools
 import json
 import math
+import pickle
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from fbn_plugin.engine import detection
 from fbn_plugin.engine.cli import UserError
@@ -19,6 +25,10 @@ from fbn_plugin.engine.detection import (
     detection_config,
     load_detection_config,
 )
+from fbn_plugin.engine.detection_config import scale_to_processes
+from fbn_plugin.engine.run_info import read_run_info
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,6 +37,7 @@ TINY = {
     "MODEL.MASK_ON": True,
     "MODEL.BACKBONE.FREEZE_AT": 0,
     "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
     "MODEL.RESNETS.NORM": "BN",
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64], [128]],
@@ -158,8 +169,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
 
 
 def test_a_damaged_image_is_named(config, shapes, tmp_path):
-    import shutil
-
     folder = shutil.copytree(shapes, tmp_path / "set")
     for path in (folder / "train").iterdir():
         path.write_bytes(path.read_bytes()[:100])
@@ -186,10 +195,12 @@ def test_two_test_sets_are_told_apart(config, shapes):
 
 
 def test_boxes_alone_and_bfloat16(config):
-    cfg = config(SOLVER__MAX_ITER=2, MODEL__MASK_ON=False, SOLVER__AMP__ENABLED=True)
+    options = {"MODEL__RESNETS__NORM": "FBN(t_sigma=2.0)", "NORM_STATS_PERIOD": 2}
+    cfg = config(SOLVER__MAX_ITER=2, MODEL__MASK_ON=False, SOLVER__AMP__ENABLED=True, **options)
     metrics = DetectionTrainer(cfg).train()
     assert not any(name.startswith("segm/") for name in metrics)
-    assert "loss_mask" not in metrics_of(cfg)[0]
+    losses, shares, _ = metrics_of(cfg)
+    assert "loss_mask" not in losses and 0 < shares["filtered/mean"] < 0.25
 
 
 @pytest.mark.parametrize(
@@ -232,7 +243,22 @@ def test_boxes_alone_and_bfloat16(config):
         ({"SOLVER.WARMUP_FACTOR": 2}, "SOLVER.WARMUP_FACTOR must be from 0 to 1"),
         ({"SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0}, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be above 0"),
         ({"SEED": 2**63}, "SEED must be below 2**63"),
-        ({"TEST.PRECISE_BN.ENABLED": True}, "TEST.PRECISE_BN.ENABLED must be False"),
+        ({"TEST.PRECISE_BN.NUM_ITER": 0}, "TEST.PRECISE_BN.NUM_ITER must be above 0, not 0"),
+        ({"NORM_STATS_PERIOD": -1}, "NORM_STATS_PERIOD must be 0 or more, not -1"),
+        (
+            {"TEST.EVAL_ITERATIONS": (6, 5)},
+            "TEST.EVAL_ITERATIONS must be increasing numbers of iterations, from 1 on, not (6, 5)",
+        ),
+        ({"TEST.EVAL_ITERATIONS": (5, 5)}, "TEST.EVAL_ITERATIONS must be increasing"),
+        ({"TEST.EVAL_ITERATIONS": (0, 5)}, "TEST.EVAL_ITERATIONS must be increasing"),
+        ({"TEST.EVAL_ITERATIONS": ("half",)}, "TEST.EVAL_ITERATIONS must be increasing"),
+        (
+            {"SOLVER.REFERENCE_WORLD_SIZE": 3},
+            "SOLVER.IMS_PER_BATCH must be a multiple of SOLVER.REFERENCE_WORLD_SIZE, 3, not 16",
+        ),
+        ({"MODEL.RESNETS.RES2_OUT_CHANNELS": 66}, "MODEL.RESNETS.RES2_OUT_CHANNELS must be a multiple of 4, not 66"),
+        ({"MODEL.RESNETS.DEPTH": 18}, "MODEL.RESNETS.RES2_OUT_CHANNELS must be 64 at DEPTH 18, not 256"),
+        ({"MODEL.RPN.BBOX_REG_WEIGHTS": (1, 1)}, "MODEL.RPN.BBOX_REG_WEIGHTS must be a list of 4"),
     ],
 )
 def test_wrong_settings_are_named(changes, words):
@@ -248,8 +274,11 @@ def test_wrong_settings_are_named(changes, words):
         ({"DATASETS.TRAIN": ()}, "DATASETS.TRAIN is empty"),
         ({"DATASETS.TEST": "nowhere:val"}, "no folder nowhere"),
         ({"MODEL.WEIGHTS": "nowhere.pth"}, "nowhere.pth is not there"),
-        ({"MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-50.pkl"}, "is detectron2's"),
-        ({"MODEL.RESNETS.NUM_GROUPS": 32}, "must be 1 and 64 at DEPTH 18"),
+        ({"MODEL.WEIGHTS": "nowhere.pkl"}, "nowhere.pkl are not there"),
+        ({"MODEL.RESNETS.NUM_GROUPS": 32}, "NUM_GROUPS must be 1 at DEPTH 18, not 32"),
+        ({"SOLVER.BEST_CHECKPOINT_METRIC": "segm/APP"}, "'segm/APP' is nothing .*; did you mean 'segm/AP'\\?"),
+        ({"SOLVER.BEST_CHECKPOINT_METRIC": "segm/AP", "MODEL.MASK_ON": False}, "with MODEL.MASK_ON False there is no"),
+        ({"SOLVER.BEST_CHECKPOINT_METRIC": "bbox/AP", "DATASETS.TEST": ()}, "'bbox/AP' wants DATASETS.TEST"),
         ({"MODEL.RESNETS.NORM": "SyncBN"}, "SyncBN runs on GPUs only"),
         ({"MODEL.RESNETS.NORM": "GN(num_groups=7)"}, "divisible"),
     ],
@@ -258,6 +287,14 @@ def test_wrong_input_is_named_before_anything_is_written(config, tmp_path, chang
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         DetectionTrainer(config(**{key.replace(".", "__"): value for key, value in changes.items()}))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sets_of_other_classes_are_refused(config, shapes, tmp_path):
+    folder = shutil.copytree(shapes, tmp_path / "set")
+    path = folder / "annotations/instances_val.json"
+    path.write_text(path.read_text().replace('"disc"', '"ring"'))
+    with pytest.raises(ValueError, match=r":train' and '.*:val' have different classes"):
+        DetectionTrainer(config(DATASETS__TEST=f"{folder}:val"))
 
 
 def test_the_batch_is_shared_evenly(config, monkeypatch):
@@ -327,8 +364,42 @@ def test_weights_of_a_classification_model_go_into_the_backbone(config, tmp_path
     own = trainer.model.backbone.body.state_dict()
     assert all(torch.equal(own[name], value) for name, value in source.state_dict().items() if name in own)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="has no entry of this model"):
+    with pytest.raises(ValueError, match="has no weight of this model"):
         DetectionTrainer(config("other", MODEL__WEIGHTS=tmp_path / "other.pth"))
+
+
+@pytest.mark.parametrize("norm", ["BN", "FBN", "FrozenBN", "GN(num_groups=4)", "FGN(num_groups=4)"])
+def test_a_backbone_of_detectron2s_goes_under_any_norm_and_says_so(config, tmp_path, norm):
+    """By the name that it has there: the block's norms and convolutions, with a head's entry that is of no use."""
+    blobs = {"pred_w": np.zeros(3, np.float32)}
+    source = build_model(config()).backbone.body.state_dict()
+    for name, value in source.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        value += torch.rand(value.shape)
+        *where, conv, entry = name.replace("downsample.", "downsample").split(".")
+        last = {"weight": "s", "bias": "b", "running_mean": "rm", "running_var": "riv"}[entry]
+        kind = "w" if "conv" in conv or conv == "downsample0" else f"bn_{last}"
+        branch = "1" if "downsample" in conv else f"2{'abc'[int(conv[-1]) - 1]}"
+        block = f"res{int(where[0][-1]) + 1}_{where[1]}_branch{branch}" if where else ""
+        blobs[f"{block}_{kind}" if block else "conv1_w" if kind == "w" else f"res_conv1_{kind}"] = value.numpy()
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps({"blobs": blobs}))
+    cfg = config(MODEL__WEIGHTS=tmp_path / "R-18.pkl", MODEL__RESNETS__NORM=norm, MODEL__BACKBONE__FREEZE_AT=1)
+    own = DetectionTrainer(cfg).model.backbone.body.state_dict()
+    assert all(torch.equal(value, source[name]) for name, value in own.items() if "num_batches" not in name)
+    lines = (Path(cfg.OUTPUT_DIR) / "log.txt").read_text()
+    # The stem is frozen, and so are its statistics, unless the norm has none.
+    has_none = "GN" in norm
+    kinds = {"FrozenBatchNorm2d": 1} if not has_none else {}
+    kind = type(build_model(config(MODEL__RESNETS__NORM=norm)).backbone.body.layer1[0].bn1).__name__
+    kinds[kind] = 20 - sum(kinds.values()) if kind not in kinds else 20
+    listed = ", ".join(f"{count} norms ({name})" for name, count in kinds.items())
+    assert f"scale and shift of {listed} loaded" in lines
+    statistics = f"left out: {kind} has none" if has_none else f"running statistics of {listed} loaded"
+    assert statistics in lines
+    assert f"{'60 of 60' if has_none else '100 of 100'} tensors of the backbone loaded" in lines
+    assert "not in the file, so at its initial values: fpn, rpn, roi_heads" in lines
+    assert "1 entries of the file not used: pred_w" in lines
 
 
 def test_the_model_sees_what_detectron2s_would(config):
@@ -346,6 +417,71 @@ def test_the_model_sees_what_detectron2s_would(config):
         torch.testing.assert_close(images.tensors[0, :, :20, :30], expected)
     model.transform.min_size, model.transform.max_size = (10,), 12
     assert model.transform([image])[0].image_sizes == [(8, 12)]
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("options", [[], ["MODEL.ROI_BOX_HEAD.NUM_CONV", "1", "MODEL.ROI_BOX_HEAD.NORM", "BN"]])
+def test_training_starts_as_in_detectron2(options):
+    """Every layer of a detector, from input to output, has weights and biases of the deviation that it has there."""
+    model_zoo = pytest.importorskip("detectron2.model_zoo", reason="detectron2 is not installed")
+    from detectron2.modeling import build_model as build_theirs
+
+    values = {key: value for key, value in TINY.items() if key.startswith("MODEL.")}
+    values |= {"MODEL.FPN.OUT_CHANNELS": 64, "MODEL.ROI_BOX_HEAD.FC_DIM": 256, "MODEL.ROI_MASK_HEAD.CONV_DIM": 64}
+    settings = [*(str(part) for pair in values.items() for part in pair), *options]
+    cfg = model_zoo.get_config("Base-RCNN-FPN.yaml")
+    cfg.merge_from_list(settings)
+
+    # What torchvision's last layers have for the background too.
+    same = {(2, 64, 1, 1): (3, 64, 1, 1), (8, 256): (12, 256)}
+
+    def deviations(model):
+        found = {}
+        for name, value in model.named_parameters():
+            kind = "backbone" if name.startswith("backbone") else "rpn" if "rpn" in name else "heads"
+            shape = same.get(tuple(value.shape), tuple(value.shape)) if value.dim() > 1 else "vector"
+            found.setdefault((kind, shape), []).append(value.std(correction=0).item())
+        return {key: sorted(values) for key, values in found.items()}
+
+    torch.manual_seed(0)
+    ours, theirs = deviations(build_model(load_detection_config(None, settings))), deviations(build_theirs(cfg))
+    assert ours == {key: pytest.approx(values, rel=0.2, abs=1e-6) for key, values in theirs.items()}
+
+
+def losses_of(model):
+    torch.manual_seed(0)
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 64)]
+    mask = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    mask[:, 10:40, 10:40] = 1
+    object_ = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([2]), "masks": mask}
+    nothing = {name: value[:0] for name, value in object_.items()}
+    return {name: loss.item() for name, loss in model.train()(images, [object_, nothing]).items()}
+
+
+def test_losses_are_torchvisions_with_detectron2s_weights_and_point(config):
+    """At torchvision's point, 1/9, its own; the rest follows from that: each weight multiplies, 0 is L1."""
+    rpn, box = "MODEL__RPN__", "MODEL__ROI_BOX_HEAD__"
+    at_its_point = {f"{rpn}SMOOTH_L1_BETA": 1 / 9, f"{box}SMOOTH_L1_BETA": 1 / 9}
+    cfg = config(**at_its_point)
+    torch.manual_seed(1)
+    model = build_model(cfg)
+    weights = model.state_dict()
+    ours = losses_of(model)
+    model.rpn.__class__, model.roi_heads.__class__ = RegionProposalNetwork, RoIHeads
+    assert ours == pytest.approx(losses_of(model), rel=1e-4) and min(ours.values()) > 0
+
+    factors = {f"{rpn}LOSS_WEIGHT": 2, f"{rpn}BBOX_REG_LOSS_WEIGHT": 3, f"{box}BBOX_REG_LOSS_WEIGHT": 5}
+    model = build_model(config(**at_its_point, **factors))
+    model.load_state_dict(weights)
+    expected = {"loss_objectness": 2, "loss_rpn_box_reg": 6, "loss_box_reg": 5}
+    weighted = losses_of(model)
+    assert weighted == pytest.approx({name: expected.get(name, 1) * value for name, value in ours.items()}, rel=1e-4)
+
+    model = build_model(config())
+    model.load_state_dict(weights)
+    absolute = losses_of(model)
+    for name in ("loss_rpn_box_reg", "loss_box_reg"):  # |x| is above smooth L1, by half the point at most
+        assert ours[name] < absolute[name]
 
 
 def test_norms_reach_their_places(config):
@@ -480,20 +616,246 @@ def test_gradients_are_clipped_one_parameter_at_a_time(config, kind, bound):
         assert size.item() == pytest.approx(bound, rel=0.01)
 
 
+# What this library adds to detectron2's vocabulary.
+OWN_KEYS = {
+    "INPUT.NORM_GAMMA_INIT",
+    "NORM_STATS_PERIOD",
+    "SOLVER.BEST_CHECKPOINT_METRIC",
+    "SOLVER.SCALE_LR_DIVISOR",
+    "TEST.EVAL_ITERATIONS",
+}
+
+
+def flat(node, prefix=""):
+    for key, value in node.items():
+        if hasattr(value, "items"):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+@pytest.mark.detectron2
 def test_defaults_are_detectron2s():
-    """Where detectron2 is installed, against its own; the MODEL section against its Base-RCNN-FPN.yaml."""
-    config = pytest.importorskip("detectron2.config", reason="needs detectron2")
-    model_zoo = pytest.importorskip("detectron2.model_zoo", reason="needs detectron2")
-    theirs = config.get_cfg()
-    fpn = model_zoo.get_config("Base-RCNN-FPN.yaml")
-    theirs.MODEL = fpn.MODEL
-    theirs.MODEL.WEIGHTS = ""
+    """The MODEL section against detectron2's Base-RCNN-FPN.yaml."""
+    config = pytest.importorskip("detectron2.config", reason="detectron2 is not installed")
+    model_zoo = pytest.importorskip("detectron2.model_zoo", reason="detectron2 is not installed")
+    fpn = {key: value for key, value in flat(model_zoo.get_config("Base-RCNN-FPN.yaml")) if key.startswith("MODEL.")}
+    theirs = {**dict(flat(config.get_cfg())), **fpn, "MODEL.WEIGHTS": ""}
+    ours = {key: value for key, value in flat(detection_config()) if key not in OWN_KEYS}
+    assert ours == {key: theirs.get(key) for key in ours}
 
-    def compare(ours, theirs, path):
-        for key, value in ours.items():
-            if isinstance(value, CfgNode):
-                compare(value, theirs[key], (*path, key))
-            else:
-                assert value == theirs[key], ".".join((*path, key))
 
-    compare(detection_config(), theirs, ())
+@pytest.mark.detectron2
+def test_every_key_of_detectron2s_is_known(tmp_path, caplog, monkeypatch):
+    """A config that detectron2 has written is read: each key is used, has the one value there is, or is named."""
+    config = pytest.importorskip("detectron2.config", reason="detectron2 is not installed")
+    model_zoo = pytest.importorskip("detectron2.model_zoo", reason="detectron2 is not installed")
+    (tmp_path / "dump.yaml").write_text(model_zoo.get_config("Base-RCNN-FPN.yaml").dump())
+    with caplog.at_level("WARNING", "fbn_plugin"):
+        cfg = load_detection_config(tmp_path / "dump.yaml")
+    (line,) = caplog.messages
+    known = {key for key, _ in flat(cfg)} | set(line.removeprefix("these keys are not used: ").split(", "))
+    assert known - OWN_KEYS == {key for key, _ in flat(config.get_cfg())}
+
+
+@pytest.mark.parametrize(
+    "yaml, sentence",
+    {
+        "RetinaNet": (
+            "MODEL: {META_ARCHITECTURE: RetinaNet, BACKBONE: {NAME: build_retinanet_resnet_fpn_backbone}}",
+            "MODEL.META_ARCHITECTURE must be 'GeneralizedRCNN' in this tool, not 'RetinaNet'",
+        ),
+        "Cascade": (
+            "MODEL: {ROI_HEADS: {NAME: CascadeROIHeads}, ROI_BOX_HEAD: {CLS_AGNOSTIC_BBOX_REG: True}}",
+            "MODEL.ROI_HEADS.NAME must be 'StandardROIHeads' in this tool, not 'CascadeROIHeads'",
+        ),
+        "Panoptic": (
+            "MODEL: {META_ARCHITECTURE: PanopticFPN, SEM_SEG_HEAD: {LOSS_WEIGHT: 0.5}}",
+            "MODEL.META_ARCHITECTURE must be 'GeneralizedRCNN' in this tool, not 'PanopticFPN'",
+        ),
+        "Keypoint": (
+            "MODEL: {KEYPOINT_ON: True, ROI_HEADS: {NUM_CLASSES: 1}}",
+            "MODEL.KEYPOINT_ON must be False in this tool, not True",
+        ),
+        "C4": (
+            "MODEL: {ROI_HEADS: {NAME: Res5ROIHeads}, RPN: {POST_NMS_TOPK_TEST: 1000}}",
+            "MODEL.ROI_HEADS.NAME must be 'StandardROIHeads' in this tool, not 'Res5ROIHeads'",
+        ),
+        "DC5": (
+            "MODEL: {RESNETS: {OUT_FEATURES: [res5], RES5_DILATION: 2}}",
+            "MODEL.RESNETS.OUT_FEATURES must be ['res2', 'res3', 'res4', 'res5'] in this tool, not ['res5']",
+        ),
+        "deformable": (
+            "MODEL: {RESNETS: {DEFORM_ON_PER_STAGE: [False, True, True, True], DEFORM_MODULATED: False}}",
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE must be [False, False, False, False] in this tool, not [False, True,",
+        ),
+        "rotated": (
+            "MODEL: {PROPOSAL_GENERATOR: {NAME: RRPN}, RPN: {BBOX_REG_WEIGHTS: [1, 1, 1, 1, 1]}}",
+            "MODEL.PROPOSAL_GENERATOR.NAME must be 'RPN' in this tool, not 'RRPN'",
+        ),
+        "proposals": (
+            "MODEL: {LOAD_PROPOSALS: True}\nDATASETS: {PROPOSAL_FILES_TRAIN: [a.pkl]}",
+            "MODEL.LOAD_PROPOSALS must be False in this tool, not True",
+        ),
+        "generalized IoU": (
+            "MODEL: {ROI_BOX_HEAD: {BBOX_REG_LOSS_TYPE: giou}}",
+            "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE must be 'smooth_l1' in this tool, not 'giou'",
+        ),
+        "test-time augmentation": (
+            "TEST: {AUG: {ENABLED: True, MIN_SIZES: [400]}}",
+            "TEST.AUG.ENABLED must be False in this tool, not True",
+        ),
+        "cropping": (
+            "INPUT: {CROP: {ENABLED: True, SIZE: [0.5, 0.5]}}",
+            "INPUT.CROP.ENABLED must be False in this tool, not True",
+        ),
+        "repeat factors": (
+            "DATALOADER: {SAMPLER_TRAIN: RepeatFactorTrainingSampler, REPEAT_THRESHOLD: 0.001}",
+            "DATALOADER.SAMPLER_TRAIN must be 'TrainingSampler' in this tool, not 'RepeatFactorTrainingSampler'",
+        ),
+        "another project": ("MODEL: {TRIDENT: {NUM_BRANCH: 3}}", "unknown config key 'MODEL.TRIDENT.NUM_BRANCH'"),
+    }.values(),
+)
+def test_configs_of_detectron2s_other_models_are_refused(tmp_path, yaml, sentence):
+    (tmp_path / "other.yaml").write_text(yaml)
+    with pytest.raises(ValueError) as error:
+        load_detection_config(tmp_path / "other.yaml")
+    assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/COCO-InstanceSegmentation").glob("mask*.yaml")), ids=lambda p: p.stem
+)
+def test_configs_for_coco_build_the_network_that_they_name(path):
+    cfg = load_detection_config(path)
+    with torch.device("meta"):
+        model = build_model(cfg)
+    block = model.backbone.body.layer2[0]
+    strides = ((2, 2), (1, 1)) if cfg.MODEL.RESNETS.STRIDE_IN_1X1 else ((1, 1), (2, 2))
+    assert (block.conv1.stride, block.conv2.stride) == strides
+    assert block.conv2.groups == cfg.MODEL.RESNETS.NUM_GROUPS
+
+
+def test_evaluations_after_chosen_iterations(config):
+    cfg = config(SOLVER__MAX_ITER=4, TEST__EVAL_ITERATIONS=(1, 3))
+    DetectionTrainer(cfg).train()
+    assert [row["iteration"] + 1 for row in metrics_of(cfg) if "bbox/AP" in row] == [1, 3, 4]
+    saved = load_detection_config(f"{cfg.OUTPUT_DIR}/config.yaml")
+    assert saved.TEST.EVAL_ITERATIONS == (1, 3) and saved == cfg
+
+
+def test_precise_statistics_are_those_of_the_checkpoint_and_survive_an_interruption(config):
+    """Without changing what is trained: the batches and random states of training stay as they are."""
+    options = {"MODEL__RESNETS__NORM": "FBN(t_sigma=3.0)", "SOLVER__MAX_ITER": 4, "TEST__EVAL_PERIOD": 2}
+    options |= {"SOLVER__CHECKPOINT_PERIOD": 2, "MODEL__ROI_MASK_HEAD__NORM": "FBN"}
+    precise = {"TEST__PRECISE_BN__ENABLED": True, "TEST__PRECISE_BN__NUM_ITER": 2}
+    whole = DetectionTrainer(config("whole", **options, **precise))
+    expected = whole.train()
+    plain = DetectionTrainer(config("plain", **options))
+    plain.train()
+    own, others = dict(whole.model.named_parameters()), dict(plain.model.named_parameters())
+    assert [name for name in own if not torch.equal(own[name], others[name])] == []
+    name = "backbone.body.layer2.0.bn1.running_mean"
+    assert not torch.equal(whole.model.state_dict()[name], plain.model.state_dict()[name])
+
+    stopped = DetectionTrainer(config("stopped", **options, **precise))
+    interrupt(stopped, 3)
+    with pytest.raises(Interrupt):
+        stopped.train()
+    resumed = DetectionTrainer(config("stopped", **options, **precise), resume=True)
+    assert resumed.start == 2 and resumed.train() == pytest.approx(expected, nan_ok=True)
+    assert_same_weights(whole, resumed)
+    again = DetectionTrainer(
+        config("again", MODEL__WEIGHTS=f"{whole.cfg.OUTPUT_DIR}/model_final.pth", **options), False, True
+    )
+    assert again.evaluate() == pytest.approx(expected, nan_ok=True)
+
+
+def test_precise_statistics_see_training_images_and_want_running_statistics(config, monkeypatch):
+    precise = {"TEST__PRECISE_BN__ENABLED": True, "TEST__PRECISE_BN__NUM_ITER": 1, "INPUT__MIN_SIZE_TRAIN": 24}
+    trainer = DetectionTrainer(config(**precise))
+    seen = []
+    trainer.model.backbone.body.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
+    trainer.model.train()
+    trainer.iteration = 0
+    trainer._update_population_stats()
+    assert len(seen) == 1 and max(seen[0]) < 64  # 24 pixels and padding; MIN_SIZE_TEST would be 64
+    assert trainer.model.training and trainer.model.transform.training
+    without = DetectionTrainer(config("other", MODEL__RESNETS__NORM="GN(num_groups=4)", **precise))
+    monkeypatch.setattr(detection, "update_population_stats", pytest.fail)
+    without._update_population_stats()
+
+
+def test_the_best_checkpoint_is_kept_over_an_interruption(config, monkeypatch):
+    values = iter([5.0, 7.0, 6.0, math.nan])
+
+    def evaluate(trainer):
+        return {"bbox/AP": next(values)}
+
+    monkeypatch.setattr(DetectionTrainer, "evaluate", evaluate)
+    options = {"SOLVER__BEST_CHECKPOINT_METRIC": "bbox/AP", "TEST__EVAL_PERIOD": 1, "SOLVER__MAX_ITER": 4}
+    options["SOLVER__CHECKPOINT_PERIOD"] = 1
+    cfg = config(**options)
+    stopped = DetectionTrainer(cfg)
+    interrupt(stopped, 2)
+    with pytest.raises(Interrupt):
+        stopped.train()
+    best = torch.load(f"{cfg.OUTPUT_DIR}/model_best.pth", weights_only=True)
+    assert best["iteration"] == 1 and best["best"] == {"bbox/AP": 7.0}
+    DetectionTrainer(cfg, resume=True).train()
+    assert torch.load(f"{cfg.OUTPUT_DIR}/model_best.pth", weights_only=True)["iteration"] == 1
+    second = torch.load(f"{cfg.OUTPUT_DIR}/model_0000001.pth", weights_only=True)["model"]
+    assert all(torch.equal(best["model"][name], second[name]) for name in second)
+
+
+def test_shares_of_filtered_values_are_logged(config):
+    options = {"SOLVER__MAX_ITER": 4, "MODEL__RESNETS__NORM": "FBN(t_sigma=2.0)"}
+    measured = DetectionTrainer(config("measured", NORM_STATS_PERIOD=2, **options), log_period=4)
+    measured.train()
+    rows = [row for row in metrics_of(measured.cfg) if "filtered/mean" in row]
+    assert [row["iteration"] for row in rows] == [1, 3]
+    assert {"filtered/backbone.body.bn1", "filtered/backbone.body.layer4.1.bn2"} < rows[0].keys()
+    assert all(0 < value < 0.25 for key, value in rows[0].items() if key != "iteration")  # Chebyshev's bound at 2
+    plain = DetectionTrainer(config("plain", **options))
+    plain.train()
+    assert_same_weights(measured, plain)
+    # the last row is an evaluation, and what was measured is none
+    assert not any(key.startswith("filtered/") for key in measured._recorded(f"{measured.cfg.OUTPUT_DIR}/metrics.json"))
+
+
+def test_a_run_says_what_it_was_made_with(config, shapes):
+    cfg = config(SOLVER__MAX_ITER=1)
+    DetectionTrainer(cfg).train()
+    info = read_run_info(cfg.OUTPUT_DIR)
+    assert info["engine"] == "torchvision" and info["processes"] == 1 and info["images_per_batch"] == 2
+    assert info["train_images"] == {f"{shapes}:train": 8} and info["test_images"] == {f"{shapes}:val": 4}
+
+
+def test_the_linear_rule(config, monkeypatch):
+    options = {"SOLVER__REFERENCE_WORLD_SIZE": 2, "SOLVER__IMS_PER_BATCH": 4, "SOLVER__BASE_LR": 0.02}
+    options |= {"SOLVER__MAX_ITER": 100, "SOLVER__STEPS": (60, 80), "SOLVER__WARMUP_ITERS": 10}
+    options |= {"SOLVER__CHECKPOINT_PERIOD": 50, "TEST__EVAL_PERIOD": 40, "TEST__EVAL_ITERATIONS": (30, 90)}
+    cfg = config(**options)
+    assert scale_to_processes(cfg, 2) is cfg and scale_to_processes(config(), 8).SOLVER.IMS_PER_BATCH == 2
+    for processes, factor in ((1, 0.5), (8, 4)):
+        scaled = scale_to_processes(cfg, processes)
+        solver, test = scaled.SOLVER, scaled.TEST
+        assert pytest.approx([4 * factor, 0.02 * factor]) == [solver.IMS_PER_BATCH, solver.BASE_LR]
+        counts = [solver.MAX_ITER, *solver.STEPS, solver.CHECKPOINT_PERIOD, test.EVAL_PERIOD, *test.EVAL_ITERATIONS]
+        counts.append(solver.WARMUP_ITERS)
+        assert counts == [round(count / factor) for count in (100, 60, 80, 50, 40, 30, 90, 10)]
+        assert scale_to_processes(scaled, processes) is scaled
+    assert scale_to_processes(cfg, 400).TEST.EVAL_PERIOD == 1  # 0 would be never
+
+
+def test_a_scaled_run_is_resumed_on_as_many_processes(config, monkeypatch):
+    options = {"SOLVER__REFERENCE_WORLD_SIZE": 2, "SOLVER__IMS_PER_BATCH": 4, "SOLVER__MAX_ITER": 1}
+    trainer = DetectionTrainer(config(**options))
+    assert (trainer.cfg.SOLVER.IMS_PER_BATCH, trainer.cfg.SOLVER.MAX_ITER, trainer.batch_size) == (2, 2, 2)
+    trainer.train()
+    assert DetectionTrainer(config(**options), resume=True).start == 2
+    monkeypatch.setattr(detection.distributed, "world_size", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"SOLVER\.REFERENCE_WORLD_SIZE is 1 in the run that OUTPUT_DIR .* holds, not 2"
+    ):
+        DetectionTrainer(config(**options), resume=True)

@@ -1,5 +1,7 @@
 """One process: devices are chosen or named as wrong, collectives return their input. For two, see the tools' tests."""
 
+import signal
+
 import pytest
 import torch
 
@@ -36,3 +38,21 @@ def test_collectives_of_one_process():
     assert distributed.broadcast_object(values) is values
     assert distributed.reduce_mean(values, torch.device("cpu")) == values
     distributed.barrier(), distributed.broadcast_buffers(torch.nn.BatchNorm2d(2)), distributed.finish()
+
+
+def test_a_lost_process_is_one_sentence_where_processes_share_a_run(monkeypatch, capsys):
+    lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242")
+    with pytest.raises(RuntimeError, match="closed by peer"), distributed.peers_lost():
+        raise lost
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.getsignal(signal.SIGTERM)
+    for stop in (lost, torch.distributed.DistBackendError("NCCL error"), None):
+        with pytest.raises(SystemExit) as exit, distributed.peers_lost():
+            if stop is None:
+                signal.raise_signal(signal.SIGTERM)
+            raise stop
+        error = capsys.readouterr().err
+        assert exit.value.code == 1 and error.startswith("error: another process of this run stopped")
+        assert error.count("\n") == 1 and signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(RuntimeError, match="a bug"), distributed.peers_lost():
+        raise RuntimeError("a bug")

@@ -236,6 +236,46 @@ def test_torchvisions_detector_has_the_same_keys_and_the_same_output():
     assert all(torch.equal(own[name], theirs[name]) for name in own)
 
 
+NARROW = {"stem_channels": 16, "res2_channels": 64, "width_per_group": 16}
+
+
+@pytest.mark.parametrize(
+    "name, options", [("resnet18", {}), ("resnet50", {}), ("resnet50", {"groups": 32, "width_per_group": 4})]
+)
+def test_a_scaled_resnet_at_torchvisions_widths_is_torchvisions(name, options):
+    block, layers = adapter._BLOCKS[name]
+    own = adapter.ScaledResNet(block, layers, res2_channels=64 * block.expansion, **options)
+    plain = getattr(torchvision.models, name)(**options)
+    own.load_state_dict(plain.state_dict())
+    x = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(own.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("res2", [64, 4 * 49])  # 49 * (1 / 49) is below 1 in floating point
+def test_a_scaled_resnet_has_the_widths_that_it_is_told(res2):
+    options = {"stem_channels": 16, "res2_channels": res2, "groups": 2, "width_per_group": 3}
+    model = adapter.ScaledResNet(
+        *adapter._BLOCKS["resnet50"], norm_layer=norm_factory("FBN"), num_classes=10, **options
+    )
+    assert (model.conv1.out_channels, model.bn1.num_features, model.layer1[0].conv1.in_channels) == (16, 16, 16)
+    for level in range(4):
+        for block in getattr(model, f"layer{level + 1}"):
+            assert block.conv2.in_channels == block.conv2.out_channels == 6 * 2**level
+            assert block.conv3.out_channels == block.bn3.num_features == res2 * 2**level
+            assert isinstance(block.bn3, FilteredBatchNorm2d) and block.conv2.groups == 2
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 10)
+    assert isinstance(fbn_plugin.fuse_norm_act(model).bn1, fbn_plugin.FilteredBatchNormAct2d)
+
+
+def test_a_narrow_detector_trains_in_all_its_parts():
+    model = small(backbone="resnet50", norm="FBN", backbone_options=NARROW, bottleneck_stride="1x1")
+    first = model.backbone.body.layer2[0]
+    assert first.conv1.stride == (2, 2) and first.conv2.stride == (1, 1) and first.conv2.out_channels == 32
+    sum(model(*batch()).values()).backward()
+    assert all(parameter.grad is not None for parameter in model.backbone.parameters())
+
+
 @pytest.mark.parametrize("norm", ["BN", "FBN", "FrozenBN"])
 def test_backbone_weights_load(tmp_path, norm):
     source = torchvision.models.resnet18()
@@ -250,6 +290,15 @@ def test_backbone_weights_go_into_norms_without_statistics_with_a_warning():
     with pytest.warns(UserWarning, match="running statistics in the state dict are left out"):
         load_backbone(body, source.state_dict())
     assert torch.equal(body.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+
+
+def test_what_a_norm_has_besides_keeps_its_value():
+    source = torchvision.models.resnet18()
+    body = small(norm="RBN").backbone.body
+    before = {name: value.clone() for name, value in body.state_dict().items() if name not in source.state_dict()}
+    loaded = load_backbone(body, source.state_dict())
+    assert before and before.keys().isdisjoint(loaded) and set(loaded) == body.state_dict().keys() - before.keys()
+    assert all(torch.equal(body.state_dict()[name], value) for name, value in before.items())
 
 
 def test_wrong_weights_are_named(tmp_path):
@@ -271,6 +320,11 @@ def test_wrong_weights_are_named(tmp_path):
         ({"backbone": "resnet20"}, "unknown backbone 'resnet20'; accepted are resnet18"),
         ({"norm": "FBM"}, "unknown norm 'FBM'"),
         ({"norm": ""}, "the backbone needs a norm"),
+        ({"bottleneck_stride": 1}, "bottleneck_stride must be '3x3' or '1x1', got 1"),
+        (
+            {"backbone": "wide_resnet50_2", "backbone_options": {"res2_channels": 64}},
+            "wide_resnet50_2 has no stem_channels and res2_channels, but resnet18, resnet34",
+        ),
         ({"norm_fpn": "GN"}, "divisible|divide"),
         ({"trainable_layers": 6}, "trainable_layers must be 0 to 5, got 6"),
         ({"anchor_sizes": ((8,), (16,))}, "anchor_sizes takes one entry"),

@@ -1,6 +1,8 @@
 """tools/train_detection.py as a user runs it: killed and resumed, on two processes, with every kind of bad input."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ MODEL:
   DEVICE: cpu
   MASK_ON: True
   BACKBONE: {FREEZE_AT: 0}
-  RESNETS: {DEPTH: 18, NORM: "FBN(t_sigma=4)"}
+  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: "FBN(t_sigma=4)"}
   FPN: {OUT_CHANNELS: 16}
   RPN: {BATCH_SIZE_PER_IMAGE: 16, POST_NMS_TOPK_TRAIN: 30, POST_NMS_TOPK_TEST: 10}
   ROI_HEADS: {NUM_CLASSES: 2, BATCH_SIZE_PER_IMAGE: 16}
@@ -76,6 +78,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(arguments, 
     # what a finished run leaves behind
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.yaml", "metrics.json", "log.txt", "model_0000002.pth", "model_final.pth", "last_checkpoint"} < names
+    assert "run_info.json" in names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert (tmp_path / "out/inference/coco_instances_results.json").exists()
     evaluation = read_metrics(tmp_path / "out/metrics.json")[-1]
@@ -87,20 +90,51 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(arguments, 
     )
     lines = [[line for line in each.stdout.splitlines() if " AP50 " in line] for each in (whole, again)]
     assert len(lines[0]) == 2 and lines[0] == lines[1]
+    written = json.loads((tmp_path / "eval/evaluation.json").read_text())
+    assert written["weights"] == str(tmp_path / "out/model_final.pth") and written["iteration"] == 5
+    assert written["metrics"] == {name: value for name, value in evaluation.items() if name != "iteration"}
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
-def test_two_processes_train_together_and_resume_exactly(arguments, tmp_path):
+def test_two_processes_train_together_and_go_on_after_one_was_killed(arguments, tmp_path):
+    """With statistics from batches of both, and with a config that is scaled from one process to two."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    for output, stops in (("whole", (6,)), ("parts", (3, 6))):
-        for stop in stops:
-            options = ["OUTPUT_DIR", tmp_path / output, "SOLVER.MAX_ITER", stop, "TEST.EVAL_PERIOD", 3]
-            done = run("--resume", *arguments, *options, launcher=torchrun)
-            assert done.returncode == 0, done.stderr
-            assert "2 process(es)" in done.stdout and done.stdout.count(f"iteration {stop}/{stop}") == 1
-    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    options = ["TEST.EVAL_PERIOD", 6, "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1]
+    options += ["SOLVER.IMS_PER_BATCH", 1, "SOLVER.MAX_ITER", 12, "SOLVER.CHECKPOINT_PERIOD", 6]
+    options = ["--resume", *arguments, *options, "SOLVER.REFERENCE_WORLD_SIZE", 1]
+    whole = run(*options, "OUTPUT_DIR", tmp_path / "whole", launcher=torchrun)
+    assert whole.returncode == 0, whole.stderr
+    assert "2 process(es)" in whole.stdout and whole.stdout.count("iteration 6/6") == 1
+    assert "scaled from 1 to 2 processes: IMS_PER_BATCH 2, BASE_LR 0.01, MAX_ITER 6" in whole.stdout
+
+    killed = tmp_path / "killed"
+    command = [*torchrun, str(TOOL), *map(str, options), "OUTPUT_DIR", str(killed)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, env=ENV, **pipes)
+    try:
+        deadline = time.monotonic() + 240
+        while not (killed / "last_checkpoint").exists():
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        ranks = {}
+        for child in children:
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            ranks.update({entry: int(child) for entry in environment if entry.startswith(b"RANK=")})
+        os.kill(ranks[b"RANK=1"], signal.SIGKILL)
+        errors = launcher.communicate(timeout=120)[1]
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert launcher.returncode == 1 and not (killed / "model_final.pth").exists()
+    sentences = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1 and "another process of this run stopped" in sentences[0] and "--resume" in sentences[0]
+
+    resumed = run(*options, "OUTPUT_DIR", killed, launcher=torchrun)
+    assert resumed.returncode == 0 and "iteration 4 to 6" in resumed.stdout, resumed.stderr
+    assert_same(weights(tmp_path / "whole"), weights(killed))
     rows = [
-        [r for r in read_metrics(tmp_path / name / "metrics.json") if "bbox/AP" in r] for name in ("whole", "parts")
+        [r for r in read_metrics(folder / "metrics.json") if "bbox/AP" in r] for folder in (tmp_path / "whole", killed)
     ]
     assert rows[0] == rows[1] and [row["iteration"] for row in rows[0]] == [2, 5]
 
@@ -124,6 +158,11 @@ def main():
         (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], "NUM_CLASSES is 80, but dataset"),
         (["DATASETS.TRAIN", "nowhere:train"], "there is no folder nowhere"),
         (["MODEL.WEIGHTS", "nowhere.pth"], "checkpoint nowhere.pth is not there"),
+        (["MODEL.WEIGHTS", "nowhere.pkl"], "weights nowhere.pkl are not there"),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet"], "MODEL.META_ARCHITECTURE must be 'GeneralizedRCNN' in this tool"),
+        (["TEST.EVAL_ITERATIONS", "(3, 2)"], "TEST.EVAL_ITERATIONS must be increasing"),
+        (["SOLVER.BEST_CHECKPOINT_METRIC", "box/AP"], "did you mean 'bbox/AP'?"),
+        (["MODEL.RESNETS.NORM", "SyncBN"], "SyncBN runs on GPUs only"),
         (["--eval-only"], "nothing to evaluate"),
         (["SOLVER.MAX_ITER"], "pairs KEY VALUE"),
         (["OUTPUT_DIR", "/dev/null/out"], "/dev/null"),
@@ -139,9 +178,30 @@ def test_bad_input_is_one_line_and_writes_nothing(main, arguments, tmp_path, opt
     assert set(tmp_path.iterdir()) == before
 
 
-def test_an_image_that_breaks_in_a_worker_is_one_line(arguments, shapes, tmp_path):
-    import shutil
+def test_annotations_cut_short_and_weights_of_other_networks_are_one_line(main, arguments, shapes, tmp_path, capsys):
+    folder = shutil.copytree(shapes, tmp_path / "set")
+    (annotations,) = (folder / "annotations").glob("*_train.json")
+    annotations.write_bytes(annotations.read_bytes()[:200])
+    torch.save({"model": {"backbone.body.conv1.weight": torch.zeros(64, 3, 7, 7)}}, tmp_path / "other.pth")
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "stem.pth")
+    before = set(tmp_path.iterdir())
+    for options, words in (
+        (["DATASETS.TRAIN", f"{folder}:train"], f"{annotations} is not valid JSON, perhaps cut short"),
+        (
+            ["MODEL.WEIGHTS", tmp_path / "other.pth"],
+            "other.pth is of another model: 19 entries do not fit, such as backbone.body.layer1.0.conv1",
+        ),
+        (["MODEL.WEIGHTS", tmp_path / "stem.pth"], "stem.pth does not fit the backbone"),
+        (["--eval-only", "MODEL.WEIGHTS", tmp_path / "stem.pth"], "stem.pth is a backbone; --eval-only wants a whole"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, *map(str, options)])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert set(tmp_path.iterdir()) == before
 
+
+def test_an_image_that_breaks_in_a_worker_is_one_line(arguments, shapes, tmp_path):
     folder = shutil.copytree(shapes, tmp_path / "set")
     for path in (folder / "train").iterdir():
         path.write_bytes(path.read_bytes()[:100])
@@ -153,11 +213,11 @@ def test_an_image_that_breaks_in_a_worker_is_one_line(arguments, shapes, tmp_pat
 
 
 def test_keys_that_are_not_used_are_reported_in_one_line(main, arguments, capsys):
-    keys = ["MODEL.RESNETS.STRIDE_IN_1X1", "False", "MODEL.RETINANET.NORM", "BN"]
+    keys = ["MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlign", "MODEL.RETINANET.NORM", "BN"]
     with pytest.raises(SystemExit):
         main([*arguments, *keys, "SOLVER.MAX_ITER", "0"])
     printed = capsys.readouterr()
-    assert printed.out == "these keys are not used: MODEL.RESNETS.STRIDE_IN_1X1, MODEL.RETINANET.NORM\n"
+    assert printed.out == "these keys are not used: MODEL.ROI_MASK_HEAD.POOLER_TYPE, MODEL.RETINANET.NORM\n"
     assert printed.err == "error: SOLVER.MAX_ITER must be above 0, not 0\n"
 
 
