@@ -154,7 +154,11 @@ def read_run(folder: str | os.PathLike) -> Run:
             raise ValueError(f"{path}: {key} must be of type {kind.__name__}, not {config[key]!r}")
     if min(config["SOLVER.IMS_PER_BATCH"], config["SOLVER.MAX_ITER"]) < 1:
         raise ValueError(f"{path}: SOLVER.IMS_PER_BATCH and SOLVER.MAX_ITER must be 1 or more")
-    return Run(folder, config, read_run_info(folder))
+    info = read_run_info(folder)
+    images = info.get("images_per_batch", 1)
+    if not isinstance(images, int) or images < 1:
+        raise ValueError(f"{folder / 'run_info.json'}: images_per_batch must be 1 or more, not {images!r}")
+    return Run(folder, config, info)
 
 
 def norm_label(spec: str) -> str:
