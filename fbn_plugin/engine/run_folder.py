@@ -4,6 +4,7 @@ evaluations, weights, detections."""
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fbn_plugin.engine.logging import read_metrics
 from fbn_plugin.engine.run_info import read_run_info
 from fbn_plugin.registry import NormSpec, norm_options, parse_spec
 
-__all__ = ["NORM_KEYS", "Run", "norm_label", "read_run"]
+__all__ = ["NORM_KEYS", "Run", "norm_label", "read_run", "run_titles"]
 
 # Where a config names a norm, the backbone's first.
 NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"))
@@ -169,3 +170,12 @@ def norm_label(spec: str) -> str:
         return spec or "no norm"
     defaults = norm_options(parsed.name)
     return str(NormSpec(parsed.name, {key: v for key, v in parsed.options.items() if v != defaults[key]}))
+
+
+def run_titles(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run that no other has: its norm, with the seed, or its folder."""
+    for title in (lambda run: run.norm, lambda run: f"{run.norm}, seed {run.seed}", lambda run: str(run.folder)):
+        titles = [title(run) for run in runs]
+        if len(set(titles)) == len(runs):
+            return titles
+    raise ValueError(f"a run folder is given more than once: {', '.join(titles)}")
