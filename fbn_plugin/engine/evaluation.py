@@ -15,11 +15,9 @@ from typing import Any
 from fbn_plugin.engine.checkpoint import atomic_write, load_file
 from fbn_plugin.engine.coco_data import CocoDataset, resolve_dataset
 from fbn_plugin.engine.coco_eval import evaluate_coco
-from fbn_plugin.engine.run_folder import Run
+from fbn_plugin.engine.run_folder import METRICS, Run
 
-__all__ = ["METRICS", "evaluate_weights", "metric_rows", "read_detections", "score_detections", "write_evaluation"]
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+__all__ = ["evaluate_weights", "metric_rows", "read_detections", "score_detections", "write_evaluation"]
 
 
 def evaluate_weights(

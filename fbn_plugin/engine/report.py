@@ -14,9 +14,9 @@ import torch
 from fbn_plugin.engine.coco_data import CocoDataset
 from fbn_plugin.engine.logging import read_metrics
 from fbn_plugin.engine.pictures import draw_detections
+from fbn_plugin.engine.run_folder import METRICS
 from fbn_plugin.engine.run_info import hardware
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 
 

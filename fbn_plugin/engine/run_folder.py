@@ -14,7 +14,10 @@ from fbn_plugin.engine.logging import read_metrics
 from fbn_plugin.engine.run_info import read_run_info
 from fbn_plugin.registry import NormSpec, norm_options, parse_spec
 
-__all__ = ["NORM_KEYS", "Run", "norm_label", "read_run", "run_titles"]
+__all__ = ["METRICS", "NORM_KEYS", "Run", "norm_label", "read_run", "run_titles"]
+
+# COCO's APs under detectron2's names; in metrics.json after "bbox/" or "segm/".
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 # Where a config names a norm, the backbone's first.
 NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"))

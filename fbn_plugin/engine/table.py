@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fbn_plugin.engine.evaluation import METRICS
-from fbn_plugin.engine.run_folder import NORM_KEYS, Run, norm_label
+from fbn_plugin.engine.run_folder import METRICS, NORM_KEYS, Run, norm_label
 from fbn_plugin.registry import NORMS
 
 __all__ = ["PAPER_AP", "PAPER_SOURCE", "Column", "Table", "build_tables", "paper_table"]
