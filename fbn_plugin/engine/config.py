@@ -18,7 +18,7 @@ from fvcore.common.config import CfgNode
 
 from fbn_plugin.engine.checkpoint import atomic_write
 
-__all__ = ["CfgNode", "check_resume", "load_config", "save_config"]
+__all__ = ["CfgNode", "check_resume", "load_config", "read_config", "save_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,11 @@ def load_config(
         logger.warning("these keys are not used: %s", ", ".join(dict.fromkeys(ignored)))
     cfg.freeze()
     return cfg
+
+
+def read_config(config_file: str | os.PathLike) -> dict[str, Any]:
+    """A YAML file's keys, with their dots, and the values as they stand there; errors as ``load_config``."""
+    return dict(_read(config_file))
 
 
 def save_config(cfg: CfgNode, path: str | os.PathLike) -> None:

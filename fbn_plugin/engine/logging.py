@@ -2,6 +2,7 @@
 detectron2's field names, TensorBoard, and the log file.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -46,15 +47,13 @@ def setup_logging(output_dir: str | os.PathLike | None = None) -> None:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of a ``metrics.json``; a last line cut short by a crash is left out."""
+    """The lines of a ``metrics.json``; a line cut short by a crash is left out."""
     rows = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             for line in file:
-                try:
+                with contextlib.suppress(json.JSONDecodeError):  # a resumed run may have gone on behind it
                     rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
     return rows
 
 

@@ -9,15 +9,14 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from pycocotools import mask as mask_utils
 
-from fbn_plugin.engine.coco_data import CocoDataset, read_image
+from fbn_plugin.engine.coco_data import CocoDataset
 from fbn_plugin.engine.logging import read_metrics
+from fbn_plugin.engine.pictures import draw_detections
+from fbn_plugin.engine.run_folder import METRICS
 from fbn_plugin.engine.run_info import hardware
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 
 
@@ -73,60 +72,22 @@ def plot_curves(runs: Mapping[str, Path]) -> bytes:
     return _png(figure)
 
 
-def _draw(axes, image: np.ndarray, objects: Sequence[tuple[np.ndarray, Sequence[float], str, int]]) -> None:
-    axes.imshow(image)
-    for mask, (x, y, width, height), text, color_index in objects:
-        color = COLORS[color_index % len(COLORS)]
-        rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        axes.imshow(np.dstack([np.broadcast_to(rgb, (*mask.shape, 3)), mask * 0.55]), interpolation="nearest")
-        axes.plot([x, x + width, x + width, x, x], [y, y, y + height, y + height, y], color=color, linewidth=1.4)
-        axes.text(
-            x, y - 1, text, fontsize=7, color="white", va="bottom",
-            bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
-        )  # fmt: skip
-    axes.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5), xticks=[], yticks=[])
-
-
 def plot_detections(data: CocoDataset, runs: Mapping[str, Path], num_images: int = 6, threshold: float = 0.5) -> bytes:
     """PNG with the ground truth and each run's detections on the first images of ``data`` that have objects.
 
     Args:
         data: the validation set.
         runs: label -> run folder, which holds ``inference/coco_instances_results.json``.
-        num_images: columns.
+        num_images: rows.
         threshold: least score of a detection that is drawn.
     """
-    truth = [{**each, "score": None} for each in data.annotations if "segmentation" in each and not each["iscrowd"]]
-    sources = {"ground truth": truth}
-    for label, run_dir in runs.items():
-        results = json.loads((Path(run_dir) / "inference" / "coco_instances_results.json").read_text())
-        sources[label] = [each for each in results if each["score"] >= threshold]
-    with_objects = {each["image_id"] for each in truth}
+    detections = {
+        label: json.loads((Path(run_dir) / "inference" / "coco_instances_results.json").read_text())
+        for label, run_dir in runs.items()
+    }
+    with_objects = {each["image_id"] for each in data.annotations if not each["iscrowd"]}
     images = [image for image in data.images if image["id"] in with_objects][:num_images]
-    names = {category["id"]: (index, category["name"]) for index, category in enumerate(data.categories)}
-    figure, grid = _figure(
-        2.1 * len(images) + 0.3, 2.2 * len(sources), nrows=len(sources), ncols=len(images), squeeze=False
-    )
-    for row, (label, objects) in zip(grid, sources.items()):
-        row[0].set_ylabel(label)
-        for axes, image in zip(row, images):
-            size = image["height"], image["width"]
-            drawn = []
-            for each in objects:
-                if each["image_id"] == image["id"]:
-                    index, name = names[each["category_id"]]
-                    text = name if each["score"] is None else f"{name} {each['score']:.0%}"
-                    drawn.append((_mask(each["segmentation"], size), each["bbox"], text, index))
-            _draw(axes, np.asarray(read_image(data.image_root / image["file_name"])), drawn)
-    return _png(figure)
-
-
-def _mask(segmentation: list | dict, size: tuple[int, int]) -> np.ndarray:
-    if isinstance(segmentation, list):
-        segmentation = mask_utils.merge(mask_utils.frPyObjects(segmentation, *size))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = mask_utils.frPyObjects(segmentation, *size)
-    return mask_utils.decode(segmentation).astype(bool)
+    return draw_detections(data, detections, images, threshold, side=320)
 
 
 _PAGE = """<!DOCTYPE html>

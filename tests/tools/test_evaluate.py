@@ -1,0 +1,294 @@
+"""tools/evaluate.py: the figures of a run from its weights and from its detections, and what is refused."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from pycocotools import mask as mask_utils
+from pycocotools.cocoeval import COCOeval
+
+from fbn_plugin.engine.coco_data import resolve_dataset
+from fbn_plugin.engine.coco_eval import evaluate_coco
+
+ROOT = Path(__file__).parents[2]
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+RESULTS = Path("inference", "coco_instances_results.json")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "tools" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(trained_run, tmp_path):
+    return shutil.copytree(trained_run, tmp_path / "run")
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def found(trained_run, shapes, tmp_path_factory):
+    """A set whose objects are what the run detects on ``shapes``, shifted by a pixel: with the run's few iterations no
+    other gives it an AP above 0. And the run's figures on it, from the detections that the training wrote."""
+    folder = tmp_path_factory.mktemp("found")
+    shutil.copytree(shapes / "val", folder / "val")
+    truth = json.loads((shapes / "annotations" / "instances_val.json").read_text())
+    results = json.loads((trained_run / RESULTS).read_text())
+    truth["annotations"] = []
+    for number, each in enumerate(results[::2]):
+        x, y, width, height = each["bbox"]
+        mask = each["segmentation"]
+        box = [x + 1, y, width, height]
+        annotation = {"id": number, "bbox": box, "area": width * height, "iscrowd": 0, "segmentation": mask}
+        truth["annotations"].append({**annotation, "image_id": each["image_id"], "category_id": each["category_id"]})
+    (folder / "instances_val.json").write_text(json.dumps(truth))
+    data = resolve_dataset(f"{folder}:val")
+    metrics = evaluate_coco(data, results)
+    assert 5 < metrics["bbox/AP"] < 95 and 5 < metrics["segm/AP"] < 95
+    return data.name, metrics
+
+
+def test_weights_give_the_figures_of_the_run(tool, run, found, capsys):
+    name, figures = found
+    before = content(run)
+    metrics = tool.main([str(run), "--dataset", name])
+    assert metrics[name] == pytest.approx(figures, nan_ok=True)
+    written = json.loads((run / "evaluation.json").read_text())
+    known = {key: None if math.isnan(value) else value for key, value in figures.items()}
+    assert written["metrics"] == pytest.approx(known)
+    assert (written["iteration"], written["weights"]) == (3, str(run / "model_final.pth"))
+    assert written["dataset"] == [name] and written["hardware"]
+    (run / "evaluation.json").unlink()
+    assert content(run) == before
+
+    printed = capsys.readouterr().out
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line[:1] == "|"]
+    assert table[0] == ["task", *METRICS] and [row[0] for row in table[2:]] == ["bbox", "segm"]
+    shown = [f"{figures[f'segm/{name}']:.2f}" for name in METRICS]
+    assert table[3][1:] == ["-" if each == "nan" else each for each in shown]
+
+
+def test_an_earlier_checkpoint_on_two_sets(tool, run, found, shapes, tmp_path, capsys):
+    names = [found[0], f"{shapes}:train"]
+    output = tmp_path / "out.json"
+    metrics = tool.main([str(run), "--weights", "model_0000001.pth", "--dataset", *names, "--output", str(output)])
+    assert list(metrics) == names
+    assert metrics[names[0]]["bbox/AP"] < found[1]["bbox/AP"]  # not of the weights that found these objects
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} ({run / 'model_0000001.pth'}, 2 iterations)" in printed for name in names)
+    written = json.loads(output.read_text())
+    assert written["dataset"] == names and written["iteration"] == 1
+    assert written["metrics"][f"{names[0]}/bbox/AP"] == metrics[names[0]]["bbox/AP"]
+    assert not (run / "evaluation.json").exists()
+
+
+def test_without_a_final_model_the_last_checkpoint(tool, run, capsys):
+    (run / "model_final.pth").unlink()
+    (run / "last_checkpoint").write_text("model_0000001.pth")
+    tool.main([str(run)])
+    assert json.loads((run / "evaluation.json").read_text())["weights"] == str(run / "model_0000001.pth")
+
+
+def jittered(data):
+    """The objects of a set moved by two pixels, with scores that differ; some missed, some false."""
+    results = []
+    for number, each in enumerate(data.annotations[1:]):
+        x, y, width, height = each["bbox"]
+        x, y = max(0, x - 2), max(0, y - 2)
+        corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+        size = next((i["height"], i["width"]) for i in data.images if i["id"] == each["image_id"])
+        rle = mask_utils.merge(mask_utils.frPyObjects([corners], *size))
+        results.append(
+            {
+                "image_id": each["image_id"],
+                "category_id": data.category_ids[0] if number % 4 == 0 else each["category_id"],
+                "bbox": [x, y, width, height],
+                "score": 0.9 - 0.05 * (number % 7),
+                "segmentation": {"size": list(size), "counts": rle["counts"].decode()},
+            }
+        )
+    return results
+
+
+@pytest.fixture
+def detections(shapes, tmp_path):
+    data = resolve_dataset(f"{shapes}:train")
+    path = tmp_path / "detections.json"
+    path.write_text(json.dumps(jittered(data)))
+    return data, path
+
+
+def test_detections_of_anyone(tool, detections, tmp_path):
+    """Without a run; the same figures as pycocotools' own summary."""
+    data, path = detections
+    metrics = tool.main(["--results", str(path), "--dataset", data.name, "--output", str(tmp_path / "ap.json")])[
+        data.name
+    ]
+    for task in ("bbox", "segm"):
+        truth = data.coco_api(masks=True)
+        drop = "segmentation" if task == "bbox" else "bbox"
+        with contextlib.redirect_stdout(io.StringIO()):
+            loaded = truth.loadRes(
+                [{k: v for k, v in each.items() if k != drop} for each in json.loads(path.read_text())]
+            )
+            evaluation = COCOeval(truth, loaded, task)
+            evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
+        theirs = [100 * value if value > -1 else math.nan for value in evaluation.stats[:6]]
+        assert [metrics[f"{task}/{name}"] for name in METRICS] == pytest.approx(theirs, nan_ok=True)
+        assert 5 < metrics[f"{task}/AP"] < 95
+    written = json.loads((tmp_path / "ap.json").read_text())
+    assert written["results"] == str(path) and written["weights"] is None and written["iteration"] is None
+    assert written["metrics"]["bbox/AP"] == metrics["bbox/AP"] and written["metrics"]["bbox/APl"] is None
+
+
+@pytest.mark.detectron2
+def test_detections_as_detectron2_scores_them(tool, detections, tmp_path):
+    evaluation = pytest.importorskip("detectron2.evaluation", reason="detectron2 is not installed")
+    from detectron2.data import MetadataCatalog
+
+    data, path = detections
+    metrics = tool.main(["--results", str(path), "--dataset", data.name])[data.name]
+    api = data.coco_api(masks=True)
+    (tmp_path / "truth.json").write_text(json.dumps(api.dataset))
+    MetadataCatalog.get("shapes of a test").set(json_file=str(tmp_path / "truth.json"))
+    try:
+        evaluator = evaluation.COCOEvaluator("shapes of a test", distributed=False, use_fast_impl=False)
+        evaluator.reset()
+        evaluator._predictions = [{"image_id": 0, "instances": json.loads(path.read_text())}]
+        with contextlib.redirect_stdout(io.StringIO()):
+            theirs = evaluator.evaluate()
+    finally:
+        MetadataCatalog.remove("shapes of a test")
+    for task in ("bbox", "segm"):
+        ours = {name: metrics[f"{task}/{name}"] for name in METRICS}
+        assert ours == pytest.approx({name: theirs[task][name] for name in METRICS}, nan_ok=True)
+
+
+def test_detections_of_a_run(tool, run, found, shapes):
+    """The ground truth is the config's if no other is named; nothing detected is an AP of 0 for masks too."""
+    name, figures = found
+    metrics = tool.main([str(run), "--results", str(run / RESULTS), "--dataset", name])
+    assert metrics[name] == pytest.approx(figures, nan_ok=True)
+    (run / RESULTS).write_text("[]")
+    metrics = tool.main([str(run), "--results", str(run / RESULTS)])[f"{shapes}:val"]
+    assert metrics["bbox/AP"] == metrics["segm/AP"] == 0
+
+
+@pytest.mark.detectron2
+def test_a_run_of_detectron2(tool, shapes, tmp_path, capfd):
+    """Its tool evaluates, in a process of its own; weights that do not fit are refused before."""
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from detectron2.config import get_cfg
+
+    import fbn_plugin
+    from fbn_plugin.frameworks.detectron2 import add_config, build_model
+
+    cfg = get_cfg()
+    add_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs" / "Demo" / "mask_rcnn_R_18_FPN_FBN.yaml"))
+    small = ["MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_HEADS.NUM_CLASSES", 2]
+    small += ["MODEL.ROI_MASK_HEAD.CONV_DIM", 8, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.DEVICE", "cpu"]
+    cfg.merge_from_list([*small, "DATASETS.TEST", (f"{shapes}:val",), "TEST.DETECTIONS_PER_IMAGE", 20])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(cfg.dump())
+    fbn_plugin.register()
+    try:
+        weights = build_model(cfg).state_dict()
+        torch.save({"model": weights, "iteration": 6}, run / "model_final.pth")
+        metrics = tool.main([str(run)])[f"{shapes}:val"]
+        printed = capfd.readouterr().out
+        theirs = [line.split("copypaste: ")[1] for line in printed.splitlines() if "copypaste: " in line]
+        for task, row in (("bbox", theirs[2]), ("segm", theirs[5])):
+            assert row == ",".join(f"{metrics[f'{task}/{name}']:.4f}" for name in METRICS)
+        assert f"{shapes}:val ({run / 'model_final.pth'}, 7 iterations)" in printed
+        assert {path.name for path in run.iterdir()} == {"config.yaml", "model_final.pth", "evaluation.json"}
+
+        del weights["backbone.fpn_lateral2.weight"]
+        torch.save({"model": weights}, tmp_path / "other.pth")
+        error = refusal(tool, capfd, run, "--weights", tmp_path / "other.pth")
+        assert "other.pth does not fit" in error and "backbone.fpn_lateral2.weight" in error
+    finally:
+        fbn_plugin.unregister()
+
+
+def refusal(tool, capture, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        tool.main([str(each) for each in arguments])
+    error = capture.readouterr().err
+    assert exit.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def test_bad_runs_and_weights(tool, run, shapes, tmp_path, capsys):
+    before = content(tmp_path)
+    assert "nowhere is not there" in refusal(tool, capsys, tmp_path / "nowhere")
+    assert "it has no config.yaml" in refusal(tool, capsys, tmp_path)
+    assert "RUN_DIR is needed" in refusal(tool, capsys, "--results", run / RESULTS)
+    assert "--weights" in refusal(tool, capsys, run, "--weights", "x.pth", "--results", run / RESULTS)
+    assert "x.pth is not there" in refusal(tool, capsys, run, "--weights", "x.pth")
+    assert "cannot be read" in refusal(tool, capsys, run, "--weights", run / "config.yaml")
+    assert "my:val" in refusal(tool, capsys, run, "--dataset", "my:val")
+    assert "folder of --output" in refusal(tool, capsys, run, "--output", tmp_path / "no" / "file.json")
+    two = (run, "--results", run / RESULTS, "--dataset", f"{shapes}:val", f"{shapes}:train")
+    assert "on one set" in refusal(tool, capsys, *two)
+    assert content(tmp_path) == before
+
+    torch.save({"model": {"conv.weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    before = content(tmp_path)
+    assert "this model" in refusal(tool, capsys, run, "--weights", tmp_path / "other.pth")
+    assert content(tmp_path) == before
+
+    (run / "model_final.pth").unlink()
+    (run / "last_checkpoint").unlink()
+    assert "has no checkpoint" in refusal(tool, capsys, run)
+    (run / "config.yaml").write_text("MODEL: {ARCHITECTURE: lenet5}")
+    assert "no run folder of a detector: its config.yaml has no MODEL.RESNETS.NORM" in refusal(tool, capsys, run)
+
+
+BAD_DETECTIONS = {
+    "cut short": (lambda text, first: text[:-20], "cut short"),
+    "no list": (lambda text, first: "{}", "list of detections"),
+    "an image of another set": (lambda text, first: json.dumps([{**first, "image_id": 77}]), "image_id 77"),
+    "a class of another set": (lambda text, first: json.dumps([{**first, "category_id": 1}]), "category_id 1"),
+    "no score": (lambda text, first: json.dumps([first, {"image_id": 0, "category_id": 3}]), "number 1 has no 'score'"),
+    "a score in words": (lambda text, first: json.dumps([{**first, "score": "high"}]), "'high'"),
+    "half a box": (lambda text, first: json.dumps([{**first, "bbox": [1, 2]}]), "[1, 2]"),
+    "a polygon": (lambda text, first: json.dumps([{**first, "segmentation": [[0, 0, 1, 0, 1, 1]]}]), "RLE"),
+    "a mask of another image": (
+        lambda text, first: json.dumps([{**first, "segmentation": {**first["segmentation"], "size": [5, 5]}}]),
+        "[5, 5]",
+    ),
+    "a mask for one of two": (
+        lambda text, first: json.dumps([first, {k: v for k, v in first.items() if k != "segmentation"}]),
+        "number 1 has no 'segmentation'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DETECTIONS)
+def test_bad_detections(tool, detections, tmp_path, capsys, case):
+    data, path = detections
+    change, words = BAD_DETECTIONS[case]
+    text = path.read_text()
+    path.write_text(change(text, json.loads(text)[0]))
+    output = tmp_path / "ap.json"
+    error = refusal(tool, capsys, "--results", path, "--dataset", data.name, "--output", output)
+    assert words in error and str(path) in error
+    assert not output.exists()
+    assert "are not there" in refusal(tool, capsys, "--results", tmp_path / "no.json", "--dataset", data.name)

@@ -1,0 +1,84 @@
+"""COCO AP of a run's weights, or of any file of detections: AP, AP50, AP75, APs, APm, APl of boxes and masks.
+
+    python tools/evaluate.py runs/fbn
+    python tools/evaluate.py runs/fbn --weights model_0049999.pth --output ap_50k.json
+    python tools/evaluate.py runs/fbn --dataset my_data:test
+    python tools/evaluate.py --results coco_instances_results.json --dataset coco_2017_val
+
+RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2) or tools/train_detection.py (torchvision); the engine that
+trained the run evaluates it. With --results no model is needed: detections in COCO's results format are scored,
+whoever made them. The figures are printed and written as JSON, to RUN_DIR/evaluation.json by default; of RUN_DIR
+nothing else is touched.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fbn_plugin.engine.cli import format_table, user_errors
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    """Run the command line; return the figures of each data set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help="a run's OUTPUT_DIR")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="checkpoint, as a path or a name in RUN_DIR; default: model_final.pth, else the last one",
+    )
+    parser.add_argument("--dataset", metavar="NAME", nargs="+", help="data sets; default: the run's DATASETS.TEST")
+    parser.add_argument("--results", metavar="FILE", help="score this coco_instances_results.json; no model is run")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="JSON file; default: RUN_DIR/evaluation.json")
+    args = parser.parse_args(argv)
+    with user_errors():
+        if args.results and args.weights:
+            raise ValueError("--weights names a model to run, and --results wants none: give one of them")
+        if not args.run_dir and not (args.results and args.dataset):
+            raise ValueError("RUN_DIR is needed, or both --results and --dataset")
+        if args.output and not args.output.absolute().parent.is_dir():
+            raise FileNotFoundError(f"the folder of --output {args.output} is not there")
+
+        from fbn_plugin.engine.coco_data import resolve_dataset
+        from fbn_plugin.engine.evaluation import (
+            evaluate_weights,
+            metric_rows,
+            read_detections,
+            score_detections,
+            write_evaluation,
+        )
+        from fbn_plugin.engine.run_folder import read_run
+        from fbn_plugin.engine.run_info import hardware
+
+        run = read_run(args.run_dir) if args.run_dir else None
+        names = list(dict.fromkeys(args.dataset or run.test_sets))
+        if not names:
+            raise ValueError("the run's DATASETS.TEST is empty: name a data set with --dataset")
+        if args.results and len(names) > 1:
+            raise ValueError(f"--results are the detections on one set: name it with --dataset, of {', '.join(names)}")
+
+        facts = {"iteration": None, "weights": None}
+        if args.results:
+            data = resolve_dataset(names[0])
+            metrics = {data.name: score_detections(data, read_detections(args.results, data), run)}
+            facts["results"] = source = args.results
+        else:
+            weights = run.weights(args.weights)
+            metrics, iteration = evaluate_weights(run, weights, names, Path(__file__).with_name("train_net.py"))
+            facts = {"iteration": iteration, "weights": str(weights)}
+            facts["hardware"] = hardware("cpu" if run.config["MODEL.DEVICE"] == "cpu" else None)
+            source = str(weights) if iteration is None else f"{weights}, {iteration + 1} iterations"
+        output = args.output or (run.folder / "evaluation.json" if run else None)
+        if output:
+            write_evaluation(output, metrics, **facts)
+
+    for name, figures in metrics.items():
+        print(f"\n{name} ({source})\n\n{format_table(metric_rows(figures))}")
+    if output:
+        print(f"\nwritten to {output}")
+    return metrics
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,85 @@
+"""Table I of "Filtered Batch Normalization" from run folders: AP and AP50 of masks and boxes after 50k, 100k, 150k and
+270k iterations at two images a batch, the paper's printed figures in parentheses.
+
+    python tools/make_table.py                                  # the paper's figures alone
+    python tools/make_table.py runs/bn runs/fbn --output table.md
+    python tools/make_table.py runs/bn-seed* runs/fbn-seed* --all-metrics --json table.json
+    python tools/make_table.py runs/* --label "FBN everywhere=runs/fbn-heads"
+
+RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2) or tools/train_detection.py (torchvision), with any norm.
+Runs of the same norm become one column, mean ± standard deviation over their seeds; every framework and data set has a
+table of its own. Below each stands what was run, in which settings the runs differ, and how far they can be compared.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fbn_plugin.engine.cli import format_table, user_errors
+
+
+def read_labels(given: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
+    """``LABEL=RUN_DIR`` pairs as folder -> label; ValueError where a folder is none of the runs."""
+    labels = {}
+    for pair in given:
+        label, _, folder = pair.rpartition("=")
+        if not label or not folder:
+            raise ValueError(f"--label takes LABEL=RUN_DIR, not {pair!r}")
+        if Path(folder) not in folders:
+            raise ValueError(f"--label {pair!r}: {folder} is none of the run folders given")
+        labels[Path(folder)] = label
+    return labels
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Run the command line; return the text that it prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="*", type=Path, help="a run's OUTPUT_DIR")
+    parser.add_argument(
+        "--label",
+        metavar="LABEL=RUN_DIR",
+        action="append",
+        default=[],
+        help="put a run into the column LABEL, not that of its norm; may be repeated",
+    )
+    parser.add_argument("--all-metrics", action="store_true", help="add the six APs at the last evaluation")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the tables as Markdown, too")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON, too")
+    args = parser.parse_args(argv)
+    with user_errors():
+        from fbn_plugin.engine.checkpoint import atomic_write
+        from fbn_plugin.engine.run_folder import read_run
+        from fbn_plugin.engine.table import PAPER_SOURCE, build_tables, paper_table
+
+        resolved = [folder.resolve() for folder in args.run_dirs]
+        for folder in args.run_dirs:
+            if resolved.count(folder.resolve()) > 1:
+                raise ValueError(f"run folder {folder} is given more than once")
+        for file in (args.output, args.json):
+            if file and not file.absolute().parent.is_dir():
+                raise FileNotFoundError(f"{file} cannot be written: the folder {file.absolute().parent} is not there")
+        labels = read_labels(args.label, args.run_dirs)
+        tables = build_tables([read_run(folder) for folder in args.run_dirs], labels) or [paper_table()]
+
+        lines = []
+        for table in tables:
+            title = " and ".join(table.train_sets)
+            lines += [f"## {title} → {table.test_set}, {table.engine}" if table.engine else "## COCO", ""]
+            lines += [format_table(table.rows()), ""]
+            if args.all_metrics and table.engine:
+                lines += ["At the last evaluation:", "", format_table(table.all_metrics()), ""]
+            lines += [*(f"- {note}" for note in table.notes()), ""]
+        text = "\n".join([*lines, f"AP in percent. The paper: {PAPER_SOURCE}."])
+        if args.output:
+            atomic_write(args.output, (text + "\n").encode())
+        if args.json:
+            content = {"paper": PAPER_SOURCE, "tables": [table.as_json() for table in tables]}
+            atomic_write(args.json, (json.dumps(content, indent=2) + "\n").encode())
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
