@@ -54,7 +54,7 @@ def update_population_stats(
 
     With ``torch.distributed``, call it in every process, each with its own share of the data: shares of all sizes
     count, and every process ends with the same statistics. A synchronized norm is measured on each process's own
-    batches.
+    batches: no process waits in the middle of a pass for one that has fewer.
 
     Args:
         model: a model or its ``DistributedDataParallel``.

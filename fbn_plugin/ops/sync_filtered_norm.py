@@ -8,6 +8,7 @@ sums of squares. Source of the filter: Horváth and Al-afandi, "Filtered Batch N
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,10 @@ from torch.autograd.function import once_differentiable
 from fbn_plugin.ops.filtered_norm import act_backend, as_inputs, check_channels, check_filter, running_backend
 from fbn_plugin.ops.reference import FilteredMoments, accumulate_dtype, band, gaussian_kappa
 
+# Made at the first call, as it imports the compiler; ``DistributedDataParallel`` does, ``import fbn_plugin`` does not.
+_uncompiled: Callable[..., Tensor] | None = None
 
-@torch.compiler.disable
+
 def sync_filtered_batch_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -44,8 +47,9 @@ def sync_filtered_batch_norm(
     :class:`torch.nn.SyncBatchNorm`: like those of any other parameter they add up over processes to the gradient
     of the sum of the losses, and ``DistributedDataParallel`` averages them.
 
-    On a GPU the kernels are those of :func:`fbn_plugin.ops.filtered_batch_norm`, the exchanges between them. On a CPU
-    it is plain PyTorch. ``torch.compile`` breaks its graph here.
+    On a GPU the kernels are those of :func:`fbn_plugin.ops.filtered_batch_norm`, the exchanges between them: the batch
+    is read and written as often as by :class:`torch.nn.SyncBatchNorm`, and tiles of it that hold an outlier are read
+    once more. On a CPU it is plain PyTorch. ``torch.compile`` breaks its graph here.
 
     Args:
         x: this process's ``(N, C, *spatial)``; N may be 0.
@@ -60,6 +64,26 @@ def sync_filtered_batch_norm(
         ValueError: ``t_sigma`` or ``grad_mode`` out of range, a channel count that does not fit, or, on every process
         alike, one value per channel on all processes together.
     """
+    global _uncompiled
+    if _uncompiled is None:
+        _uncompiled = torch.compiler.disable(_sync_filtered_batch_norm)
+    moving = running_mean, running_var, momentum
+    return _uncompiled(x, weight, bias, *moving, eps, t_sigma, grad_mode, gaussian_correction, process_group)
+
+
+def _sync_filtered_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    t_sigma: float,
+    grad_mode: str,
+    gaussian_correction: bool,
+    process_group: "dist.ProcessGroup | None",
+) -> Tensor:
     t_sigma = check_filter(t_sigma, grad_mode)
     check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))

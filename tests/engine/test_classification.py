@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
+from fbn_plugin import SyncFilteredBatchNorm
 from fbn_plugin.engine import classification, distributed
 from fbn_plugin.engine.checkpoint import load_file
 from fbn_plugin.engine.classification import (
@@ -142,6 +143,12 @@ def test_bad_values_are_named_before_anything_is_written(tmp_path, overrides, se
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         ClassificationTrainer(config(tmp_path / "out", **overrides))
     assert not (tmp_path / "out").exists()
+
+
+def test_synchronized_batch_norm_that_trains_on_a_cpu(tmp_path):
+    trainer = ClassificationTrainer(config(tmp_path, MODEL__NORM="SyncFBN(t_sigma=inf)", MODEL__DEVICE="cpu"))
+    norms = [m for m in trainer.model.modules() if isinstance(m, SyncFilteredBatchNorm)]
+    assert norms and all(math.isinf(norm.t_sigma) for norm in norms)
 
 
 def test_a_batch_is_shared_out_evenly(monkeypatch):

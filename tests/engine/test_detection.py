@@ -14,6 +14,7 @@ from torch import nn
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
+from fbn_plugin import SyncFilteredBatchNorm
 from fbn_plugin.engine import detection
 from fbn_plugin.engine.cli import UserError
 from fbn_plugin.engine.config import CfgNode
@@ -265,6 +266,11 @@ def test_wrong_settings_are_named(changes, words):
     with pytest.raises(ValueError) as error:
         load_detection_config(None, [str(part) for pair in changes.items() for part in pair])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_synchronized_batch_norm_that_trains_on_a_cpu(config):
+    trainer = DetectionTrainer(config(MODEL__RESNETS__NORM="SyncFBN(t_sigma=inf)", MODEL__DEVICE="cpu"))
+    assert any(isinstance(module, SyncFilteredBatchNorm) for module in trainer.model.modules())
 
 
 @pytest.mark.parametrize(
