@@ -2,7 +2,6 @@
 framework that trains on handwritten digits: timm's, torchvision's and detectron2's. The detectors at full size, built
 without memory, have the norms that they name where they name them, and are detectron2's own but for those."""
 
-import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,26 +164,26 @@ def test_torchvisions_engine_reads_it_or_says_why_not(path):
 
 
 @pytest.fixture
-def train_net(monkeypatch):
-    """detectron2's tool, with the norms in detectron2."""
+def in_detectron2():
+    """The norms in detectron2."""
     pytest.importorskip("detectron2", reason="detectron2 is not installed")
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import train_net
-
     fbn_plugin.register()
-    yield train_net
+    yield
     fbn_plugin.unregister()
 
 
-def detectron2_config(train_net, path: Path):
+def detectron2_config(path: Path):
     """The config as the tool reads it, for a model without memory."""
-    opts = ["MODEL.DEVICE", "meta"]
-    return train_net.load_config(argparse.Namespace(config_file=str(path), opts=opts))
+    from fbn_plugin.engine.detectron2.config import load_config
+
+    return load_config(str(path), ["MODEL.DEVICE", "meta"])
 
 
-def detectron2_model(train_net, path: Path) -> nn.Module:
+def detectron2_model(path: Path) -> nn.Module:
+    from fbn_plugin.frameworks.detectron2 import build_model
+
     with torch.device("meta"):
-        return train_net.build_model(detectron2_config(train_net, path))
+        return build_model(detectron2_config(path))
 
 
 def detectron2_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -202,11 +201,11 @@ def detectron2_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @pytest.mark.detectron2
 @pytest.mark.parametrize("path", COCO, ids=coco_id)
-def test_detectron2_builds_the_norms_where_they_are_named(path, train_net):
+def test_detectron2_builds_the_norms_where_they_are_named(path, in_detectron2):
     from detectron2.layers import FrozenBatchNorm2d, get_norm
 
-    cfg = detectron2_config(train_net, path)
-    model = detectron2_model(train_net, path)
+    cfg = detectron2_config(path)
+    model = detectron2_model(path)
     for name, part in detectron2_parts(model):
         norm = cfg.MODEL[name].get("NORM", "")
         assert norms_in(part) == ({type(get_norm(norm, 64))} if norm and part is not None else set())
@@ -240,7 +239,7 @@ def test_detectron2_builds_the_norms_where_they_are_named(path, train_net):
         ("Misc/scratch_mask_rcnn_R_50_FPN_3x_GN", "Misc/scratch_mask_rcnn_R_50_FPN_3x_gn", {"MODEL.PIXEL_STD"}),
     ],
 )
-def test_it_is_detectron2s_own_but_for_norm_and_evaluation(ours, own, besides, train_net):
+def test_it_is_detectron2s_own_but_for_norm_and_evaluation(ours, own, besides, in_detectron2):
     from detectron2.checkpoint.catalog import ModelCatalog
     from detectron2.config import get_cfg
 
@@ -248,7 +247,7 @@ def test_it_is_detectron2s_own_but_for_norm_and_evaluation(ours, own, besides, t
     cfg = get_cfg()
     cfg.merge_from_file(model_zoo.get_config_file(f"{own or ours.rpartition('_')[0]}.yaml"))
     plain = dict(leaves(cfg))
-    mine = dict(leaves(detectron2_config(train_net, CONFIGS / f"{ours}.yaml")))
+    mine = dict(leaves(detectron2_config(CONFIGS / f"{ours}.yaml")))
     differing = {key for key in plain if mine[key] != plain[key]} - {"MODEL.DEVICE"}
     evaluation = {"TEST.EVAL_PERIOD", "TEST.PRECISE_BN.ENABLED", "SOLVER.CHECKPOINT_PERIOD"}
     assert differing - evaluation == besides | {"SOLVER.REFERENCE_WORLD_SIZE"}
@@ -258,7 +257,7 @@ def test_it_is_detectron2s_own_but_for_norm_and_evaluation(ours, own, besides, t
 
 @pytest.mark.detectron2
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.py")), ids=coco_id)
-def test_a_lazy_config_is_its_yaml(path, train_net):
+def test_a_lazy_config_is_its_yaml(path, in_detectron2):
     pytest.importorskip("detectron2.model_zoo", reason="detectron2's model zoo wants setuptools below 81")
     from detectron2.config import LazyConfig, instantiate
 
@@ -267,8 +266,8 @@ def test_a_lazy_config_is_its_yaml(path, train_net):
     with torch.device("meta"):
         model = instantiate(lazy.model)
     cfg, same = (
-        detectron2_config(train_net, path.with_suffix(".yaml")),
-        detectron2_model(train_net, path.with_suffix(".yaml")),
+        detectron2_config(path.with_suffix(".yaml")),
+        detectron2_model(path.with_suffix(".yaml")),
     )
     kinds = [{name: type(each) for name, each in built.named_modules()} for built in (model, same)]
     assert kinds[0] == kinds[1]
@@ -339,7 +338,9 @@ def test_detectron2s_detector_learns(norm, tmp_path, datasets, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import train_net
 
-    monkeypatch.setattr(train_net.AtomicCheckpointer, "save", lambda *args, **kwargs: None)
+    from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
+
+    monkeypatch.setattr(AtomicCheckpointer, "save", lambda *args, **kwargs: None)
     overrides = [*datasets, *FEW, "OUTPUT_DIR", str(tmp_path)]
     train_net.main(["--config-file", f"{DETECTORS}_{norm}.yaml", "--log-period", "4", *overrides])
     first, *_, last = losses(tmp_path)

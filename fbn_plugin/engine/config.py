@@ -18,7 +18,7 @@ from fvcore.common.config import CfgNode
 
 from fbn_plugin.engine.checkpoint import atomic_write
 
-__all__ = ["CfgNode", "check_resume", "load_config", "read_config", "save_config"]
+__all__ = ["CfgNode", "check_resume", "load_config", "read_config", "refuse_changes", "save_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,20 @@ def check_resume(cfg: CfgNode, defaults: CfgNode, may_change: Sequence[str]) -> 
     Raises:
         FileNotFoundError, ValueError: no ``config.yaml``; the first key that differs, with its old and new value.
     """
-    saved = dict(_flatten(load_config(defaults, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))))
+    refuse_changes(load_config(defaults, os.path.join(cfg.OUTPUT_DIR, "config.yaml")), cfg, may_change)
+
+
+def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change: Sequence[str]) -> None:
+    """``check_resume`` for settings that are read already.
+
+    Raises:
+        ValueError: the first key that differs, with its old and new value.
+    """
+    old = dict(_flatten(saved))
     for key, new in _flatten(cfg):
-        if new != saved[key] and not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
+        if new != old[key] and not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
             raise ValueError(
-                f"{key} is {saved[key]!r} in the run that OUTPUT_DIR {cfg.OUTPUT_DIR} holds, not {new!r}; "
+                f"{key} is {old[key]!r} in the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds, not {new!r}; "
                 "resume it with the old value, or choose another OUTPUT_DIR"
             )
 

@@ -150,15 +150,23 @@ def unregister() -> None:
 
 
 def add_config(cfg: CfgNode) -> None:
-    """Add to a config of detectron2 what :func:`build_model` and :func:`build_optimizer` read.
+    """Add to a config of detectron2 what :func:`build_model`, :func:`build_optimizer` and ``tools/train_net.py`` read.
 
     - INPUT.NORM_GAMMA_INIT: the ``gamma_init`` of :func:`fbn_plugin.prepend_input_norm`; 0 normalizes by
       MODEL.PIXEL_MEAN and PIXEL_STD.
     - SOLVER.SCALE_LR_DIVISOR: what :func:`fbn_plugin.param_groups` divides the rate of the batch norms' scale by; 0
       leaves all rates and decays as detectron2 has them.
+    - SOLVER.BEST_CHECKPOINT_METRIC: name of a metric such as ``"segm/AP"``: an evaluation that beats all before writes
+      ``model_best.pth``; "" is off.
+    - TEST.EVAL_ITERATIONS: numbers of finished iterations after which to evaluate, beside TEST.EVAL_PERIOD.
+    - NORM_STATS_PERIOD: iterations between two measurements of the share of values that each filtered norm leaves out
+      (scalars ``filtered/<module>``); 0 is never.
     """
     cfg.INPUT.NORM_GAMMA_INIT = 0.0
     cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
+    cfg.SOLVER.BEST_CHECKPOINT_METRIC = ""
+    cfg.TEST.EVAL_ITERATIONS = ()
+    cfg.NORM_STATS_PERIOD = 0
 
 
 def build_model(cfg: CfgNode) -> nn.Module:

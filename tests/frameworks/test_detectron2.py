@@ -40,6 +40,7 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
+from torchvision.ops import boxes as torchvision_boxes
 
 import fbn_plugin
 from fbn_plugin import FilteredBatchNorm2d, FilteredGroupNorm
@@ -683,6 +684,39 @@ def test_retinanet_like_batch_norm():
     for (name, a), b in zip(own.state_dict().items(), ours.state_dict().values()):
         torch.testing.assert_close(a, b, msg=name)
     copy.deepcopy(ours)
+
+
+def test_mask_rcnn_like_batch_norm(monkeypatch):
+    """With nothing to filter, losses and gradients of the whole detector are those of detectron2's own BN, in float64:
+    backbone, FPN, box and mask head."""
+    nms = torchvision_boxes.batched_nms  # which detectron2 gives boxes as float32, whatever the scores
+    monkeypatch.setattr(
+        torchvision_boxes, "batched_nms", lambda boxes, scores, *rest: nms(boxes, scores.float(), *rest)
+    )
+    results = []
+    for norm in ("BN", "FBN(t_sigma=inf)"):
+        torch.manual_seed(0)
+        overrides = {"MODEL.BACKBONE.FREEZE_AT": 0, "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2"}
+        model = build_model(tiny_config(norm=norm, **overrides)).double()
+        kinds = {type(module) for name, module in norms(model).items()}
+        assert kinds == {nn.BatchNorm2d if norm == "BN" else FilteredBatchNorm2d}
+        torch.manual_seed(1)  # images and proposals
+        losses = training_losses(model)
+        sum(losses.values()).backward()
+        results.append((losses, dict(model.named_parameters()), dict(model.named_buffers())))
+    (own, parameters, buffers), (ours, our_parameters, our_buffers) = results
+    assert own.keys() == ours.keys() and {"loss_mask", "loss_cls", "loss_rpn_loc"} <= own.keys()
+    for name, loss in own.items():
+        assert loss > 0, name
+        torch.testing.assert_close(ours[name], loss, rtol=1e-6, atol=0, msg=name)
+    for part in ("backbone.bottom_up", "backbone.fpn", "roi_heads.box_head", "roi_heads.mask_head"):
+        assert any(name.startswith(part) and "norm" in name and p.grad.any() for name, p in parameters.items()), part
+    for name, parameter in parameters.items():
+        assert parameter.grad.dtype == torch.float64, name
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(our_parameters[name].grad, parameter.grad, rtol=1e-6, atol=1e-6 * scale, msg=name)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(our_buffers[name], buffer, rtol=1e-6, atol=1e-9, msg=name)
 
 
 def test_retinanet_keeps_the_small_scale_of_its_norms():

@@ -1,48 +1,23 @@
 """tools/train_net.py: what it refuses and in which words, what it hands to detectron2, and whole runs on a CPU."""
 
-import argparse
 import importlib.util
 import json
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
+from tiny_detectron2 import CONFIG, DATA, ROOT, TINY, TOOL, datasets, metrics, prepare, run_tool
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "train_net.py"
-CONFIG = ROOT / "configs" / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_FPN_FBN.yaml"
-DATA = ROOT.parent / "shared" / "data"
-
-# A model of a few thousand parameters, with every stage of the real one.
-TINY = shlex.split("""
-    MODEL.WEIGHTS "" MODEL.DEVICE cpu MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.STEM_OUT_CHANNELS 8
-    MODEL.RESNETS.RES2_OUT_CHANNELS 16 MODEL.RESNETS.WIDTH_PER_GROUP 8 MODEL.FPN.OUT_CHANNELS 16
-    MODEL.ROI_BOX_HEAD.FC_DIM 16 MODEL.ROI_MASK_HEAD.CONV_DIM 8 MODEL.ROI_MASK_HEAD.NUM_CONV 1
-    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.RPN.POST_NMS_TOPK_TRAIN 50 MODEL.RPN.POST_NMS_TOPK_TEST 50
-    MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0 TEST.DETECTIONS_PER_IMAGE 20
-    INPUT.MIN_SIZE_TRAIN (64,) INPUT.MAX_SIZE_TRAIN 96 INPUT.MIN_SIZE_TEST 64 INPUT.MAX_SIZE_TEST 96
-    DATALOADER.NUM_WORKERS 0 SOLVER.WARMUP_ITERS 0 SOLVER.STEPS () SEED 1
-""")
+import fbn_plugin
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA.name} next to the repository")
-
-
-def run_tool(*arguments, **env):
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **env},
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_without_detectron2(tmp_path):
@@ -88,6 +63,12 @@ def tool():
     return module
 
 
+@pytest.fixture(autouse=True)
+def unregistered():
+    yield
+    fbn_plugin.unregister()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A COCO-format set with the oddities that exist: no "info", ids from 0, no "area", RLE next to polygons, a crowd,
@@ -129,13 +110,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def datasets(folder, num_classes):
-    return [
-        *("DATASETS.TRAIN", f"('{folder}:train',)", "DATASETS.TEST", f"('{folder}:val',)"),
-        *("MODEL.ROI_HEADS.NUM_CLASSES", num_classes),
-    ]
-
-
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 BAD_OVERRIDES = {
@@ -148,7 +122,7 @@ BAD_OVERRIDES = {
     "dataset without folder": (["DATASETS.TRAIN", "('nowhere:train',)"], ["nowhere"]),
     "dataset without name": (["DATASETS.TEST", "('coco_2018',)"], ["coco_2018", "FOLDER:SPLIT"]),
     "detectron2's dataset not there": (["DATASETS.TRAIN", "('coco_2017_train',)"], ["instances_train2017.json"]),
-    "dataset of another evaluation": (["DATASETS.TEST", "('ade20k_sem_seg_val',)"], ["ade20k_sem_seg_val", "AP"]),
+    "dataset of another evaluation": (["DATASETS.TEST", "('lvis_v1_val',)"], ["lvis_v1_val", "AP"]),
     "no dataset": (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN"]),
     "number of classes": (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], ["80", "has 2", "disc, square"]),
     "weights": (["MODEL.WEIGHTS", "no_such.pth"], ["no_such.pth"]),
@@ -172,6 +146,36 @@ BAD_OVERRIDES = {
     ),
     "input norm": (["INPUT.NORM_GAMMA_INIT", "1.5"], ["INPUT.NORM_GAMMA_INIT", "1.5"]),
     "augmented evaluation": (["TEST.AUG.ENABLED", "True"], ["TEST.AUG.ENABLED"]),
+    "evaluations that do not increase": (
+        ["TEST.EVAL_ITERATIONS", "(30, 20)"],
+        ["TEST.EVAL_ITERATIONS", "increasing", "(30, 20)"],
+    ),
+    "evaluation before the start": (["TEST.EVAL_ITERATIONS", "(0,)"], ["TEST.EVAL_ITERATIONS", "from 1 on", "(0,)"]),
+    "no checkpoints": (["SOLVER.CHECKPOINT_PERIOD", "0"], ["SOLVER.CHECKPOINT_PERIOD", "1 or more", "not 0"]),
+    "no batches": (["TEST.PRECISE_BN.NUM_ITER", "0"], ["TEST.PRECISE_BN.NUM_ITER", "1 or more"]),
+    "period": (["NORM_STATS_PERIOD", "-1"], ["NORM_STATS_PERIOD", "0 or more", "-1"]),
+    "best of what": (["SOLVER.BEST_CHECKPOINT_METRIC", "mAP"], ["'mAP'", "bbox/AP50, ", "segm/APl"]),
+    "best of another task": (
+        ["SOLVER.BEST_CHECKPOINT_METRIC", "segm/AP", "MODEL.MASK_ON", "False"],
+        ["SOLVER.BEST_CHECKPOINT_METRIC", "'segm/AP'", "bbox/AP"],
+    ),
+    "best without evaluation": (
+        ["SOLVER.BEST_CHECKPOINT_METRIC", "bbox/AP", "DATASETS.TEST", "()"],
+        ["SOLVER.BEST_CHECKPOINT_METRIC", "DATASETS.TEST is empty"],
+    ),
+    "reference": (
+        ["SOLVER.REFERENCE_WORLD_SIZE", "3", "SOLVER.IMS_PER_BATCH", "4"],
+        ["SOLVER.REFERENCE_WORLD_SIZE", "3", "multiple"],
+    ),
+    "sampler": (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], ["SAMPLER_TRAIN", "'TrainingSampler'"]),
+    "seed": (["SEED", "2147483648"], ["SEED", "2**31"]),
+    "precision": (["FLOAT32_PRECISION", "low"], ["FLOAT32_PRECISION", "'medium'", "'low'"]),
+    "keypoints of a folder": (["MODEL.KEYPOINT_ON", "True"], ["shapes", "keypoints", "detectron2's own"]),
+    "panoptic data": (["MODEL.META_ARCHITECTURE", "PanopticFPN"], ["shapes", "no semantic classes", "PanopticFPN"]),
+    "data of two kinds": (
+        ["DATASETS.TEST", "('ade20k_sem_seg_val',)"],
+        ["ade20k_sem_seg_val", "AP", "GeneralizedRCNN"],
+    ),
     "mixed precision on a CPU": (["SOLVER.AMP.ENABLED", "True"], ["SOLVER.AMP.ENABLED"]),
 }
 
@@ -226,12 +230,17 @@ def test_bad_config_file(tool, capsys, tmp_path, case):
 
 
 @pytest.mark.detectron2
-def test_bad_arguments(tool, folder, capsys, tmp_path):
+def test_bad_arguments(tool, folder, capsys, tmp_path, monkeypatch):
     data = [*TINY, *datasets(folder, 2), "OUTPUT_DIR", tmp_path / "output"]
     assert "--config-file" in refusal(tool, capsys)
     assert "nowhere.yaml" in refusal(tool, capsys, "--config-file", "nowhere.yaml")
     assert "LazyConfig" in refusal(tool, capsys, "--config-file", "model.py")
-    assert "GPUs" in refusal(tool, capsys, "--num-gpus", 99, "--config-file", CONFIG, *data)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda = refusal(tool, capsys, "--num-gpus", 99, "--config-file", CONFIG, *data, "MODEL.DEVICE", "cuda")
+    assert "--num-gpus 99" in cuda and "0 GPUs" in cuda and "MODEL.DEVICE cpu" in cuda
+    assert "processes (99)" in refusal(tool, capsys, "--num-gpus", 99, "--config-file", CONFIG, *data)
+    sync = ["MODEL.RESNETS.NORM", "SyncBN", "SOLVER.IMS_PER_BATCH", 4]
+    assert "SyncFBN" in refusal(tool, capsys, "--num-gpus", 2, "--config-file", CONFIG, *data, *sync)
     assert "MODEL.WEIGHTS" in refusal(tool, capsys, "--eval-only", "--config-file", CONFIG, *data)
     with pytest.raises(SystemExit):
         tool.main(["--log-period", "0"])
@@ -241,26 +250,42 @@ def test_bad_arguments(tool, folder, capsys, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
-# --- what detectron2 gets ------------------------------------------------------------------------------------------
+@pytest.mark.detectron2
+def test_bad_annotation_files(tool, folder, capsys, tmp_path):
+    """Cut short, or with other categories than detectron2 knows the dataset by; of folders and of registered sets."""
+    from detectron2.data.datasets import register_coco_instances
 
-
-def prepare(tool, *overrides):
-    return tool.prepare(
-        argparse.Namespace(
-            config_file=str(CONFIG),
-            opts=[*TINY, *map(str, overrides)],
-            resume=False,
-            eval_only=False,
-            num_gpus=1,
-            num_machines=1,
+    content = (folder / "annotations" / "instances_train.json").read_text()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "train.json").write_text(content[:-100])
+    whole = tmp_path / "whole.json"
+    whole.write_text(content)
+    register_coco_instances("cut", {}, str(tmp_path / "cut" / "train.json"), str(folder / "train"))
+    register_coco_instances("fewer", {"thing_classes": ["disc"]}, str(whole), str(folder / "train"))
+    register_coco_instances("renamed", {"thing_classes": ["disc", "cube"]}, str(whole), str(folder / "train"))
+    for name, classes, words in (
+        (f"{tmp_path / 'cut'}:train", 2, ["train.json", "not valid JSON, perhaps cut short"]),
+        ("cut", 2, ["train.json", "not valid JSON, perhaps cut short"]),
+        ("fewer", 1, ["'fewer'", "1 categories in detectron2", "whole.json has 2", "'square'", "FOLDER:SPLIT"]),
+        ("renamed", 2, ["'renamed'", "differ in 'square'"]),
+    ):
+        error = refusal(
+            tool,
+            capsys,
+            *("--config-file", CONFIG, *TINY, "DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()"),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", classes, "OUTPUT_DIR", tmp_path / "output"),
         )
-    )
+        assert all(word in error for word in words), error
+    assert not (tmp_path / "output").exists()
+
+
+# --- what detectron2 gets ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.detectron2
 def test_adjusts_the_config_to_data_and_machine(tool, folder, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cfg = prepare(tool, *datasets(folder, 2), "MODEL.DEVICE", "cuda", "OUTPUT_DIR", tmp_path)
+    cfg = prepare(*datasets(folder, 2), "MODEL.DEVICE", "cuda", "OUTPUT_DIR", tmp_path)
     said = capsys.readouterr().out
     assert cfg.MODEL.DEVICE == "cpu" and "MODEL.DEVICE" in said
     assert cfg.INPUT.MASK_FORMAT == "bitmask" and "INPUT.MASK_FORMAT" in said
@@ -269,11 +294,15 @@ def test_adjusts_the_config_to_data_and_machine(tool, folder, capsys, tmp_path, 
 
 @pytest.mark.detectron2
 def test_odd_annotations(tool, folder):
-    records = tool.records(tool.resolve_dataset(f"{folder}:train"), masks=True)
+    from fbn_plugin.engine.coco_data import resolve_dataset
+    from fbn_plugin.engine.detectron2.data import records as read
+
+    data = resolve_dataset(f"{folder}:train")
+    records = read(data, masks=True)
     assert [len(r["annotations"]) for r in records] == [3, 3, 2, 3, 0]
     assert {a["category_id"] for r in records for a in r["annotations"]} == {0, 1}
     assert [a["category_id"] for a in records[0]["annotations"]] == [0, 1, 1]
-    assert len(tool.records(tool.resolve_dataset(f"{folder}:train"), masks=False)[2]["annotations"]) == 3
+    assert len(read(data, masks=False)[2]["annotations"]) == 3
 
 
 @needs_data
@@ -283,10 +312,13 @@ def test_records_are_detectron2s(tool, monkeypatch, name):
     """Where detectron2's own loader takes a file, it finds the same in it."""
     from detectron2.data.datasets import load_coco_json
 
+    from fbn_plugin.engine.coco_data import resolve_dataset
+    from fbn_plugin.engine.detectron2.data import records
+
     monkeypatch.setenv("DETECTRON2_DATASETS", str(DATA))
-    data = tool.resolve_dataset(name)
+    data = resolve_dataset(name)
     theirs = load_coco_json(str(data.json_file), str(data.image_root), dataset_name=f"loaded {name}")
-    ours = sorted(tool.records(data, masks=True), key=lambda record: record["image_id"])
+    ours = sorted(records(data, masks=True), key=lambda record: record["image_id"])
     assert ours == theirs
 
 
@@ -298,13 +330,17 @@ def test_records_are_detectron2s(tool, monkeypatch, name):
 def test_configs_differ_in_the_norm_alone(tool, model):
     from detectron2.config import get_cfg
 
+    from fbn_plugin.frameworks.detectron2 import add_config
+
     configs = []
     for norm in ("BN", "FBN"):
         cfg = get_cfg()
+        add_config(cfg)
         cfg.merge_from_file(str(CONFIG.parent / f"mask_rcnn_{model}_FPN_{norm}.yaml"), allow_unsafe=False)
         configs.append(cfg)
     bn, fbn = configs
-    assert (bn.SOLVER.IMS_PER_BATCH, bn.SOLVER.MAX_ITER, bn.TEST.EVAL_PERIOD) == (2, 270_000, 50_000)
+    assert (bn.SOLVER.IMS_PER_BATCH, bn.SOLVER.MAX_ITER) == (2, 270_000)
+    assert bn.TEST.EVAL_ITERATIONS == (50_000, 100_000, 150_000)
     assert (bn.MODEL.RESNETS.NORM, fbn.MODEL.RESNETS.NORM) == ("BN", "FBN(t_sigma=5.0)")
     fbn.MODEL.RESNETS.NORM = "BN"
     assert bn == fbn
@@ -313,21 +349,14 @@ def test_configs_differ_in_the_norm_alone(tool, model):
 # --- whole runs ----------------------------------------------------------------------------------------------------
 
 
-def copypaste(output):
-    """The figures that detectron2 prints after an evaluation."""
-    return [line.split("copypaste: ")[1] for line in output.splitlines() if "copypaste: " in line]
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-
-
 @pytest.mark.detectron2
-def test_train_resume_evaluate(tool, folder, tmp_path):
+def test_train_and_evaluate(tool, folder, tmp_path):
+    """The command line as a user has it, and the evaluation of what it trained: the same figures."""
     out = tmp_path / "output"
-    arguments = ["--config-file", CONFIG, *TINY, *datasets(folder, 2), "OUTPUT_DIR", out]
-
-    first = run_tool("--log-period", 1, *arguments, "SOLVER.MAX_ITER", 3)
+    first = run_tool(
+        *("--log-period", 1, "--config-file", CONFIG, *TINY, *datasets(folder, 2), "OUTPUT_DIR", out),
+        *("SOLVER.MAX_ITER", 3),
+    )
     assert first.returncode == 0, first.stderr
     assert "FilteredBatchNorm2d" in first.stdout
     assert "t_sigma=5" in first.stdout
@@ -336,21 +365,22 @@ def test_train_resume_evaluate(tool, folder, tmp_path):
     assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
     assert list(out.glob("events.out.tfevents.*"))
     assert "FBN(t_sigma=5.0)" in (out / "config.yaml").read_text()
-
-    resumed = run_tool("--resume", *arguments, "SOLVER.MAX_ITER", 5)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "Starting training from iteration 3" in resumed.stdout
-    state = torch.load(out / "model_final.pth", weights_only=False)
-    assert state["iteration"] == 4
+    state = torch.load(out / "model_final.pth")
     tracked = {k: v for k, v in state["model"].items() if k.endswith("num_batches_tracked")}
-    assert tracked and all(v == 5 for v in tracked.values())
+    assert tracked and all(v == 3 for v in tracked.values())
 
-    again = run_tool(
-        "--eval-only", *arguments, "MODEL.WEIGHTS", out / "model_final.pth", "OUTPUT_DIR", tmp_path / "eval"
-    )
-    assert again.returncode == 0, again.stderr
-    assert len(copypaste(again.stdout)) == 6
-    assert copypaste(again.stdout) == copypaste(resumed.stdout)
+    config = (out / "config.yaml").read_bytes()
+    for source, folder in {"file": tmp_path / "eval", "run": out}.items():
+        weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")] if source == "file" else []
+        resume = ["--resume"] if source == "run" else []
+        tool.main(
+            ["--config-file", str(out / "config.yaml"), "--eval-only", *resume, *weights, "OUTPUT_DIR", str(folder)]
+        )
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        assert evaluation["iteration"] == 2 and evaluation["weights"] == str(out / "model_final.pth")
+        expected = {k: v for k, v in metrics(out)[-1].items() if k.startswith(("bbox/", "segm/"))}
+        assert evaluation["metrics"] == {k: None if math.isnan(v) else v for k, v in expected.items()}
+    assert (out / "config.yaml").read_bytes() == config
 
 
 @pytest.mark.detectron2
@@ -359,22 +389,26 @@ def test_small_slow_scales_and_an_input_norm(tool, folder, tmp_path):
     out = tmp_path / "output"
     arguments = ["--config-file", CONFIG, *TINY, *datasets(folder, 2), "OUTPUT_DIR", out, "SOLVER.BASE_LR", 0.5]
     arguments += ["MODEL.RESNETS.NORM", "ScaledBN(gamma_init=0.25)", "INPUT.NORM_GAMMA_INIT", 0.25]
-    first = run_tool(*arguments, "SOLVER.SCALE_LR_DIVISOR", "10000.0", "SOLVER.MAX_ITER", 3)
-    assert first.returncode == 0, first.stderr
+    arguments += ["SOLVER.SCALE_LR_DIVISOR", "10000.0", "SOLVER.MAX_ITER", 3]
+    tool.main([str(each) for each in arguments])
     state = torch.load(out / "model_final.pth")
     groups = state["trainer"]["_trainer"]["optimizer"]["param_groups"]
     assert [group["lr"] / groups[0]["lr"] for group in groups] == pytest.approx([1, 1, 1e-4])
     assert state["model"]["input_norm.num_batches_tracked"] == 3
     scale = state["model"]["backbone.bottom_up.stem.conv1.norm.weight"]
     assert (scale != 0.25).any() and torch.allclose(scale, torch.tensor(0.25), atol=1e-2)
-    again = run_tool("--config-file", out / "config.yaml", "--eval-only", "--resume")
-    assert again.returncode == 0, again.stderr
-    assert copypaste(again.stdout) == copypaste(first.stdout)
+    tool.main(["--config-file", str(out / "config.yaml"), "--eval-only", "--resume"])
+    evaluation = json.loads((out / "evaluation.json").read_text())["metrics"]
+    assert evaluation and all(
+        value == metrics(out)[-1][name] for name, value in evaluation.items() if value is not None
+    )
 
 
 @pytest.mark.detectron2
 def test_an_interrupted_checkpoint_leaves_the_last_one(tool, tmp_path, monkeypatch):
-    checkpointer = tool.AtomicCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
+    from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
+
+    checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 2), str(tmp_path))
     checkpointer.save("model")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert before["last_checkpoint"] == b"model.pth"
@@ -391,22 +425,18 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(tool, tmp_path, monkeypat
 
 @needs_data
 @pytest.mark.detectron2
-def test_real_photographs(tool, tmp_path):
+def test_real_photographs(tool, tmp_path, monkeypatch):
     """Annotations without "info", whose results pycocotools would not load as they are."""
-    result = run_tool(
-        *("--config-file", CONFIG, *TINY, *datasets("fruits_nuts", 3), "SOLVER.MAX_ITER", 2),
-        *("OUTPUT_DIR", tmp_path),
-        DETECTRON2_DATASETS=str(DATA),
-    )
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(DATA))
+    arguments = ["--config-file", CONFIG, *TINY, *datasets("fruits_nuts", 3), "SOLVER.MAX_ITER", 2]
+    tool.main([str(each) for each in (*arguments, "OUTPUT_DIR", tmp_path)])
     assert {"bbox/AP", "bbox/AP-fig", "segm/AP", "segm/AP-date"} <= metrics(tmp_path)[-1].keys()
 
 
 @pytest.mark.detectron2
-def test_a_diverged_loss_is_one_sentence(tool, folder, tmp_path):
-    result = run_tool(
-        *("--config-file", CONFIG, *TINY, *datasets(folder, 2), "SOLVER.MAX_ITER", 50),
-        *("SOLVER.BASE_LR", "1e30", "OUTPUT_DIR", tmp_path),
-    )
-    assert result.returncode == 2
-    assert re.match("error: .*(diverged|infinite or NaN)", result.stderr.strip().splitlines()[-1])
+def test_a_diverged_loss_is_one_sentence(tool, folder, tmp_path, capsys):
+    arguments = ["--config-file", CONFIG, *TINY, *datasets(folder, 2), "SOLVER.MAX_ITER", 50, "OUTPUT_DIR", tmp_path]
+    with pytest.raises(SystemExit) as exit:
+        tool.main([str(each) for each in (*arguments, "SOLVER.BASE_LR", "1e30")])
+    assert exit.value.code == 2
+    assert re.match("error: .*(diverged|infinite or NaN)", capsys.readouterr().err.strip().splitlines()[-1])

@@ -1,0 +1,108 @@
+"""Checkpoints of a detectron2 run: detectron2's file formats and names, written in one step, checked for fit, and
+reported on in a few lines."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from fbn_plugin.engine import distributed
+from fbn_plugin.engine.checkpoint import atomic_write, load_file
+from fbn_plugin.engine.weights import loading_report, refuse_foreign, refuse_misfit
+
+__all__ = ["AtomicCheckpointer", "LossNormalizer"]
+
+logger = logging.getLogger(__name__)
+
+
+class LossNormalizer:
+    """The moving average that dense detectors (RetinaNet, FCOS) divide their losses by, as a checkpointable.
+
+    detectron2 keeps it in an attribute of the model, in each process its own, and out of ``state_dict``.
+    ``state_dict`` here is a collective call; loading with another number of processes takes the mean.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def state_dict(self) -> dict[str, list[float | None]]:
+        return {"ranks": distributed.all_gather(getattr(self.model, "loss_normalizer", None))}
+
+    def load_state_dict(self, state: dict[str, list[float | None]]) -> None:
+        values = state["ranks"]
+        if None not in values:
+            same = len(values) == distributed.world_size()
+            self.model.loss_normalizer = values[distributed.rank()] if same else sum(values) / len(values)
+
+
+class AtomicCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, whose files are whole or not there when a run is interrupted.
+
+    ``save`` is called by every process, gathers what is theirs, and rank 0 writes.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        if not self.save_dir:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: each.state_dict() for key, each in self.checkpointables.items()}, **kwargs)
+        if self.save_to_disk:
+            path = os.path.join(self.save_dir, f"{name}.pth")
+            self.logger.info(f"Saving checkpoint to {path}")
+            atomic_write(path, write=lambda file: torch.save(data, file))
+            self.tag_last_checkpoint(os.path.basename(path))
+        distributed.barrier()
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        atomic_write(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename.encode())
+
+    def load(self, path: str, checkpointables: list[str] | None = None, strict: bool | None = None) -> dict[str, Any]:
+        """Load a file, or nothing for an empty path; see detectron2.
+
+        Args:
+            path: file or address.
+            checkpointables: names of what to load besides the model; None is all, to resume.
+            strict: refuse weights that are not of this very model, not only those that have nothing of it; by default
+                when resuming.
+
+        Raises:
+            FileNotFoundError, ValueError: one sentence.
+        """
+        if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
+            raise FileNotFoundError(f"checkpoint {path} is not there")
+        self._path = path
+        self._strict = checkpointables is None if strict is None else strict
+        try:
+            return super().load(path, checkpointables)
+        except (FileNotFoundError, ValueError):
+            raise
+        except Exception as error:  # unpickling what is no checkpoint may raise anything
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
+        finally:
+            self._parsed_url_during_load = None  # detectron2 forgets to after an error
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        return load_file(f)
+
+    def _convert_ndarray_to_tensor(self, state_dict: dict[str, Any]) -> None:
+        super()._convert_ndarray_to_tensor(state_dict)
+        self._entries = state_dict  # the last call sees the entries under the names that the model will be asked for
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        ours = set(self.model.state_dict())
+        buffers = ("pixel_mean", "pixel_std")  # from the config
+        unused = [name for name in incompatible.unexpected_keys if name not in buffers]
+        loaded = ours.intersection(self._entries)
+        if self._strict:
+            refuse_misfit(self._path, incompatible.missing_keys, incompatible.incorrect_shapes, unused)
+            logger.info("%s: all %d entries of the model loaded", self._path, len(ours))
+            return
+        refuse_foreign(self._path, loaded, unused)
+        for name, theirs, own in incompatible.incorrect_shapes:
+            logger.warning("%s is not loaded: its shape is %s in the file, %s in the model", name, theirs, own)
+        for line in loading_report(self._path, self.model, loaded, unused):
+            logger.info(line)

@@ -1,0 +1,285 @@
+"""Data of a detectron2 run: datasets by name or as ``FOLDER:SPLIT``, checked before anything is built, and training
+batches whose order and augmentation are functions of (seed, position) alone.
+"""
+
+import importlib.util
+import json
+import os
+from collections import defaultdict
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.common import DatasetFromList, MapDataset
+from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
+from pycocotools import mask as mask_utils
+from torch.utils.data import DataLoader
+
+from fbn_plugin.engine import distributed
+from fbn_plugin.engine.cli import UserError
+from fbn_plugin.engine.coco_data import CocoDataset, resolve_dataset
+from fbn_plugin.engine.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset
+
+__all__ = [
+    "TrainingData",
+    "check_annotation_files",
+    "folders",
+    "has_panoptic_api",
+    "has_rle",
+    "metric_names",
+    "records",
+    "register_datasets",
+    "tasks",
+]
+
+# Where a meta architecture has its number of classes.
+_NUM_CLASSES = {
+    "GeneralizedRCNN": "ROI_HEADS",
+    "PanopticFPN": "ROI_HEADS",
+    "RetinaNet": "RETINANET",
+    "FCOS": "RETINANET",
+}
+
+# What a meta architecture's datasets are evaluated by, in detectron2's words and in plain ones.
+_EVALUATED = {
+    "PanopticFPN": ("coco_panoptic_seg", "COCO's box and mask AP, IoU of semantic classes, and PQ"),
+    "SemanticSegmentor": ("sem_seg", "IoU of semantic classes"),
+}
+_BY_AP = ("coco", "COCO's box, mask and keypoint AP")
+
+_METRICS = {
+    "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    "segm": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
+    "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
+}
+
+folders: dict[str, CocoDataset] = {}
+
+
+def register_datasets(cfg: CfgNode, evaluate_only: bool) -> None:
+    """Make detectron2 know the datasets that the run needs: its own ones, and folders.
+
+    Raises:
+        ValueError, OSError: there is no such dataset, its files are missing or wrong, or it does not fit the model.
+    """
+    needed = ["TEST"] if evaluate_only else ["TRAIN", "TEST"]
+    if not cfg.DATASETS[needed[0]]:
+        raise ValueError(f"DATASETS.{needed[0]} is empty")
+    names = list(dict.fromkeys(name for key in needed for name in cfg.DATASETS[key]))
+    for name in names:
+        if name not in DatasetCatalog:
+            _register_folder(name, cfg)
+        _check_dataset(name, cfg)
+    named = [name for name in names if MetadataCatalog.get(name).get("thing_classes") is not None]
+    for name in named[1:]:
+        if MetadataCatalog.get(name).thing_classes != MetadataCatalog.get(named[0]).thing_classes:
+            raise ValueError(f"datasets {named[0]!r} and {name!r} have different classes")
+
+
+def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
+    """Read the annotation files of detectron2's own datasets once, as its loader answers a bad one with a bare error.
+
+    Raises:
+        ValueError: a file is cut short, or its categories are not those that detectron2 knows the dataset by.
+    """
+    names = cfg.DATASETS.TEST if evaluate_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    for name in dict.fromkeys(names):
+        metadata = MetadataCatalog.get(name)
+        if name in folders or metadata.get("json_file") is None:
+            continue
+        file = metadata.json_file
+        try:
+            with PathManager.open(file, "r") as opened:
+                content = json.load(opened)
+            categories = sorted(content["categories"], key=lambda category: category["id"])
+            found = [category["name"] for category in categories]
+            len(content["images"])
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not valid JSON, perhaps cut short: {error}") from None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not a COCO annotation file: {type(error).__name__} {error}") from None
+        known = metadata.get("thing_classes")
+        if known is not None and found != list(known):
+            different = [each for each in found if each not in known] or [each for each in known if each not in found]
+            raise ValueError(
+                f"dataset {name!r} has {len(known)} categories in detectron2, and its file {file} has {len(found)}"
+                + (f", which differ in {different[0]!r}" if different else " in another order")
+                + "; name the data as FOLDER:SPLIT to take the file's"
+            )
+
+
+def _register_folder(name: str, cfg: CfgNode) -> None:
+    data = folders[name] = resolve_dataset(name)
+    DatasetCatalog.register(name, lambda: records(data, masks=cfg.MODEL.MASK_ON))
+    MetadataCatalog.get(name).set(
+        json_file=str(data.json_file),
+        image_root=str(data.image_root),
+        evaluator_type="coco",
+        thing_classes=list(data.class_names),
+        thing_dataset_id_to_contiguous_id={category: label for label, category in enumerate(data.category_ids)},
+    )
+
+
+def _check_dataset(name: str, cfg: CfgNode) -> None:
+    metadata = MetadataCatalog.get(name)
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    kind, words = _EVALUATED.get(architecture, _BY_AP)
+    if name in cfg.DATASETS.TEST and metadata.get("evaluator_type") != kind:
+        raise ValueError(f"dataset {name!r} is not evaluated by {words}, as this tool evaluates a {architecture}")
+    for key in ("json_file", "panoptic_json", "sem_seg_root", "panoptic_root"):
+        path = metadata.get(key)
+        if path is not None and not PathManager.exists(path):
+            raise FileNotFoundError(f"dataset {name!r} wants {path}, which is not there; set DETECTRON2_DATASETS")
+    group = _NUM_CLASSES.get(architecture)
+    if group:
+        _check_classes(name, f"MODEL.{group}", cfg.MODEL[group].NUM_CLASSES, metadata.get("thing_classes"))
+    if architecture in _EVALUATED:
+        stuff = metadata.get("stuff_classes")
+        if stuff is None:
+            raise ValueError(f"MODEL.META_ARCHITECTURE {architecture}: dataset {name!r} has no semantic classes")
+        _check_classes(name, "MODEL.SEM_SEG_HEAD", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, stuff)
+    if cfg.MODEL.KEYPOINT_ON:
+        if name in folders:
+            raise ValueError(f"dataset {name!r}: keypoints are read from detectron2's own datasets only")
+        points, sigmas = metadata.get("keypoint_names"), cfg.TEST.KEYPOINT_OKS_SIGMAS
+        if points is None:
+            raise ValueError(f"MODEL.KEYPOINT_ON: dataset {name!r} has no keypoints")
+        if len(points) != cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS:
+            raise ValueError(
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS}, and dataset "
+                f"{name!r} has {len(points)}"
+            )
+        if len(sigmas) != len(points) and (sigmas or len(points) != 17):
+            raise ValueError(f"TEST.KEYPOINT_OKS_SIGMAS must be {len(points)} numbers, not {len(sigmas)}")
+
+
+def _check_classes(name: str, group: str, number: int, classes: list[str] | None) -> None:
+    if classes and len(classes) != number:
+        listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        raise ValueError(
+            f"{group}.NUM_CLASSES is {number}, and dataset {name!r} has {len(classes)} such classes: {listed}"
+        )
+
+
+def records(data: CocoDataset, masks: bool) -> list[dict]:
+    """A folder's images and objects as detectron2's dataset dicts."""
+    labels = {category: label for label, category in enumerate(data.category_ids)}
+    objects = defaultdict(list)
+    for each in data.usable_annotations(masks):
+        instance = {
+            "bbox": each["bbox"],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": labels[each["category_id"]],
+            "iscrowd": each["iscrowd"],
+        }
+        if masks:
+            mask = each["segmentation"]
+            if isinstance(mask, dict) and isinstance(mask["counts"], list):
+                mask = mask_utils.frPyObjects(mask, *mask["size"])
+            instance["segmentation"] = mask
+        objects[each["image_id"]].append(instance)
+    return [
+        {
+            "file_name": os.path.join(data.image_root, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": objects[image["id"]],
+        }
+        for image in data.images
+    ]
+
+
+def has_rle(data: CocoDataset) -> bool:
+    """Whether an object, crowds aside, has a mask that is no polygon."""
+    return any(
+        isinstance(each["segmentation"], dict) for each in data.usable_annotations(masks=True) if not each["iscrowd"]
+    )
+
+
+def has_panoptic_api() -> bool:
+    """Whether the package that computes PQ is installed."""
+    return importlib.util.find_spec("panopticapi") is not None
+
+
+def tasks(cfg: CfgNode) -> tuple[str, ...]:
+    """What COCO's evaluation is to compute for the model's instances."""
+    regions = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
+    return (
+        "bbox",
+        *(("segm",) if cfg.MODEL.MASK_ON and regions else ()),
+        *(("keypoints",) if cfg.MODEL.KEYPOINT_ON and regions else ()),
+    )
+
+
+def metric_names(cfg: CfgNode) -> list[str]:
+    """What the run's evaluations give, such as ``"bbox/AP50"``; ``"sem_seg/..."`` stands for all of a group."""
+    names = []
+    for data in cfg.DATASETS.TEST:
+        prefix = f"{data}/" if len(cfg.DATASETS.TEST) > 1 else ""
+        kind, classes = MetadataCatalog.get(data).evaluator_type, MetadataCatalog.get(data).get("thing_classes")
+        if kind != "sem_seg":
+            for task in tasks(cfg):
+                names += [f"{prefix}{task}/{figure}" for figure in _METRICS[task]]
+                if classes and len(classes) > 1 and task != "keypoints":
+                    names.append(f"{prefix}{task}/AP-...")
+            if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
+                names.append(f"{prefix}box_proposals/...")
+        if kind in ("sem_seg", "coco_panoptic_seg"):
+            names.append(f"{prefix}sem_seg/...")
+        if kind == "coco_panoptic_seg" and has_panoptic_api():
+            names.append(f"{prefix}panoptic_seg/...")
+    return names
+
+
+class TrainingData:
+    """The training images of a run, which any number of loaders may read.
+
+    Attributes:
+        images: name of each set -> number of its images, without those that the config filters out.
+
+    Raises:
+        UserError: no image is left, or an annotation names a class that is not there.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        self.cfg = cfg
+        self.images: dict[str, int] = {}
+        data = []
+        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        for number, name in enumerate(cfg.DATASETS.TRAIN):
+            proposals = [cfg.DATASETS.PROPOSAL_FILES_TRAIN[number]] if cfg.MODEL.LOAD_PROPOSALS else None
+            try:
+                found = get_detection_dataset_dicts(
+                    [name], cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, keypoints, proposals
+                )
+            except AssertionError as error:
+                raise UserError(f"dataset {name!r}: {error}") from None
+            self.images[name] = len(found)
+            data += found
+        self._groups = [int(image["width"] > image["height"]) for image in data]
+        self._images = MapDataset(DatasetFromList(data, copy=False), DatasetMapper(cfg, is_train=True))
+
+    def loader(self, seed: int, start: int = 0) -> DataLoader:
+        """Batches of this process, from batch ``start`` on, without end.
+
+        The same seed gives the same batches, whatever was drawn or loaded before and by whichever worker.
+        """
+        rank, world = distributed.rank(), distributed.world_size()
+        size = self.cfg.SOLVER.IMS_PER_BATCH // world
+        if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            stream = InfiniteSampler(len(self._images), seed, rank, world)
+            how = {"batch_sampler": GroupedBatchSampler(stream, self._groups, size, skip=start)}
+        else:
+            stream = InfiniteSampler(len(self._images), seed, rank, world, start=start * size)
+            how = {"sampler": stream, "batch_size": size}
+        return DataLoader(
+            SeededDataset(self._images, seed),
+            num_workers=self.cfg.DATALOADER.NUM_WORKERS,
+            collate_fn=trivial_batch_collator,
+            # A generator of its own: the loader's draw would move the global one, and a resumed run would differ.
+            generator=torch.Generator(),
+            **how,
+        )

@@ -1,0 +1,109 @@
+"""One process or many for a detectron2 run, on GPUs or on the CPU, and what is said when one of them dies."""
+
+import datetime
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch import multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+__all__ = ["launch"]
+
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def launch(
+    function: Callable[..., None],
+    args: tuple,
+    processes: int,
+    machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    device: str = "cuda",
+    folder: str = "",
+) -> None:
+    """Call ``function(*args)`` in every process of the run; with one process, in this one.
+
+    Args:
+        processes: on this machine; on GPUs, one for each.
+        machines, machine_rank: how many machines there are, and which one this is.
+        dist_url: where the processes meet; ``"auto"``, for one machine, is a free port.
+        device: MODEL.DEVICE.
+        folder: OUTPUT_DIR, for the sentence on what a run that broke off left behind.
+
+    Raises:
+        SystemExit: a process was killed (1, with one sentence on stderr), or ended with a code of its own, having said
+            why.
+        ProcessRaisedException: a process raised an error.
+    """
+    if processes * machines == 1:
+        function(*args)
+        return
+    if dist_url == "auto":
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    context = mp.start_processes(
+        _process,
+        args=(function, args, processes, machines, machine_rank, dist_url, device),
+        nprocs=processes,
+        join=False,
+    )
+    try:
+        while not context.join():
+            pass
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        # One that was killed makes the others fail, or be stopped, and may not be the first that is noticed.
+        codes = {number: process.exitcode for number, process in enumerate(context.processes)}
+        killed = {number: code for number, code in codes.items() if code < 0 and code != -signal.SIGTERM}
+        if isinstance(error, ProcessExitedException) and not killed:
+            if error.exit_code >= 0:
+                raise SystemExit(error.exit_code) from None
+            killed = {error.error_index: error.exit_code}
+        if not killed:
+            raise
+        number, code = next(iter(killed.items()))
+        saved = os.path.isfile(os.path.join(folder, "last_checkpoint"))
+        print(
+            f"error: process {machine_rank * processes + number} of {processes * machines} was killed by "
+            f"{signal.Signals(-code).name}, and the others were stopped; the same command with --resume continues "
+            + (f"from the last checkpoint in {folder}" if saved else "at the start, as nothing is saved"),
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _process(
+    local_rank: int,
+    function: Callable[..., None],
+    args: tuple,
+    processes: int,
+    machines: int,
+    machine_rank: int,
+    dist_url: str,
+    device: str,
+) -> None:
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=dist_url,
+        world_size=processes * machines,
+        rank=machine_rank * processes + local_rank,
+        timeout=_TIMEOUT,
+    )
+    comm.create_local_process_group(processes)
+    comm.synchronize()
+    function(*args)
+    dist.destroy_process_group()

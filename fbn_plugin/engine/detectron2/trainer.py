@@ -1,0 +1,278 @@
+"""detectron2's trainer as ``tools/train_net.py`` runs it: evaluations at chosen iterations, on statistics that all
+processes share; runs that resume to the same bits; measured filters; files that are whole or not there.
+
+What detectron2 does well is taken from it: model, optimizer, schedule, the training step and the evaluators.
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
+from detectron2.evaluation import (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluators,
+    SemSegEvaluator,
+    verify_results,
+)
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fbn_plugin
+from fbn_plugin.engine import distributed
+from fbn_plugin.engine.checkpoint import RandomState, atomic_write
+from fbn_plugin.engine.cli import UserError, user_errors
+from fbn_plugin.engine.config import save_config
+from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer, LossNormalizer
+from fbn_plugin.engine.detectron2.data import TrainingData, folders, has_panoptic_api, register_datasets, tasks
+from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, PopulationStatistics
+from fbn_plugin.engine.norm_stats import FilterMeter
+from fbn_plugin.engine.run_info import write_run_info
+from fbn_plugin.frameworks.detectron2 import build_model, build_optimizer
+
+__all__ = ["Trainer", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's trainer for a config of :func:`fbn_plugin.engine.detectron2.config.prepare`.
+
+    Args:
+        cfg: config.
+        log_period: iterations between two lines of ``metrics.json``; losses are medians over so many iterations.
+
+    Attributes:
+        seed: of the weights, of the order of the data and of their augmentation: SEED, or drawn once for the run.
+    """
+
+    def __init__(self, cfg: CfgNode, log_period: int = 20):
+        # Not DefaultTrainer's: that one builds the loader before it is known where the run starts, asks for a GPU where
+        # several processes train on the CPU, and leaves random states out of the checkpoint.
+        TrainerBase.__init__(self)
+        self.cfg = cfg
+        self.log_period = log_period
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.seed = distributed.broadcast_object(
+            cfg.SEED if cfg.SEED >= 0 else int.from_bytes(os.urandom(4), "little") % 2**31
+        )
+        self.train_data = TrainingData(cfg)
+        _seed_generators(self.seed)  # the same weights in every process
+        model = self.build_model(cfg)
+        _seed_generators(self.seed + distributed.rank())
+        optimizer = build_optimizer(cfg, model)
+        self.meter = FilterMeter(model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)
+        if distributed.world_size() > 1:
+            device = next(model.parameters()).device
+            model = DistributedDataParallel(
+                model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+            )
+        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, None, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), random=RandomState())
+        self.checkpointer.add_checkpointable("loss_normalizer", LossNormalizer(self.bare_model))
+        self.register_hooks(self.build_hooks())
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model, out of ``DistributedDataParallel``."""
+        return self.checkpointer.model
+
+    def build_hooks(self) -> list[HookBase]:
+        cfg = self.cfg
+        built = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if cfg.TEST.PRECISE_BN.ENABLED:  # before the checkpointer, which saves them
+            built.append(PopulationStatistics(cfg.TEST.PRECISE_BN.NUM_ITER))
+        # In every process, as each one's random states are saved.
+        built.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+        if cfg.DATASETS.TEST:
+            built.append(Evaluation(cfg.SOLVER.BEST_CHECKPOINT_METRIC))
+        if distributed.is_main():
+            built.append(MetricsWriter(self.log_period))
+        return built
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load OUTPUT_DIR's last checkpoint with all states, or MODEL.WEIGHTS."""
+        if resume and self.checkpointer.has_checkpoint():
+            self.checkpointer.load(self.checkpointer.get_checkpoint_file())
+            self.start_iter = self.iter + 1
+        else:
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+
+    def train(self) -> None:
+        """Train to SOLVER.MAX_ITER."""
+        self.data_loader = self.train_data.loader(self.seed, self.start_iter)
+        # The focal loss is TorchScript, whose first calls in a process are interpreted and later ones compiled, to
+        # other bits. On the CPU, where nothing is gained by it and all else repeats, it stays interpreted.
+        with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+
+    def run_step(self) -> None:
+        self._trainer.iter = self.iter
+        with self.meter.measure(self.iter) as shares:
+            self._trainer.run_step()
+        self.storage.put_scalars(smoothing_hint=False, **shares)
+
+    def is_evaluated_after(self, iterations: int) -> bool:
+        """Whether there is an evaluation when so many iterations are finished."""
+        test = self.cfg.TEST
+        return bool(self.cfg.DATASETS.TEST) and (
+            iterations == self.max_iter
+            or iterations in test.EVAL_ITERATIONS
+            or (test.EVAL_PERIOD > 0 and iterations % test.EVAL_PERIOD == 0)
+        )
+
+    def is_measured_after(self, iterations: int) -> bool:
+        """Whether the filtered norms were measured in the last of so many iterations."""
+        return self.cfg.NORM_STATS_PERIOD > 0 and iterations % self.cfg.NORM_STATS_PERIOD == 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.seed = state_dict["seed"]
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = build_model(cfg)
+        logger.info("Model:\n%s", model)
+        return model
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        folder = str(_inference_folder(cfg, "inference.tmp", dataset_name))
+        evaluators = []
+        if kind in ("sem_seg", "coco_panoptic_seg"):
+            evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
+        if kind in ("coco", "coco_panoptic_seg"):
+            coco = COCOEvaluator(
+                dataset_name,
+                tasks(cfg),
+                output_dir=folder,
+                max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+            )
+            if dataset_name in folders:  # the checked annotations in place of those of the file
+                coco._coco_api = folders[dataset_name].coco_api(masks=cfg.MODEL.MASK_ON)
+            coco._coco_api.dataset.setdefault("info", {})  # pycocotools loads no results without
+            evaluators.append(coco)
+        if kind == "coco_panoptic_seg":
+            if has_panoptic_api():
+                evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
+            else:
+                logger.warning("PQ of %s is not computed: the package panopticapi is not installed", dataset_name)
+        return DatasetEvaluators(evaluators)
+
+    @classmethod
+    def evaluate(cls, cfg: CfgNode, model: nn.Module, last: bool = True) -> dict[str, float]:
+        """Metrics in percent on every set of DATASETS.TEST, by name: ``bbox/AP``, ...; empty on ranks but 0.
+
+        With more than one set, each name has the set's in front. The detections go to OUTPUT_DIR/inference. The last
+        evaluation of a run is held against TEST.EXPECTED_RESULTS.
+        """
+        if distributed.is_main():
+            shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"), ignore_errors=True)
+            for name in cfg.DATASETS.TEST:
+                _inference_folder(cfg, "inference.tmp", name).mkdir(parents=True)
+        distributed.barrier()
+        results = cls.test(cfg, model)
+        if not distributed.is_main():
+            return {}
+        if last:
+            verify_results(cfg, results)
+        for name in cfg.DATASETS.TEST:
+            target = _inference_folder(cfg, "inference", name)
+            target.mkdir(parents=True, exist_ok=True)
+            for file in _inference_folder(cfg, "inference.tmp", name).iterdir():
+                if file.is_file():
+                    os.replace(file, target / file.name)
+        shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"))
+        return {name: float(value) for name, value in flatten_results_dict(results).items()}
+
+
+def _inference_folder(cfg: CfgNode, parent: str, dataset_name: str) -> Path:
+    words = "".join(letter if letter.isalnum() else "_" for letter in dataset_name)
+    return Path(cfg.OUTPUT_DIR, parent, words if len(cfg.DATASETS.TEST) > 1 else "")
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """What one process does: train and evaluate, or evaluate only.
+
+    What may still turn up on the way (a diverged loss, an image that cannot be read or is unlike its annotation) ends
+    the process with one sentence and exit code 2.
+    """
+    with user_errors(FloatingPointError, SizeMismatchError, UserError, OSError):
+        fbn_plugin.register()
+        register_datasets(cfg, args.eval_only)  # with several processes, this is a new one
+        _set_up(cfg, args)
+        if args.eval_only:
+            _evaluate_only(cfg, args.resume)
+            return
+        trainer = Trainer(cfg, args.log_period)
+        trainer.resume_or_load(args.resume)
+        if distributed.is_main():
+            write_run_info(
+                cfg.OUTPUT_DIR,
+                "detectron2",
+                cfg.MODEL.DEVICE,
+                distributed.world_size(),
+                cfg.SOLVER.IMS_PER_BATCH,
+                trainer.train_data.images,
+                {name: len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST},
+            )
+        trainer.train()
+
+
+def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
+    for name in ("detectron2", "fvcore", "fbn_plugin"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=distributed.rank(), name=name)
+    logger.info("Process %d of %d", distributed.rank(), distributed.world_size())
+    logger.info("Environment:\n%s", collect_env_info())
+    logger.info("Command line: %s", args)
+    logger.info("Config:\n%s", cfg.dump())
+    if distributed.is_main() and not args.eval_only:
+        save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
+    if cfg.FLOAT32_PRECISION and torch.cuda.is_available():
+        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
+        torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
+
+
+def _evaluate_only(cfg: CfgNode, resume: bool) -> None:
+    """Evaluate MODEL.WEIGHTS, or the last checkpoint, and write ``evaluation.json``."""
+    model = Trainer.build_model(cfg)
+    checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    path = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else cfg.MODEL.WEIGHTS
+    state = checkpointer.load(path, checkpointables=[], strict=True)
+    metrics = Trainer.evaluate(cfg, model)
+    if distributed.is_main():
+        content = {
+            "iteration": state.get("iteration"),
+            "weights": path,
+            "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
+        }
+        atomic_write(os.path.join(cfg.OUTPUT_DIR, "evaluation.json"), json.dumps(content, indent=2).encode())
