@@ -16,6 +16,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.utils.events import EventStorage
 from tiny_detectron2 import datasets, metrics, prepare
 
 import fbn_plugin
@@ -139,12 +140,11 @@ def test_filtered_shares(undisturbed):
 
 
 def test_population_statistics_of_all_but_frozen_norms(undisturbed, shapes):
-    """What the checkpoint holds is not the moving average, which starts at 0 and has seen five batches."""
+    """What the checkpoint holds is not the moving average, but follows from weights, seed and iteration; neither that
+    nor an evaluation draws from the generators that training draws from."""
     saved = checkpoint(undisturbed)["model"]
     frozen = [name for name in saved if "running_mean" in name and ("stem" in name or "res2" in name)]
     assert frozen and all((saved[name] == 0).all() for name in frozen)
-    from detectron2.utils.events import EventStorage
-
     cfg = prepare(*datasets(shapes, 2), *EVERYTHING, "OUTPUT_DIR", undisturbed / "again")
     fbn_plugin.register()
     trainer = Trainer(cfg)
@@ -155,11 +155,13 @@ def test_population_statistics_of_all_but_frozen_norms(undisturbed, shapes):
         if "running_mean" in name and name not in frozen:
             buffer.fill_(7)
     trainer.iter = cfg.SOLVER.MAX_ITER - 1
-    (hook,) = (hook for hook in trainer._hooks if type(hook).__name__ == "PopulationStatistics")
-    before = torch.get_rng_state()
-    with EventStorage():
-        hook.after_step()
-    assert torch.equal(torch.get_rng_state(), before)
+    found = {type(hook).__name__: hook for hook in trainer._hooks}
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    with EventStorage() as trainer.storage:
+        found["PopulationStatistics"].after_step()
+        found["Evaluation"].before_train()
+        found["Evaluation"].after_step()
+    assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
     for name, value in model.state_dict().items():
         if "running_mean" in name and "roi_heads" not in name:
             assert torch.equal(value, saved[name]), name
@@ -246,58 +248,60 @@ TWO = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIO
 TWO += ["MODEL.RESNETS.NORM", "FBN(t_sigma=3)", "MODEL.FPN.NORM", "FBN(t_sigma=3)", "NORM_STATS_PERIOD", 4]
 
 
-def observed_run(cfg, arguments):
-    """A run that writes down whether the processes agree on weights and statistics, in training and in evaluation."""
+def observed_and_killed(cfg, killed_cfg, arguments):
+    """In one of several processes: a run that writes down whether they agree on weights and statistics, in training and
+    in evaluation; and one whose second process is killed in its fourth iteration."""
     evaluate, step = Trainer.evaluate, Trainer.run_step
     seen = {}
 
     def look(model, when):
-        def total(kind):
-            return [sum(v.double().sum().item() for k, v in model.state_dict().items() if kind(k))]
+        for what, mark in {"statistics": "running", "weights": "weight"}.items():
+            total = sum(v.double().sum().item() for name, v in model.state_dict().items() if mark in name)
+            seen[f"{what} in {when}"] = distributed.all_gather(total)
 
-        for what, kind in {"statistics": lambda k: "running" in k, "weights": lambda k: k.endswith("weight")}.items():
-            seen[f"{what} in {when}"] = distributed.all_gather(total(kind))
-
-    def run_step(self):
+    def observed_step(self):
         step(self)
         look(self.bare_model, "training")
 
-    def evaluated(cfg, model, last):
+    def observed_evaluate(cfg, model, last):
         look(model, "evaluation")
         if distributed.is_main():
             with open(os.path.join(cfg.OUTPUT_DIR, "seen.json"), "w") as file:
                 json.dump(seen, file)
         return evaluate(cfg, model, last)
 
-    Trainer.run_step, Trainer.evaluate = run_step, staticmethod(evaluated)
-    run(cfg, arguments)
-
-
-def killed_run(cfg, arguments):
-    """A run whose second process is killed in its fourth iteration."""
-    step = Trainer.run_step
-
-    def run_step(self):
+    def killed_step(self):
         if self.iter == 3 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         step(self)
 
-    Trainer.run_step = run_step
+    Trainer.run_step, Trainer.evaluate = observed_step, staticmethod(observed_evaluate)
     run(cfg, arguments)
+    Trainer.run_step = killed_step
+    run(killed_cfg, arguments)
 
 
 def test_two_processes_a_killed_one_and_its_resumption(shapes, tmp_path, capfd):
-    def start(function, name, resume=False):
-        out = tmp_path / name
-        cfg = prepare(*datasets(shapes, 2), *TWO, "OUTPUT_DIR", out, num_gpus=2, resume=resume)
-        arguments = argparse.Namespace(eval_only=False, resume=resume, log_period=1)
-        launch(function, (cfg, arguments), 2, device="cpu", folder=str(out))
-        return out
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
 
-    undisturbed = start(observed_run, "undisturbed")
+    def config(out, resume=False):
+        return prepare(*datasets(shapes, 2), *TWO, "OUTPUT_DIR", out, num_gpus=2, resume=resume)
+
+    arguments = argparse.Namespace(eval_only=False, resume=False, log_period=1)
+    with pytest.raises(SystemExit) as exit:
+        both = config(undisturbed), config(killed)
+        launch(observed_and_killed, (*both, arguments), 2, device="cpu", folder=str(killed))
+    assert exit.value.code == 1
+    said = capfd.readouterr().err
+    errors = [line for line in said.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and "Traceback" not in said, said
+    assert "process 1 of 2 was killed by SIGKILL" in errors[0] and "--resume continues from the last" in errors[0]
+    assert not list(killed.rglob("*.tmp")) and not (killed / "model_final.pth").exists()
+    assert (killed / "last_checkpoint").read_text() == "model_0000001.pth"
+
     seen = json.loads((undisturbed / "seen.json").read_text())
     assert {what: values[0] == values[1] for what, values in seen.items()} == {
-        "statistics in training": False,  # FBN's of each process's own images
+        "statistics in training": False,  # of each process's own images
         "weights in training": True,
         "statistics in evaluation": True,
         "weights in evaluation": True,
@@ -306,19 +310,8 @@ def test_two_processes_a_killed_one_and_its_resumption(shapes, tmp_path, capfd):
     assert "filtered/mean" in rows[-1] and "bbox/AP" in rows[-1]
     assert read_run_info(undisturbed)["processes"] == 2
 
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        start(killed_run, "killed")
-    assert exit.value.code == 1
-    said = capfd.readouterr().err
-    errors = [line for line in said.splitlines() if "error" in line.lower()]
-    assert len(errors) == 1 and "Traceback" not in said, said
-    assert "process 1 of 2 was killed by SIGKILL" in errors[0] and "--resume" in errors[0] and "killed" in errors[0]
-    killed = tmp_path / "killed"
-    assert not list(killed.rglob("*.tmp")) and not (killed / "model_final.pth").exists()
-    assert (killed / "last_checkpoint").read_text() == "model_0000001.pth"
-
-    start(run, "killed", resume=True)
+    arguments.resume = True
+    launch(run, (config(killed, resume=True), arguments), 2, device="cpu", folder=str(killed))
     assert_same_weights(checkpoint(killed), checkpoint(undisturbed))
     assert json.dumps(without_times(metrics(killed))) == json.dumps(without_times(rows))
 
@@ -427,10 +420,12 @@ def test_cascade_rcnn(shapes, tmp_path):
 
 
 def test_retinanet_with_statistics_of_each_level(shapes, tmp_path):
+    """And resumed to the same bits, with another number of workers and without groups of like images."""
     arguments = [*datasets(shapes, 2), *SHORT, *RETINANET, "SOLVER.CHECKPOINT_PERIOD", 1]
+    arguments += ["DATALOADER.ASPECT_RATIO_GROUPING", False]
     train(*arguments, "OUTPUT_DIR", tmp_path / "a")
     train(*arguments, "OUTPUT_DIR", tmp_path / "b", stop_at=1)
-    train(*arguments, "OUTPUT_DIR", tmp_path / "b", resume=True)
+    train(*arguments, "OUTPUT_DIR", tmp_path / "b", "DATALOADER.NUM_WORKERS", 1, resume=True)
     assert_same_weights(checkpoint(tmp_path / "a"), checkpoint(tmp_path / "b"))
     state = checkpoint(tmp_path / "a")["model"]
     means = [state[f"head.cls_subnet.1.{level}.running_mean"] for level in range(5)]
