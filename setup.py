@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "fbn_plugin" / "__init__.py").read_text(), re.MULTILINE)[1]
 
 CLASSIFICATION = ["timm>=1.0.20", "torchvision>=0.21", "scikit-learn", "tensorboard", "tqdm"]
-DETECTION = ["torchvision>=0.21", "pycocotools", "tensorboard", "tqdm", "matplotlib"]
+DETECTION = ["torchvision>=0.21", "pycocotools", "iopath", "tensorboard", "tqdm", "matplotlib"]
 DEMO = [*DETECTION, "scikit-learn"]
 TEST = ["pytest", "hypothesis", "ruff", "onnx", "onnxscript", "onnxruntime"]
 

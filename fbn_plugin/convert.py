@@ -224,6 +224,8 @@ def _note(old: nn.Module, new: nn.Module) -> str:
         lost += dict.fromkeys(name.partition(".")[0] for name in further if name not in _STATE)
     if isinstance(old, FilterMixin) and not isinstance(new, FilterMixin):
         lost.append("the filter")
+    if getattr(old, "gamma_init", 1.0) != 1.0 and not hasattr(new, "gamma_init"):
+        lost.append("gamma_init")
     if old._forward_hooks or old._forward_pre_hooks or old._backward_hooks:
         lost.append("hooks")
     notes = [f"not carried over: {', '.join(lost)}"] if lost else []

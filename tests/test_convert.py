@@ -559,3 +559,10 @@ def test_synchronized_filtered_norms_convert_there_and_back(spec):
     if "GN" not in spec:
         torch.testing.assert_close(there(x), expected)
         torch.testing.assert_close(back(x), expected)
+
+
+def test_convert_sync_says_where_a_small_scale_is_forgotten():
+    report = fbn_plugin.NormReport()
+    model = fbn_plugin.convert_sync(nn.Sequential(fbn_plugin.ScaledBatchNorm2d(4, gamma_init=0.25)), report=report)
+    assert torch.equal(model[0].weight, torch.full((4,), 0.25)) and not hasattr(model[0], "gamma_init")
+    assert [change.note for change in report.changed] == ["not carried over: gamma_init"]

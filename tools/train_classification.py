@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.cli import UserError, add_config_arguments, user_errors
+from fbn_plugin.engine.cli import UserError, add_config_arguments, interruptible, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         setup_logging()
         cfg = load_config(classification_config(), args.config_file, args.overrides)
         trainer = ClassificationTrainer(cfg, resume=args.resume, eval_only=args.eval_only)
-    with user_errors(UserError, FloatingPointError, OSError):
+    with interruptible(cfg.OUTPUT_DIR), user_errors(UserError, FloatingPointError, OSError):
         result = trainer.evaluate() if args.eval_only else trainer.train()
     if distributed.is_main():
         print(trainer.describe(result))

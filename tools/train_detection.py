@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.cli import UserError, add_config_arguments, user_errors
+from fbn_plugin.engine.cli import UserError, add_config_arguments, interruptible, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
         setup_logging()
         cfg = load_detection_config(args.config_file, args.overrides)
-    with distributed.peers_lost():
+    with distributed.peers_lost(), interruptible(cfg.OUTPUT_DIR):
         with user_errors():
             trainer = DetectionTrainer(cfg, resume=args.resume, eval_only=args.eval_only, log_period=args.log_period)
         with user_errors(UserError, FloatingPointError, OSError):

@@ -18,7 +18,7 @@ same bits as a run that was never stopped.
 import importlib.util
 import sys
 
-from fbn_plugin.engine.cli import user_errors
+from fbn_plugin.engine.cli import interruptible, user_errors
 
 try:
     from detectron2.engine import default_argument_parser
@@ -53,16 +53,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--num-machines wants --dist-url tcp://HOST:PORT of the first machine")
     with user_errors():
         cfg = prepare(args)
-    launch(
-        run,
-        (cfg, args),
-        args.num_gpus,
-        args.num_machines,
-        args.machine_rank,
-        args.dist_url,
-        cfg.MODEL.DEVICE,
-        cfg.OUTPUT_DIR,
-    )
+    with interruptible(cfg.OUTPUT_DIR):
+        launch(
+            run,
+            (cfg, args),
+            args.num_gpus,
+            args.num_machines,
+            args.machine_rank,
+            args.dist_url,
+            cfg.MODEL.DEVICE,
+            cfg.OUTPUT_DIR,
+        )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@ bad input."""
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
-__all__ = ["UserError", "add_config_arguments", "format_table", "user_errors"]
+__all__ = ["UserError", "add_config_arguments", "format_table", "interruptible", "user_errors"]
 
 
 class UserError(ValueError):
@@ -31,6 +32,18 @@ def user_errors(*types: type[BaseException]) -> Iterator[None]:
             sentence = str(error).strip().rsplit(f"{type(error).__name__}: ", 1)[-1]
         print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def interruptible(output_dir: str | os.PathLike) -> Iterator[None]:
+    """Say in one sentence how a run that Ctrl-C stops goes on, and exit with code 130, as a shell expects."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        saved = os.path.isfile(os.path.join(output_dir, "last_checkpoint"))
+        what = "--resume continues from the last checkpoint" if saved else "nothing is saved yet"
+        print(f"stopped; {what} in {output_dir}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

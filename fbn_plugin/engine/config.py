@@ -91,8 +91,14 @@ def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change:
         ValueError: the first key that differs, with its old and new value.
     """
     old = dict(_flatten(saved))
-    for key, new in _flatten(cfg):
+    # First, as the linear rule changes other keys with it.
+    for key, new in sorted(_flatten(cfg), key=lambda item: item[0] != "SOLVER.REFERENCE_WORLD_SIZE"):
         if new != old[key] and not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
+            if key == "SOLVER.REFERENCE_WORLD_SIZE" and new and old[key]:  # the linear rule sets it to their number
+                raise ValueError(
+                    f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds is one of {old[key]} processes, not {new}: "
+                    "resume it with as many, or choose another OUTPUT_DIR"
+                )
             raise ValueError(
                 f"{key} is {old[key]!r} in the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds, not {new!r}; "
                 "resume it with the old value, or choose another OUTPUT_DIR"

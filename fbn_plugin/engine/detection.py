@@ -224,7 +224,10 @@ class DetectionTrainer:
             )
         self._best = self._read_best() if self.start else None
         if distributed.is_main():
-            os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+            try:
+                os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+            except OSError as error:
+                raise OSError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be made: {error.strerror}") from None
             if not eval_only:
                 save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
         distributed.barrier()
@@ -257,9 +260,11 @@ class DetectionTrainer:
         self._write_run_info()
         meter = FilterMeter(self.model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)
         with TrainingLog(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, self.start, self.log_period) as log:
-            # An interruption after a checkpoint and before its evaluation.
+            # An interruption after a checkpoint and before its evaluation, or one that is newly wanted there.
             metrics = self._recorded(path) if self._evaluates_after(self.start) else {}
             if self._evaluates_after(self.start) and not metrics:
+                model.train()
+                self._update_population_stats()
                 metrics = self._evaluate_and_log(log, self.start - 1)
             loader = iter(self._loader(self.seed, self.start))
             model.train()

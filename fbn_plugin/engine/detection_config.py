@@ -415,7 +415,8 @@ def _check_eval_iterations(cfg: CfgNode) -> None:
         shown = given if numbers is None else numbers
         raise ValueError(f"TEST.{key} must be increasing numbers of iterations, from 1 on, not {shown!r}")
     if numbers and numbers[-1] > last:
-        logger.warning("TEST.%s: the run ends, and evaluates, after SOLVER.MAX_ITER %d iterations", key, last)
+        late = [number for number in numbers if number > last]
+        logger.warning("TEST.%s: SOLVER.MAX_ITER is %d, so there is no evaluation after %s", key, last, late)
     cfg.defrost()
     cfg.TEST[key] = numbers
     cfg.freeze()

@@ -486,7 +486,7 @@ def filtered_share(x: Tensor, num_groups: int = 0, eps: float = 1e-5, t_sigma: f
     """
     t_sigma = check_filter(t_sigma)
     *_, count = _filtered_norm(x.detach(), None, None, num_groups, t_sigma, eps, False, "exact")
-    return 1 - count.double().sum() / x.numel()
+    return (x.numel() - count.double().sum()) / x.numel()
 
 
 def filtered_batch_norm_act(

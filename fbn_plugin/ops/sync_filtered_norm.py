@@ -88,11 +88,11 @@ def _sync_filtered_batch_norm(
     check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     with torch.no_grad():
-        moments, anywhere = _moments(x, eps, t_sigma, gaussian_correction, differentiates, process_group)
+        moments, who = _moments(x, eps, t_sigma, gaussian_correction, differentiates, process_group)
         if running_mean is not None and running_var is not None:
             backend = running_backend(running_mean, running_var, moments.mean)
             backend.update_running_stats(running_mean, running_var, moments.mean, moments.var, moments.count, momentum)
-    if not differentiates and torch.is_grad_enabled() and anywhere:
+    if torch.is_grad_enabled() and not differentiates and who.any():
         x = x.detach().requires_grad_()  # so that the backward pass comes here
     kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
     return _Normalize.apply(x, weight, bias, moments, eps, grad_mode, kappa, process_group)
@@ -105,9 +105,8 @@ def _moments(
     gaussian_correction: bool,
     differentiates: bool,
     group: "dist.ProcessGroup | None",
-) -> tuple[FilteredMoments, bool]:
-    """The filtered moments of all processes' values; and for a process that does not differentiate, whether any other
-    does."""
+) -> tuple[FilteredMoments, Tensor]:
+    """The filtered moments of all processes' values, and which processes differentiate."""
     backend, channels, values = act_backend(x), x.shape[1], x.numel() // x.shape[1]
     local = x.new_zeros(2, channels, dtype=torch.float64)
     facts = [local.new_full((1,), fact) for fact in (values, differentiates)]
@@ -116,7 +115,7 @@ def _moments(
         mean, var, measured = backend.measure(x)
         local = torch.stack((mean, var)).double()
     of_all = _gather(torch.cat((local.flatten(), *facts)), group)
-    counts, differentiate = of_all[:, -2:].unbind(1)
+    counts, who = of_all[:, -2:].unbind(1)
     mean, var, count = _together(*of_all[:, :-2].unflatten(1, (2, channels)).unbind(1), counts[:, None])
     # Looked at where it matters only: reading a number makes a GPU's host wait.
     if values < 2 and counts.sum() == 1:
@@ -124,13 +123,12 @@ def _moments(
             f"Expected more than 1 value per channel when training, got 1 on {len(counts)} processes, and here input "
             f"size {x.shape}"
         )
-    anywhere = not differentiates and bool(differentiate.any())
 
     wide = accumulate_dtype(x.dtype)
     mean, var, count = mean.to(wide), var.to(wide), count.expand(channels).to(wide)
     if math.isinf(t_sigma):
         edge = torch.full_like(mean, math.inf)
-        return FilteredMoments(mean, var, -edge, edge, count), anywhere
+        return FilteredMoments(mean, var, -edge, edge, count), who
     lower, upper = band(mean, var, t_sigma, eps)
     local = x.new_zeros(3, channels, dtype=torch.float64)
     if values:
@@ -139,7 +137,7 @@ def _moments(
     mean, var, count = _together(*_gather(local.flatten(), group).unflatten(1, (3, channels)).unbind(1))
     if gaussian_correction:
         var = var / gaussian_kappa(t_sigma)
-    return FilteredMoments(mean.to(wide), var.to(wide), lower, upper, count.to(wide)), anywhere
+    return FilteredMoments(mean.to(wide), var.to(wide), lower, upper, count.to(wide)), who
 
 
 def _gather(numbers: Tensor, group: "dist.ProcessGroup | None") -> Tensor:

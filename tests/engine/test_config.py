@@ -136,3 +136,12 @@ def test_a_run_is_continued_with_the_settings_it_began_with(tmp_path):
     changed = load_config(defaults, None, [*overrides, "SOLVER.STEPS", "(1, 2)", "MODEL.NORM", "FBN"])
     with pytest.raises(ValueError, match="MODEL.NORM is 'BN' in the run that OUTPUT_DIR .* holds, not 'FBN'"):
         check_resume(changed, defaults, ["SOLVER.*"])
+
+
+def test_a_run_of_another_number_of_processes(tmp_path):
+    solver = {"BASE_LR": 0.1, "REFERENCE_WORLD_SIZE": 0}
+    defaults = CfgNode({"SOLVER": solver, "OUTPUT_DIR": str(tmp_path)})
+    save_config(load_config(defaults, None, ["SOLVER.REFERENCE_WORLD_SIZE", "2"]), tmp_path / "config.yaml")
+    scaled = load_config(defaults, None, ["SOLVER.BASE_LR", "0.4", "SOLVER.REFERENCE_WORLD_SIZE", "8"])
+    with pytest.raises(ValueError, match="is one of 2 processes, not 8: resume it with as many"):
+        check_resume(scaled, defaults, [])

@@ -1,5 +1,6 @@
 """The detection engine: configs are checked, detectron2's solver rules hold, and interruptions leave no trace."""
 
+import copy
 import itertools
 import json
 import math
@@ -775,6 +776,26 @@ def test_precise_statistics_are_those_of_the_checkpoint_and_survive_an_interrupt
         config("again", MODEL__WEIGHTS=f"{whole.cfg.OUTPUT_DIR}/model_final.pth", **options), False, True
     )
     assert again.evaluate() == pytest.approx(expected, nan_ok=True)
+
+
+def test_an_evaluation_that_is_wanted_only_when_a_run_goes_on_has_precise_statistics_too(config):
+    options = {"SOLVER__MAX_ITER": 3, "SOLVER__CHECKPOINT_PERIOD": 2}
+    options |= {"TEST__PRECISE_BN__ENABLED": True, "TEST__PRECISE_BN__NUM_ITER": 2}
+    whole = DetectionTrainer(config("whole", **options, TEST__EVAL_ITERATIONS=(2,)))
+    whole.train()
+    stopped = DetectionTrainer(config("stopped", **options))
+    interrupt(stopped, 2)
+    with pytest.raises(Interrupt):
+        stopped.train()
+    resumed = DetectionTrainer(config("stopped", **options, TEST__EVAL_ITERATIONS=(2,)), resume=True)
+    seen = []
+    evaluate = resumed.evaluate
+    resumed.evaluate = lambda: seen.append(copy.deepcopy(resumed.model.state_dict())) or evaluate()
+    resumed.train()
+    assert len(seen) == 2
+    saved = torch.load(f"{whole.cfg.OUTPUT_DIR}/model_0000001.pth", weights_only=True)["model"]
+    assert [name for name in saved if not torch.equal(saved[name], seen[0][name])] == []
+    assert_same_weights(whole, resumed)
 
 
 def test_precise_statistics_see_training_images_and_want_running_statistics(config, monkeypatch):

@@ -200,7 +200,8 @@ def _check_iterations(cfg: CfgNode) -> None:
             f"TEST.EVAL_ITERATIONS must be increasing numbers of iterations, from 1 on, not {tuple(chosen)}"
         )
     if chosen and chosen[-1] > last:
-        print(f"TEST.EVAL_ITERATIONS: the run ends, and evaluates, after SOLVER.MAX_ITER {last} iterations.")
+        late = [number for number in chosen if number > last]
+        print(f"TEST.EVAL_ITERATIONS: SOLVER.MAX_ITER is {last}, so there is no evaluation after {late}")
 
 
 def _check_metric(cfg: CfgNode) -> None:

@@ -41,10 +41,16 @@ class PopulationStatistics(HookBase):
     def __init__(self, num_iter: int):
         self.num_iter = num_iter
 
+    def before_train(self) -> None:
+        if _missed_evaluation(self.trainer):
+            self._update(self.trainer.start_iter)
+
     def after_step(self) -> None:
         finished = self.trainer.iter + 1
-        if not self.trainer.is_evaluated_after(finished) and finished != self.trainer.max_iter:
-            return
+        if self.trainer.is_evaluated_after(finished) or finished == self.trainer.max_iter:
+            self._update(finished)
+
+    def _update(self, finished: int) -> None:
         model = self.trainer.bare_model
         if not any(isinstance(m, _BatchNorm) and m.training and m.running_mean is not None for m in model.modules()):
             logger.info("TEST.PRECISE_BN: the model has no running statistics to compute")
@@ -92,11 +98,8 @@ class Evaluation(HookBase):
             best = load_file(self.path)
             if best.get("metric") == self.metric:
                 self.best = best["value"]
-        if start and self.trainer.is_evaluated_after(start):
-            rows = read_metrics(os.path.join(folder, "metrics.json"))
-            done = any(row["iteration"] == start - 1 and _is_evaluation(row) for row in rows)
-            if not distributed.broadcast_object(done):
-                self._evaluate(start - 1)
+        if _missed_evaluation(self.trainer):
+            self._evaluate(start - 1)
 
     def after_step(self) -> None:
         if self.trainer.is_evaluated_after(self.trainer.iter + 1):
@@ -130,6 +133,16 @@ class Evaluation(HookBase):
             }
             atomic_write(self.path, write=lambda file: torch.save(content, file))
             logger.info("The best %s so far, %.3f: saved %s", self.metric, value, self.path)
+
+
+def _missed_evaluation(trainer) -> bool:
+    """Whether a resumed run begins where an evaluation is due that ``metrics.json`` does not have."""
+    start = trainer.start_iter
+    if not start or not trainer.is_evaluated_after(start):
+        return False
+    rows = read_metrics(os.path.join(trainer.cfg.OUTPUT_DIR, "metrics.json"))
+    done = any(row["iteration"] == start - 1 and _is_evaluation(row) for row in rows)
+    return not distributed.broadcast_object(done)
 
 
 def _is_evaluation(row: dict[str, float]) -> bool:

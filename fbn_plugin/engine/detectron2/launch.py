@@ -56,6 +56,11 @@ def launch(
     try:
         while not context.join():
             pass
+    except KeyboardInterrupt:
+        for process in context.processes:  # where the signal was for this process alone
+            process.terminate()
+            process.join()
+        raise
     except (ProcessExitedException, ProcessRaisedException) as error:
         # One that was killed makes the others fail, or be stopped, and may not be the first that is noticed.
         codes = {number: process.exitcode for number, process in enumerate(context.processes)}
