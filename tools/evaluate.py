@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.cli import format_table, user_errors
+from fbn_plugin.engine.cli import check_outputs, format_table, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
@@ -32,24 +32,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--results", metavar="FILE", help="score this coco_instances_results.json; no model is run")
     parser.add_argument("--output", metavar="FILE", type=Path, help="JSON file; default: RUN_DIR/evaluation.json")
     args = parser.parse_args(argv)
+    output = args.output or (Path(args.run_dir, "evaluation.json") if args.run_dir else None)
     with user_errors():
+        check_outputs(output)
         if args.results and args.weights:
             raise ValueError("--weights names a model to run, and --results wants none: give one of them")
         if not args.run_dir and not (args.results and args.dataset):
             raise ValueError("RUN_DIR is needed, or both --results and --dataset")
-        if args.output and not args.output.absolute().parent.is_dir():
-            raise FileNotFoundError(f"the folder of --output {args.output} is not there")
 
         from fbn_plugin.engine.coco_data import resolve_dataset
         from fbn_plugin.engine.evaluation import (
+            averages_note,
             evaluate_weights,
+            flat_metrics,
             metric_rows,
             read_detections,
             score_detections,
-            write_evaluation,
         )
         from fbn_plugin.engine.run_folder import read_run
-        from fbn_plugin.engine.run_info import hardware
+        from fbn_plugin.engine.run_info import hardware, write_evaluation
 
         run = read_run(args.run_dir) if args.run_dir else None
         names = list(dict.fromkeys(args.dataset or run.test_sets))
@@ -58,23 +59,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         if args.results and len(names) > 1:
             raise ValueError(f"--results are the detections on one set: name it with --dataset, of {', '.join(names)}")
 
-        facts = {"iteration": None, "weights": None}
+        weights = iteration = device = note = None
         if args.results:
             data = resolve_dataset(names[0])
             metrics = {data.name: score_detections(data, read_detections(args.results, data), run)}
-            facts["results"] = source = args.results
+            source = args.results
         else:
             weights = run.weights(args.weights)
+            device = hardware("cpu" if run.config.get("MODEL.DEVICE") == "cpu" else None)
+            note = averages_note(run, weights)
             metrics, iteration = evaluate_weights(run, weights, names, Path(__file__).with_name("train_net.py"))
-            facts = {"iteration": iteration, "weights": str(weights)}
-            facts["hardware"] = hardware("cpu" if run.config["MODEL.DEVICE"] == "cpu" else None)
             source = str(weights) if iteration is None else f"{weights}, {iteration + 1} iterations"
-        output = args.output or (run.folder / "evaluation.json" if run else None)
         if output:
-            write_evaluation(output, metrics, **facts)
+            write_evaluation(output, iteration, weights, list(metrics), flat_metrics(metrics), device, args.results)
 
     for name, figures in metrics.items():
         print(f"\n{name} ({source})\n\n{format_table(metric_rows(figures))}")
+    if note:
+        print(f"\nnote: {note}")
     if output:
         print(f"\nwritten to {output}")
     return metrics

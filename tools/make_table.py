@@ -7,6 +7,7 @@
     python tools/make_table.py runs/* --label "FBN everywhere=runs/fbn-heads"
 
 RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2) or tools/train_detection.py (torchvision), with any norm.
+Every evaluation of the runs is a row; on COCO 2017 the paper's are, too, run or not.
 Runs of the same norm become one column, mean ± standard deviation over their seeds; every framework and data set has a
 table of its own. Below each stands what was run, in which settings the runs differ, and how far they can be compared.
 """
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.cli import format_table, user_errors
+from fbn_plugin.engine.cli import check_outputs, format_table, user_errors
 
 
 def read_labels(given: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON, too")
     args = parser.parse_args(argv)
     with user_errors():
+        check_outputs(args.output, args.json)
         from fbn_plugin.engine.checkpoint import atomic_write
         from fbn_plugin.engine.run_folder import read_run
         from fbn_plugin.engine.table import PAPER_SOURCE, build_tables, paper_table
@@ -57,9 +59,6 @@ def main(argv: Sequence[str] | None = None) -> str:
         for folder in args.run_dirs:
             if resolved.count(folder.resolve()) > 1:
                 raise ValueError(f"run folder {folder} is given more than once")
-        for file in (args.output, args.json):
-            if file and not file.absolute().parent.is_dir():
-                raise FileNotFoundError(f"{file} cannot be written: the folder {file.absolute().parent} is not there")
         labels = read_labels(args.label, args.run_dirs)
         tables = build_tables([read_run(folder) for folder in args.run_dirs], labels) or [paper_table()]
 

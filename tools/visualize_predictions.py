@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.cli import user_errors
+from fbn_plugin.engine.cli import check_outputs, user_errors
 
 MOST_IMAGES = 100
 
@@ -30,12 +30,13 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = parser.parse_args(argv)
     output = args.output or args.run_dirs[0] / "predictions.png"
     with user_errors():
+        check_outputs(output)
+        if output.suffix.lower() != ".png":
+            raise ValueError(f"--output must end in .png, the one format that is written, not {str(output)!r}")
         if not 1 <= args.num_images <= MOST_IMAGES:
             raise ValueError(f"--num-images must be from 1 to {MOST_IMAGES}, not {args.num_images}")
         if not 0 <= args.threshold <= 1:
             raise ValueError(f"--threshold must be from 0 to 1, not {args.threshold}")
-        if not output.absolute().parent.is_dir() and args.output:
-            raise FileNotFoundError(f"the folder of --output {output} is not there")
 
         from fbn_plugin.engine.checkpoint import atomic_write
         from fbn_plugin.engine.coco_data import resolve_dataset

@@ -6,8 +6,9 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-__all__ = ["UserError", "add_config_arguments", "format_table", "interruptible", "user_errors"]
+__all__ = ["UserError", "add_config_arguments", "check_outputs", "format_table", "interruptible", "user_errors"]
 
 
 class UserError(ValueError):
@@ -54,6 +55,25 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint"
     )
     parser.add_argument("overrides", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="config overrides, in pairs")
+
+
+def check_outputs(*files: Path | None) -> None:
+    """Refuse files that cannot be written, before the work that they are to hold; None stands for a file not asked for.
+
+    Raises:
+        OSError, ValueError: one is a folder, or given twice, or its folder is not there or not writable.
+    """
+    wanted = [file for file in files if file is not None]
+    for file in wanted:
+        folder = file.absolute().parent
+        if file.is_dir():
+            raise IsADirectoryError(f"{file} cannot be written: it is a folder")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{file} cannot be written: the folder {folder} is not there")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{file} cannot be written: the folder {folder} is not writable")
+        if [other.resolve() for other in wanted].count(file.resolve()) > 1:
+            raise ValueError(f"{file} is given for two outputs")
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

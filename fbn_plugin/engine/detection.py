@@ -37,7 +37,7 @@ from fbn_plugin.engine.detection_config import (
 from fbn_plugin.engine.detection_model import DetectionTransform, build_model, build_optimizer, build_scheduler
 from fbn_plugin.engine.logging import Timer, TrainingLog, read_metrics, setup_logging
 from fbn_plugin.engine.norm_stats import FilterMeter
-from fbn_plugin.engine.run_info import write_run_info
+from fbn_plugin.engine.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset
 from fbn_plugin.engine.weights import loading_report, refuse_foreign, refuse_misfit
 from fbn_plugin.frameworks.torchvision import load_backbone
@@ -322,9 +322,8 @@ class DetectionTrainer:
         """Write ``evaluation.json`` into OUTPUT_DIR: the metrics, of which weights, and of which iteration (from 0,
         as in ``metrics.json``; null where the weights do not tell)."""
         if distributed.is_main():
-            values = {name: None if math.isnan(value) else value for name, value in metrics.items()}
-            content = {"iteration": self.iteration, "weights": self.weights, "metrics": values}
-            atomic_write(os.path.join(self.cfg.OUTPUT_DIR, "evaluation.json"), json.dumps(content, indent=2).encode())
+            path = os.path.join(self.cfg.OUTPUT_DIR, "evaluation.json")
+            write_evaluation(path, self.iteration, self.weights, self.cfg.DATASETS.TEST, metrics, hardware(self.device))
 
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
         metrics = self.evaluate()

@@ -12,12 +12,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fbn_plugin.engine.checkpoint import atomic_write, load_file
+from fbn_plugin.engine.checkpoint import load_file
 from fbn_plugin.engine.coco_data import CocoDataset, resolve_dataset
 from fbn_plugin.engine.coco_eval import evaluate_coco
 from fbn_plugin.engine.run_folder import METRICS, Run
 
-__all__ = ["evaluate_weights", "metric_rows", "read_detections", "score_detections", "write_evaluation"]
+__all__ = [
+    "averages_note",
+    "evaluate_weights",
+    "flat_metrics",
+    "metric_rows",
+    "read_detections",
+    "score_detections",
+]
 
 
 def evaluate_weights(
@@ -54,6 +61,34 @@ def evaluate_weights(
             else:
                 metrics[name] = _evaluate_torchvision(run, overrides)
     return metrics, iteration
+
+
+def averages_note(run: Run, weights: Path) -> str | None:
+    """What to say where a run's own evaluations use population statistics and a checkpoint has moving averages.
+
+    TEST.PRECISE_BN measures the statistics right before an evaluation; a checkpoint between two has those of training.
+
+    Returns:
+        a sentence, or None where the checkpoint has population statistics, has no norm that keeps any, or does not tell
+        its iteration.
+
+    Raises:
+        ValueError: the checkpoint or ``metrics.json`` cannot be read.
+    """
+    if not run.config.get("TEST.PRECISE_BN.ENABLED"):
+        return None
+    content = load_file(weights)
+    iteration = content.get("iteration")
+    # A frozen norm has no such counter.
+    if iteration is None or not any(name.endswith("num_batches_tracked") for name in content["model"]):
+        return None
+    has_metrics = (run.folder / "metrics.json").is_file()
+    if has_metrics and any(iteration + 1 in run.evaluations(name) for name in run.test_sets):
+        return None
+    return (
+        f"metrics.json has no evaluation after {iteration + 1} iterations, so these weights hold the running averages "
+        "of training, not the population statistics that the run's own evaluations use (TEST.PRECISE_BN)."
+    )
 
 
 def _evaluate_torchvision(run: Run, overrides: Sequence[str]) -> dict[str, float]:
@@ -150,10 +185,16 @@ def score_detections(
         detections: of all of its images.
         run: says how many detections of an image count (100 without it), and whether masks were looked for at all where
             nothing was detected.
+
+    Raises:
+        ValueError: the run's TEST.DETECTIONS_PER_IMAGE is no number.
     """
     config = run.config if run else {}
     masks = "segmentation" in detections[0] if detections else config.get("MODEL.MASK_ON", True)
-    return evaluate_coco(data, detections, masks, max(100, config.get("TEST.DETECTIONS_PER_IMAGE", 100)))
+    limit = config.get("TEST.DETECTIONS_PER_IMAGE", 100)
+    if not isinstance(limit, int):
+        raise ValueError(f"{run.folder / 'config.yaml'}: TEST.DETECTIONS_PER_IMAGE must be an integer, not {limit!r}")
+    return evaluate_coco(data, detections, masks, max(100, limit))
 
 
 def metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:
@@ -164,19 +205,11 @@ def metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:
     return [["task", *METRICS], *([task, *row] for task, row in zip(tasks, body))]
 
 
-def write_evaluation(path: Path, metrics: Mapping[str, Mapping[str, float]], **facts: Any) -> None:
-    """Write an evaluation as JSON in one step.
-
-    Args:
-        path: the file.
-        metrics: name of each set -> its figures. With one set they stand under their own names, with more the set's
-            name is in front, as in ``metrics.json``; NaN becomes null.
-        facts: what else the file says.
-    """
-    values = {
-        f"{name}/{key}" if len(metrics) > 1 else key: None if math.isnan(value) else value
+def flat_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Figures of each set -> all of them under the names of ``metrics.json``: with more than one set, its name is in
+    front."""
+    return {
+        f"{name}/{key}" if len(metrics) > 1 else key: value
         for name, figures in metrics.items()
         for key, value in figures.items()
     }
-    content = {**facts, "dataset": list(metrics), "metrics": values}
-    atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -94,11 +94,13 @@ class Run:
         for row in read_metrics(path):
             if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
                 raise ValueError(f"{path} has a line without an 'iteration'")
-            values = {
-                key.removeprefix(prefix): None if value is None or math.isnan(value) else float(value)
-                for key, value in row.items()
-                if key.startswith((f"{prefix}bbox/", f"{prefix}segm/"))
-            }
+            values = {}
+            for key, value in row.items():
+                if key.startswith((f"{prefix}bbox/", f"{prefix}segm/")):
+                    if value is not None and not isinstance(value, int | float):
+                        raise ValueError(f"{path}: {key} must be a number or null, not {value!r}")
+                    known = value is not None and not math.isnan(value)
+                    values[key.removeprefix(prefix)] = float(value) if known else None
             if values:  # detectron2 counts the evaluation at the end one iteration further
                 found.setdefault(min(row["iteration"] + 1, self.max_iter), {}).update(values)
         return dict(sorted(found.items()))
@@ -162,6 +164,15 @@ def read_run(folder: str | os.PathLike) -> Run:
     images = info.get("images_per_batch", 1)
     if not isinstance(images, int) or images < 1:
         raise ValueError(f"{folder / 'run_info.json'}: images_per_batch must be 1 or more, not {images!r}")
+    for key, kind in (
+        ("engine", str),
+        ("hardware", str),
+        ("processes", int),
+        ("train_images", dict),
+        ("test_images", dict),
+    ):
+        if not isinstance(info.get(key, kind()), kind):
+            raise ValueError(f"{folder / 'run_info.json'}: {key} must be of type {kind.__name__}, not {info[key]!r}")
     return Run(folder, config, info)
 
 

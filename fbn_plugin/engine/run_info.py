@@ -1,12 +1,13 @@
-"""What a run was made with: ``run_info.json`` in its folder, so that a table can say hardware and numbers of images
-beside the figures."""
+"""What a run or an evaluation was made with, written beside its figures: ``run_info.json`` in a run's folder, so that a
+table can say hardware and numbers of images, and ``evaluation.json``."""
 
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import fbn_plugin
 from fbn_plugin.engine.checkpoint import atomic_write
 
-__all__ = ["cpu_name", "hardware", "read_run_info", "write_run_info"]
+__all__ = ["cpu_name", "hardware", "read_run_info", "write_evaluation", "write_run_info"]
 
 _FILE = "run_info.json"
 _PACKAGES = ("torch", "torchvision", "detectron2", "pycocotools")
@@ -39,7 +40,8 @@ def hardware(device: str | torch.device | None = None) -> str:
     if kind == "cuda":
         return torch.cuda.get_device_name(device)
     if kind == "cpu":
-        return f"{cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{cpu_name()}, {threads} thread{'s' * (threads != 1)}"
     return kind
 
 
@@ -72,6 +74,38 @@ def write_run_info(
         "versions": {"fbn_plugin": fbn_plugin.__version__, "python": platform.python_version(), **_versions()},
     }
     atomic_write(os.path.join(folder, _FILE), json.dumps(info, indent=2).encode())
+
+
+def write_evaluation(
+    path: str | os.PathLike,
+    iteration: int | None,
+    weights: str | os.PathLike | None,
+    datasets: Sequence[str],
+    metrics: Mapping[str, float | None],
+    hardware: str | None = None,
+    results: str | os.PathLike | None = None,
+) -> None:
+    """Write an evaluation as JSON in one step: each argument under its name, ``datasets`` under ``"dataset"``.
+
+    Args:
+        path: the file, such as ``evaluation.json`` in OUTPUT_DIR.
+        iteration: the last one, from 0 as in ``metrics.json``, that the weights have behind them; None where unknown.
+        weights: the checkpoint; None where no model was run.
+        datasets: names of the sets.
+        metrics: ``{"bbox/AP": 31.2, ...}`` in percent, with more than one set ``"<name of the set>/bbox/AP"``, as in
+            ``metrics.json``; NaN becomes null.
+        hardware: what the model ran on, see :func:`hardware`.
+        results: the file of detections that were scored, where no model was run.
+    """
+    content = {
+        "iteration": iteration,
+        "weights": None if weights is None else os.fspath(weights),
+        "results": None if results is None else os.fspath(results),
+        "hardware": hardware,
+        "dataset": list(datasets),
+        "metrics": {name: None if value is None or math.isnan(value) else value for name, value in metrics.items()},
+    }
+    atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def read_run_info(folder: str | os.PathLike) -> dict[str, Any]:

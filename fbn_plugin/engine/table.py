@@ -1,12 +1,15 @@
 """Tables of AP from run folders: Table I of the paper with its printed figures beside ours, one with all six APs, and
 what a reader must know to compare them: data, length, hardware, seeds, and the settings in which the runs differ."""
 
+import functools
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fbn_plugin.engine.detection_config import detection_config
 from fbn_plugin.engine.run_folder import METRICS, NORM_KEYS, Run, norm_label
 from fbn_plugin.registry import NORMS
 
@@ -30,15 +33,35 @@ _PAPER_ITERATIONS = sorted({iterations for _, iterations in PAPER_AP})
 _PAPER_IMAGES = 2  # a batch
 _TASKS = ("segm", "bbox")  # in the paper's order
 
-# What a run of the paper's size has: it names the backbone, and the rest is detectron2's own.
-_PAPER_BACKBONE = "ResNeXt-101 32x8d"
-_PAPER_SIZE = {
-    "MODEL.FPN.OUT_CHANNELS": 256,
-    "MODEL.ROI_BOX_HEAD.FC_DIM": 1024,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM": 256,
-    "INPUT.MIN_SIZE_TEST": 800,
-}
 _PAPER_DATA = (["coco_2017_train"], "coco_2017_val")
+_PAPER_BACKBONE = "ResNeXt-101 32x8d"
+_BACKBONE_KEYS = tuple(f"MODEL.RESNETS.{key}" for key in ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP"))
+
+# This project's configs of Table I, configs/COCO-InstanceSegmentation/mask_rcnn_X_101_32x8d_FPN_{BN,FBN}.yaml, where
+# they are not detectron2's defaults. The paper gives backbone, images a batch and iterations, and no more.
+_PAPER_SETTINGS = {
+    "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/FAIR/X-101-32x8d.pkl",
+    "MODEL.MASK_ON": True,
+    "MODEL.PIXEL_STD": [57.375, 57.120, 58.395],
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.RESNETS.NUM_GROUPS": 32,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
+    "MODEL.RESNETS.DEPTH": 101,
+    "INPUT.MIN_SIZE_TRAIN": [640, 672, 704, 736, 768, 800],
+    "SOLVER.BASE_LR": 0.0025,
+    "SOLVER.STEPS": [210_000, 250_000],
+}
+
+# Of these, what makes a run smaller than the paper's, not only another.
+_SIZE_KEYS = (
+    "MODEL.FPN.OUT_CHANNELS",
+    "MODEL.ROI_BOX_HEAD.FC_DIM",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM",
+    "INPUT.MIN_SIZE_TEST",
+)
+
+# Of these, what the linear rule scales with the images of a batch.
+_RATE_KEY, _SCHEDULE_KEYS = "SOLVER.BASE_LR", ("SOLVER.STEPS", "SOLVER.WARMUP_ITERS")
 
 # Settings that may be otherwise in runs that are averaged: they change what is written and when, not what is learned.
 _NO_EFFECT = (
@@ -53,11 +76,33 @@ _NO_EFFECT = (
     "VIS_PERIOD",
 )
 
+# What is not compared with the paper's setting key by key: it has no effect, or stands in the table or in a sentence of
+# its own. Whether evaluation used moving averages or PRECISE_BN's statistics, the paper does not say; both will do.
+_NOT_COMPARED = (
+    *_NO_EFFECT,
+    *_BACKBONE_KEYS,
+    "MODEL.RESNETS.NORM",
+    "DATASETS.TRAIN",
+    "DATASETS.TEST",
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.MAX_ITER",
+    "SOLVER.REFERENCE_WORLD_SIZE",
+    "TEST.PRECISE_BN.ENABLED",
+    "TEST.PRECISE_BN.NUM_ITER",
+    "CUDNN_BENCHMARK",
+    "OUTPUT_DIR",
+    "SEED",
+    "VERSION",
+)
+
 _FILTERED = {"FBN": "BN", "SyncFBN": "SyncBN", "FGN": "GN", "FLN": "LN", "FIN": "IN", "FFRN": "FRN"}
 
 
 def _at_two_images(run: Run, iterations: int) -> int:
-    """Iterations that see as many images at the paper's two images a batch."""
+    """Iterations that see as many images at the paper's two images a batch; the paper's own where they were rounded."""
+    for printed in _PAPER_ITERATIONS:
+        if iterations == round(printed * _PAPER_IMAGES / run.images_per_batch):
+            return printed
     return round(iterations * run.images_per_batch / _PAPER_IMAGES)
 
 
@@ -72,29 +117,73 @@ def _reductions(run: Run, test_set: str) -> list[str]:
         found.append(f"{iterations:,} of {_PAPER_ITERATIONS[-1]:,} iterations")
     if (backbone := _backbone(run)) != _PAPER_BACKBONE:
         found.append(f"{backbone} in place of {_PAPER_BACKBONE}")
-    sizes = ((key, run.config.get(key, value), value) for key, value in _PAPER_SIZE.items())
-    return found + [f"{key} {own} in place of {value}" for key, own, value in sizes if own != value]
+    return found + _unlike_paper(run, _SIZE_KEYS)
 
 
 def _backbone(run: Run) -> str:
-    depth, groups, width = (
-        run.config.get(f"MODEL.RESNETS.{key}") for key in ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP")
-    )
+    depth, groups, width = (run.config.get(key) for key in _BACKBONE_KEYS)
+    if None in (depth, groups, width):
+        return "a backbone that config.yaml does not tell"
     if groups == 1:
         return f"ResNet-{depth}" if width == 64 else f"ResNet-{depth} of width {width}"
     return f"ResNeXt-{depth} {groups}x{width}d"
 
 
 def _departures(run: Run) -> list[str]:
-    """In what else a run is not the paper's."""
+    """In what else a run is not the paper's, or where the paper is silent, not this project's setting of Table I."""
     found = []
     if run.engine != "detectron2":
         found.append(f"{run.engine} in place of detectron2")
+    if run.norm not in _PAPER_NORMS:
+        found.append(f"{run.norm} in place of BN or FBN at T_sigma = 5")
     if run.images_per_batch != _PAPER_IMAGES:
         found.append(f"{run.images_per_batch} images a batch in place of {_PAPER_IMAGES}")
     if (iterations := _at_two_images(run, run.max_iter)) > _PAPER_ITERATIONS[-1]:
         found.append(f"{iterations:,} iterations in place of {_PAPER_ITERATIONS[-1]:,}")
+    keys = [key for key in _paper_config() if key not in (*_NOT_COMPARED, *_SIZE_KEYS)]
+    if missing := [key for key in keys if key not in run.config]:
+        found.append(f"{len(missing)} settings that config.yaml does not tell, such as {missing[0]}")
+    return found + _unlike_paper(run, keys)
+
+
+def _unlike_paper(run: Run, keys: Sequence[str]) -> list[str]:
+    """``KEY own in place of the paper's`` for the keys that a run has otherwise, its batch's size allowed for."""
+    paper, found = _paper_config(), []
+    scale = run.config["SOLVER.IMS_PER_BATCH"] / _PAPER_IMAGES  # rate and schedule of the file are for the file's batch
+    for key in keys:
+        expected = paper[key]
+        if key == _RATE_KEY:
+            expected = expected * scale
+        elif key in _SCHEDULE_KEYS:
+            expected = [round(e / scale) for e in expected] if isinstance(expected, list) else round(expected / scale)
+        own = run.config.get(key, expected)
+        if not _equal(key, own, expected):
+            found.append(f"{key} {own!r} in place of {expected!r}")
     return found
+
+
+def _equal(key: str, own: Any, expected: Any) -> bool:
+    if key == "MODEL.WEIGHTS":  # wherever the file lies
+        return str(own).rpartition("/")[2] == expected.rpartition("/")[2]
+    if isinstance(own, list | tuple) and isinstance(expected, list):
+        return len(own) == len(expected) and all(_equal(key, *pair) for pair in zip(own, expected))
+    if isinstance(own, int | float) and isinstance(expected, int | float):
+        return math.isclose(own, expected)
+    return own == expected
+
+
+@functools.cache
+def _paper_config() -> dict[str, Any]:
+    """``_PAPER_SETTINGS`` with detectron2's defaults for all other keys, as a run's ``config.yaml`` has them."""
+
+    def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in node.items():
+            if isinstance(value, Mapping):
+                yield from flatten(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, list(value) if isinstance(value, tuple) else value
+
+    return {**dict(flatten(detection_config())), **_PAPER_SETTINGS}
 
 
 @dataclass(frozen=True)
@@ -159,24 +248,32 @@ class Table:
     columns: list[Column]
 
     @property
+    def beside_paper(self) -> bool:
+        """Whether the paper's figures can stand beside these at all: AP on other images is another quantity."""
+        return self.test_set == _PAPER_DATA[1]
+
+    @property
     def iterations(self) -> list[int]:
-        """Rows: the paper's, where a norm of the paper stands or a run has them, and each run's last."""
-        rows = {max(each) for column in self.columns for each in column.evaluations if each}
-        has_paper = any(column.norm in _PAPER_NORMS for column in self.columns)
-        return sorted(rows | {i for i in _PAPER_ITERATIONS if has_paper or any(c.at(i) for c in self.columns)})
+        """Rows: every evaluation of the runs and, where a norm of the paper stands on its data, the paper's."""
+        own = {iterations for column in self.columns for each in column.evaluations for iterations in each}
+        has_paper = self.beside_paper and any(column.norm in _PAPER_NORMS for column in self.columns)
+        return sorted(own.union(_PAPER_ITERATIONS if has_paper else ()))
+
+    def _printed(self, column: Column, task: str, iterations: int) -> dict[str, float]:
+        return column.printed(task, iterations) if self.beside_paper else {}
 
     def rows(self) -> list[list[str]]:
         """Table I as rows of text, header first; the paper's figures in parentheses, with ``*`` not comparable."""
         header = ["task", "iterations"]
         for column in self.columns:
-            paper = " (paper)" if column.norm in _PAPER_NORMS else ""
+            paper = " (paper)" if self.beside_paper and column.norm in _PAPER_NORMS else ""
             header += [f"{column.label} {metric}{paper}" for metric in METRICS[:2]]
         body = []
         for task in _TASKS:
             for iterations in self.iterations:
                 row = [task, f"{iterations:,}"]
                 for column in self.columns:
-                    printed = column.printed(task, iterations)
+                    printed = self._printed(column, task, iterations)
                     mark = "*" * self._is_marked(column)
                     for metric in METRICS[:2]:
                         ours = _cell(column, iterations, f"{task}/{metric}")
@@ -186,7 +283,9 @@ class Table:
 
     def _is_marked(self, column: Column) -> bool:
         """Whether the paper's figures in a column are not comparable; in an empty one, with those beside it."""
-        return column.norm in _PAPER_NORMS and any(each.notes for each in ([column] if column.runs else self.columns))
+        if not self.beside_paper or column.norm not in _PAPER_NORMS:
+            return False
+        return any(each.notes for each in ([column] if column.runs else self.columns) if each.norm in _PAPER_NORMS)
 
     def all_metrics(self) -> list[list[str]]:
         """The six APs at each column's last evaluation as rows of text, header first."""
@@ -218,8 +317,16 @@ class Table:
         reduced = list(dict.fromkeys(reason for run in runs for reason in _reductions(run, self.test_set)))
         if reduced:
             lines.append(f"Reduced run: {'; '.join(reduced)}.")
-        if other := list(dict.fromkeys(reason for run in runs for reason in _departures(run))):
-            lines.append(f"Not the paper's setting: {'; '.join(other)}.")
+        other = list(dict.fromkeys(reason for run in runs for reason in _departures(run)))
+        if other and self.beside_paper:
+            lines.append(
+                f"Not the paper's setting or, where it is silent, this project's of Table I: {'; '.join(other)}."
+            )
+        if not self.beside_paper:
+            lines.append(
+                f"The paper's rows (COCO 2017, {_PAPER_ITERATIONS[0]:,} to {_PAPER_ITERATIONS[-1]:,} iterations) are "
+                "not run; make_table.py without arguments prints them."
+            )
         if any(self._is_marked(column) for column in self.columns):
             lines.append("(*) The paper's figure is not comparable with these runs.")
         if other := _differences(runs):
@@ -244,10 +351,10 @@ class Table:
                 "column": column.label,
                 "metric": metric,
                 **_summary(values),
-                "paper": column.printed(task, iterations).get(metric),
+                "paper": self._printed(column, task, iterations).get(metric),
             }
             for task in _TASKS
-            for iterations in sorted({*self.iterations, *(c.last for c in self.columns if c.last)})
+            for iterations in self.iterations
             for column in self.columns
             for metric in METRICS
             for values in [_values(column.at(iterations), f"{task}/{metric}")]
@@ -321,7 +428,7 @@ def _columns(runs: Sequence[Run], test_set: str, labels: Mapping[Path, str]) -> 
                 )
             )
     present = {column.norm for column in columns}
-    if present & set(_PAPER_NORMS):
+    if test_set == _PAPER_DATA[1] and present & set(_PAPER_NORMS):
         columns += [Column(norm, norm, [], [], []) for norm in _PAPER_NORMS if norm not in present]
     return sorted(columns, key=_order)
 
@@ -435,17 +542,18 @@ def _comparison(plain: Column, filtered: Column) -> list[str]:
 
 
 def _difference(pairs: Sequence[tuple[float, float]]) -> str:
-    """Mean ± standard deviation of second minus first and, with scipy, the p of a one-sided paired t-test."""
+    """Mean ± standard deviation of second minus first and, of three pairs or more and with scipy, the p of a two-sided
+    paired t-test."""
     differences = [second - first for first, second in pairs]
     text = f"{statistics.mean(differences):+.2f}"
     if len(pairs) == 1:
         return text
     deviation = statistics.stdev(differences)
     text += f" ± {deviation:.2f}"
+    if len(pairs) < 3 or not deviation:
+        return text
     try:
         from scipy.stats import ttest_1samp
     except ModuleNotFoundError:
         return text
-    if not deviation:
-        return text
-    return f"{text}, p = {ttest_1samp(differences, 0, alternative='greater').pvalue:.2g} (one-sided paired t-test)"
+    return f"{text}, p = {ttest_1samp(differences, 0).pvalue:.2g} (two-sided paired t-test)"

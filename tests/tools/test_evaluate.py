@@ -103,6 +103,26 @@ def test_without_a_final_model_the_last_checkpoint(tool, run, capsys):
     assert json.loads((run / "evaluation.json").read_text())["weights"] == str(run / "model_0000001.pth")
 
 
+def test_weights_between_two_evaluations(tool, run, capsys):
+    """They have running averages of training where the run's own evaluations have population statistics; without
+    MODEL.DEVICE in its config, the run is evaluated where it can be."""
+    config = run / "config.yaml"
+    text = config.read_text().replace("  DEVICE: cpu\n", "")
+    config.write_text(text.replace("    ENABLED: false\n    NUM_ITER", "    ENABLED: true\n    NUM_ITER"))
+    assert "DEVICE" not in config.read_text() and "ENABLED: true" in config.read_text()
+    state = torch.load(run / "model_0000001.pth")
+    for iteration, noted in {1: False, 2: True}.items():
+        torch.save({"model": state["model"], "iteration": iteration}, run / "between.pth")
+        tool.main([str(run), "--weights", "between.pth"])
+        notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+        assert len(notes) == noted
+    sentence = "no evaluation after 3 iterations, so these weights hold the running averages of training, not the"
+    assert sentence in notes[0]
+    config.write_text(text)
+    tool.main([str(run), "--weights", "between.pth"])
+    assert "note: " not in capsys.readouterr().out
+
+
 def jittered(data):
     """The objects of a set moved by two pixels, with scores that differ; some missed, some false."""
     results = []
@@ -244,7 +264,10 @@ def test_bad_runs_and_weights(tool, run, shapes, tmp_path, capsys):
     assert "x.pth is not there" in refusal(tool, capsys, run, "--weights", "x.pth")
     assert "cannot be read" in refusal(tool, capsys, run, "--weights", run / "config.yaml")
     assert "my:val" in refusal(tool, capsys, run, "--dataset", "my:val")
-    assert "folder of --output" in refusal(tool, capsys, run, "--output", tmp_path / "no" / "file.json")
+    # First of all, before the weights that are not there.
+    late = (run, "--weights", "x.pth", "--output")
+    assert "no is not there" in refusal(tool, capsys, *late, tmp_path / "no" / "file.json")
+    assert "it is a folder" in refusal(tool, capsys, *late, tmp_path)
     two = (run, "--results", run / RESULTS, "--dataset", f"{shapes}:val", f"{shapes}:train")
     assert "on one set" in refusal(tool, capsys, *two)
     assert content(tmp_path) == before
@@ -253,6 +276,11 @@ def test_bad_runs_and_weights(tool, run, shapes, tmp_path, capsys):
     before = content(tmp_path)
     assert "this model" in refusal(tool, capsys, run, "--weights", tmp_path / "other.pth")
     assert content(tmp_path) == before
+
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("DETECTIONS_PER_IMAGE: 100", "DETECTIONS_PER_IMAGE: many"))
+    error = refusal(tool, capsys, run, "--results", run / RESULTS)
+    assert "config.yaml: TEST.DETECTIONS_PER_IMAGE must be an integer, not 'many'" in error
 
     (run / "model_final.pth").unlink()
     (run / "last_checkpoint").unlink()

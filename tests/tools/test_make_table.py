@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fbn_plugin.engine.detection_config import load_detection_config
 from fbn_plugin.engine.table import PAPER_AP
 
 ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "COCO-InstanceSegmentation" / "mask_rcnn_X_101_32x8d_FPN_FBN.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -24,28 +26,15 @@ def tool():
 
 @pytest.fixture
 def write_run(tmp_path):
-    """Makes a run folder of the paper's size, with AP ``base + 1`` for boxes and ``base`` for masks."""
+    """Makes a run folder of Table I's config, with AP ``base + 1`` for boxes and ``base`` for masks."""
+    whole = load_detection_config(str(CONFIG)).dump()
 
     def write(name, norm="BN", seed=1, evaluations=None, info=None, engine="detectron2", **settings):
-        config = {
-            "DATASETS.TRAIN": ["coco_2017_train"],
-            "DATASETS.TEST": ["coco_2017_val"],
-            "MODEL.RESNETS.NORM": norm,
-            "MODEL.RESNETS.DEPTH": 101,
-            "MODEL.RESNETS.NUM_GROUPS": 32,
-            "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
-            "MODEL.FPN.NORM": "",
-            "SOLVER.IMS_PER_BATCH": 2,
-            "SOLVER.BASE_LR": 0.0025,
-            "SOLVER.MAX_ITER": 270_000,
-            "SEED": seed,
-            "OUTPUT_DIR": name,
-            **{key.replace("__", "."): value for key, value in settings.items()},
-        }
-        nested = {}
-        for key, value in config.items():
+        nested = yaml.safe_load(whole)
+        settings = {"MODEL__RESNETS__NORM": norm, "SEED": seed, "OUTPUT_DIR": name, **settings}
+        for key, value in settings.items():
+            *groups, last = key.split("__")
             node = nested
-            *groups, last = key.split(".")
             for group in groups:
                 node = node.setdefault(group, {})
             node[last] = value
@@ -64,7 +53,7 @@ def write_run(tmp_path):
                 "engine": engine,
                 "hardware": "NVIDIA X",
                 "processes": 1,
-                "images_per_batch": config["SOLVER.IMS_PER_BATCH"],
+                "images_per_batch": nested["SOLVER"]["IMS_PER_BATCH"],
                 "train_images": {"coco_2017_train": 118287},
                 "test_images": {"coco_2017_val": 5000},
                 **(info or {}),
@@ -116,14 +105,81 @@ def test_runs_of_the_papers_size(tool, write_run):
 
 def test_iterations_are_counted_at_two_images(tool, write_run):
     """16 images a batch; and 16 that the number of processes made of 2, which run_info.json alone tells."""
-    whole = write_run("bn", "BN", evaluations={6250: 20, 33_750: 30}, SOLVER__IMS_PER_BATCH=16, SOLVER__MAX_ITER=33_750)
+    rule = {"IMS_PER_BATCH": 16, "MAX_ITER": 33_750, "BASE_LR": 0.02, "STEPS": [26_250, 31_250], "WARMUP_ITERS": 125}
+    rule = {f"SOLVER__{key}": value for key, value in rule.items()}
+    whole = write_run("bn", "BN", evaluations={6250: 20, 33_750: 30}, **rule)
     scaled = write_run("fbn", "FBN", evaluations={6250: 21, 33_750: 31}, info={"images_per_batch": 16, "processes": 8})
     text = tool.main([str(whole), str(scaled)])
     found = rows(text)
     assert [found["segm", "50,000"][f"{n} AP (paper)"] for n in ("BN", "FBN")] == ["20.00 (23.87*)", "21.00 (25.41*)"]
     assert [found["segm", "270,000"][f"{n} AP (paper)"] for n in ("BN", "FBN")] == ["30.00 (36.47*)", "31.00 (37.06*)"]
     assert "33,750 iterations of 16 images a batch" in text and "8 processes, each on NVIDIA X" in text
-    assert "16 images a batch in place of 2" in text and "Reduced run" not in text
+    line = (
+        "Not the paper's setting or, where it is silent, this project's of Table I: 16 images a batch in place of 2.\n"
+    )
+    assert line in text and "Reduced run" not in text
+
+
+def test_the_linear_rule_may_round(tool, write_run):
+    rule = {"IMS_PER_BATCH": 6, "MAX_ITER": 90_000, "BASE_LR": 0.0075, "STEPS": [70_000, 83_333], "WARMUP_ITERS": 333}
+    rule = {f"SOLVER__{key}": value for key, value in rule.items()}
+    text = tool.main([str(write_run("fbn", "FBN", evaluations={16_667: 20, 90_000: 30}, **rule))])
+    assert rows(text)["segm", "50,000"]["FBN AP (paper)"] == "20.00 (25.41*)" and len(rows(text)) == 8
+    assert "Table I: 6 images a batch in place of 2.\n" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"SOLVER__BASE_LR": 0.1}, "SOLVER.BASE_LR 0.1 in place of 0.0025"),
+        ({"SOLVER__STEPS": [60_000, 80_000]}, "SOLVER.STEPS [60000, 80000] in place of [210000, 250000]"),
+        ({"MODEL__WEIGHTS": ""}, "MODEL.WEIGHTS '' in place of 'detectron2://"),
+        ({"MODEL__BACKBONE__FREEZE_AT": 0}, "MODEL.BACKBONE.FREEZE_AT 0 in place of 2"),
+        ({"MODEL__FPN__NORM": "FBN"}, "MODEL.FPN.NORM 'FBN' in place of ''"),
+        ({"MODEL__ROI_BOX_HEAD__NORM": "BN"}, "MODEL.ROI_BOX_HEAD.NORM 'BN' in place of ''"),
+        ({"MODEL__ROI_MASK_HEAD__NORM": "BN"}, "MODEL.ROI_MASK_HEAD.NORM 'BN' in place of ''"),
+        ({"MODEL__RESNETS__STEM_OUT_CHANNELS": 32}, "MODEL.RESNETS.STEM_OUT_CHANNELS 32 in place of 64"),
+        ({"MODEL__RESNETS__RES2_OUT_CHANNELS": 128}, "MODEL.RESNETS.RES2_OUT_CHANNELS 128 in place of 256"),
+        ({"INPUT__MIN_SIZE_TRAIN": [800]}, "INPUT.MIN_SIZE_TRAIN [800] in place of [640, 672, 704, 736, 768, 800]"),
+        ({"INPUT__MAX_SIZE_TRAIN": 640}, "INPUT.MAX_SIZE_TRAIN 640 in place of 1333"),
+        ({"MODEL__MASK_ON": False}, "MODEL.MASK_ON False in place of True"),
+        ({"MODEL__FPN__OUT_CHANNELS": 64}, "Reduced run: MODEL.FPN.OUT_CHANNELS 64 in place of 256"),
+        ({"MODEL__RESNETS": {"DEPTH": 50, "NORM": "FBN"}}, "a backbone that config.yaml does not tell in place of"),
+        ({"MODEL__RPN": {}}, "settings that config.yaml does not tell, such as MODEL.RPN."),
+    ],
+)
+def test_what_is_not_the_papers_setting(tool, write_run, settings, reason):
+    text = tool.main([str(write_run("fbn", "FBN", 1, {270_000: 30}, **settings))])
+    assert reason in text and "(*) The paper's figure is not comparable" in text
+    assert rows(text)["segm", "270,000"]["FBN AP (paper)"] == "30.00 (37.06*)"
+
+
+def test_what_does_not_matter(tool, write_run):
+    """The weights' folder, how often is evaluated, and PRECISE_BN, on which the paper is silent."""
+    settings = {"MODEL__WEIGHTS": "/data/X-101-32x8d.pkl", "SOLVER__REFERENCE_WORLD_SIZE": 0}
+    settings |= {"TEST__EVAL_PERIOD": 5000, "TEST__PRECISE_BN__ENABLED": False}
+    text = tool.main([str(write_run("fbn", "FBN", 1, {270_000: 30}, **settings))])
+    assert "in place of" not in text and "*" not in text
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("norm", ["BN", "FBN"])
+def test_the_configs_of_table_one_as_detectron2_reads_them(tool, write_run, norm):
+    config = pytest.importorskip("detectron2.config", reason="detectron2 is not installed")
+    from fbn_plugin.frameworks.detectron2 import add_config
+
+    cfg = config.get_cfg()
+    add_config(cfg)
+    cfg.merge_from_file(str(CONFIG.with_name(CONFIG.name.replace("_FBN", f"_{norm}"))))
+    run = write_run("run", norm, 1, {270_000: 30})
+    (run / "config.yaml").write_text(cfg.dump())
+    text = tool.main([str(run)])
+    assert "in place of" not in text and "*" not in text
+
+
+def test_another_threshold_has_no_figures_of_the_paper(tool, write_run):
+    text = tool.main([str(write_run("fbn", "FBN(t_sigma=4)", 1, {270_000: 30}))])
+    assert "(paper)" not in text and "FBN(t_sigma=4) in place of BN or FBN at T_sigma = 5" in text
 
 
 def test_seeds_are_joined_and_compared(tool, write_run, tmp_path):
@@ -141,10 +197,10 @@ def test_seeds_are_joined_and_compared(tool, write_run, tmp_path):
     assert rows(text)["segm", "270,000"]["FBN AP (paper)"] == "32.33 ± 1.15 (n = 3) (37.06)"
     assert "FBN: 4 runs, seeds 1, 2, 3 and 1 of a seed that was drawn" in text
     pairs = list(zip(values["FBN"].values(), values["BN"].values()))
-    expected = stats.ttest_rel(*zip(*pairs), alternative="greater").pvalue
+    expected = stats.ttest_rel(*zip(*pairs)).pvalue
     gains = [a - b for a, b in pairs]
     line = (
-        f"segm AP {statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}, p = {expected:.2g} (one-sided paired"
+        f"segm AP {statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}, p = {expected:.2g} (two-sided paired"
     )
     assert f"FBN minus BN after 270,000 iterations, seed by seed (n = 3): {line}" in text
 
@@ -155,11 +211,16 @@ def test_seeds_are_joined_and_compared(tool, write_run, tmp_path):
     assert (found["mean"], found["sd"]) == (mean, sd)
 
 
-def test_without_scipy_there_is_no_test(tool, write_run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    runs = [write_run(f"{n}{s}", n, s, {270_000: 30 + s * len(n)}) for n in ("BN", "FBN") for s in (1, 2)]
+@pytest.mark.parametrize(("seeds", "scipy", "tested"), [(2, True, False), (3, True, True), (3, False, False)])
+def test_a_p_value_wants_three_pairs_and_scipy(tool, write_run, monkeypatch, seeds, scipy, tested):
+    if scipy:
+        pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    else:
+        monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    runs = [write_run(f"{n}{s}", n, s, {270_000: 30 + s * len(n)}) for n in ("BN", "FBN") for s in range(1, seeds + 1)]
     text = tool.main(list(map(str, runs)))
-    assert "segm AP +1.50 ± 0.71; bbox AP +1.50 ± 0.71." in text and "p =" not in text
+    gain = {2: "segm AP +1.50 ± 0.71", 3: "segm AP +2.00 ± 1.00"}[seeds]
+    assert gain in text and (f"{gain}, p = 0.074 (two-sided paired t-test)" in text) == tested == ("p =" in text)
 
 
 def test_a_seed_that_is_there_twice_is_no_second_run(tool, write_run):
@@ -175,14 +236,26 @@ def test_a_reduced_run(tool, write_run, tmp_path):
     text = tool.main([str(run), "--output", str(output)])
     assert output.read_text() == text + "\n"
     found = rows(text)
-    assert found["segm", "90"] == {
-        "BN AP (paper)": "not run", "BN AP50 (paper)": "not run", "FBN AP (paper)": "2.00", "FBN AP50 (paper)": "2.00"
-    }  # fmt: skip
-    assert ("segm", "45") not in found
-    assert found["bbox", "270,000"]["BN AP (paper)"] == "not run (40.01*)"  # beside a run that is not comparable
+    assert list(found) == [("segm", "45"), ("segm", "90"), ("bbox", "45"), ("bbox", "90")]
+    assert found["segm", "90"] == {"FBN AP": "2.00", "FBN AP50": "2.00"}
     reduced = "data my:train and my:val in place of COCO 2017; 90 of 270,000 iterations; ResNet-50 in place of"
-    assert f"Reduced run: {reduced}" in text and "torchvision in place of detectron2" in text
-    assert "(*) The paper's figure is not comparable" in text and "my:train (number of images not recorded)" in text
+    assert f"Reduced run: {reduced}" in text and "my:train (number of images not recorded)" in text
+    assert text.count("The paper's rows (COCO 2017, 50,000 to 270,000 iterations) are not run; make_table.py") == 1
+
+
+def test_every_evaluation_is_shown(tool, write_run, tmp_path):
+    """In the table among the paper's rows, and in the JSON."""
+    bn = write_run("bn", "BN", 1, {60_000: 20, 150_000: 28})
+    fbn = write_run("fbn", "FBN", 1, {75_000: 21, 150_000: 29})
+    found = rows(tool.main([str(bn), str(fbn), "--json", str(tmp_path / "table.json")]))
+    numbers = [50_000, 60_000, 75_000, 100_000, 150_000, 270_000]
+    assert [iterations for task, iterations in found if task == "segm"] == [f"{number:,}" for number in numbers]
+    assert found["segm", "60,000"]["BN AP (paper)"] == "20.00"
+    assert found["segm", "60,000"]["FBN AP (paper)"] == "not run"
+    (table,) = json.loads((tmp_path / "table.json").read_text())["tables"]
+    values = {(c["iterations"], c["column"]): c["values"] for c in table["cells"] if c["metric"] == "AP"}
+    assert sorted({iterations for iterations, _ in values}) == numbers
+    assert values[75_000, "FBN"] == [22.0] and values[75_000, "BN"] == []  # boxes
 
 
 def test_settings_that_differ_are_pointed_out(tool, write_run):
@@ -205,10 +278,10 @@ def test_runs_of_one_norm_and_two_settings_are_not_averaged(tool, write_run):
         write_run("c", "FBN", 1, {270_000: 20}, DATALOADER__NUM_WORKERS=1, SOLVER__BASE_LR=0.1),
     ]
     row = rows(tool.main(list(map(str, runs))))["segm", "270,000"]
-    assert row["FBN (1) AP (paper)"] == "31.00 ± 1.41 (37.06)" and row["FBN (2) AP (paper)"] == "20.00 (37.06)"
+    assert row["FBN (1) AP (paper)"] == "31.00 ± 1.41 (37.06)" and row["FBN (2) AP (paper)"] == "20.00 (37.06*)"
     labels = ["--label", f"slow={runs[0]}", "--label", f"slow={runs[1]}"]
     row = rows(tool.main([*map(str, runs), *labels]))["segm", "270,000"]
-    assert row["slow AP (paper)"] == "31.00 ± 1.41 (37.06)" and row["FBN AP (paper)"] == "20.00 (37.06)"
+    assert row["slow AP (paper)"] == "31.00 ± 1.41 (37.06)" and row["FBN AP (paper)"] == "20.00 (37.06*)"
 
 
 def test_any_norms(tool, write_run):
@@ -238,7 +311,7 @@ def test_every_data_set_and_framework_has_its_table(tool, write_run):
     first, second, third = text.split("## ")[1:]
     assert first.startswith("coco_2017_train → coco_2017_val, detectron2")
     assert rows(first)["segm", "50,000"]["BN AP (paper)"] == "20.00 (23.87)"
-    assert rows(second)["segm", "50,000"]["BN AP (paper)"] == "40.00 (23.87*)"
+    assert rows(second)["segm", "50,000"]["BN AP"] == "40.00" and len(rows(second)) == 2
     assert rows(third)["segm", "50,000"]["FBN AP (paper)"] == "30.00 (25.41*)"
     assert rows(first)["bbox", "50,000"]["BN AP (paper)"] == "- (23.63)"  # evaluated, and not for boxes
 
@@ -254,7 +327,8 @@ def test_old_runs_without_run_info(tool, write_run):
 
 def test_a_run_of_the_engine(tool, trained_run):
     found = rows(tool.main([str(trained_run)]))
-    assert found["segm", "4"]["FBN AP (paper)"] == "0.00" and ("segm", "2") not in found
+    assert list(found) == [("segm", "2"), ("segm", "4"), ("bbox", "2"), ("bbox", "4")]
+    assert found["segm", "4"]["FBN AP"] == "0.00"
 
 
 def test_bad_input(tool, write_run, tmp_path, capsys):
@@ -279,6 +353,8 @@ def test_bad_input(tool, write_run, tmp_path, capsys):
     both = ("--label", f"x={run}", "--label", f"x={other}")
     assert "label 'x' would average BN and FBN" in refusal(run, other, *both)
     assert "is not there" in refusal(run, "--output", tmp_path / "no" / "table.md")
+    assert "it is a folder" in refusal(run, "--json", tmp_path)
+    assert "two outputs" in refusal(run, "--json", tmp_path / "table.md")
     never = write_run("never", DATASETS__TEST=[])
     assert "DATASETS.TEST is empty" in refusal(never)
     (never / "config.yaml").write_text("[1, 2]")
@@ -287,8 +363,12 @@ def test_bad_input(tool, write_run, tmp_path, capsys):
     assert "SOLVER.MAX_ITER must be of type int, not 'many'" in refusal(wrong)
     (run / "run_info.json").write_text('{"images_per_batch": 0}')
     assert "images_per_batch must be 1 or more" in refusal(run)
-    (run / "metrics.json").write_text('{"bbox/AP": 3}\n')
+    (run / "run_info.json").write_text('{"train_images": [3]}')
+    assert "run_info.json: train_images must be of type dict, not [3]" in refusal(run)
     (run / "run_info.json").unlink()
+    (run / "metrics.json").write_text('{"iteration": 3, "bbox/AP": "hi"}\n')
+    assert "metrics.json: bbox/AP must be a number or null, not 'hi'" in refusal(run)
+    (run / "metrics.json").write_text('{"bbox/AP": 3}\n')
     assert "has a line without an 'iteration'" in refusal(run)
     (run / "metrics.json").unlink()
     assert "has no metrics.json" in refusal(run)

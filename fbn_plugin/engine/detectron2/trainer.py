@@ -5,9 +5,7 @@ What detectron2 does well is taken from it: model, optimizer, schedule, the trai
 """
 
 import argparse
-import json
 import logging
-import math
 import os
 import random
 import shutil
@@ -36,14 +34,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fbn_plugin
 from fbn_plugin.engine import distributed
-from fbn_plugin.engine.checkpoint import RandomState, atomic_write
+from fbn_plugin.engine.checkpoint import RandomState
 from fbn_plugin.engine.cli import UserError, user_errors
 from fbn_plugin.engine.config import save_config
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer, LossNormalizer
 from fbn_plugin.engine.detectron2.data import TrainingData, folders, has_panoptic_api, register_datasets, tasks
 from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, PopulationStatistics
 from fbn_plugin.engine.norm_stats import FilterMeter
-from fbn_plugin.engine.run_info import write_run_info
+from fbn_plugin.engine.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.frameworks.detectron2 import build_model, build_optimizer
 
 __all__ = ["Trainer", "run"]
@@ -270,9 +268,5 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> None:
     state = checkpointer.load(path, checkpointables=[], strict=True)
     metrics = Trainer.evaluate(cfg, model)
     if distributed.is_main():
-        content = {
-            "iteration": state.get("iteration"),
-            "weights": path,
-            "metrics": {name: None if math.isnan(value) else value for name, value in metrics.items()},
-        }
-        atomic_write(os.path.join(cfg.OUTPUT_DIR, "evaluation.json"), json.dumps(content, indent=2).encode())
+        file = os.path.join(cfg.OUTPUT_DIR, "evaluation.json")
+        write_evaluation(file, state.get("iteration"), path, cfg.DATASETS.TEST, metrics, hardware(cfg.MODEL.DEVICE))
