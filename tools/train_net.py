@@ -49,6 +49,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.log_period < 1:
         parser.error(f"--log-period must be 1 or more, not {args.log_period}")
+    if not 0 <= args.machine_rank < args.num_machines:
+        parser.error(
+            f"--machine-rank must be from 0 to --num-machines - 1, not {args.machine_rank} of {args.num_machines}"
+        )
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines wants --dist-url tcp://HOST:PORT of the first machine")
     with user_errors():

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -176,6 +177,12 @@ BAD_OVERRIDES = {
         ["DATASETS.TEST", "('ade20k_sem_seg_val',)"],
         ["ade20k_sem_seg_val", "AP", "GeneralizedRCNN"],
     ),
+    "workers": (["DATALOADER.NUM_WORKERS", "-1"], ["DATALOADER.NUM_WORKERS", "-1"]),
+    "size of an image": (["INPUT.MIN_SIZE_TRAIN", "(64, 0)"], ["INPUT.MIN_SIZE_TRAIN", "(64, 0)"]),
+    "expected results": (
+        ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP70', 1.0, 1.0]]"],
+        ["EXPECTED_RESULTS", "AP70", "AP75"],
+    ),
     "mixed precision on a CPU": (["SOLVER.AMP.ENABLED", "True"], ["SOLVER.AMP.ENABLED"]),
 }
 
@@ -245,6 +252,9 @@ def test_bad_arguments(tool, folder, capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         tool.main(["--log-period", "0"])
     assert "--log-period must be 1 or more, not 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main(["--num-machines", "2", "--machine-rank", "2"])
+    assert "--machine-rank must be from 0 to --num-machines - 1, not 2 of 2" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert "OUTPUT_DIR" in refusal(tool, capsys, "--config-file", CONFIG, *data, "OUTPUT_DIR", tmp_path / "file")
     assert not (tmp_path / "output").exists()
@@ -431,6 +441,26 @@ def test_real_photographs(tool, tmp_path, monkeypatch):
     arguments = ["--config-file", CONFIG, *TINY, *datasets("fruits_nuts", 3), "SOLVER.MAX_ITER", 2]
     tool.main([str(each) for each in (*arguments, "OUTPUT_DIR", tmp_path)])
     assert {"bbox/AP", "bbox/AP-fig", "segm/AP", "segm/AP-date"} <= metrics(tmp_path)[-1].keys()
+
+
+@pytest.mark.detectron2
+def test_an_image_that_cannot_be_read_is_named(tool, folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data/train/0.png").write_bytes((folder / "train/0.png").read_bytes()[:60])
+    data = datasets(tmp_path / "data", 2)
+    arguments = ["--config-file", CONFIG, *TINY, *data, "SOLVER.MAX_ITER", 9, "OUTPUT_DIR", tmp_path / "out"]
+    with pytest.raises(SystemExit) as exit:
+        tool.main([str(each) for each in (*arguments, "DATALOADER.NUM_WORKERS", 1)])
+    assert exit.value.code == 2
+    assert re.match(r"error: image .*data/train/0\.png: ", capsys.readouterr().err.strip().splitlines()[-1])
+
+
+@pytest.mark.detectron2
+def test_what_training_wants_is_not_asked_of_an_evaluation(tool, folder, tmp_path):
+    """As many processes as one likes, and mixed precision on a CPU; no further than to the missing weights."""
+    amp = ["SOLVER.AMP.ENABLED", True, "OUTPUT_DIR", tmp_path / "out"]
+    with pytest.raises(ValueError, match="--eval-only wants MODEL.WEIGHTS"):
+        prepare(*datasets(folder, 2), *amp, eval_only=True, num_gpus=3)
 
 
 @pytest.mark.detectron2

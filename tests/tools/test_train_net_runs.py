@@ -2,6 +2,7 @@
 processes agree on, and every meta architecture from the config to the metrics."""
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from tiny_detectron2 import datasets, metrics, prepare
 
 import fbn_plugin
 from fbn_plugin.engine import distributed
+from fbn_plugin.engine.cli import UserError
+from fbn_plugin.engine.detectron2.hooks import Evaluation
 from fbn_plugin.engine.detectron2.launch import launch
 from fbn_plugin.engine.detectron2.trainer import Trainer, run
 from fbn_plugin.engine.run_info import read_run_info
@@ -188,19 +191,67 @@ def test_what_a_resumed_run_may_change(undisturbed, shapes, capsys):
         prepare(*arguments, "SEED", seed)
 
 
-def test_an_evaluation_that_was_prevented_is_made_up_for(undisturbed, shapes, tmp_path):
+def test_an_evaluation_that_was_prevented_is_made_up_for(undisturbed, shapes, tmp_path, monkeypatch):
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
     rows = [row for row in metrics(out) if row["iteration"] < 4]
     last = {k: v for k, v in metrics(out)[-1].items() if "/AP" not in k}
     (out / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in [*rows, last]) + '{"iteration": 4, "b')
-    seed = checkpoint(undisturbed)["trainer"]["seed"]
+    # As a run leaves it that was to evaluate elsewhere: without population statistics.
+    state = checkpoint(undisturbed)
+    for name, buffer in state["model"].items():
+        if "running_mean" in name and any(part in name for part in ("res3", "res4", "res5", "fpn")):
+            buffer.fill_(7)
+    torch.save(state, out / "model_final.pth")
+    seed, evaluated = state["trainer"]["seed"], []
+    evaluate = Trainer.evaluate
+
+    def look(cfg, model):
+        evaluated.append(copy.deepcopy(model.state_dict()))
+        return evaluate(cfg, model)
+
+    monkeypatch.setattr(Trainer, "evaluate", staticmethod(look))
     train(*datasets(shapes, 2), *EVERYTHING, "OUTPUT_DIR", out, resume=True, seed=seed)
+    assert len(evaluated) == 1
+    assert_same_weights({"model": evaluated[0]}, checkpoint(undisturbed))
     made_up = metrics(out)[-1]
     assert made_up["iteration"] == 4
     assert json.dumps(made_up["segm/AP"]) == json.dumps(metrics(undisturbed)[-1]["segm/AP"])
     assert [row["iteration"] for row in metrics(out)] == [0, 1, 2, 3, 4, 4]
-    assert_same_weights(checkpoint(out), checkpoint(undisturbed))
+
+
+def test_results_that_are_not_the_expected_ones_are_kept(shapes, tmp_path):
+    expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.1]]", "SOLVER.BEST_CHECKPOINT_METRIC", "bbox/AP"]
+    with pytest.raises(SystemExit) as exit:
+        train(*datasets(shapes, 2), *EVERYTHING, *expected, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", tmp_path)
+    assert exit.value.code == 1 and "bbox/AP" in metrics(tmp_path)[-1]
+    assert (tmp_path / "inference/coco_instances_results.json").exists() and (tmp_path / "model_best.pth").exists()
+    assert not (tmp_path / "inference.tmp").exists()
+
+
+def test_an_error_before_the_first_iteration_is_not_hidden(undisturbed, shapes, tmp_path, monkeypatch):
+    def fail(hook):
+        raise UserError("so")
+
+    monkeypatch.setattr(Evaluation, "before_train", fail)
+    trainer = Trainer(prepare(*datasets(shapes, 2), *EVERYTHING, "OUTPUT_DIR", tmp_path))
+    with pytest.raises(UserError, match="^so$"):
+        trainer.train()
+
+
+def test_damaged_and_foreign_files_of_a_run(undisturbed, shapes, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    arguments = [*datasets(shapes, 2), *EVERYTHING, "OUTPUT_DIR", out, "SEED", checkpoint(out)["trainer"]["seed"]]
+    (out / "model_best.pth").write_bytes(b"half")
+    with pytest.raises(ValueError, match="model_best.pth cannot be read"):
+        prepare(*arguments, resume=True)
+    (out / "model_best.pth").unlink()
+    state = checkpoint(out)
+    del state["random"], state["trainer"]["seed"]
+    torch.save(state, out / "model_final.pth")
+    with pytest.raises(ValueError, match="model_final.pth is not of a run of this tool"):
+        prepare(*arguments, resume=True)
 
 
 def test_clipped_gradients_and_no_running_statistics(undisturbed, shapes, tmp_path):
@@ -238,7 +289,7 @@ def test_the_linear_rule(shapes, tmp_path):
     (tmp_path / "last_checkpoint").write_text("gone.pth")
     with pytest.raises(FileNotFoundError, match="gone.pth"):  # all settings fit
         prepare(*common, num_gpus=2, resume=True)
-    with pytest.raises(ValueError, match="SOLVER.BASE_LR is 0.005 in the run"):
+    with pytest.raises(ValueError, match="is one of 2 processes, not 4"):
         prepare(*common, num_gpus=4, resume=True)
 
 
@@ -263,12 +314,12 @@ def observed_and_killed(cfg, killed_cfg, arguments):
         step(self)
         look(self.bare_model, "training")
 
-    def observed_evaluate(cfg, model, last):
+    def observed_evaluate(cfg, model):
         look(model, "evaluation")
         if distributed.is_main():
             with open(os.path.join(cfg.OUTPUT_DIR, "seen.json"), "w") as file:
                 json.dump(seen, file)
-        return evaluate(cfg, model, last)
+        return evaluate(cfg, model)
 
     def killed_step(self):
         if self.iter == 3 and distributed.rank() == 1:

@@ -102,7 +102,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
             logger.info("%s: all %d entries of the model loaded", self._path, len(ours))
             return
         refuse_foreign(self._path, loaded, unused)
-        for name, theirs, own in incompatible.incorrect_shapes:
-            logger.warning("%s is not loaded: its shape is %s in the file, %s in the model", name, theirs, own)
+        if incompatible.incorrect_shapes:
+            name, theirs, own = incompatible.incorrect_shapes[0]
+            logger.warning(
+                "%d entries are not loaded, as their shapes differ, such as %s (%s in the file, %s in the model)",
+                *(len(incompatible.incorrect_shapes), name, tuple(theirs), tuple(own)),
+            )
         for line in loading_report(self._path, self.model, loaded, unused):
             logger.info(line)

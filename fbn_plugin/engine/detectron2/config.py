@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 import fbn_plugin
+from fbn_plugin.engine.checkpoint import load_file
 from fbn_plugin.engine.config import refuse_changes
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.detectron2.data import (
@@ -115,15 +116,15 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     _check_values(cfg)
     processes = args.num_gpus * args.num_machines
-    _choose_device(cfg, args.num_gpus, processes)
+    _choose_device(cfg, args.num_gpus, processes, args.eval_only)
     if not args.eval_only:
         _scale(cfg, processes)
         _check_iterations(cfg)
-    if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH must be a positive multiple of the number of processes ({processes}), "
-            f"not {cfg.SOLVER.IMS_PER_BATCH}"
-        )
+        if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % processes:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH must be a positive multiple of the number of processes ({processes}), "
+                f"not {cfg.SOLVER.IMS_PER_BATCH}"
+            )
 
     register_datasets(cfg, args.eval_only)
     if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
@@ -163,9 +164,14 @@ def _check_values(cfg: CfgNode) -> None:
         "TEST.EVAL_PERIOD": 0,
         "TEST.PRECISE_BN.NUM_ITER": 1,
         "NORM_STATS_PERIOD": 0,
+        "DATALOADER.NUM_WORKERS": 0,
+        "INPUT.MIN_SIZE_TRAIN": 1,
+        "INPUT.MAX_SIZE_TRAIN": 1,
+        "INPUT.MIN_SIZE_TEST": 0,
+        "INPUT.MAX_SIZE_TEST": 1,
     }.items():
         value = _get(cfg, key)
-        if value < lowest:
+        if min(value if isinstance(value, tuple | list) else (value,), default=lowest) < lowest:
             raise ValueError(f"{key} must be {lowest} or more, not {value}")
     if not 0 <= cfg.INPUT.NORM_GAMMA_INIT <= 1:
         raise ValueError(f"INPUT.NORM_GAMMA_INIT must be from 0 to 1, not {cfg.INPUT.NORM_GAMMA_INIT}")
@@ -210,9 +216,16 @@ def _check_metric(cfg: CfgNode) -> None:
     if metric and metric not in names and not metric.startswith(groups):
         given = ", ".join(names) or "none, as DATASETS.TEST is empty"
         raise ValueError(f"SOLVER.BEST_CHECKPOINT_METRIC is {metric!r}; the metrics of this run are {given}")
+    for entry in cfg.TEST.EXPECTED_RESULTS:
+        name = "/".join(map(str, entry[:2])) if isinstance(entry, tuple | list) and len(entry) == 4 else None
+        if name is None or (name not in names and not name.startswith(groups)):
+            raise ValueError(
+                f"TEST.EXPECTED_RESULTS has {entry!r}; entries are [task, metric, value, tolerance], and the metrics "
+                f"of this run {', '.join(names) or 'none, as DATASETS.TEST is empty'}"
+            )
 
 
-def _choose_device(cfg: CfgNode, per_machine: int, processes: int) -> None:
+def _choose_device(cfg: CfgNode, per_machine: int, processes: int, evaluate_only: bool) -> None:
     name = cfg.MODEL.DEVICE
     try:
         device = torch.device(name)
@@ -237,7 +250,7 @@ def _choose_device(cfg: CfgNode, per_machine: int, processes: int) -> None:
     if device.type == "cuda" and not gpus:
         print("No CUDA device: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
-    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+    if cfg.SOLVER.AMP.ENABLED and not evaluate_only and not cfg.MODEL.DEVICE.startswith("cuda"):
         raise ValueError("SOLVER.AMP.ENABLED: detectron2's mixed precision runs on CUDA only")
     if cfg.MODEL.DEVICE == "cpu" and processes > 1:
         for group, values in cfg.MODEL.items():
@@ -335,8 +348,11 @@ def _try_out(cfg: CfgNode, evaluate_only: bool, resume: bool) -> None:
     finally:
         logging.disable(logging.NOTSET)
     if resume and not evaluate_only:
-        if "trainer" not in state:
-            raise ValueError(f"{path} is not of a run of this tool: it has no state of a trainer")
+        if "random" not in state or "seed" not in state.get("trainer", {}):
+            raise ValueError(f"{path} is not of a run of this tool: it has no seed and no random states")
+        best = os.path.join(cfg.OUTPUT_DIR, "model_best.pth")
+        if cfg.SOLVER.BEST_CHECKPOINT_METRIC and os.path.isfile(best):
+            load_file(best)  # the hook that keeps the best reads it
         if state["iteration"] + 1 > cfg.SOLVER.MAX_ITER:
             raise ValueError(
                 f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} is too few: the run that OUTPUT_DIR {cfg.OUTPUT_DIR} holds "

@@ -12,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList, MapDataset
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_utils
@@ -23,6 +24,7 @@ from fbn_plugin.engine.coco_data import CocoDataset, resolve_dataset
 from fbn_plugin.engine.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset
 
 __all__ = [
+    "NamingMapper",
     "TrainingData",
     "check_annotation_files",
     "folders",
@@ -234,6 +236,17 @@ def metric_names(cfg: CfgNode) -> list[str]:
     return names
 
 
+class NamingMapper(DatasetMapper):
+    """detectron2's mapper, whose errors name the image: one that cannot be read, or is unlike its annotation."""
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        try:
+            return super().__call__(dataset_dict)
+        except (OSError, SizeMismatchError) as error:
+            name, reason = dataset_dict["file_name"], " ".join(str(error).split())
+            raise UserError(reason if name in reason else f"image {name}: {reason}") from None
+
+
 class TrainingData:
     """The training images of a run, which any number of loaders may read.
 
@@ -260,7 +273,7 @@ class TrainingData:
             self.images[name] = len(found)
             data += found
         self._groups = [int(image["width"] > image["height"]) for image in data]
-        self._images = MapDataset(DatasetFromList(data, copy=False), DatasetMapper(cfg, is_train=True))
+        self._images = MapDataset(DatasetFromList(data, copy=False), NamingMapper(cfg, is_train=True))
 
     def loader(self, seed: int, start: int = 0) -> DataLoader:
         """Batches of this process, from batch ``start`` on, without end.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.utils.events import CommonMetricPrinter, EventStorage, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.engine import distributed
@@ -109,7 +109,7 @@ class Evaluation(HookBase):
         model = self.trainer.bare_model
         distributed.broadcast_buffers(model)  # training keeps running statistics of its own in each process
         with seeded_rng(self.trainer.seed, iteration):
-            metrics = self.trainer.evaluate(self.trainer.cfg, model, iteration + 1 == self.trainer.max_iter)
+            metrics = self.trainer.metrics = self.trainer.evaluate(self.trainer.cfg, model)
         if distributed.is_main():
             self._keep_best(iteration, metrics)
             self.trainer.storage.put_scalars(cur_iter=iteration, smoothing_hint=False, **metrics)
@@ -146,7 +146,7 @@ def _missed_evaluation(trainer) -> bool:
 
 
 def _is_evaluation(row: dict[str, float]) -> bool:
-    return any(name.rpartition("/")[2] in ("AP", "mIoU", "PQ") for name in row)
+    return any(name.rpartition("/")[2].startswith(("AP", "AR@", "mIoU", "PQ")) for name in row if "/" in name)
 
 
 class MetricsWriter(HookBase):
@@ -158,6 +158,7 @@ class MetricsWriter(HookBase):
 
     def __init__(self, period: int):
         self.period = period
+        self.writers: list[EventWriter] = []
 
     def before_train(self) -> None:
         start, folder = self.trainer.start_iter, self.trainer.cfg.OUTPUT_DIR

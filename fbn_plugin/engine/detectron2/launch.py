@@ -43,6 +43,8 @@ def launch(
         ProcessRaisedException: a process raised an error.
     """
     if processes * machines == 1:
+        if torch.device(device).type == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_device(torch.device(device).index or 0)
         function(*args)
         return
     if dist_url == "auto":
@@ -64,6 +66,8 @@ def launch(
     except (ProcessExitedException, ProcessRaisedException) as error:
         # One that was killed makes the others fail, or be stopped, and may not be the first that is noticed.
         codes = {number: process.exitcode for number, process in enumerate(context.processes)}
+        if 2 in codes.values():  # bad input: one process said what is wrong with it
+            raise SystemExit(2) from None
         killed = {number: code for number, code in codes.items() if code < 0 and code != -signal.SIGTERM}
         if isinstance(error, ProcessExitedException) and not killed:
             if error.exit_code >= 0:

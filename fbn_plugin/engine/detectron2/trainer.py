@@ -9,15 +9,17 @@ import logging
 import os
 import random
 import shutil
+import warnings
 import weakref
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -38,7 +40,14 @@ from fbn_plugin.engine.checkpoint import RandomState
 from fbn_plugin.engine.cli import UserError, user_errors
 from fbn_plugin.engine.config import save_config
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer, LossNormalizer
-from fbn_plugin.engine.detectron2.data import TrainingData, folders, has_panoptic_api, register_datasets, tasks
+from fbn_plugin.engine.detectron2.data import (
+    NamingMapper,
+    TrainingData,
+    folders,
+    has_panoptic_api,
+    register_datasets,
+    tasks,
+)
 from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, PopulationStatistics
 from fbn_plugin.engine.norm_stats import FilterMeter
 from fbn_plugin.engine.run_info import hardware, write_evaluation, write_run_info
@@ -58,6 +67,7 @@ class Trainer(DefaultTrainer):
 
     Attributes:
         seed: of the weights, of the order of the data and of their augmentation: SEED, or drawn once for the run.
+        metrics: of the last evaluation; empty on ranks but 0.
     """
 
     def __init__(self, cfg: CfgNode, log_period: int = 20):
@@ -67,6 +77,7 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.log_period = log_period
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.metrics: dict[str, float] = {}
         self.seed = distributed.broadcast_object(
             cfg.SEED if cfg.SEED >= 0 else int.from_bytes(os.urandom(4), "little") % 2**31
         )
@@ -78,9 +89,11 @@ class Trainer(DefaultTrainer):
         self.meter = FilterMeter(model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)
         if distributed.world_size() > 1:
             device = next(model.parameters()).device
-            model = DistributedDataParallel(
-                model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-            )
+            with warnings.catch_warnings():  # a name that newer releases of PyTorch want otherwise
+                warnings.simplefilter("ignore", FutureWarning)
+                model = DistributedDataParallel(
+                    model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+                )
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, None, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), random=RandomState())
@@ -154,6 +167,10 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(cfg, is_train=False))
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         kind = MetadataCatalog.get(dataset_name).evaluator_type
         folder = str(_inference_folder(cfg, "inference.tmp", dataset_name))
@@ -180,11 +197,11 @@ class Trainer(DefaultTrainer):
         return DatasetEvaluators(evaluators)
 
     @classmethod
-    def evaluate(cls, cfg: CfgNode, model: nn.Module, last: bool = True) -> dict[str, float]:
+    def evaluate(cls, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
         """Metrics in percent on every set of DATASETS.TEST, by name: ``bbox/AP``, ...; empty on ranks but 0.
 
-        With more than one set, each name has the set's in front. The detections go to OUTPUT_DIR/inference. The last
-        evaluation of a run is held against TEST.EXPECTED_RESULTS.
+        With more than one set, each name has the set's in front. The detections go to OUTPUT_DIR/inference. Figures of
+        boxes and masks count TEST.DETECTIONS_PER_IMAGE detections of an image.
         """
         if distributed.is_main():
             shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"), ignore_errors=True)
@@ -194,8 +211,6 @@ class Trainer(DefaultTrainer):
         results = cls.test(cfg, model)
         if not distributed.is_main():
             return {}
-        if last:
-            verify_results(cfg, results)
         for name in cfg.DATASETS.TEST:
             target = _inference_folder(cfg, "inference", name)
             target.mkdir(parents=True, exist_ok=True)
@@ -223,7 +238,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
     What may still turn up on the way (a diverged loss, an image that cannot be read or is unlike its annotation) ends
     the process with one sentence and exit code 2.
     """
-    with user_errors(FloatingPointError, SizeMismatchError, UserError, OSError):
+    with user_errors(FloatingPointError, UserError, OSError):
         fbn_plugin.register()
         register_datasets(cfg, args.eval_only)  # with several processes, this is a new one
         _set_up(cfg, args)
@@ -242,7 +257,21 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
                 trainer.train_data.images,
                 {name: len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST},
             )
+        starts = distributed.all_gather(trainer.start_iter)
+        if len(set(starts)) > 1:
+            raise UserError(f"the processes start at iterations {starts}: OUTPUT_DIR must be shared by all machines")
         trainer.train()
+        _verify(cfg, trainer.metrics)
+
+
+def _verify(cfg: CfgNode, metrics: dict[str, float]) -> None:
+    """Hold the last evaluation, on ranks but 0 an empty one, against TEST.EXPECTED_RESULTS, as detectron2 does."""
+    results = defaultdict(dict)
+    for name, value in metrics.items():
+        task, _, metric = name.rpartition("/")
+        results[task][metric] = value
+    if results:
+        verify_results(cfg, results)
 
 
 def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -270,3 +299,4 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> None:
     if distributed.is_main():
         file = os.path.join(cfg.OUTPUT_DIR, "evaluation.json")
         write_evaluation(file, state.get("iteration"), path, cfg.DATASETS.TEST, metrics, hardware(cfg.MODEL.DEVICE))
+    _verify(cfg, metrics)
