@@ -43,14 +43,10 @@ def evaluate_weights(
         have behind them, None where they do not tell.
 
     Raises:
-        FileNotFoundError, ValueError: the weights are not of this model, or a set is not there or has other classes.
-        ModuleNotFoundError: the run is detectron2's, and that is not installed.
+        FileNotFoundError, ValueError: the weights are not of this model, a set is not there or has other classes, or
+            the run is detectron2's, and that is not installed.
     """
-    content = load_file(weights)
-    iteration = content.get("iteration")
-    if run.engine == "detectron2":
-        _check_detectron2(run, weights, {name: value.shape for name, value in content["model"].items()})
-    del content
+    iteration = load_file(weights).get("iteration")
     metrics = {}
     for name in datasets:
         with tempfile.TemporaryDirectory() as folder:
@@ -113,19 +109,6 @@ def _evaluate_detectron2(
             raise ValueError(sentence[1])
         raise RuntimeError(f"{train_net} ended with code {done.returncode}:\n{done.stderr}")
     return score_detections(data, read_detections(folder / "inference" / "coco_instances_results.json", data), run)
-
-
-def _check_detectron2(run: Run, weights: Path, given: Mapping[str, Sequence[int]]) -> None:
-    # detectron2 itself loads what fits and only warns of the rest.
-    from fbn_plugin.frameworks.detectron2 import parameter_shapes
-
-    own = parameter_shapes(run.folder / "config.yaml")
-    wrong = [name for name in own | given if own.get(name) != given.get(name)]
-    if wrong:
-        name, model, file = wrong[0], own.get(wrong[0]), given.get(wrong[0])
-        what = f"the file has {tuple(file) if file else 'none'}, the model has {tuple(model) if model else 'none'}"
-        raise ValueError(f"checkpoint {weights} does not fit {run.folder}'s model in {len(wrong)} entries, such as "
-                         f"{name}: {what}")  # fmt: skip
 
 
 def read_detections(path: str | os.PathLike, data: CocoDataset) -> list[dict[str, Any]]:

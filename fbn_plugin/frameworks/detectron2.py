@@ -11,14 +11,13 @@ Not reached: DensePose's DeepLab head compares with ``"GN"`` and builds no norm 
 
 import functools
 import logging
-import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from detectron2 import modeling
-from detectron2.config import CfgNode, configurable, get_cfg
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -179,16 +178,6 @@ def build_model(cfg: CfgNode) -> nn.Module:
     if cfg.INPUT.NORM_GAMMA_INIT:
         prepend_input_norm(model, cfg.INPUT.NORM_GAMMA_INIT)
     return model
-
-
-def parameter_shapes(config_file: str | os.PathLike) -> dict[str, torch.Size]:
-    """Names and shapes in the ``state_dict`` of the model that a config file, as a run saves it, describes."""
-    register()
-    cfg = get_cfg()
-    add_config(cfg)
-    cfg.merge_from_file(os.fspath(config_file))
-    cfg.MODEL.DEVICE = "cpu"
-    return {name: value.shape for name, value in build_model(cfg).state_dict().items()}
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -241,7 +241,7 @@ def test_a_run_of_detectron2(tool, shapes, tmp_path, capfd):
         del weights["backbone.fpn_lateral2.weight"]
         torch.save({"model": weights}, tmp_path / "other.pth")
         error = refusal(tool, capfd, run, "--weights", tmp_path / "other.pth")
-        assert "other.pth does not fit" in error and "backbone.fpn_lateral2.weight" in error
+        assert "other.pth is of another model" in error and "backbone.fpn_lateral2.weight" in error
     finally:
         fbn_plugin.unregister()
 
