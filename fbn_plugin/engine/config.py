@@ -96,7 +96,7 @@ def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change:
         if new != old[key] and not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
             if key == "SOLVER.REFERENCE_WORLD_SIZE" and new and old[key]:  # the linear rule sets it to their number
                 raise ValueError(
-                    f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds is one of {old[key]} processes, not {new}: "
+                    f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds was made by {old[key]} process(es), not {new}: "
                     "resume it with as many, or choose another OUTPUT_DIR"
                 )
             raise ValueError(

@@ -143,5 +143,5 @@ def test_a_run_of_another_number_of_processes(tmp_path):
     defaults = CfgNode({"SOLVER": solver, "OUTPUT_DIR": str(tmp_path)})
     save_config(load_config(defaults, None, ["SOLVER.REFERENCE_WORLD_SIZE", "2"]), tmp_path / "config.yaml")
     scaled = load_config(defaults, None, ["SOLVER.BASE_LR", "0.4", "SOLVER.REFERENCE_WORLD_SIZE", "8"])
-    with pytest.raises(ValueError, match="is one of 2 processes, not 8: resume it with as many"):
+    with pytest.raises(ValueError, match="made by 2 process.es., not 8: resume it with as many"):
         check_resume(scaled, defaults, [])

@@ -883,6 +883,6 @@ def test_a_scaled_run_is_resumed_on_as_many_processes(config, monkeypatch):
     assert DetectionTrainer(config(**options), resume=True).start == 2
     monkeypatch.setattr(detection.distributed, "world_size", lambda: 2)
     with pytest.raises(
-        ValueError, match=r"SOLVER\.REFERENCE_WORLD_SIZE is 1 in the run that OUTPUT_DIR .* holds, not 2"
+        ValueError, match=r"run that OUTPUT_DIR .* holds was made by 1 process\(es\), not 2: resume it with as many"
     ):
         DetectionTrainer(config(**options), resume=True)

@@ -289,7 +289,7 @@ def test_the_linear_rule(shapes, tmp_path):
     (tmp_path / "last_checkpoint").write_text("gone.pth")
     with pytest.raises(FileNotFoundError, match="gone.pth"):  # all settings fit
         prepare(*common, num_gpus=2, resume=True)
-    with pytest.raises(ValueError, match="is one of 2 processes, not 4"):
+    with pytest.raises(ValueError, match="made by 2 process.es., not 4"):
         prepare(*common, num_gpus=4, resume=True)
 
 
