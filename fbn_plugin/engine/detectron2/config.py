@@ -22,6 +22,7 @@ from PIL import Image
 import fbn_plugin
 from fbn_plugin.engine.checkpoint import load_file
 from fbn_plugin.engine.config import refuse_changes
+from fbn_plugin.engine.detection_config import MAY_CHANGE
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.detectron2.data import (
     check_annotation_files,
@@ -34,20 +35,8 @@ from fbn_plugin.frameworks.detectron2 import add_config, build_model, build_opti
 
 __all__ = ["load_config", "prepare"]
 
-# What a resumed run may have otherwise. The checkpoint holds the base rate and the decay: a new value would do nothing.
-_MAY_CHANGE = (
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "SOLVER.MAX_ITER",
-    "SOLVER.STEPS",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "SOLVER.BEST_CHECKPOINT_METRIC",
-    "TEST.*",
-    "NORM_STATS_PERIOD",
-    "VIS_PERIOD",
-    "OUTPUT_DIR",
-    "CUDNN_BENCHMARK",
-)
+# What a resumed run may have otherwise: what the torchvision engine lets change, and a key that it does not have.
+_MAY_CHANGE = (*MAY_CHANGE, "VIS_PERIOD")
 
 # Keys counted in iterations, which the linear rule divides.
 _PERIODS = ("SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
