@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import random
+import re
 import shutil
 import warnings
 import weakref
@@ -222,7 +223,7 @@ class Trainer(DefaultTrainer):
 
 
 def _inference_folder(cfg: CfgNode, parent: str, dataset_name: str) -> Path:
-    words = "".join(letter if letter.isalnum() else "_" for letter in dataset_name)
+    words = re.sub(r"\W+", "_", dataset_name)  # as the torchvision engine has it, and run_folder.py reads it
     return Path(cfg.OUTPUT_DIR, parent, words if len(cfg.DATASETS.TEST) > 1 else "")
 
 
