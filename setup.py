@@ -13,12 +13,12 @@ DETECTION = ["torchvision>=0.21", "pycocotools", "iopath", "tensorboard", "tqdm"
 DEMO = [*DETECTION, "scikit-learn"]
 TEST = ["pytest", "hypothesis", "ruff", "onnx", "onnxscript", "onnxruntime"]
 
-# Not a Python module: a library that fbn_plugin/ops/cpu.py loads. Without a compiler the package installs all the same.
+# Not a Python module: a library that fbn_plugin/ops/cpu/ loads. Without a compiler the package installs all the same.
 # It is not linked to an OpenMP runtime, so that it uses the one that PyTorch brings.
 KERNELS = Extension(
-    "fbn_plugin.ops._cpu",
-    sources=["fbn_plugin/ops/cpu.cpp"],
-    depends=["fbn_plugin/ops/cpu_kernels.h"],
+    "fbn_plugin.ops.cpu._kernels",
+    sources=["fbn_plugin/ops/cpu/kernels.cpp"],
+    depends=["fbn_plugin/ops/cpu/kernels.h"],
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"],
     optional=True,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fbn_plugin.layers.batch_norm import AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin
-from fbn_plugin.ops.gated_norm import gated_batch_norm
+from fbn_plugin.ops.gated import gated_batch_norm
 
 
 class _Gate(AnyDimsMixin):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fbn_plugin.layers.batch_norm import AnyDimsMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d
-from fbn_plugin.ops.sync_filtered_norm import sync_filtered_batch_norm
+from fbn_plugin.ops.sync import sync_filtered_batch_norm
 
 
 class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):

@@ -1,5 +1,5 @@
 """Functional filtered normalization: see :mod:`fbn_plugin.ops.filtered_norm` and, over several processes,
-:mod:`fbn_plugin.ops.sync_filtered_norm`."""
+:mod:`fbn_plugin.ops.sync`."""
 
 from fbn_plugin.ops.filtered_norm import (
     backends,
@@ -8,7 +8,7 @@ from fbn_plugin.ops.filtered_norm import (
     filtered_batch_norm_act,
     filtered_group_norm,
 )
-from fbn_plugin.ops.sync_filtered_norm import sync_filtered_batch_norm
+from fbn_plugin.ops.sync import sync_filtered_batch_norm
 
 __all__ = [
     "backends",

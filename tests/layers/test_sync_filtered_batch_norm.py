@@ -1,5 +1,5 @@
 """SyncFilteredBatchNorm: the layer's own promises, and real processes against one with the concatenated batch. The
-arithmetic itself is in ``tests/ops/test_sync_filtered_norm.py``."""
+arithmetic itself is in ``tests/ops/test_sync.py``."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fbn_plugin
 from fbn_plugin import FilteredBatchNorm1d, FilteredBatchNorm2d, FilteredBatchNorm3d, SyncFilteredBatchNorm
 from fbn_plugin.engine.distributed import broadcast_buffers
-from fbn_plugin.ops import sync_filtered_norm
+from fbn_plugin.ops import sync
 from fbn_plugin.population import update_population_stats
 
 gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
@@ -116,7 +116,7 @@ def two_steps(layer, steps):
 
 def compiled_first(rank):
     """The graph breaks at the exchange, also if that is the first in this process."""
-    sync_filtered_norm._uncompiled = None
+    sync._uncompiled = None
     layer = SyncFilteredBatchNorm(3, 2.0, dtype=torch.float64)
     compiled = torch.compile(copy.deepcopy(layer), backend="eager")
     x = data((2 + rank, 3, 4, 4), rank)

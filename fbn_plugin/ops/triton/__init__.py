@@ -1,4 +1,4 @@
-"""The Triton kernels (``triton_kernels.py``) on PyTorch tensors: float32, float16 and bfloat16, contiguous and
+"""The Triton kernels (``kernels.py``) on PyTorch tensors: float32, float16 and bfloat16, contiguous and
 channels-last, batch and group form, with an optional residual and activation.
 
 Nothing here waits for the GPU or looks at a value, so that CUDA graphs can capture it. Triton is imported when the
@@ -52,8 +52,8 @@ def missing() -> str | None:
 
 
 @functools.cache
-def kernels() -> ModuleType:
-    return importlib.import_module("fbn_plugin.ops.triton_kernels")
+def load_kernels() -> ModuleType:
+    return importlib.import_module("fbn_plugin.ops.triton.kernels")
 
 
 def interpreted() -> bool:
@@ -77,7 +77,7 @@ def refuses(x: Tensor) -> str | None:
 
 
 class _Plan:
-    """How an input is cut into tiles, in the words of ``triton_kernels.py``."""
+    """How an input is cut into tiles, in the words of ``kernels.py``."""
 
     def __init__(self, shape: torch.Size, channels_last: bool, num_groups: int, itemsize: int) -> None:
         n, c, s = shape[0], shape[1], shape[2:].numel()
@@ -161,7 +161,7 @@ def filtered_moments(
     x: Tensor, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool
 ) -> FilteredMoments:
     """As :func:`fbn_plugin.ops.reference.filtered_moments`, for what :func:`refuses` does not refuse."""
-    plan, run = _plan(x, num_groups), kernels()
+    plan, run = _plan(x, num_groups), load_kernels()
     stats = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
     mean, var, lower, upper, count, shift = (x.new_empty(stats, dtype=torch.float32) for _ in range(6))
     partial = x.new_empty((5, plan.slots), dtype=torch.float32)
@@ -197,7 +197,7 @@ def normalize(
     residual = None if residual is None else _like(x, residual)
     parameters = _dense(weight), _dense(bias), plan.channels, plan.set_units
     with torch.cuda.device_of(x):
-        kernels().normalize[plan.grid](
+        load_kernels().normalize[plan.grid](
             x,
             y,
             residual,
@@ -258,7 +258,7 @@ def filtered_norm_act_backward(
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As :func:`fbn_plugin.ops.reference.filtered_norm_act_backward`, for what :func:`refuses` does not refuse."""
-    plan, run = _plan(x, num_groups), kernels()
+    plan, run = _plan(x, num_groups), load_kernels()
     mean, var, lower, upper, count = moments
     grad, weight, bias = _like(x, grad), _dense(weight), _dense(bias)
     dx, dz = torch.empty_like(x), None
@@ -343,7 +343,7 @@ def measure(x: Tensor) -> tuple[Tensor, Tensor, _Measured]:
     partial = x.new_empty((5, plan.slots), dtype=torch.float32)
     rows = plan.set_size // plan.set_width
     with torch.cuda.device_of(x):
-        kernels().measure[plan.grid](
+        load_kernels().measure[plan.grid](
             x, shift, partial, plan.slots, plan.channels, plan.set_units, rows, plan.set_width, **plan.tiling
         )
     measured = _Measured(shift, partial)
@@ -355,7 +355,7 @@ def measure_kept(x: Tensor, lower: Tensor, upper: Tensor, measured: _Measured) -
     """As :func:`fbn_plugin.ops.reference.measure_kept`, once for what :func:`measure` has measured."""
     plan, (shift, partial) = _plan(x, 0), measured
     with torch.cuda.device_of(x):
-        kernels().measure_kept[plan.grid](
+        load_kernels().measure_kept[plan.grid](
             x, shift, lower, upper, partial, plan.slots, plan.channels, plan.set_units, **plan.tiling
         )
     return _settled(x, plan, measured)
@@ -365,7 +365,7 @@ def _settled(x: Tensor, plan: _Plan, measured: _Measured) -> tuple[Tensor, Tenso
     mean, var, count = (torch.empty_like(measured.shift) for _ in range(3))
     slots = plan.set_units * plan.unit_slots
     with torch.cuda.device_of(x):
-        kernels().settle[(plan.sets,)](
+        load_kernels().settle[(plan.sets,)](
             measured.shift,
             mean,
             var,
@@ -390,7 +390,7 @@ def gradient_sums(
     partial = x.new_empty((2, plan.slots), dtype=torch.float32)
     coefficients = x.new_empty((2, plan.sets), dtype=torch.float32)  # of a batch that is here as a whole
     with torch.cuda.device_of(x):
-        kernels().measure_gradient[plan.grid](
+        load_kernels().measure_gradient[plan.grid](
             _like(x, grad),
             x,
             None,
@@ -412,7 +412,7 @@ def gradient_sums(
             OUTPUT=False,
             **plan.tiling,
         )
-        kernels().settle_gradient[(plan.sets + plan.channels,)](
+        load_kernels().settle_gradient[(plan.sets + plan.channels,)](
             None,
             count,
             coefficients,
@@ -445,7 +445,7 @@ def input_gradient(
     plan, dx = _plan(x, 0), torch.empty_like(x)
     mean, var, lower, upper, _ = moments
     with torch.cuda.device_of(x):
-        kernels().input_gradient[plan.grid](
+        load_kernels().input_gradient[plan.grid](
             _like(x, grad),
             x,
             None,
@@ -475,6 +475,6 @@ def update_running_stats(
     """As :func:`fbn_plugin.ops.reference.update_running_stats`, in one kernel."""
     block, channels = 256, mean.numel()
     with torch.cuda.device_of(mean):
-        kernels().update_running[(-(-channels // block),)](
+        load_kernels().update_running[(-(-channels // block),)](
             running_mean, running_var, mean, var, count, momentum, channels, BLOCK=block
         )

@@ -1,5 +1,5 @@
-"""The C++ kernels (``cpu.cpp``) on PyTorch tensors: float32 and bfloat16, contiguous and channels-last, batch and group
-form.
+"""The C++ kernels (``kernels.cpp``) on PyTorch tensors: float32 and bfloat16, contiguous and channels-last, batch and
+group form.
 
 The library is built with the package if there is a C++ compiler, knows nothing of PyTorch, and is called on raw
 pointers.
@@ -29,7 +29,7 @@ class _Options(Structure):
 @functools.cache
 def library() -> ctypes.CDLL | str:
     """The loaded kernels, or the reason why there are none."""
-    files = [Path(__file__).with_name(f"_cpu{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    files = [Path(__file__).with_name(f"_kernels{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES]
     found = next((file for file in files if file.exists()), None)
     if found is None:
         return "the C++ kernels were not built when the package was installed: no compiler, or it failed"

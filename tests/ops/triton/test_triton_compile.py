@@ -56,8 +56,8 @@ class Compiled:
 def compiled(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    module = Compiled(triton.kernels())
-    monkeypatch.setattr(triton, "kernels", lambda: module)
+    module = Compiled(triton.load_kernels())
+    monkeypatch.setattr(triton, "load_kernels", lambda: module)
     return module
 
 

@@ -43,7 +43,7 @@ constexpr int64_t TILE = 4096;  // values summed in float before they are added 
 
 namespace generic {
 #define VECTOR_BYTES 16
-#include "cpu_kernels.h"
+#include "kernels.h"
 #undef VECTOR_BYTES
 }  // namespace generic
 
@@ -52,7 +52,7 @@ namespace generic {
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 #define VECTOR_BYTES 32
-#include "cpu_kernels.h"
+#include "kernels.h"
 #undef VECTOR_BYTES
 }  // namespace avx2
 #pragma GCC pop_options
@@ -60,7 +60,7 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 namespace avx512 {
 #define VECTOR_BYTES 64
-#include "cpu_kernels.h"
+#include "kernels.h"
 #undef VECTOR_BYTES
 }  // namespace avx512
 #pragma GCC pop_options

@@ -8,11 +8,11 @@ import itertools
 
 import pytest
 import torch
+from oracle import batch, close, run
 from simulated_group import SimulatedGroup
-from test_cpu import batch, close, run
 
 from fbn_plugin import ops
-from fbn_plugin.ops import reference, sync_filtered_norm, triton
+from fbn_plugin.ops import reference, sync, triton
 from fbn_plugin.ops.reference import SIGN_TELLS
 
 # Rows and columns that do not fill their tiles, several tiles along both axes, a set in a tile, single positions.
@@ -171,7 +171,7 @@ def test_operator_with_activation_uses_the_kernels(monkeypatch):
 def test_synchronized_batch_is_normalized_as_one(channels_last, t_sigma, mode, monkeypatch):
     """The kernels with the exchanges between them, no share like another and one empty."""
     group, sizes = SimulatedGroup(3), (3, 0, 2)
-    monkeypatch.setattr(sync_filtered_norm, "dist", group)
+    monkeypatch.setattr(sync, "dist", group)
     shape, dtype = (5, 4, 5, 7), torch.float16 if channels_last else torch.float32
     grad, _, weight, bias = inputs(shape, dtype)
     x = batch(shape, dtype, channels_last, 3)
@@ -189,9 +189,7 @@ def test_synchronized_batch_is_normalized_as_one(channels_last, t_sigma, mode, m
     expected = one(ops.filtered_batch_norm, x.double(), grad.double(), torch.float64, training=True, **options)
     for name in ("measure", "measure_kept", "normalize", "gradient_sums", "input_gradient", "update_running_stats"):
         monkeypatch.setattr(reference, name, None)
-    results = group.run(
-        lambda rank: one(sync_filtered_norm.sync_filtered_batch_norm, *shares[rank], torch.float32, **options)
-    )
+    results = group.run(lambda rank: one(sync.sync_filtered_batch_norm, *shares[rank], torch.float32, **options))
     assert not any(isinstance(result, Exception) for result in results), results
     parts = list(zip(*results))
     one_rounding = torch.finfo(dtype).eps

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_group import SimulatedGroup
 
-from fbn_plugin.ops import filtered_batch_norm, sync_filtered_batch_norm, sync_filtered_norm
+from fbn_plugin.ops import filtered_batch_norm, sync, sync_filtered_batch_norm
 
 SIZES = [(4, 4), (1, 6), (5, 0), (0, 5), (3, 0, 1, 5), (0, 0, 2, 0), (7,)]
 OPTIONS = [
@@ -23,7 +23,7 @@ OPTIONS = [
 def group_of(monkeypatch):
     def make(size):
         group = SimulatedGroup(size)
-        monkeypatch.setattr(sync_filtered_norm, "dist", group)
+        monkeypatch.setattr(sync, "dist", group)
         return group
 
     return make
@@ -101,7 +101,7 @@ def test_inputs_of_any_number_of_dimensions(spatial, group_of):
 def test_any_shares(sizes, channels, width, t_sigma, mode, correction, offset, seed):
     with pytest.MonkeyPatch.context() as patch:
         group = SimulatedGroup(len(sizes))
-        patch.setattr(sync_filtered_norm, "dist", group)
+        patch.setattr(sync, "dist", group)
         x, grad = data(sizes, channels, (width,), seed=seed)
         options = {"t_sigma": t_sigma, "grad_mode": mode, "gaussian_correction": correction}
         if sum(sizes) * width == 1:

@@ -1,4 +1,4 @@
-// Filtered normalization for one instruction set; cpu.cpp includes this file once for each, inside a namespace of its
+// Filtered normalization for one instruction set; kernels.cpp includes this file once for each, inside a namespace of its
 // own.
 //
 // Everything works on vectors of VECTOR_BYTES. A statistic is summed in lanes around a value of its own set ("shift"),

@@ -4,7 +4,7 @@ measure, repetition bit for bit, and CUDA graphs."""
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cpu import batch, close, run
+from oracle import batch, close, run
 
 from fbn_plugin import FilteredBatchNormAct2d, ops
 from fbn_plugin.ops import reference, triton
