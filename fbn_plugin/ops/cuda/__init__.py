@@ -1,0 +1,427 @@
+"""The CUDA kernels (``kernels.cu``) on PyTorch tensors: float32, float16 and bfloat16, contiguous and channels-last, batch
+and group form, with an optional residual and activation; one launch forward and one backward.
+
+They are compiled when the first tensor asks for them (``compiler.py``), cut for its shape by ``plan.py`` and launched by
+``driver.py``, whose packages are imported then. Nothing here waits for the GPU or looks at a value, so that CUDA graphs
+can capture it. Where the packages or the card do not allow it, :func:`refuses` says why and the next backend is taken.
+"""
+
+import ctypes
+import struct
+import threading
+
+import torch
+from torch import Tensor
+
+from fbn_plugin.ops import reference
+from fbn_plugin.ops.cuda import driver, plan
+from fbn_plugin.ops.reference import FilteredMoments, gaussian_kappa
+
+_ACTIVATIONS = {"identity": 0, "relu": 1, "leaky_relu": 1, "silu": 2}
+_MOST_PLANS = 4096  # are kept; detection brings new shapes at every step
+
+
+class _Arguments:
+    """A kernel's structure of arguments in memory, and what the driver wants: the address of its address."""
+
+    def __init__(self, head: struct.Struct) -> None:
+        self.pack_into, self.size = head.pack_into, head.size
+        self.memory = bytearray(head.size + plan.CUT.size)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self._parameters = (ctypes.c_void_p * 1)(address)
+        self.parameters = ctypes.addressof(self._parameters)
+
+
+class _ThreadsOwn(threading.local):
+    """The driver reads arguments while another Python thread may run: each thread has its own."""
+
+    def __init__(self) -> None:
+        self.forward, self.backward = _Arguments(plan.FORWARD), _Arguments(plan.BACKWARD)
+        self.finish = _Arguments(plan.FINISH)
+
+
+_own = _ThreadsOwn()
+
+
+class _Launch:
+    """A kernel with its cut, on one device."""
+
+    def __init__(self, device: int, cut: plan.Cut, name: str, launches: int) -> None:
+        self.kernel = driver.load(device, cut.variant.defines())[name]
+        self.grid, self.threads, self.dynamic = cut.grid, cut.variant.threads, cut.dynamic_shared
+        self.packed, self.floats, self.counters = cut.packed, cut.partial_floats, 2 + cut.groups
+        if cut.members > 1:
+            places = driver.card(device).resident(self.kernel, self.threads, self.dynamic)
+            if cut.members * launches > places:
+                raise RuntimeError(f"{launches} groups of {cut.members} blocks, but the card holds {places}")
+
+    def __call__(self, arguments: _Arguments, stream: int) -> None:
+        arguments.memory[arguments.size :] = self.packed
+        driver.launch(self.kernel, self.grid, self.threads, self.dynamic, arguments.parameters, stream)
+
+
+class _Planned:
+    """What a shape needs, ready to be launched."""
+
+    def __init__(self, device: int, shape: plan.Shape, launches: int, activation: int, phases: int) -> None:
+        made = plan.make(shape, driver.card(device), launches, activation, phases)
+        suffix = "_lines" if shape.layout == plan.LINES else ""
+        self.forward = self.backward = self.result = self.finish = None
+        self.forward = _Launch(device, made.forward, "forward" + suffix, launches)
+        self.backward = _Launch(device, made.backward, "backward" + suffix, launches)
+        if made.result is not None:
+            self.result = _Launch(device, made.result, "backward", launches)
+        self.sum_samples, self.shape, self.device = made.sum_samples, shape, device
+        self.stats = (shape.samples, shape.num_groups) if shape.num_groups else (shape.channels,)
+        if made.sum_samples:
+            self.finish = driver.load(device, made.backward.variant.defines())["finish_backward"]
+
+
+_planned: dict[tuple, _Planned | str] = {}
+_lock = threading.Lock()
+_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+_streams: dict[int, set[int]] = {}
+_launches: dict[int, int] = {}
+
+
+def describe() -> str:
+    """What the backend is, or why it cannot be used here."""
+    reason = driver.describe()
+    return reason
+
+
+def _find(x: Tensor, num_groups: int, activation: int = 0, phases: int = plan.ALL) -> _Planned | str:
+    device = x.device.index or 0
+    if x.is_contiguous():
+        channels_last = False
+    elif x.movedim(1, -1).is_contiguous():
+        channels_last = True
+    else:
+        return "the tensor is neither contiguous nor channels-last"
+    launches = _launches.get(device, 4)
+    aligned = x.data_ptr() & 15
+    key = x.shape, x.dtype, device, channels_last, num_groups, aligned, activation, phases, launches
+    found = _planned.get(key)
+    if found is None:
+        found = _make(x, num_groups, channels_last, aligned, device, launches, activation, phases)
+        if len(_planned) >= _MOST_PLANS:
+            _planned.clear()
+        _planned[key] = found
+    return found
+
+
+def _make(
+    x: Tensor,
+    num_groups: int,
+    channels_last: bool,
+    aligned: int,
+    device: int,
+    launches: int,
+    activation: int,
+    phases: int,
+) -> _Planned | str:
+    shape = plan.Shape(
+        x.shape[0], x.shape[1], x.shape[2:].numel(), x.dtype, channels_last, num_groups, aligned & -aligned or 16
+    )
+    if x.numel() == 0:
+        return "the tensor is empty"
+    if num_groups and activation:
+        return "an activation after the group form is not in the kernels"
+    if reason := plan.refuses(shape):
+        return reason
+    if reason := driver.reason(device, None):
+        return reason
+    made = plan.make(shape, driver.card(device), launches, activation, phases)
+    for cut in made[:3]:
+        if cut is not None and (reason := driver.reason(device, cut.variant.defines())):
+            return reason
+    try:
+        return _Planned(device, shape, launches, activation, phases)
+    except RuntimeError as error:
+        return str(error)
+
+
+def refuses(x: Tensor, num_groups: int = 0, activation: str = "identity") -> str | None:
+    """Why these kernels do not take ``x``; None if they do."""
+    if x.device.type != driver.DEVICE_TYPE:
+        return f"the tensor is on {x.device.type}"
+    if x.dtype not in plan.DTYPES:
+        return f"{x.dtype} is not float32, float16 or bfloat16"
+    found = _find(x, num_groups, _ACTIVATIONS[activation])
+    return found if isinstance(found, str) else None
+
+
+def _workspace(device: int, stream: int, launch: _Launch) -> tuple[int, int]:
+    """Addresses of partial sums and counters, which belong to one launch at a time: those of a stream follow each other.
+    A graph that is captured gets its own."""
+    if not launch.floats:
+        return 0, 0
+    if driver.capturing(device):
+        _note(device, stream)
+        return _new(device, launch.floats).data_ptr(), _new(device, launch.counters, torch.int32).data_ptr()
+    partial, counters = _workspaces.get((device, stream), (None, None))
+    if partial is None or partial.numel() < launch.floats or counters.numel() < launch.counters:
+        with _lock:
+            _note(device, stream)
+            partial, counters = _new(device, 2 * launch.floats), _new(device, 2 * launch.counters, torch.int32)
+            _workspaces[device, stream] = partial, counters
+    return partial.data_ptr(), counters.data_ptr()
+
+
+def _new(device: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(size, dtype=dtype, device=torch.device(driver.DEVICE_TYPE, device))
+
+
+def _note(device: int, stream: int) -> None:
+    """Reckon with another stream whose launches may run at the same time."""
+    streams = _streams.setdefault(device, set())
+    streams.add(stream)
+    if len(streams) > _launches.get(device, 4):
+        _launches[device] = 2 * _launches.get(device, 4)
+        if driver.DEVICE_TYPE == "cuda" and not driver.capturing(device):
+            torch.cuda.synchronize(device)  # until the larger groups are done
+
+
+def _parameter(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A tensor that the kernels read, its address and its type."""
+    if tensor is None:
+        return None, 0, 0
+    kind = plan.PARAMETER_TYPES.get(tensor.dtype)
+    if kind is None or not tensor.is_contiguous():
+        tensor = tensor.float().contiguous()
+        kind = 0
+    return tensor, tensor.data_ptr(), kind
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """``other`` in the layout and dtype of ``x``, at an address that is as good."""
+    if other.stride() == x.stride() and other.dtype == x.dtype and not other.data_ptr() & 15:
+        return other
+    return torch.empty_like(x).copy_(other)
+
+
+def forward(x, weight, bias, residual, running, options) -> tuple[Tensor, Tensor]:
+    """As :func:`fbn_plugin.ops.reference.forward`, for what :func:`refuses` does not refuse."""
+    num_groups, t_sigma, eps, correction, _, activation, slope = options
+    planned = _find(x, num_groups, _ACTIVATIONS[activation])
+    y = torch.empty_like(x)
+    moments = x.new_empty((5, *planned.stats), dtype=torch.float32)
+    kappa = gaussian_kappa(t_sigma) if correction else 1.0
+    slope = slope if activation == "leaky_relu" else 0.0
+    _forward(planned, x, y, weight, bias, residual, running, moments, t_sigma, eps, kappa, slope)
+    return y, moments
+
+
+def _forward(planned, x, y, weight, bias, residual, running, moments, t_sigma, eps, kappa, slope) -> None:
+    weight, weight_at, weight_type = _parameter(weight)
+    bias, bias_at, bias_type = _parameter(bias)
+    if residual is not None:
+        residual = _like(x, residual)
+    mean_at = var_at = count_at = running_type = 0
+    momentum = 0.0
+    later = None
+    if running is not None:
+        running_mean, running_var, momentum, num_batches = running
+        if num_batches is not None:
+            count_at = num_batches.data_ptr()
+            torch.autograd.graph.increment_version(num_batches)
+        if momentum is None:
+            num_batches.add_(1)  # before the launch, which reads it
+            momentum = -1.0
+        running_type = plan.PARAMETER_TYPES.get(running_mean.dtype, -1)
+        if running_type < 0 or running_var.dtype is not running_mean.dtype or not _dense(running_mean, running_var):
+            later = running
+        else:
+            mean_at, var_at = running_mean.data_ptr(), running_var.data_ptr()
+            torch.autograd.graph.increment_version((running_mean, running_var))
+    device, launch = planned.device, planned.forward
+    with driver.on(device):
+        stream = driver.current_stream(device)
+        partial, counters = _workspace(device, stream, launch)
+        arguments = _own.forward
+        arguments.pack_into(
+            arguments.memory,
+            0,
+            x.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            y.data_ptr() if y is not None else 0,
+            weight_at,
+            bias_at,
+            mean_at,
+            var_at,
+            count_at,
+            moments.data_ptr(),
+            partial,
+            counters,
+            t_sigma,
+            eps,
+            kappa,
+            momentum,
+            slope,
+            weight_type,
+            bias_type,
+            running_type,
+        )
+        launch(arguments, stream)
+    if later is not None:
+        reference.update_running_stats(later._replace(num_batches=None), moments[0], moments[1], moments[4])
+
+
+def _dense(*tensors: Tensor) -> bool:
+    return all(t.is_contiguous() for t in tensors)
+
+
+def backward(grad, x, weight, bias, other, moments, options) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As :func:`fbn_plugin.ops.reference.backward`, for what :func:`refuses` does not refuse."""
+    num_groups, t_sigma, eps, correction, grad_mode, activation, slope = options
+    planned = _find(x, num_groups, _ACTIVATIONS[activation])
+    shape = planned.shape
+    dx, dz = torch.empty_like(x), None
+    if other is not None:
+        other, dz = _like(x, other), torch.empty_like(x)
+    gradients = x.new_empty((2, shape.channels), dtype=torch.float32)
+    samples = planned.sum_samples
+    sums = x.new_empty((2, samples, shape.channels), dtype=torch.float32) if samples else gradients
+    kappa = gaussian_kappa(t_sigma) if correction else 1.0
+    slope = slope if activation == "leaky_relu" else 0.0
+    is_output = activation in reference.SIGN_TELLS
+    coefficients = x.new_empty((2, *planned.stats), dtype=torch.float32) if planned.result is not None else None
+    common = grad_mode == "paper", is_output, eps, kappa, slope
+    arguments = _like(x, grad), x, other, dx, dz, weight, bias, moments, coefficients, sums
+    _backward(planned, planned.backward, *arguments, *common)
+    if samples:
+        _finish(planned, sums, weight, moments, coefficients, gradients, kappa)
+    if planned.result is not None:
+        _backward(planned, planned.result, *arguments, *common)
+    return dx, gradients[1], gradients[0], dz
+
+
+def _backward(
+    planned,
+    launch,
+    grad,
+    x,
+    other,
+    dx,
+    dz,
+    weight,
+    bias,
+    moments,
+    coefficients,
+    sums,
+    paper,
+    is_output,
+    eps,
+    kappa,
+    slope,
+) -> None:
+    weight, weight_at, weight_type = _parameter(weight)
+    bias, bias_at, bias_type = _parameter(bias)
+    device = planned.device
+    with driver.on(device):
+        stream = driver.current_stream(device)
+        partial, counters = _workspace(device, stream, launch)
+        arguments = _own.backward
+        arguments.pack_into(
+            arguments.memory,
+            0,
+            grad.data_ptr(),
+            x.data_ptr(),
+            0 if other is None else other.data_ptr(),
+            0 if dx is None else dx.data_ptr(),
+            0 if dz is None else dz.data_ptr(),
+            weight_at,
+            bias_at,
+            moments.data_ptr(),
+            0 if coefficients is None else coefficients.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+            partial,
+            counters,
+            eps,
+            kappa,
+            slope,
+            weight_type,
+            bias_type,
+            paper,
+            is_output,
+        )
+        launch(arguments, stream)
+
+
+def _finish(planned: _Planned, sums, weight, moments, coefficients, gradients, kappa) -> None:
+    weight, weight_at, weight_type = _parameter(weight)
+    shape, kernel = planned.shape, planned.finish
+    threads = planned.backward.threads
+    sets = shape.sets if coefficients is not None else 0
+    with driver.on(planned.device):
+        arguments = _own.finish
+        arguments.pack_into(
+            arguments.memory,
+            0,
+            sums.data_ptr(),
+            weight_at,
+            moments.data_ptr(),
+            0 if coefficients is None else coefficients.data_ptr(),
+            gradients.data_ptr(),
+            kappa,
+            weight_type,
+            planned.sum_samples,
+            shape.channels,
+            shape.set_channels,
+            shape.sets,
+        )
+        grid = -(-(2 * shape.channels + sets) // threads)
+        driver.launch(kernel, grid, threads, 0, arguments.parameters, driver.current_stream(planned.device))
+
+
+# --- the single steps of a batch that is spread over processes --------------------------------------------------------
+
+
+def measure(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fbn_plugin.ops.reference.measure`, for what :func:`refuses` does not refuse."""
+    moments = _step(x, plan.FIRST, x.new_empty((5, x.shape[1]), dtype=torch.float32))
+    return moments[0], moments[1], moments[0]
+
+
+def measure_kept(x: Tensor, lower: Tensor, upper: Tensor, measured: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fbn_plugin.ops.reference.measure_kept`, for what :func:`measure` has measured."""
+    edges = torch.stack((measured, measured, lower, upper, measured)).float()
+    moments = _step(x, plan.FILTERED, edges)
+    return moments[0], moments[1], moments[4]
+
+
+def _step(x: Tensor, phase: int, moments: Tensor) -> Tensor:
+    planned = _find(x, 0, phases=phase)
+    _forward(planned, x, None, None, None, None, None, moments, 1.0, 0.0, 1.0, 0.0)
+    return moments
+
+
+def normalize(x, weight, bias, moments, num_groups: int, eps: float) -> Tensor:
+    """As :func:`fbn_plugin.ops.reference.normalize`, for what :func:`refuses` does not refuse."""
+    planned, y = _find(x, num_groups, phases=plan.APPLY), torch.empty_like(x)
+    _forward(planned, x, y, weight, bias, None, None, _together(moments), 1.0, eps, 1.0, 0.0)
+    return y
+
+
+def _together(moments: FilteredMoments | Tensor) -> Tensor:
+    return moments if isinstance(moments, Tensor) else torch.stack(tuple(moments))
+
+
+def gradient_sums(grad: Tensor, x: Tensor, moments, eps: float, grad_mode: str) -> tuple[Tensor, Tensor]:
+    """As :func:`fbn_plugin.ops.reference.gradient_sums`, for what :func:`refuses` does not refuse."""
+    planned = _find(x, 0, phases=plan.FIRST)
+    sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
+    common = grad_mode == "paper", False, eps, 1.0, 0.0
+    arguments = _like(x, grad), x, None, None, None, None, None, _together(moments), None, sums
+    _backward(planned, planned.backward, *arguments, *common)
+    return sums[1], sums[0]
+
+
+def input_gradient(grad, x, weight, moments, eps: float, grad_mode: str, mean_g, mean_g_xhat) -> Tensor:
+    """As :func:`fbn_plugin.ops.reference.input_gradient`, for what :func:`refuses` does not refuse."""
+    planned, dx = _find(x, 0, phases=plan.APPLY), torch.empty_like(x)
+    coefficients = torch.stack((mean_g, mean_g_xhat)).float()
+    common = grad_mode == "paper", False, eps, 1.0, 0.0
+    arguments = _like(x, grad), x, None, dx, None, weight, None, _together(moments), coefficients, None
+    _backward(planned, planned.backward, *arguments, *common)
+    return dx

@@ -1,0 +1,1009 @@
+// Filtered normalization for NVIDIA GPUs (Horváth and Al-afandi 2020, Eq. 2-13): one launch forward, one backward, the data
+// kept on the chip between the passes over them.
+//
+// A "set" is what shares a mean: a channel in the batch form, a sample's group of channels in the group form. Several
+// blocks of threads, the "members" of a "group", load a set (channels-last: CB neighbouring channels) into their shared
+// memory, exchange partial sums through global memory, and go on with what they have kept. x is read once and written
+// once forward; x and dL/dy are read once and dL/dx is written once backward. What does not fit is read again.
+//
+// Compiled at run time (compiler.py) for one combination of
+//   DTYPE        of x: 0 float, 1 bfloat16, 2 half
+//   LAYOUT       0 planes: values of a channel are consecutive; 1 rows: channels are; 2 lines: one position a sample
+//   VECTOR       values that a thread loads at once: as many as are consecutive and aligned, 16 bytes at most
+//   CHANNELS     rows: channels that a group handles, VECTOR times a power of two; otherwise 1
+//   THREADS      of a block
+//   ACTIVATION   0 none, 1 ReLU or leaky ReLU, 2 SiLU
+//   RUN_CHANNELS planes, group form, forward: the runs of a set are its channels, each with its own weight
+//   PHASES       of a pass, added up: 1 first sums, 2 sums of kept values, 4 the result; SyncFBN takes them one by one
+// and tested on the CPU (tests/ops/cuda): keep to the functions that tests/ops/cuda/cuda_on_cpu.h has.
+//
+// Why nobody waits for ever. Members take their place in the order in which they start (a ticket), so that at most one
+// group of a launch is incomplete at a time, and a block that is not there yet is the next to start. Waiting members hold
+// at most (members - 1) of the card's places for each launch that is running; as long as the sum of that over all launches
+// is below the number of places, some block can start, and the group that it completes goes on. plan.py keeps every group
+// below a share of the card that the number of streams allows. Processes that take turns on a card hold no places while
+// they wait for their turn.
+//
+// Results repeat bit for bit: partial sums are added in a fixed order, never by floating-point atomics.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+#define INLINE __device__ __forceinline__
+
+#ifdef __CUDACC__  // NVRTC, nvcc
+#if __CUDA_ARCH__ >= 800
+INLINE u16 to_bfloat16(float f) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
+#else  // no instruction for it
+INLINE u16 to_bfloat16(float f) { u32 u = __float_as_uint(f); return f != f ? 0x7FFF : (u + 0x7FFF + (u >> 16 & 1)) >> 16; }
+#endif
+INLINE u16 to_half(float f) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
+INLINE float from_half(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
+INLINE void add_release(int* p, int v) { asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+INLINE int load_acquire(const int* p) { int v; asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
+#else  // the same on the CPU
+inline u16 to_bfloat16(float f) { u32 u = __float_as_uint(f); return f != f ? 0x7FFF : (u + 0x7FFF + (u >> 16 & 1)) >> 16; }
+inline u16 to_half(float f) { _Float16 h = f; u16 r; memcpy(&r, &h, 2); return f != f ? 0x7FFF : r; }
+inline float from_half(u16 v) { _Float16 h; memcpy(&h, &v, 2); return h; }
+inline void add_release(int* p, int v) { cuda_on_cpu::atomic<__ATOMIC_RELEASE>(p, [=](int old) { return old + v; }); }
+inline int load_acquire(const int* p) { return cuda_on_cpu::poll(p); }
+#endif
+INLINE float from_bfloat16(u16 v) { return __uint_as_float((u32)v << 16); }
+
+#if DTYPE == 0
+typedef float T;
+INLINE float up(T v) { return v; }
+INLINE T down(float f) { return f; }
+#elif DTYPE == 1
+typedef u16 T;
+INLINE float up(T v) { return from_bfloat16(v); }
+INLINE T down(float f) { return to_bfloat16(f); }
+#else
+typedef u16 T;
+INLINE float up(T v) { return from_half(v); }
+INLINE T down(float f) { return to_half(f); }
+#endif
+
+template <int BYTES> struct Raw;
+template <> struct Raw<16> { typedef uint4 type; };
+template <> struct Raw<8> { typedef uint2 type; };
+template <> struct Raw<4> { typedef u32 type; };
+template <> struct Raw<2> { typedef u16 type; };
+typedef Raw<VECTOR * sizeof(T)>::type Word;
+union Vector {
+  Word word;
+  T value[VECTOR];
+};
+
+constexpr int WARPS = THREADS / 32;
+#if LAYOUT == 1
+constexpr int WIDTH = CHANNELS;            // statistics of a group
+constexpr int OWN = VECTOR;                // of which a thread's values belong to so many
+constexpr int ROW_VECTORS = CHANNELS / VECTOR;  // of a block of channels in a row
+constexpr int ROWS = THREADS / ROW_VECTORS;     // that a block of threads loads at once
+static_assert(ROW_VECTORS <= 32 && (ROW_VECTORS & (ROW_VECTORS - 1)) == 0, "a warp holds whole rows");
+#else
+constexpr int WIDTH = 1, OWN = 1, ROWS = 1;
+#endif
+constexpr int STRIPES = THREADS / (4 * WIDTH) > 0 ? THREADS / (4 * WIDTH) : 1;  // members added up side by side
+static_assert(THREADS % 32 == 0 && THREADS >= 32, "warps are whole");
+constexpr double POOR = 8;  // variances: a shift that lies further from the mean eats digits, and the sums are taken again
+constexpr int SLOTS = 8;    // partial sums of a member, four for each of two rounds in turn
+// Vectors that a thread loads before it uses the first: as many as registers allow.
+constexpr int LOADS = 4, LATER_LOADS = LAYOUT == 1 && DTYPE ? 2 : 4, GRADIENT_LOADS = 2;
+constexpr int BLOCKS = (LAYOUT == 1 ? 512 : 1024) / THREADS;  // that a multiprocessor is to hold: bounds the registers
+constexpr int FLUSH = 16;   // vectors that it adds up before it adds the sum to the others: sums of sums are more exact
+constexpr bool FIRST = PHASES & 1, FILTERED = PHASES & 2, APPLY = PHASES & 4;
+#define INFINITE __uint_as_float(0x7F800000u)
+
+// ---- arguments: one structure a kernel, filled in place on the host (plan.py has the same fields in the same order)
+
+enum Float { FLOAT, BFLOAT16, HALF, DOUBLE };  // of parameters and running statistics
+
+// How a tensor is cut. planes: a set is `runs` runs of `length` vectors, `run_stride` values apart, from set * set_stride on.
+// rows: `runs` rows of `channels` values a sample (the batch form has one sample).
+struct Cut {
+  i64 set_stride, run_stride;
+  int runs, length;
+  u32 multiplier, shift;  // division by `length`
+  int vectors;            // planes: of a set
+  int groups, members, steps, kept;  // steps: vectors that a thread handles, kept: of which in shared memory
+  int channels, set_channels;        // C, and how many of them share a mean
+  int sets;                          // statistics in all
+  int blocks;                        // rows: groups of a sample
+};
+
+struct Forward {
+  const T *x, *residual;
+  T* y;
+  const void *weight, *bias;         // (C,), or null
+  void *running_mean, *running_var;  // (C,), or null
+  i64* num_batches;                  // a scalar, or null
+  float* moments;                    // (5, sets): mean, variance, lower and upper band edge, number of kept values
+  float* partial;                    // workspace (groups, members, 7, WIDTH)
+  int* counters;                     // workspace (2 + groups), zero before and after a launch
+  double t_sigma, eps, kappa, momentum;  // momentum < 0: 1 / num_batches, which then is not counted here
+  float slope;                           // of leaky ReLU; 0 for ReLU
+  int weight_type, bias_type, running_type;
+  Cut cut;
+};
+
+struct Backward {
+  const T *grad, *x, *other;  // other: the residual, or, if `output`, what the forward pass gave out; or null
+  T *dx, *dz;                 // dz: dL/d residual, or null
+  const void *weight, *bias;
+  const float* moments;        // (5, sets)
+  const float* coefficients;   // (2, sets) of APPLY alone: what is subtracted, and subtracted times xhat
+  float* sums;                 // (2, N * C) or (2, C): of dL/dz, and of dL/dz times xhat
+  float* partial;              // workspace (groups, members, 2, WIDTH)
+  int* counters;
+  double eps, kappa;
+  float slope;
+  int weight_type, bias_type, paper, output;
+  Cut cut;
+};
+
+
+INLINE float parameter(const void* p, int type, int i, float otherwise) {
+  if (!p) return otherwise;
+  if (type == FLOAT) return ((const float*)p)[i];
+  if (type == DOUBLE) return (float)((const double*)p)[i];
+  u16 v = ((const u16*)p)[i];
+  return type == HALF ? from_half(v) : from_bfloat16(v);
+}
+
+INLINE void move_towards(void* p, int type, int i, double momentum, double v) {
+  if (type == DOUBLE) {
+    ((double*)p)[i] = (1 - momentum) * ((double*)p)[i] + momentum * v;
+    return;
+  }
+  float moved = (float)((1 - momentum) * parameter(p, type, i, 0) + momentum * v);
+  if (type == FLOAT) ((float*)p)[i] = moved;
+  else ((u16*)p)[i] = type == HALF ? to_half(moved) : to_bfloat16(moved);
+}
+
+INLINE bool finite(double v) { return v - v == 0; }
+
+// ---- groups of blocks
+
+struct Place {
+  int group, member;
+};
+
+template <bool MEETS> INLINE Place take_place(const Cut& c, int* counters) {
+  Place p = {(int)blockIdx.x / c.members, (int)blockIdx.x % c.members};
+  if (MEETS && c.members > 1) {  // by ticket, in the order in which blocks start
+    __shared__ int ticket;
+    if (threadIdx.x == 0) ticket = atomicAdd(counters, 1);
+    __syncthreads();
+    p = {ticket / c.members, ticket % c.members};
+  }
+  return p;
+}
+
+// Waits until all members have come here `round` times. What they wrote before is visible after.
+INLINE void meet(int* counter, int members, int round) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    add_release(counter, 1);
+    while (load_acquire(counter) < members * round) {}
+  }
+  __syncthreads();
+}
+
+// The last block of a launch leaves all counters at zero.
+template <bool MEETS> INLINE void leave(const Cut& c, int* counters) {
+  if (MEETS && c.members > 1) {
+    __shared__ int last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(counters + 1, 1) == c.groups * c.members - 1;
+    }
+    __syncthreads();
+    if (last)
+      for (int i = threadIdx.x; i < 2 + c.groups; i += THREADS) counters[i] = 0;
+  }
+}
+
+// Calls f(i) for all i below N, each in a thread of its own as far as there are so many.
+template <int N, class F> INLINE void spread(F f) {
+  if (N <= THREADS) {
+    if (threadIdx.x < N) f(threadIdx.x);
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < N; i += THREADS) f(i);
+  }
+}
+
+INLINE float joined(bool minimum, float a, float b) { return minimum ? fminf(a, b) : a + b; }
+
+struct Scratch {  // shared memory of the sums
+  union {
+    float of_warp[4][WARPS][WIDTH];
+    double of_stripe[STRIPES][4 * WIDTH];
+  };
+  float own[4][WIDTH];
+  double total[4][WIDTH];
+};
+
+// Adds up what the threads of a block have, scratch.own[q][channel]; from quantity SUMS on it takes the smallest.
+template <int QUANTITIES, int SUMS>
+INLINE void add_block(Scratch& scratch, float (&a)[QUANTITIES][OWN]) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#if LAYOUT == 1
+  constexpr int LANES = ROW_VECTORS;  // lanes that are LANES apart have the same channels
+#else
+  constexpr int LANES = 1;
+#endif
+#pragma unroll
+  for (int q = 0; q < QUANTITIES; q++)
+#pragma unroll
+    for (int j = 0; j < OWN; j++) {
+      float v = a[q][j];
+#pragma unroll
+      for (int o = 16; o >= LANES; o >>= 1) v = joined(q >= SUMS, v, __shfl_xor_sync(~0u, v, o));
+      if (lane < LANES) scratch.of_warp[q][warp][lane * OWN + j] = v;
+    }
+  __syncthreads();
+  spread<QUANTITIES * WIDTH>([&](int i) {
+    const int q = i / WIDTH;
+    float v = scratch.of_warp[q][0][i % WIDTH];
+#pragma unroll 4
+    for (int k = 1; k < WARPS; k++) v = joined(q >= SUMS, v, scratch.of_warp[q][k][i % WIDTH]);
+    scratch.own[q][i % WIDTH] = v;
+  });
+}
+
+// Adds up what the members of a group have: scratch.total[q][channel], for all threads to read.
+template <int QUANTITIES, int SUMS>
+INLINE void add_group(Scratch& scratch, const Cut& c, Place place, float* partial, int* counters, int round,
+                      float (&a)[QUANTITIES][OWN]) {
+  add_block<QUANTITIES, SUMS>(scratch, a);
+  if (c.members == 1) {  // the thread that has added up a sum goes on with it
+    spread<QUANTITIES * WIDTH>([&](int i) { scratch.total[i / WIDTH][i % WIDTH] = scratch.own[i / WIDTH][i % WIDTH]; });
+    __syncthreads();
+    return;
+  }
+  const int slot = (round & 1) * (SLOTS / 2) * WIDTH;
+  float* group = partial + (i64)place.group * c.members * SLOTS * WIDTH + slot;
+  spread<QUANTITIES * WIDTH>(
+      [&](int i) { group[(i64)place.member * SLOTS * WIDTH + i] = scratch.own[i / WIDTH][i % WIDTH]; });
+  meet(counters + 2 + place.group, c.members, round);
+#if LAYOUT == 1
+  constexpr int COLUMNS = QUANTITIES * WIDTH;
+  spread<STRIPES * COLUMNS>([&](int i) {
+    const int column = i % COLUMNS;
+    const bool minimum = column / WIDTH >= SUMS;
+    double v = minimum ? (double)INFINITE : 0;
+#pragma unroll 4
+    for (int m = i / COLUMNS; m < c.members; m += STRIPES) {
+      const float w = __ldcg(group + (i64)m * SLOTS * WIDTH + column);
+      v = minimum ? fmin(v, (double)w) : v + w;
+    }
+    scratch.of_stripe[i / COLUMNS][column] = v;
+  });
+  __syncthreads();
+  spread<COLUMNS>([&](int i) {
+    double v = scratch.of_stripe[0][i];
+    for (int s = 1; s < STRIPES; s++) v = i / WIDTH >= SUMS ? fmin(v, scratch.of_stripe[s][i]) : v + scratch.of_stripe[s][i];
+    scratch.total[i / WIDTH][i % WIDTH] = v;
+  });
+#else
+  const int lane = threadIdx.x & 31;
+#pragma unroll 1
+  for (int q = threadIdx.x >> 5; q < QUANTITIES; q += WARPS) {
+    double v = q >= SUMS ? (double)INFINITE : 0;
+#pragma unroll 1
+    for (int m = lane; m < c.members; m += 32) {
+      const float w = __ldcg(group + (i64)m * SLOTS * WIDTH + q);
+      v = q >= SUMS ? fmin(v, (double)w) : v + w;
+    }
+#pragma unroll
+    for (int o = 16; o; o >>= 1) {
+      const double other = __shfl_xor_sync(~0u, v, o);
+      v = q >= SUMS ? fmin(v, other) : v + other;
+    }
+    if (lane == 0) scratch.total[q][0] = v;
+  }
+#endif
+  __syncthreads();
+}
+
+// ---- where a thread's values are
+
+struct Values {
+  i64 base, step;
+  int channel;  // of the first of OWN
+  int first, vectors, length;
+  u32 multiplier, shift;
+
+  // planes: `channel` is that of the first run; rows: of the first of the thread's own
+  INLINE Values(const Cut& c, Place p, int channel_of_plane) {
+#if LAYOUT == 1
+    const int sample = p.group / c.blocks;
+    channel = (p.group - sample * c.blocks) * CHANNELS + threadIdx.x % ROW_VECTORS * VECTOR;
+    first = p.member * c.steps * ROWS + threadIdx.x / ROW_VECTORS;
+    vectors = channel < c.channels ? c.runs : 0;
+    base = (i64)sample * c.runs * c.channels + channel, step = c.channels;
+#else
+    channel = channel_of_plane;
+    first = p.member * c.steps * THREADS + threadIdx.x;
+    vectors = c.vectors, length = c.length, multiplier = c.multiplier, shift = c.shift;
+    base = p.group * c.set_stride, step = c.run_stride;
+#endif
+  }
+
+  // Whether there is a k-th vector, where it is, and in which run of the set.
+  INLINE bool at(int k, i64& offset, int& run) const {
+#if LAYOUT == 1
+    const int row = first + k * ROWS;
+    offset = base + row * step, run = 0;
+    return row < vectors;
+#else
+    const int i = first + k * THREADS;
+    return find(i, offset, run), i < vectors;
+#endif
+  }
+  INLINE bool is(int k) const { return first + k * (LAYOUT == 1 ? ROWS : THREADS) < vectors; }
+  INLINE i64 offset(int k) const {
+    i64 offset;
+    int run;
+    return at(k, offset, run), offset;
+  }
+  // Of the i-th vector of a set; rows: of the i-th row.
+  INLINE void find(int i, i64& offset, int& run) const {
+#if LAYOUT == 1
+    offset = base + i * step, run = 0;
+#else
+    run = (__umulhi((u32)i, multiplier) + (u32)i) >> shift;  // i / length
+    offset = base + run * step + (i64)(i - run * length) * VECTOR;
+#endif
+  }
+};
+
+// A few vectors of a thread. `kept` is a multiple of LOADS, or all of them: a batch is kept as a whole or not at all.
+template <int SIZE> struct Batch {
+  Vector v[SIZE];
+  bool is[SIZE];
+
+  INLINE Batch(const Values& values, int k, int end, const T* x) {  // from global memory
+#pragma unroll
+    for (int u = 0; u < SIZE; u++) {
+      i64 offset;
+      int run;
+      is[u] = values.at(k + u, offset, run) && k + u < end;
+      if (is[u]) v[u].word = *(const Word*)(x + offset);
+    }
+  }
+  INLINE Batch(const Values& values, int k, int end, const T* x, const Word* keep, int kept) {  // from where they are
+    if (k < kept) {
+#pragma unroll
+      for (int u = 0; u < SIZE; u++) {
+        is[u] = values.is(k + u) && k + u < end;
+        if (is[u]) v[u].word = keep[(k + u) * THREADS + threadIdx.x];
+      }
+    } else {
+      *this = Batch(values, k, end, x);
+    }
+  }
+};
+
+INLINE float middle(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
+
+// ---- moments
+
+struct Moments {
+  double mean, var, count;
+  bool poor;  // the shift was
+};
+
+// Of the values whose deviations from `shift` have these sums. A set of several channels has a shift for each: their
+// moments are put together as Chan, Golub and LeVeque do (1979).
+template <bool COUNTED>
+INLINE Moments moments_of(const double (*total)[WIDTH], const float* shift, int channel, int set_channels, double each) {
+  Moments m = {0, 0, 0, false};
+  if (set_channels == 1) {
+    m.count = COUNTED ? total[2][channel] : each;
+    const double d = total[0][channel] / m.count;
+    m.mean = shift[channel] + d, m.var = total[1][channel] / m.count - d * d;
+    m.poor = d * d > POOR * m.var;
+    m.var = m.var < 0 ? 0 : m.var;
+    return m;
+  }
+  const int from = channel - channel % set_channels;
+  for (int k = from; k < from + set_channels; k++) {
+    const double n = COUNTED ? total[2][k] : each;
+    m.count += n;
+    if (n != 0) m.mean += n * shift[k] + total[0][k];
+  }
+  m.mean /= m.count;
+  double squares = 0, lost = 0;
+  for (int k = from; k < from + set_channels; k++) {
+    const double n = COUNTED ? total[2][k] : each;
+    if (n == 0) continue;
+    const double d = total[0][k] / n, off = shift[k] + d - m.mean;
+    squares += total[1][k] - n * d * d + n * off * off, lost += n * d * d;
+  }
+  m.poor = lost > POOR * squares;
+  m.var = squares / m.count;
+  m.var = m.var < 0 ? 0 : m.var;
+  return m;
+}
+
+// ---- forward
+
+#if LAYOUT < 2
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forward a) {
+  extern __shared__ __align__(16) char smem[];
+  Word* keep = (Word*)smem;
+  __shared__ Scratch scratch;
+  __shared__ float shifts[WIDTH], lower[WIDTH], upper[WIDTH], center[WIDTH], scale[WIDTH], lift[WIDTH];
+  __shared__ int again[2], outside;  // whether sums are taken again; whether there is a value outside of the band
+  double (&total)[4][WIDTH] = scratch.total;
+  const Cut& cut = a.cut;
+  const Place place = take_place<FIRST || FILTERED>(cut, a.counters);
+#if LAYOUT == 1
+  const Values values(cut, place, 0);
+  const int first_channel = values.channel - threadIdx.x % ROW_VECTORS * VECTOR;  // of the group
+  const int first_set = place.group / cut.blocks * (cut.channels / cut.set_channels);
+  const int set_channels = cut.set_channels, own = values.channel - first_channel;
+  const double each = cut.runs;
+#else
+  const Values values(cut, place, (int)((u32)(place.group * cut.set_channels) % (u32)cut.channels));
+  const int first_channel = values.channel, first_set = place.group;
+  const int set_channels = 1, own = 0;
+  const double each = (double)cut.vectors * VECTOR;
+#endif
+  // the statistic of a group's c-th channel
+  auto set_of = [&](int c) { return LAYOUT == 1 ? first_set + (first_channel + c) / set_channels : first_set; };
+  auto exists = [&](int c) { return LAYOUT != 1 || first_channel + c < cut.channels; };
+  const int kept = cut.kept, steps = cut.steps, sets = cut.sets;
+  int round = 0;
+
+  if (FIRST) {
+    // The middle of three values, so that an outlier is seldom what all others are measured from.
+    float shift[OWN];
+    {
+      Vector v[3];
+#pragma unroll
+      for (int i = 0; i < 3; i++) {
+        i64 o;
+        int run;
+        values.find((int)((i64)(LAYOUT == 1 ? cut.runs : cut.vectors) * i / 3), o, run);
+        if (values.vectors) v[i].word = *(const Word*)(a.x + o);
+      }
+#pragma unroll
+      for (int j = 0; j < OWN; j++)
+        shift[j] = values.vectors ? middle(up(v[0].value[j]), up(v[1].value[j]), up(v[2].value[j])) : 0.f;
+    }
+    
+#pragma unroll 1
+    for (bool repeated = false;; repeated = true) {
+      float sums[4][OWN];
+#pragma unroll
+      for (int j = 0; j < OWN; j++) sums[0][j] = sums[1][j] = 0, sums[2][j] = sums[3][j] = INFINITE;
+#pragma unroll 1
+      for (int begin = 0; begin < steps; begin += FLUSH) {
+        float sum[OWN] = {}, square[OWN] = {};
+        const int end = min(begin + FLUSH, steps);
+#pragma unroll 1
+        for (int k = begin; k < end; k += LOADS) {
+          const Batch<LOADS> b(values, k, end, a.x, keep, repeated ? kept : 0);
+#pragma unroll
+          for (int u = 0; u < LOADS; u++) {
+            if (!b.is[u]) continue;
+            if (!repeated && k + u < kept) keep[(k + u) * THREADS + threadIdx.x] = b.v[u].word;
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) {
+              const int j = i % OWN;
+              const float v = up(b.v[u].value[i]), d = v - shift[j];
+              sum[j] += d, square[j] += d * d;
+              sums[2][j] = fminf(sums[2][j], v), sums[3][j] = fminf(sums[3][j], -v);
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j];
+      }
+      if (threadIdx.x == 0) again[0] = outside = 0;
+      if (threadIdx.x < WIDTH / OWN)
+#pragma unroll
+        for (int j = 0; j < OWN; j++) shifts[own + j] = shift[j];
+      add_group<4, 2>(scratch, cut, place, a.partial, a.counters, ++round, sums);
+      spread<WIDTH>([&](int c) {
+        const Moments m = moments_of<false>(total, shifts, c, set_channels, each);
+        if (m.poor && !repeated) atomicMax(&again[0], 1);
+        // Wide enough to hold a value even where the deviation is below the rounding of the mean (Eq. 5).
+        const double sigma = sqrt(m.var + a.eps), least = sigma + 16 * 1.1920929e-07 * (sigma + fabs(m.mean));
+        const double width = a.t_sigma * sigma > least ? a.t_sigma * sigma : least;
+        lower[c] = FILTERED ? (float)(m.mean - width) : -INFINITE;
+        upper[c] = FILTERED ? (float)(m.mean + width) : INFINITE;
+        if (FILTERED && !(total[2][c] >= lower[c] && -total[3][c] <= upper[c])) atomicMax(&outside, 1);
+        center[c] = (float)(shifts[c] + total[0][c] / each);  // what the next sums are taken around
+      });
+      __syncthreads();
+      if (!again[0]) break;
+#pragma unroll
+      for (int j = 0; j < OWN; j++) shift[j] = center[own + j];
+      __syncthreads();
+    }
+  } else if (FILTERED) {
+    if (threadIdx.x == 0) outside = 1;
+    spread<WIDTH>([&](int c) {
+      const int s = exists(c) ? set_of(c) : 0;
+      center[c] = a.moments[s], lower[c] = a.moments[2 * sets + s], upper[c] = a.moments[3 * sets + s];
+    });
+    __syncthreads();
+  }
+
+  // With no value outside of the band the sums of all are those of the kept (Eq. 6, 7).
+  const bool filters = FILTERED && outside;
+  if (filters) {
+    float shift[OWN], lo[OWN], hi[OWN];
+#pragma unroll
+    for (int j = 0; j < OWN; j++) shift[j] = center[own + j], lo[j] = lower[own + j], hi[j] = upper[own + j];
+    
+#pragma unroll 1
+    for (bool repeated = false;; repeated = true) {
+      float sums[3][OWN] = {};
+#pragma unroll 1
+      for (int begin = 0; begin < steps; begin += FLUSH) {
+        float sum[OWN] = {}, square[OWN] = {}, count[OWN] = {};
+        const int end = min(begin + FLUSH, steps);
+#pragma unroll 1
+        for (int k = begin; k < end; k += LATER_LOADS) {
+          const Batch<LATER_LOADS> b(values, k, end, a.x, keep, kept);
+#pragma unroll
+          for (int u = 0; u < LATER_LOADS; u++) {
+            if (!b.is[u]) continue;
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) {
+              const int j = i % OWN;
+              const float v = up(b.v[u].value[i]);
+              if (v >= lo[j] && v <= hi[j]) {
+                const float d = v - shift[j];
+                sum[j] += d, square[j] += d * d, count[j] += 1;
+              }
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sums[2][j] += count[j];
+      }
+      if (threadIdx.x == 0) again[1] = 0;
+      if (threadIdx.x < WIDTH / OWN)
+#pragma unroll
+        for (int j = 0; j < OWN; j++) shifts[own + j] = shift[j];
+      add_group<3, 3>(scratch, cut, place, a.partial, a.counters, ++round, sums);
+      spread<WIDTH>([&](int c) {
+        if (moments_of<true>(total, shifts, c, set_channels, each).poor && !repeated) atomicMax(&again[1], 1);
+        if (total[2][c] != 0) center[c] = (float)(shifts[c] + total[0][c] / total[2][c]);
+      });
+      __syncthreads();
+      if (!again[1]) break;
+#pragma unroll
+      for (int j = 0; j < OWN; j++) shift[j] = center[own + j];
+      __syncthreads();
+    }
+  }
+
+  spread<WIDTH>([&](int c) {
+    if (!exists(c)) return;
+    const int s = set_of(c);
+    Moments m = {0, 0, 0, false};
+    if (FIRST || FILTERED) {
+      m = filters ? moments_of<true>(total, shifts, c, set_channels, each)
+                  : moments_of<false>(total, shifts, c, set_channels, each);
+      m.var /= a.kappa;
+      if (place.member == 0 && c % set_channels == 0) {
+        a.moments[s] = (float)m.mean, a.moments[sets + s] = (float)m.var, a.moments[4 * sets + s] = (float)m.count;
+        if (FIRST) a.moments[2 * sets + s] = lower[c], a.moments[3 * sets + s] = upper[c];
+        const double others = m.count - 1, unbiased = m.var * (m.count / (others > 1 ? others : 1));
+        if (a.running_mean && finite(m.mean) && finite(unbiased)) {
+          const double momentum = a.momentum < 0 ? 1.0 / (double)*a.num_batches : a.momentum;
+          move_towards(a.running_mean, a.running_type, s, momentum, m.mean);
+          move_towards(a.running_var, a.running_type, s, momentum, unbiased);
+        }
+      }
+    } else {
+      m.mean = a.moments[s], m.var = a.moments[sets + s];
+    }
+    if (APPLY) {
+      const double rstd = 1 / sqrt(m.var + a.eps);
+      const int channel = first_channel + c;
+      const float w = RUN_CHANNELS ? 1.f : parameter(a.weight, a.weight_type, channel, 1.f);
+      const float b = RUN_CHANNELS ? 0.f : parameter(a.bias, a.bias_type, channel, 0.f);
+      center[c] = (float)m.mean;
+      scale[c] = (float)(rstd * w);
+      lift[c] = (float)(b - (m.mean - center[c]) * (rstd * w));  // what the mean's rounding leaves
+    }
+  });
+  if (a.num_batches && a.momentum >= 0 && blockIdx.x == 0 && threadIdx.x == 0) *a.num_batches += 1;
+  if (!APPLY) {
+    leave<true>(cut, a.counters);
+    return;
+  }
+  __syncthreads();
+
+  float middle_of[OWN], by[OWN], plus[OWN];
+#pragma unroll
+  for (int j = 0; j < OWN; j++) middle_of[j] = center[own + j], by[j] = scale[own + j], plus[j] = lift[own + j];
+#pragma unroll 1
+  for (int k = 0; k < steps; k += LATER_LOADS) {
+    Batch<LATER_LOADS> b(values, k, steps, a.x, keep, kept);
+    Vector r[LATER_LOADS];
+    if (a.residual)
+#pragma unroll
+      for (int u = 0; u < LATER_LOADS; u++)
+        if (b.is[u]) r[u].word = *(const Word*)(a.residual + values.offset(k + u));
+#pragma unroll
+    for (int u = 0; u < LATER_LOADS; u++) {
+      if (!b.is[u]) continue;
+      i64 offset;
+      int run;
+      values.at(k + u, offset, run);
+      float w = by[0], rest = plus[0];
+      if (RUN_CHANNELS) {
+        const float weight = parameter(a.weight, a.weight_type, values.channel + run, 1.f);
+        w *= weight, rest = rest * weight + parameter(a.bias, a.bias_type, values.channel + run, 0.f);
+      }
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        const int j = i % OWN;
+        float z = (up(b.v[u].value[i]) - middle_of[j]) * (RUN_CHANNELS ? w : by[j]) + (RUN_CHANNELS ? rest : plus[j]);
+        if (a.residual) z += up(r[u].value[i]);
+        if (ACTIVATION == 1) z = z < 0 ? (a.slope == 0 ? 0.f : z * a.slope) : z;  // a NaN stays
+        if (ACTIVATION == 2) z = z / (1 + expf(-z));
+        b.v[u].value[i] = down(z);
+      }
+      *(Word*)(a.y + offset) = b.v[u].word;
+    }
+  }
+  leave<FIRST || FILTERED>(cut, a.counters);
+}
+
+// ---- backward
+
+// dL/dz, the gradient before the activation, rounded as it is stored; `z` is needed where there is an activation.
+INLINE float before_activation(float grad, float z, float slope) {
+  if (ACTIVATION == 1) grad = z <= 0 ? (slope == 0 ? 0.f : grad * slope) : grad;
+  if (ACTIVATION == 2) {
+    const float sigmoid = 1 / (1 + expf(-z));
+    grad = grad * sigmoid * (1 + z * (1 - sigmoid));
+  }
+  return grad;
+}
+
+#if !RUN_CHANNELS
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Backward a) {
+  extern __shared__ __align__(16) char smem[];
+  __shared__ Scratch scratch;
+  __shared__ float each_of[WIDTH], times[WIDTH];  // what is subtracted where a value is kept, and subtracted times x - mean
+  const Cut& cut = a.cut;
+  Word *keep_x = (Word*)smem, *keep_grad = keep_x + cut.kept * THREADS;
+  const Place place = take_place<FIRST>(cut, a.counters);
+  const Values values(cut, place, (int)((u32)place.group % (u32)cut.channels));
+  const int steps = cut.steps, kept = cut.kept, sets = cut.sets;
+#if LAYOUT == 1
+  const int first_channel = values.channel - threadIdx.x % ROW_VECTORS * VECTOR, own = values.channel - first_channel;
+  const int sample = place.group / cut.blocks, first_set = sample * (cut.channels / cut.set_channels);
+  const int first_sum = sample * cut.channels + first_channel, all_sums = cut.groups / cut.blocks * cut.channels;
+  auto set_of = [&](int c) { return first_set + (first_channel + c) / cut.set_channels; };
+  auto exists = [&](int c) { return first_channel + c < cut.channels; };
+#else
+  const int first_channel = values.channel, own = 0, first_sum = place.group, all_sums = cut.groups;
+  auto set_of = [&](int c) { return place.group / cut.set_channels; };
+  auto exists = [&](int c) { return true; };
+#endif
+
+  float mean[OWN], rstd[OWN], lower[OWN], upper[OWN], weight[OWN], bias[OWN];
+#pragma unroll
+  for (int j = 0; j < OWN; j++) {
+    const bool is = exists(own + j);
+    const int s = is ? set_of(own + j) : 0, channel = is ? first_channel + own + j : 0;
+    mean[j] = a.moments[s], lower[j] = a.moments[2 * sets + s], upper[j] = a.moments[3 * sets + s];
+    rstd[j] = (float)(1 / sqrt(a.moments[sets + s] + a.eps));
+    weight[j] = rstd[j] * parameter(a.weight, a.weight_type, channel, 1.f);
+    bias[j] = ACTIVATION ? parameter(a.bias, a.bias_type, channel, 0.f) : 0.f;
+  }
+
+  // A batch's gradients before the activation.
+  auto undo_activation = [&](int k, const Batch<GRADIENT_LOADS>& x, Batch<GRADIENT_LOADS>& grad) {
+#pragma unroll
+    for (int u = 0; u < GRADIENT_LOADS; u++) {
+      if (!x.is[u]) continue;
+      Vector other;
+      if (a.other) other.word = *(const Word*)(a.other + values.offset(k + u));
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        const int j = i % OWN;
+        float z = (up(x.v[u].value[i]) - mean[j]) * weight[j] + bias[j];
+        if (a.other) z = up(other.value[i]) + (a.output ? 0.f : z);
+        grad.v[u].value[i] = down(before_activation(up(grad.v[u].value[i]), z, a.slope));
+      }
+    }
+  };
+
+  if (FIRST) {
+    float sums[2][OWN] = {};
+#pragma unroll 1
+    for (int begin = 0; begin < steps; begin += FLUSH) {
+      float sum[OWN] = {}, product[OWN] = {};
+      const int end = min(begin + FLUSH, steps);
+#pragma unroll 1
+      for (int k = begin; k < end; k += GRADIENT_LOADS) {
+        const Batch<GRADIENT_LOADS> x(values, k, end, a.x);
+        Batch<GRADIENT_LOADS> grad(values, k, end, a.grad);
+        if (ACTIVATION) undo_activation(k, x, grad);
+#pragma unroll
+        for (int u = 0; u < GRADIENT_LOADS; u++) {
+          if (!x.is[u]) continue;
+          if (k + u < kept) {
+            keep_x[(k + u) * THREADS + threadIdx.x] = x.v[u].word;
+            keep_grad[(k + u) * THREADS + threadIdx.x] = grad.v[u].word;
+          }
+          if (ACTIVATION && a.dz) *(Word*)(a.dz + values.offset(k + u)) = grad.v[u].word;
+#pragma unroll
+          for (int i = 0; i < VECTOR; i++) {
+            const int j = i % OWN;
+            const float v = up(x.v[u].value[i]), g = up(grad.v[u].value[i]);
+            if (!a.paper || (v >= lower[j] && v <= upper[j])) sum[j] += g, product[j] += g * (v - mean[j]);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += product[j];
+    }
+    add_group<2, 2>(scratch, cut, place, a.partial, a.counters, 1, sums);
+  }
+
+  spread<WIDTH>([&](int c) {
+    if (!exists(c)) return;
+    const int s = set_of(c);
+    const double root = 1 / sqrt(a.moments[sets + s] + a.eps);
+    if (FIRST && place.member == 0) {
+      a.sums[first_sum + c] = (float)scratch.total[0][c];
+      a.sums[all_sums + first_sum + c] = (float)(scratch.total[1][c] * root);
+    }
+    if (!APPLY) return;
+    double g = 0, g_xhat = 0;
+    if (FIRST) {
+#if LAYOUT == 1
+      const int from = c - c % cut.set_channels, to = from + cut.set_channels;
+#else
+      const int from = 0, to = 1;
+#endif
+      for (int k = from; k < to; k++) {
+        const double w = parameter(a.weight, a.weight_type, first_channel + k, 1.f);
+        g += w * scratch.total[0][k], g_xhat += w * scratch.total[1][k] * root;
+      }
+      const double count = a.moments[4 * sets + s];
+      g /= count, g_xhat /= count * a.kappa;
+    } else {
+      g = a.coefficients[s], g_xhat = a.coefficients[sets + s];
+    }
+    each_of[c] = (float)(g * root), times[c] = (float)(g_xhat * root * root);
+  });
+  if (APPLY) {
+    __syncthreads();
+    float subtract[OWN], slope[OWN];
+#pragma unroll
+    for (int j = 0; j < OWN; j++) subtract[j] = each_of[own + j], slope[j] = times[own + j];
+    const T* source = ACTIVATION && a.dz ? a.dz : a.grad;  // of what was not kept
+#pragma unroll 1
+    for (int k = 0; k < steps; k += GRADIENT_LOADS) {
+      const Batch<GRADIENT_LOADS> x(values, k, steps, a.x, keep_x, kept);
+      Batch<GRADIENT_LOADS> grad(values, k, steps, source, keep_grad, kept);
+      if (ACTIVATION && !a.dz && k >= kept) undo_activation(k, x, grad);
+#pragma unroll
+      for (int u = 0; u < GRADIENT_LOADS; u++) {
+        if (!x.is[u]) continue;
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) {
+          const int j = i % OWN;
+          const float v = up(x.v[u].value[i]), d = v - mean[j];
+          const bool inside = v >= lower[j] && v <= upper[j];
+          const float less = a.paper ? subtract[j] + (inside ? d * slope[j] : 0.f)
+                                     : (inside ? subtract[j] + d * slope[j] : 0.f);
+          grad.v[u].value[i] = down(up(grad.v[u].value[i]) * weight[j] - less);
+        }
+        *(Word*)(a.dx + values.offset(k + u)) = grad.v[u].word;
+      }
+    }
+  }
+  leave<FIRST>(cut, a.counters);
+}
+#endif
+#endif  // LAYOUT < 2
+
+// ---- lines: a set is a run of channels at one position; a warp handles one after the other
+
+#if LAYOUT == 2
+template <class V> INLINE V warp_sum(V v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+  return v;
+}
+INLINE float warp_min(float v) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) v = fminf(v, __shfl_xor_sync(~0u, v, o));
+  return v;
+}
+
+// A lane's vectors of a line, from where they are kept or from global memory.
+struct Line {
+  const T* x;
+  const Word* keep;
+  int kept;
+  INLINE Vector at(int k) const {
+    Vector v;
+    const int i = k * 32 + (threadIdx.x & 31);
+    v.word = k < kept ? keep[i] : ((const Word*)x)[i];
+    return v;
+  }
+};
+
+struct LineSums {
+  double mean, var, count;
+  float low, high;
+  bool poor;
+};
+
+// Of a line's values in [lower, upper]; the first time they are kept.
+INLINE LineSums sums_of(const Line& line, Word* keep, int vectors, float shift, float lower, float upper) {
+  const int lane = threadIdx.x & 31;
+  float sum = 0, square = 0, count = 0, low = INFINITE, high = INFINITE;
+  for (int k = 0; k * 32 + lane < vectors; k++) {
+    const Vector v = line.at(k);
+    if (keep) keep[k * 32 + lane] = v.word;
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) {
+      const float value = up(v.value[i]), d = value - shift;
+      low = fminf(low, value), high = fminf(high, -value);
+      if ((value >= lower && value <= upper) || lower != lower) sum += d, square += d * d, count += 1;
+    }
+  }
+  LineSums s;
+  s.count = warp_sum((double)count);
+  const double d = warp_sum((double)sum) / s.count, var = warp_sum((double)square) / s.count - d * d;
+  s.mean = shift + d, s.var = var < 0 ? 0 : var, s.poor = d * d > POOR * var;
+  s.low = warp_min(low), s.high = -warp_min(high);
+  return s;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) forward_lines(const Forward a) {
+  extern __shared__ __align__(16) char smem[];
+  const Cut& cut = a.cut;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, vectors = cut.length, groups = cut.channels / cut.set_channels;
+  Word* keep = (Word*)smem + warp * cut.kept * 32;
+  for (i64 s = (i64)blockIdx.x * WARPS + warp; s < cut.sets; s += (i64)gridDim.x * WARPS) {
+    const T* x = a.x + s * cut.set_channels;
+    Line line = {x, keep, 0};
+    const float shift = middle(up(x[0]), up(x[cut.set_channels / 3]), up(x[cut.set_channels * 2 / 3]));
+    LineSums m = sums_of(line, cut.kept == cut.steps ? keep : nullptr, vectors, shift, -INFINITE, INFINITE);
+    line.kept = cut.kept;
+    if (m.poor) m = sums_of(line, nullptr, vectors, (float)m.mean, -INFINITE, INFINITE);
+    const double sigma = sqrt(m.var + a.eps), least = sigma + 16 * 1.1920929e-07 * (sigma + fabs(m.mean));
+    const double width = a.t_sigma * sigma > least ? a.t_sigma * sigma : least;
+    const float lower = (float)(m.mean - width), upper = (float)(m.mean + width);
+    if (!(m.low >= lower && m.high <= upper)) {
+      m = sums_of(line, nullptr, vectors, (float)m.mean, lower, upper);
+      if (m.poor) m = sums_of(line, nullptr, vectors, (float)m.mean, lower, upper);
+    }
+    m.var /= a.kappa;
+    if (lane == 0) {
+      float* moment = a.moments + s;
+      const i64 sets = cut.sets;
+      moment[0] = (float)m.mean, moment[sets] = (float)m.var, moment[2 * sets] = lower, moment[3 * sets] = upper;
+      moment[4 * sets] = (float)m.count;
+    }
+    const double root = 1 / sqrt(m.var + a.eps);
+    const float mean = (float)m.mean, rstd = (float)root, rest = (float)((m.mean - mean) * root);
+    const int channel = (int)(s % groups) * cut.set_channels;
+    for (int k = 0; k * 32 + lane < vectors; k++) {
+      Vector v = line.at(k);
+      const int at = (k * 32 + lane) * VECTOR;
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        const float w = parameter(a.weight, a.weight_type, channel + at + i, 1.f);
+        const float b = parameter(a.bias, a.bias_type, channel + at + i, 0.f);
+        v.value[i] = down(((up(v.value[i]) - mean) * rstd - rest) * w + b);
+      }
+      *(Word*)(a.y + s * cut.set_channels + at) = v.word;
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) backward_lines(const Backward a) {
+  extern __shared__ __align__(16) char smem[];
+  const Cut& cut = a.cut;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, vectors = cut.length, channels = cut.channels;
+  const int groups = channels / cut.set_channels;
+  Word* keep = (Word*)smem + warp * cut.kept * 64;
+  // Each warp adds up the gradients of bias and weight over its lines; a lane always comes to the same channels.
+  float* of_bias = (float*)((Word*)smem + WARPS * cut.kept * 64) + warp * 2 * channels;
+  float* of_weight = of_bias + channels;
+  for (int c = lane * VECTOR; c < channels; c += 32 * VECTOR)
+    for (int i = c; i < c + VECTOR; i++) of_bias[i] = of_weight[i] = 0;
+  __syncthreads();
+  for (i64 s = (i64)blockIdx.x * WARPS + warp; s < cut.sets; s += (i64)gridDim.x * WARPS) {
+    const i64 sets = cut.sets;
+    const float mean = a.moments[s], lower = a.moments[2 * sets + s], upper = a.moments[3 * sets + s];
+    const double root = 1 / sqrt(a.moments[sets + s] + a.eps), count = a.moments[4 * sets + s];
+    const float rstd = (float)root;
+    const int channel = (int)(s % groups) * cut.set_channels;
+    Line of_x = {a.x + s * cut.set_channels, keep, 0}, of_grad = {a.grad + s * cut.set_channels, keep + cut.kept * 32, 0};
+    float sum = 0, product = 0;
+    for (int k = 0; k * 32 + lane < vectors; k++) {
+      const Vector x = of_x.at(k), grad = of_grad.at(k);
+      if (k < cut.kept) keep[k * 32 + lane] = x.word, keep[(cut.kept + k) * 32 + lane] = grad.word;
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        const int c = channel + (k * 32 + lane) * VECTOR + i;
+        const float v = up(x.value[i]), g = up(grad.value[i]), g_xhat = g * ((v - mean) * rstd);
+        if (a.paper && !(v >= lower && v <= upper)) continue;
+        const float w = parameter(a.weight, a.weight_type, c, 1.f);
+        of_bias[c] += g, of_weight[c] += g_xhat;
+        sum += g * w, product += g_xhat * w;
+      }
+    }
+    of_x.kept = of_grad.kept = cut.kept;
+    const float subtract = (float)(warp_sum((double)sum) / count * root);
+    const float slope = (float)(warp_sum((double)product) / (count * a.kappa) * root * root);
+    for (int k = 0; k * 32 + lane < vectors; k++) {
+      const Vector x = of_x.at(k);
+      Vector grad = of_grad.at(k);
+      const int at = (k * 32 + lane) * VECTOR;
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        const float v = up(x.value[i]), d = v - mean, w = rstd * parameter(a.weight, a.weight_type, channel + at + i, 1.f);
+        const bool inside = v >= lower && v <= upper;
+        const float less = a.paper ? subtract + (inside ? d * slope : 0.f) : (inside ? subtract + d * slope : 0.f);
+        grad.value[i] = down(up(grad.value[i]) * w - less);
+      }
+      *(Word*)(a.dx + s * cut.set_channels + at) = grad.word;
+    }
+  }
+  __syncthreads();
+  const float* all = (const float*)((Word*)smem + WARPS * cut.kept * 64);
+  for (int i = threadIdx.x; i < 2 * channels; i += THREADS) {
+    double v = 0;
+    for (int w = 0; w < WARPS; w++) v += all[w * 2 * channels + i];
+    a.sums[((i64)(i / channels) * gridDim.x + blockIdx.x) * channels + i % channels] = (float)v;
+  }
+}
+#endif
+
+// ---- what is left to do for each set or channel
+
+struct Finish {
+  const float* sums;     // (2, samples, channels)
+  const void* weight;
+  const float* moments;  // (5, sets)
+  float* coefficients;   // (2, sets), or null
+  float* gradients;      // (2, channels): of bias and weight, or null
+  double kappa;
+  int weight_type, samples, channels, set_channels, sets;
+};
+
+// The sums of samples' channels to gradients of bias and weight, and to what is subtracted from each set's gradients.
+extern "C" __global__ void __launch_bounds__(THREADS) finish_backward(const Finish a) {
+  const int i = blockIdx.x * THREADS + threadIdx.x, gradients = a.gradients ? 2 * a.channels : 0;
+  if (i < gradients) {
+    const float* sums = a.sums + (i64)(i / a.channels) * a.samples * a.channels + i % a.channels;
+    double v = 0;
+    for (int n = 0; n < a.samples; n++) v += sums[(i64)n * a.channels];
+    a.gradients[i] = (float)v;
+  } else if (a.coefficients && i < gradients + a.sets) {
+    const int s = i - gradients;
+    const i64 first = (i64)s * a.set_channels;
+    double g = 0, g_xhat = 0;
+    for (int k = 0; k < a.set_channels; k++) {
+      const double w = parameter(a.weight, a.weight_type, (int)((first + k) % a.channels), 1.f);
+      g += w * a.sums[first + k], g_xhat += w * a.sums[(i64)a.samples * a.channels + first + k];
+    }
+    const double count = a.moments[4 * a.sets + s];
+    a.coefficients[s] = (float)(g / count), a.coefficients[a.sets + s] = (float)(g_xhat / (count * a.kappa));
+  }
+}
