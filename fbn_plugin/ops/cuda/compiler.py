@@ -42,7 +42,7 @@ def _nvrtc():
         from cuda.bindings import nvrtc
     except ImportError as error:
         raise Unavailable(
-            f"the package cuda-bindings is not installed or has no cuda.bindings.nvrtc ({error}); 12.8 or later is accepted"
+            f"the package cuda-bindings, 12.8 or later, is not installed or has no cuda.bindings.nvrtc: {error}"
         ) from error
     except Exception as error:  # a broken installation: whatever its import raises
         raise Unavailable(f"the package cuda-bindings cannot be imported: {type(error).__name__}: {error}") from error

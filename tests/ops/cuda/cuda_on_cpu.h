@@ -332,9 +332,8 @@ inline void visit(Block& b) {  // lets threads of a block run until all wait for
     if (shuffled) std::shuffle(order.begin(), order.end(), dice);
     for (unsigned i : order)
       if (Thread& t = b.threads[i]; t.state <= polling && !(behind >> (i / 32 % 16) & 1)) {
-        t.state = ready, threadIdx.x = i;
+        t.state = ready, threadIdx.x = i, in_fiber = true;
         IF_TSAN(__tsan_switch_to_fiber(t.fiber, __tsan_switch_to_fiber_no_sync);)
-        in_fiber = true;
         change(scheduler, t.context);
         in_fiber = false;
         if (*reinterpret_cast<uint64_t*>(b.stacks + i * stack_bytes)) error = "stack overflow" + describe(b);
@@ -402,8 +401,10 @@ inline void fill(unsigned places) {  // starts blocks of all launches in turn wh
       tried = -1;
     }
 }
-// A fiber that never waits for anybody would keep the run from ending: after so many seconds of it the run fails.
-constexpr int patience = 120;
+// A fiber that never waits for anybody would keep the run from ending: after so many seconds of CPU time the run fails.
+#ifndef CUDA_ON_CPU_PATIENCE
+#define CUDA_ON_CPU_PATIENCE 120
+#endif
 inline void out_of_patience(int) {
   if (!in_fiber) return;
   error = "does not end: a loop that waits without cuda_on_cpu::poll?" + describe(*block);
@@ -411,7 +412,7 @@ inline void out_of_patience(int) {
 }
 struct Watchdog {
   struct sigaction before;
-  Watchdog() { set(patience); }
+  Watchdog() { set(CUDA_ON_CPU_PATIENCE); }
   ~Watchdog() { set(0); }
   void set(int seconds) {
 #ifndef __SANITIZE_THREAD__

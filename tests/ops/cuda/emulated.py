@@ -40,6 +40,9 @@ TINY = Card(
 )  # a few small tensors fill it: groups, waits, tiles kept in part
 
 
+_ENQUEUE = (ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int)
+
+
 class EmulationError(RuntimeError):
     """A kernel does what it must not: deadlock, divergence, misaligned access, a write beyond its shared memory."""
 
@@ -185,7 +188,7 @@ class EmulatedDriver:
         kernels = {}
         for name in kernel_names(self.source(), defines):
             enqueue = getattr(loaded, f"{name}_enqueue")
-            enqueue.argtypes = [getattr(ctypes, f"c_{t}") for t in "uint uint size_t void_p uint64 int".split()]
+            enqueue.argtypes = _ENQUEUE
             enqueue.restype = None
             handle = len(self._functions)
             self._functions.append((loaded, enqueue))
