@@ -172,22 +172,49 @@ def test_a_launch_that_the_card_cannot_hold():
 
 
 BROKEN = {  # what is replaced, by what, what is found in one of a few schedules
-    "no barrier before the sums are read": ("of_warp[threadIdx.x / 32] = v;\n  __syncthreads();", "of_warp[threadIdx.x / 32] = v;", "wrong"),
-    "no barrier after the ticket": ("ticket = atomicAdd(counters, 1);\n  __syncthreads();", "ticket = atomicAdd(counters, 1);", "wrong|died"),
+    "no barrier before the sums are read": (
+        "of_warp[threadIdx.x / 32] = v;\n  __syncthreads();",
+        "of_warp[threadIdx.x / 32] = v;",
+        "wrong",
+    ),
+    "no barrier after the ticket": (
+        "ticket = atomicAdd(counters, 1);\n  __syncthreads();",
+        "ticket = atomicAdd(counters, 1);",
+        "wrong|died",
+    ),
     "waits for one too few": ("< members) {}", "< members - 1) {}", "wrong"),
     "waits for one too many": ("< members) {}", "< members + 1) {}", "deadlock"),
     "never arrives": ("    add_release(counters + 2 + group, 1);\n", "", "deadlock"),
-    "barrier in a branch": ("  __syncthreads();\n  __stcs", "  if (lane < 16) __syncthreads();\n  __stcs", "divergence"),
-    "returns before a barrier": ("  __syncthreads();\n  __stcs", "  if (lane == 3) return;\n  __syncthreads();\n  __stcs", "divergence"),
+    "barrier in a branch": (
+        "  __syncthreads();\n  __stcs",
+        "  if (lane < 16) __syncthreads();\n  __stcs",
+        "divergence",
+    ),
+    "returns before a barrier": (
+        "  __syncthreads();\n  __stcs",
+        "  if (lane == 3) return;\n  __syncthreads();\n  __stcs",
+        "divergence",
+    ),
     "shuffle in a branch": ("v += __shfl", "if (lane < 16) v += __shfl", "divergence"),
     "mask without the source": ("__shfl_xor_sync(~0u", "__shfl_xor_sync(0xFFFFu", "not in the mask"),
-    "beyond its shared memory": ("keep[threadIdx.x] = __ldcs", "keep[threadIdx.x + 1] = __ldcs", "write past the dynamic shared memory"),
+    "beyond its shared memory": (
+        "keep[threadIdx.x] = __ldcs",
+        "keep[threadIdx.x + 1] = __ldcs",
+        "write past the dynamic shared memory",
+    ),
     "reads what nobody wrote": ("total = 0;", "", "wrong"),
-    "misaligned load": ("__ldcs(x +", "__ldcs((const float*)((const char*)x + 2) +", "misaligned load, thread .*, line 17"),
+    "misaligned load": (
+        "__ldcs(x +",
+        "__ldcs((const float*)((const char*)x + 2) +",
+        "misaligned load, thread .*, line 17",
+    ),
     "counters left behind": ("i < 2 + groups", "i < 1 + groups", "wrong"),
-    "a loop that nobody can see": ("while (load_acquire(counters + 2 + group) < members) {}",
-                                   "while (*(volatile int*)(counters + 2 + group) < members) {}", "does not end"),
-}  # fmt: skip
+    "a loop that nobody can see": (
+        "while (load_acquire(counters + 2 + group) < members) {}",
+        "while (*(volatile int*)(counters + 2 + group) < members) {}",
+        "does not end",
+    ),
+}
 
 
 def outcome(source, seed):
@@ -240,18 +267,27 @@ def test_broken_kernel_is_caught(broken, name, monkeypatch):
 UNDER_SANITIZER = {  # what is replaced, by what; right on a CPU in every schedule, or nearly
     "thread": {
         "right": ("", ""),
-        "arrives without release": ("    add_release(counters + 2 + group, 1);", "    atomicAdd(counters + 2 + group, 1);"),
+        "arrives without release": (
+            "    add_release(counters + 2 + group, 1);",
+            "    atomicAdd(counters + 2 + group, 1);",
+        ),
         "waits without acquire": ("load_acquire(counters", "cuda_on_cpu::poll<__ATOMIC_RELAXED>(counters"),
         "no fence before the last atomic": ("{ __threadfence(); last", "{ last"),
-        "a count that is not atomic": ("last = atomicAdd(counters + 1, 1) == groups * members - 1", "last = ++counters[1] == groups * members"),
+        "a count that is not atomic": (
+            "last = atomicAdd(counters + 1, 1) == groups * members - 1",
+            "last = ++counters[1] == groups * members",
+        ),
         "no barrier before the sums are read": BROKEN["no barrier before the sums are read"][:2],
     },
     "address": {
         "right": ("", ""),
-        "reads one value beyond": ("__ldcs(x + ticket * THREADS + threadIdx.x)", "__ldcs(x + ticket * THREADS + threadIdx.x + 1)"),
+        "reads one value beyond": (
+            "__ldcs(x + ticket * THREADS + threadIdx.x)",
+            "__ldcs(x + ticket * THREADS + threadIdx.x + 1)",
+        ),
         "writes before its sums": ("partial[ticket] = sum", "partial[ticket - 1] = sum"),
     },
-}  # fmt: skip
+}
 CASE = Path(__file__).with_name("sanitized_case.py")
 
 
