@@ -1,0 +1,276 @@
+"""The CUDA kernels on the CPU: their source compiled by g++ with ``cuda_on_cpu.h``, behind the face of
+``fbn_plugin.ops.cuda.driver``.
+
+``EmulatedDriver`` takes the place of that module (the fixture ``emulated`` in ``conftest.py`` sees to it), so that the
+backend plans, allocates and launches as on a card, with tensors of the CPU. A launch runs at once; those made inside
+``together()`` run side by side when it ends, as on several streams. What goes wrong in a kernel is an
+``EmulationError``, which says where.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fbn_plugin.ops.cuda import driver as real
+from fbn_plugin.ops.cuda.driver import Card, DriverError, Kernel
+
+HEADER = Path(__file__).with_name("cuda_on_cpu.h")
+COMPILER = shutil.which("g++")
+SANITIZERS = {  # libraries that the test's own process must have been started with (LD_PRELOAD), and g++'s options
+    "": ("", ()),
+    "thread": ("libtsan.so", ("-fsanitize=thread", "-g1")),
+    "address": ("libasan.so", ("-fsanitize=address", "--param=asan-stack=0", "-g1")),
+    "undefined": ("", ("-fsanitize=undefined", "-fno-sanitize-recover=all", "-static-libubsan", "-g1")),
+}
+
+H100 = Card("sm_90", 132, 232448, 233472, 1024, 65536, 2048, 32, 50 << 20)
+TINY = Card(
+    "sm_90", 4, 8192, 16384, 0, 65536, 512, 4, 1 << 20
+)  # a few small tensors fill it: groups, waits, tiles kept in part
+
+
+_ENQUEUE = (ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int)
+
+
+class EmulationError(RuntimeError):
+    """A kernel does what it must not: deadlock, divergence, misaligned access, a write beyond its shared memory."""
+
+
+def folder() -> Path:
+    """Where libraries are kept, by the hash of all that they are made from."""
+    given = os.environ.get("CUDA_ON_CPU_DIR")
+    path = Path(given) if given else Path(tempfile.gettempdir()) / f"cuda_on_cpu_{os.getuid()}"
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def library(source: str, defines: tuple[str, ...] = (), sanitizer: str = "") -> Path:
+    """The shared library of ``source`` with the macros ``defines``; compiled if it is not there yet."""
+    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", *SANITIZERS[sanitizer][1], *(f"-D{d}" for d in defines)]
+    made_from = "\0".join((source, HEADER.read_text(), *flags, COMPILER, str(os.stat(COMPILER).st_mtime_ns)))
+    base = folder() / hashlib.sha256(made_from.encode()).hexdigest()[:24]
+    path = base.with_suffix(".so")
+    if path.exists():
+        return path
+    kernels, around = base.with_suffix(".cu"), base.with_suffix(".cpp")
+    for file, text in (
+        (kernels, source),
+        (
+            around,
+            f'#include "{HEADER}"\nnamespace kernels {{\n#include "{kernels}"\n}}\n'
+            + "".join(f"CUDA_ON_CPU_KERNEL({name})\n" for name in kernel_names(source, defines)),
+        ),
+    ):
+        _replace(file, lambda temporary, text=text: Path(temporary).write_text(text))
+    _replace(path, lambda temporary: _compile([COMPILER, *flags, str(around), "-o", temporary]))
+    return path
+
+
+@functools.cache
+def kernel_names(source: str, defines: tuple[str, ...]) -> tuple[str, ...]:
+    """The kernels of a variant: those that are left when the preprocessor has seen its macros."""
+    command = [COMPILER, "-E", "-P", "-w", "-x", "c++", *(f"-D{define}" for define in defines), "-"]
+    left = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
+    return tuple(real.kernel_names(left))
+
+
+def _replace(path: Path, write: Callable[[str], object]) -> None:
+    """Another process sees all of the file or none of it."""
+    temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}"
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"g++ refuses the kernels: {' '.join(command)}\n{done.stderr[:4000]}")
+
+
+def build(
+    source: str, variants: Iterable[tuple[str, ...]], sanitizer: str = "", workers: int | None = None
+) -> list[Path]:
+    """The libraries of several variants, compiled ``workers`` at a time (default: one a processor)."""
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda defines: library(source, defines, sanitizer), variants))
+
+
+class _KeepAll(TorchDispatchMode):
+    """Holds every tensor that is made, for launches that are still to run: a card's allocator orders that by
+    streams.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        self.kept.append(result)
+        return result
+
+
+class EmulatedDriver:
+    """What the backend asks of ``fbn_plugin.ops.cuda.driver``, on the CPU.
+
+    Arguments:
+        card: the card that it is to be.
+        places: blocks that are resident at a time. None: as many as the card holds of the launch (of each launch, where
+        several
+            run together: of the one of which it holds fewest).
+        seed: 0 runs threads in order; any other number is a random schedule.
+        registers, static_shared: of every kernel, for plans that ask.
+        source: the kernels; None: ``fbn_plugin/ops/cuda/kernels.cu``.
+        sanitizer: "", "thread", "address" or "undefined"; None: what ``$CUDA_ON_CPU_SANITIZER`` says.
+
+    Attributes:
+        stream: what ``current_stream`` gives. Launches of one stream run one after the other.
+        launched: names of the kernels launched so far.
+    """
+
+    DEVICE_TYPE = "cpu"
+    Card, Kernel, DriverError, Unavailable = Card, Kernel, DriverError, real.Unavailable
+
+    def __init__(
+        self,
+        card: Card = TINY,
+        places: int | None = None,
+        seed: int = 0,
+        registers: int = 64,
+        static_shared: int = 0,
+        source: str | None = None,
+        sanitizer: str | None = None,
+    ):
+        self._card, self.places, self.seed = card, places, seed
+        self.registers, self.static_shared, self.stream = registers, static_shared, 0
+        self._source = source
+        self._sanitizer = os.environ.get("CUDA_ON_CPU_SANITIZER", "") if sanitizer is None else sanitizer
+        self._loaded: dict[tuple[str, ...], dict[str, Kernel]] = {}
+        self._functions: list[tuple[ctypes.CDLL, Callable]] = []  # a kernel's handle is its index here
+        self._together: list[tuple[ctypes.CDLL, int]] | None = None  # libraries and places of the launches that wait
+        self.launched: list[str] = []
+
+    # --- the face of the driver ---
+
+    def source(self) -> str:
+        return real.source() if self._source is None else self._source
+
+    def describe(self) -> str:
+        return f"emulated on the CPU: {self._card}"
+
+    def reason(self, device: int, defines: tuple[str, ...] | None = None) -> str | None:
+        if defines is not None:
+            self.load(device, defines)
+        return None
+
+    def current_stream(self, device: int) -> int:
+        return self.stream
+
+    def card(self, device: int) -> Card:
+        return self._card
+
+    def load(self, device: int, defines: tuple[str, ...]) -> dict[str, Kernel]:
+        if defines in self._loaded:
+            return self._loaded[defines]
+        loaded = ctypes.CDLL(str(library(self.source(), defines, self._sanitizer)))
+        loaded.cuda_on_cpu_run.restype = ctypes.c_char_p
+        kernels = {}
+        for name in kernel_names(self.source(), defines):
+            enqueue = getattr(loaded, f"{name}_enqueue")
+            enqueue.argtypes = _ENQUEUE
+            enqueue.restype = None
+            handle = len(self._functions)
+            self._functions.append((loaded, enqueue))
+            kernels[name] = Kernel(name, device, handle, self.registers, self.static_shared, 0)
+        self._loaded[defines] = kernels
+        return kernels
+
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: int,
+        threads: int,
+        dynamic_shared: int,
+        params: int,
+        stream: int,
+        cooperative: bool = False,
+    ) -> None:
+        places = self._card.resident(kernel, threads, dynamic_shared)
+        if not places:
+            raise DriverError("cuLaunchKernel", "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES")
+        if self.places is not None:
+            places = self.places
+        if cooperative and grid > places:
+            raise DriverError("cuLaunchCooperativeKernel", "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE")
+        loaded, enqueue = self._functions[kernel.handle]
+        enqueue(grid, threads, dynamic_shared, params, stream, cooperative)
+        self.launched.append(kernel.name)
+        if self._together is None:
+            self._run(loaded, places)
+        else:
+            self._together.append((loaded, places))
+
+    # --- what only the emulation has ---
+
+    def _run(self, loaded: ctypes.CDLL, places: int) -> None:
+        message = loaded.cuda_on_cpu_run(places, self.seed)
+        if message is not None:
+            raise EmulationError(message.decode())
+
+    @contextlib.contextmanager
+    def together(self):
+        """The launches made inside run side by side at the end: those of one stream (``stream``) in order, those of
+        several at once.
+
+        All must be of one variant (one library). Tensors made inside live until the launches have run.
+        """
+        self._together = []
+        with _KeepAll():
+            yield
+            waiting, self._together = self._together, None
+            if len({id(loaded) for loaded, _ in waiting}) > 1:
+                raise ValueError("launches of several variants cannot run together")
+            if waiting:
+                self._run(waiting[0][0], min(places for _, places in waiting))
+
+
+def params(*values) -> tuple[int, list]:
+    """An argument block from ctypes values and tensors: its address, and what must live until the launch."""
+    cells = [ctypes.c_void_p(v.data_ptr()) if isinstance(v, torch.Tensor) else v for v in values]
+    array = (ctypes.c_void_p * max(1, len(cells)))(*(ctypes.addressof(cell) for cell in cells))
+    return ctypes.addressof(array), [array, cells, values]
+
+
+def preloaded(sanitizer: str) -> bool:
+    """Whether this process was started with the sanitizer's library."""
+    name = SANITIZERS[sanitizer][0]
+    return not name or name in Path("/proc/self/maps").read_text()
+
+
+def sanitizer_environment(sanitizer: str, log: Path) -> dict[str, str] | None:
+    """Variables for a Python process whose kernels run under ``sanitizer``; reports go to ``log`` + ".PID". None: no
+    such library.
+    """
+    name = SANITIZERS[sanitizer][0]
+    found = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(found):
+        return None
+    options = f"halt_on_error=1:exitcode=66:log_path={log}"
+    return {
+        "LD_PRELOAD": found,
+        "CUDA_ON_CPU_SANITIZER": sanitizer,
+        "OMP_NUM_THREADS": "1",  # PyTorch is not instrumented: its own threads would look like races
+        "TSAN_OPTIONS": options,
+        "ASAN_OPTIONS": options + ":detect_leaks=0:detect_stack_use_after_return=0",
+    }
