@@ -1,9 +1,10 @@
-"""The CUDA kernels (``kernels.cu``) on PyTorch tensors: float32, float16 and bfloat16, contiguous and channels-last, batch
-and group form, with an optional residual and activation; one launch forward and one backward.
+"""The CUDA kernels (``kernels.cu``) on PyTorch tensors: float32, float16 and bfloat16, contiguous and channels-last,
+batch and group form, with an optional residual and activation; one launch forward and one backward.
 
-They are compiled when the first tensor asks for them (``compiler.py``), cut for its shape by ``plan.py`` and launched by
-``driver.py``, whose packages are imported then. Nothing here waits for the GPU or looks at a value, so that CUDA graphs
-can capture it. Where the packages or the card do not allow it, :func:`refuses` says why and the next backend is taken.
+They are compiled when the first tensor asks for them (``compiler.py``), cut for its shape by ``plan.py`` and launched
+by ``driver.py``, whose packages are imported then. Nothing here waits for the GPU or looks at a value, so that CUDA
+graphs can capture it. Where the packages or the card do not allow it, :func:`refuses` says why and the next backend is
+taken.
 """
 
 import ctypes
@@ -46,7 +47,8 @@ _own = _ThreadsOwn()
 class _Launch:
     """A kernel with its cut, on one device."""
 
-    def __init__(self, device: int, cut: plan.Cut, name: str, launches: int) -> None:
+    def __init__(self, device: int, cut: plan.Cut, launches: int) -> None:
+        name = ("forward", "backward")[cut.variant.backward] + ("", "", "_lines", "_bundles")[cut.variant.layout]
         self.kernel = driver.load(device, cut.variant.defines())[name]
         self.grid, self.threads, self.dynamic = cut.grid, cut.variant.threads, cut.dynamic_shared
         self.packed, self.floats, self.counters = cut.packed, cut.partial_floats, 2 + cut.groups
@@ -65,16 +67,12 @@ class _Planned:
 
     def __init__(self, device: int, shape: plan.Shape, launches: int, activation: int, phases: int) -> None:
         made = plan.make(shape, driver.card(device), launches, activation, phases)
-        suffix = "_lines" if shape.layout == plan.LINES else ""
-        self.forward = self.backward = self.result = self.finish = None
-        self.forward = _Launch(device, made.forward, "forward" + suffix, launches)
-        self.backward = _Launch(device, made.backward, "backward" + suffix, launches)
-        if made.result is not None:
-            self.result = _Launch(device, made.result, "backward", launches)
+        self.forward = _Launch(device, made.forward, launches)
+        self.backward = _Launch(device, made.backward, launches)
+        self.result = None if made.result is None else _Launch(device, made.result, launches)
         self.sum_samples, self.shape, self.device = made.sum_samples, shape, device
         self.stats = (shape.samples, shape.num_groups) if shape.num_groups else (shape.channels,)
-        if made.sum_samples:
-            self.finish = driver.load(device, made.backward.variant.defines())["finish_backward"]
+        self.finish = driver.load(device, made.backward.variant.defines())["finish_backward"]
 
 
 _planned: dict[tuple, _Planned | str] = {}
@@ -86,8 +84,14 @@ _launches: dict[int, int] = {}
 
 def describe() -> str:
     """What the backend is, or why it cannot be used here."""
-    reason = driver.describe()
-    return reason
+    return driver.describe()
+
+
+def forget() -> None:
+    """Give up all plans and workspaces; they are made anew where they are needed."""
+    with _lock:
+        for kept in (_planned, _workspaces, _streams, _launches):
+            kept.clear()
 
 
 def _find(x: Tensor, num_groups: int, activation: int = 0, phases: int = plan.ALL) -> _Planned | str:
@@ -152,8 +156,9 @@ def refuses(x: Tensor, num_groups: int = 0, activation: str = "identity") -> str
 
 
 def _workspace(device: int, stream: int, launch: _Launch) -> tuple[int, int]:
-    """Addresses of partial sums and counters, which belong to one launch at a time: those of a stream follow each other.
-    A graph that is captured gets its own."""
+    """Addresses of partial sums and counters, which belong to one launch at a time, as those of a stream are.
+    A graph that is captured gets its own.
+    """
     if not launch.floats:
         return 0, 0
     if driver.capturing(device):

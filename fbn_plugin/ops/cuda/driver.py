@@ -183,6 +183,19 @@ def current_stream(device: int) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
+def capturing(device: int) -> bool:
+    """Whether PyTorch's current stream is being captured into a graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+_here = contextlib.nullcontext()
+
+
+def on(device: int):
+    """A context in which ``device`` is PyTorch's current one."""
+    return _here if torch.cuda.device_count() == 1 else torch.cuda.device(device)
+
+
 @functools.cache
 def source() -> str:
     """The kernels."""

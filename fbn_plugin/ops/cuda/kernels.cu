@@ -8,12 +8,14 @@
 //
 // Compiled at run time (compiler.py) for one combination of
 //   DTYPE        of x: 0 float, 1 bfloat16, 2 half
-//   LAYOUT       0 planes: values of a channel are consecutive; 1 rows: channels are; 2 lines: one position a sample
+//   LAYOUT       0 planes: values of a channel are consecutive; 1 rows: channels are; 2 lines: one position a sample;
+//                3 bundles: planes of an odd size, several small channels in a block of threads
 //   VECTOR       values that a thread loads at once: as many as are consecutive and aligned, 16 bytes at most
-//   CHANNELS     rows: channels that a group handles, VECTOR times a power of two; otherwise 1
+//   CHANNELS     rows: channels that a group handles, VECTOR times a power of two; bundles: of a bundle; otherwise 1
 //   THREADS      of a block
 //   ACTIVATION   0 none, 1 ReLU or leaky ReLU, 2 SiLU
 //   RUN_CHANNELS planes, group form, forward: the runs of a set are its channels, each with its own weight
+//   BACKWARD     1 for the kernels of the backward pass
 //   PHASES       of a pass, added up: 1 first sums, 2 sums of kept values, 4 the result; SyncFBN takes them one by one
 // and tested on the CPU (tests/ops/cuda): keep to the functions that tests/ops/cuda/cuda_on_cpu.h has.
 //
@@ -106,6 +108,8 @@ struct Cut {
   i64 set_stride, run_stride;
   int runs, length;
   u32 multiplier, shift;  // division by `length`
+  int positions;          // bundles: of a channel
+  u32 by_positions, positions_shift;
   int vectors;            // planes: of a set
   int groups, members, steps, kept;  // steps: vectors that a thread handles, kept: of which in shared memory
   int channels, set_channels;        // C, and how many of them share a mean
@@ -433,7 +437,31 @@ INLINE Moments moments_of(const double (*total)[WIDTH], const float* shift, int 
 
 // ---- forward
 
+INLINE void store(const Forward& a, int s, const Moments& m) {
+  const i64 sets = a.cut.sets;
+  a.moments[s] = (float)m.mean, a.moments[sets + s] = (float)m.var, a.moments[4 * sets + s] = (float)m.count;
+  const double others = m.count - 1, unbiased = m.var * (m.count / (others > 1 ? others : 1));
+  if (a.running_mean && finite(m.mean) && finite(unbiased)) {
+    const double momentum = a.momentum < 0 ? 1.0 / (double)*a.num_batches : a.momentum;
+    move_towards(a.running_mean, a.running_type, s, momentum, m.mean);
+    move_towards(a.running_var, a.running_type, s, momentum, unbiased);
+  }
+}
+
+// Wide enough to hold a value even where the deviation is below the rounding of the mean (Eq. 5).
+INLINE double half_width(const Moments& m, double t_sigma, double eps) {
+  const double sigma = sqrt(m.var + eps), least = sigma + 16 * 1.1920929e-07 * (sigma + fabs(m.mean));
+  return t_sigma * sigma > least ? t_sigma * sigma : least;
+}
+
+INLINE float activate(float z, float slope) {
+  if (ACTIVATION == 1) z = z < 0 ? (slope == 0 ? 0.f : z * slope) : z;  // a NaN stays
+  if (ACTIVATION == 2) z = z / (1 + expf(-z));
+  return z;
+}
+
 #if LAYOUT < 2
+#if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forward a) {
   extern __shared__ __align__(16) char smem[];
   Word* keep = (Word*)smem;
@@ -514,9 +542,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
       spread<WIDTH>([&](int c) {
         const Moments m = moments_of<false>(total, shifts, c, set_channels, each);
         if (m.poor && !repeated) atomicMax(&again[0], 1);
-        // Wide enough to hold a value even where the deviation is below the rounding of the mean (Eq. 5).
-        const double sigma = sqrt(m.var + a.eps), least = sigma + 16 * 1.1920929e-07 * (sigma + fabs(m.mean));
-        const double width = a.t_sigma * sigma > least ? a.t_sigma * sigma : least;
+        const double width = half_width(m, a.t_sigma, a.eps);
         lower[c] = FILTERED ? (float)(m.mean - width) : -INFINITE;
         upper[c] = FILTERED ? (float)(m.mean + width) : INFINITE;
         if (FILTERED && !(total[2][c] >= lower[c] && -total[3][c] <= upper[c])) atomicMax(&outside, 1);
@@ -597,14 +623,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
                   : moments_of<false>(total, shifts, c, set_channels, each);
       m.var /= a.kappa;
       if (place.member == 0 && c % set_channels == 0) {
-        a.moments[s] = (float)m.mean, a.moments[sets + s] = (float)m.var, a.moments[4 * sets + s] = (float)m.count;
         if (FIRST) a.moments[2 * sets + s] = lower[c], a.moments[3 * sets + s] = upper[c];
-        const double others = m.count - 1, unbiased = m.var * (m.count / (others > 1 ? others : 1));
-        if (a.running_mean && finite(m.mean) && finite(unbiased)) {
-          const double momentum = a.momentum < 0 ? 1.0 / (double)*a.num_batches : a.momentum;
-          move_towards(a.running_mean, a.running_type, s, momentum, m.mean);
-          move_towards(a.running_var, a.running_type, s, momentum, unbiased);
-        }
+        store(a, s, m);
       }
     } else {
       m.mean = a.moments[s], m.var = a.moments[sets + s];
@@ -653,15 +673,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
         const int j = i % OWN;
         float z = (up(b.v[u].value[i]) - middle_of[j]) * (RUN_CHANNELS ? w : by[j]) + (RUN_CHANNELS ? rest : plus[j]);
         if (a.residual) z += up(r[u].value[i]);
-        if (ACTIVATION == 1) z = z < 0 ? (a.slope == 0 ? 0.f : z * a.slope) : z;  // a NaN stays
-        if (ACTIVATION == 2) z = z / (1 + expf(-z));
-        b.v[u].value[i] = down(z);
+        b.v[u].value[i] = down(activate(z, a.slope));
       }
       *(Word*)(a.y + offset) = b.v[u].word;
     }
   }
   leave<FIRST || FILTERED>(cut, a.counters);
 }
+
+#endif  // !BACKWARD
+#endif  // LAYOUT < 2
 
 // ---- backward
 
@@ -675,7 +696,7 @@ INLINE float before_activation(float grad, float z, float slope) {
   return grad;
 }
 
-#if !RUN_CHANNELS
+#if LAYOUT < 2 && BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Backward a) {
   extern __shared__ __align__(16) char smem[];
   __shared__ Scratch scratch;
@@ -814,8 +835,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
   }
   leave<FIRST>(cut, a.counters);
 }
-#endif
-#endif  // LAYOUT < 2
+#endif  // LAYOUT < 2 && BACKWARD
 
 // ---- lines: a set is a run of channels at one position; a warp handles one after the other
 
@@ -872,6 +892,7 @@ INLINE LineSums sums_of(const Line& line, Word* keep, int vectors, float shift, 
   return s;
 }
 
+#if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS) forward_lines(const Forward a) {
   extern __shared__ __align__(16) char smem[];
   const Cut& cut = a.cut;
@@ -884,8 +905,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_lines(const Forwar
     LineSums m = sums_of(line, cut.kept == cut.steps ? keep : nullptr, vectors, shift, -INFINITE, INFINITE);
     line.kept = cut.kept;
     if (m.poor) m = sums_of(line, nullptr, vectors, (float)m.mean, -INFINITE, INFINITE);
-    const double sigma = sqrt(m.var + a.eps), least = sigma + 16 * 1.1920929e-07 * (sigma + fabs(m.mean));
-    const double width = a.t_sigma * sigma > least ? a.t_sigma * sigma : least;
+    const double width = half_width({m.mean, m.var, m.count, false}, a.t_sigma, a.eps);
     const float lower = (float)(m.mean - width), upper = (float)(m.mean + width);
     if (!(m.low >= lower && m.high <= upper)) {
       m = sums_of(line, nullptr, vectors, (float)m.mean, lower, upper);
@@ -915,6 +935,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_lines(const Forwar
   }
 }
 
+#else
 extern "C" __global__ void __launch_bounds__(THREADS) backward_lines(const Backward a) {
   extern __shared__ __align__(16) char smem[];
   const Cut& cut = a.cut;
@@ -973,7 +994,279 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_lines(const Backw
     a.sums[((i64)(i / channels) * gridDim.x + blockIdx.x) * channels + i % channels] = (float)v;
   }
 }
-#endif
+#endif  // BACKWARD
+#endif  // LAYOUT == 2
+
+// ---- bundles: several channels in a block of threads, which needs no other
+
+#if LAYOUT == 3
+constexpr int TEAM = THREADS / CHANNELS;  // threads of a channel
+static_assert(TEAM % 32 == 0, "a warp has one channel");
+
+// A bundle is loaded and stored by whole vectors, in which two channels may meet.
+struct Bundle {
+  const Cut& cut;
+  i64 base;
+  INLINE Bundle(const Cut& c) : cut(c), base((i64)blockIdx.x * CHANNELS * c.positions) {}
+  // Where its i-th vector is, and the place of that in its sample's part of the bundle.
+  INLINE i64 offset(int i, int& place) const {
+    const int run = (__umulhi((u32)i, cut.multiplier) + (u32)i) >> cut.shift;
+    place = (i - run * cut.length) * VECTOR;
+    return base + run * cut.run_stride + place;
+  }
+  // The channel of a vector's first value, and how many of its values have that channel; the others have the next one.
+  INLINE int channel(int place, int& of_it) const {
+    const int c = (__umulhi((u32)place, cut.by_positions) + (u32)place) >> cut.positions_shift;
+    of_it = (c + 1) * cut.positions - place;
+    return c;
+  }
+  INLINE int next(int c) const { return c + 1 < CHANNELS ? c + 1 : c; }
+};
+
+// Calls f(i, offset, place) for all vectors, a few of which a thread asks for at once.
+template <int SIZE, class Load, class Use> INLINE void for_vectors(const Bundle& bundle, Load load, Use use) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < bundle.cut.vectors; i += SIZE * THREADS) {
+    i64 offset[SIZE];
+    int place[SIZE];
+#pragma unroll
+    for (int u = 0; u < SIZE; u++)
+      if (i + u * THREADS < bundle.cut.vectors) offset[u] = bundle.offset(i + u * THREADS, place[u]), load(u, offset[u]);
+#pragma unroll
+    for (int u = 0; u < SIZE; u++)
+      if (i + u * THREADS < bundle.cut.vectors) use(u, i + u * THREADS, offset[u], place[u]);
+  }
+}
+
+// Calls f(index) for the thread's share of its team's channel, which lies in shared memory with the others of a sample.
+template <class F> INLINE void for_channel(const Cut& cut, F f) {
+  const int own = threadIdx.x % TEAM, s = cut.positions, sample = CHANNELS * s;
+  const int skip = TEAM / s, step = TEAM - skip * s;
+  int position = own % s, at = own / s * sample + threadIdx.x / TEAM * s + position;
+#pragma unroll 2
+  for (int v = own; v < cut.runs * s; v += TEAM) {
+    f(at);
+    position += step, at += skip * sample + step;
+    if (position >= s) position -= s, at += sample - s;
+  }
+}
+
+// The sums of a team's threads, for its first thread.
+template <int QUANTITIES, int SUMS>
+INLINE void add_team(float (*of_warp)[WARPS], const float (&a)[QUANTITIES], double (&total)[QUANTITIES]) {
+#pragma unroll
+  for (int q = 0; q < QUANTITIES; q++) {
+    float v = a[q];
+#pragma unroll
+    for (int o = 16; o; o >>= 1) v = joined(q >= SUMS, v, __shfl_xor_sync(~0u, v, o));
+    if ((threadIdx.x & 31) == 0) of_warp[q][threadIdx.x >> 5] = v;
+  }
+  __syncthreads();
+  if (threadIdx.x % TEAM == 0)
+#pragma unroll
+    for (int q = 0; q < QUANTITIES; q++) {
+      total[q] = of_warp[q][threadIdx.x >> 5];
+      for (int k = 1; k < TEAM / 32; k++) {
+        const double w = of_warp[q][(threadIdx.x >> 5) + k];
+        total[q] = q >= SUMS ? fmin(total[q], w) : total[q] + w;
+      }
+    }
+}
+
+INLINE Moments moments_around(float shift, double sum, double square, double count) {
+  Moments m;
+  const double d = sum / count, var = square / count - d * d;
+  m.mean = shift + d, m.var = var < 0 ? 0 : var, m.count = count, m.poor = d * d > POOR * var;
+  return m;
+}
+
+#if !BACKWARD
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(const Forward a) {
+  extern __shared__ __align__(16) char smem[];
+  __shared__ float of_warp[4][WARPS], lower[CHANNELS], upper[CHANNELS], center[CHANNELS], scale[CHANNELS], lift[CHANNELS];
+  __shared__ int again[2], outside;
+  const Cut& cut = a.cut;
+  const Bundle bundle(cut);
+  Word* keep = (Word*)smem;
+  const T* x = (const T*)smem;
+  const int team = threadIdx.x / TEAM;
+  const bool leads = threadIdx.x % TEAM == 0;
+  const double each = (double)cut.runs * cut.positions;
+  if (threadIdx.x == 0) again[0] = again[1] = outside = 0;
+  {
+    Vector v[4];
+    for_vectors<4>(bundle, [&](int u, i64 offset) { v[u].word = *(const Word*)(a.x + offset); },
+                [&](int u, int i, i64, int) { keep[i] = v[u].word; });
+  }
+  __syncthreads();
+
+  const int sample = CHANNELS * cut.positions, first = team * cut.positions;
+  float shift = middle(up(x[first]), up(x[cut.runs / 3 * sample + first + cut.positions / 3]),
+                       up(x[cut.runs * 2 / 3 * sample + first + cut.positions * 2 / 3]));
+  Moments m;
+  for (bool repeated = false;; repeated = true) {
+    float sums[4] = {0, 0, INFINITE, INFINITE};
+    for_channel(cut, [&](int i) {
+      const float v = up(x[i]), d = v - shift;
+      sums[0] += d, sums[1] += d * d, sums[2] = fminf(sums[2], v), sums[3] = fminf(sums[3], -v);
+    });
+    double total[4];
+    add_team<4, 2>(of_warp, sums, total);
+    if (leads) {
+      m = moments_around(shift, total[0], total[1], each);
+      if (m.poor && !repeated) atomicMax(&again[0], 1);
+      const double width = half_width(m, a.t_sigma, a.eps);
+      lower[team] = (float)(m.mean - width), upper[team] = (float)(m.mean + width), center[team] = (float)m.mean;
+      if (!(total[2] >= lower[team] && -total[3] <= upper[team])) atomicMax(&outside, 1);
+    }
+    __syncthreads();
+    shift = center[team];
+    if (repeated || !again[0]) break;
+  }
+  const float lo = lower[team], hi = upper[team];
+  for (bool repeated = false; outside; repeated = true) {
+    float sums[3] = {};
+    for_channel(cut, [&](int i) {
+      const float v = up(x[i]);
+      if (v >= lo && v <= hi) {
+        const float d = v - shift;
+        sums[0] += d, sums[1] += d * d, sums[2] += 1;
+      }
+    });
+    double total[3];
+    add_team<3, 3>(of_warp, sums, total);
+    if (leads) {
+      m = moments_around(shift, total[0], total[1], total[2]);
+      if (m.poor && !repeated) atomicMax(&again[1], 1);
+      center[team] = (float)m.mean;
+    }
+    __syncthreads();
+    shift = center[team];
+    if (repeated || !again[1]) break;
+  }
+
+  if (leads) {
+    const int channel = blockIdx.x * CHANNELS + team;
+    m.var /= a.kappa;
+    a.moments[2 * cut.sets + channel] = lo, a.moments[3 * cut.sets + channel] = hi;
+    store(a, channel, m);
+    const double rstd = 1 / sqrt(m.var + a.eps), w = parameter(a.weight, a.weight_type, channel, 1.f);
+    scale[team] = (float)(rstd * w);  // center is the mean already
+    lift[team] = (float)(parameter(a.bias, a.bias_type, channel, 0.f) - (m.mean - center[team]) * (rstd * w));
+  }
+  if (a.num_batches && a.momentum >= 0 && blockIdx.x == 0 && threadIdx.x == 0) *a.num_batches += 1;
+  __syncthreads();
+
+  Vector residual[4];
+  for_vectors<4>(
+      bundle,
+      [&](int u, i64 offset) {
+        if (a.residual) residual[u].word = *(const Word*)(a.residual + offset);
+      },
+      [&](int u, int i, i64 offset, int place) {
+        int of_it;
+        const int c = bundle.channel(place, of_it), d = bundle.next(c);
+        const float c0 = center[c], s0 = scale[c], l0 = lift[c], c1 = center[d], s1 = scale[d], l1 = lift[d];
+        Vector v;
+        v.word = keep[i];
+#pragma unroll
+        for (int k = 0; k < VECTOR; k++) {
+          const bool is = k < of_it;
+          float z = (up(v.value[k]) - (is ? c0 : c1)) * (is ? s0 : s1) + (is ? l0 : l1);
+          if (a.residual) z += up(residual[u].value[k]);
+          v.value[k] = down(activate(z, a.slope));
+        }
+        *(Word*)(a.y + offset) = v.word;
+      });
+}
+#else
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward_bundles(const Backward a) {
+  extern __shared__ __align__(16) char smem[];
+  struct Channel {
+    float mean, lower, upper, weight, bias, subtract, slope;
+  };
+  __shared__ float of_warp[2][WARPS];
+  __shared__ Channel channels[CHANNELS];
+  const Cut& cut = a.cut;
+  const Bundle bundle(cut);
+  Word *keep_x = (Word*)smem, *keep_grad = keep_x + cut.vectors;
+  const T *x = (const T*)keep_x, *grad = (const T*)keep_grad;
+  const int team = threadIdx.x / TEAM, channel = blockIdx.x * CHANNELS + team, sets = cut.sets;
+  const bool leads = threadIdx.x % TEAM == 0;
+  double root = 0;
+  if (leads) {
+    root = 1 / sqrt(a.moments[sets + channel] + a.eps);
+    Channel& c = channels[team];
+    c.mean = a.moments[channel], c.lower = a.moments[2 * sets + channel], c.upper = a.moments[3 * sets + channel];
+    c.weight = (float)(root * parameter(a.weight, a.weight_type, channel, 1.f));
+    c.bias = ACTIVATION ? parameter(a.bias, a.bias_type, channel, 0.f) : 0.f;
+  }
+  __syncthreads();
+  {
+    Vector v[GRADIENT_LOADS], g[GRADIENT_LOADS], other[GRADIENT_LOADS];
+    for_vectors<GRADIENT_LOADS>(
+        bundle,
+        [&](int u, i64 offset) {
+          v[u].word = *(const Word*)(a.x + offset), g[u].word = *(const Word*)(a.grad + offset);
+          if (ACTIVATION && a.other) other[u].word = *(const Word*)(a.other + offset);
+        },
+        [&](int u, int i, i64 offset, int place) {
+          keep_x[i] = v[u].word;
+          if (ACTIVATION) {
+            int of_it;
+            const int c = bundle.channel(place, of_it), d = bundle.next(c);
+            const Channel &one = channels[c], &two = channels[d];
+#pragma unroll
+            for (int k = 0; k < VECTOR; k++) {
+              const bool is = k < of_it;
+              float z = (up(v[u].value[k]) - (is ? one.mean : two.mean)) * (is ? one.weight : two.weight) +
+                        (is ? one.bias : two.bias);
+              if (a.other) z = up(other[u].value[k]) + (a.output ? 0.f : z);
+              g[u].value[k] = down(before_activation(up(g[u].value[k]), z, a.slope));
+            }
+            if (a.dz) *(Word*)(a.dz + offset) = g[u].word;
+          }
+          keep_grad[i] = g[u].word;
+        });
+  }
+  __syncthreads();
+  const Channel own = channels[team];
+  float sums[2] = {};
+  for_channel(cut, [&](int i) {
+    const float v = up(x[i]), g = up(grad[i]);
+    if (!a.paper || (v >= own.lower && v <= own.upper)) sums[0] += g, sums[1] += g * (v - own.mean);
+  });
+  double total[2];
+  add_team<2, 2>(of_warp, sums, total);
+  if (leads) {
+    a.sums[channel] = (float)total[0], a.sums[sets + channel] = (float)(total[1] * root);
+    const double w = parameter(a.weight, a.weight_type, channel, 1.f), count = a.moments[4 * sets + channel];
+    channels[team].subtract = (float)(w * total[0] / count * root);
+    channels[team].slope = (float)(w * total[1] * root / (count * a.kappa) * root * root);
+  }
+  __syncthreads();
+  for_vectors<1>(
+      bundle, [](int, i64) {},
+      [&](int, int i, i64 offset, int place) {
+        int of_it;
+        const int c = bundle.channel(place, of_it), d = bundle.next(c);
+        const Channel one = channels[c], two = channels[d];
+        Vector v, g;
+        v.word = keep_x[i], g.word = keep_grad[i];
+#pragma unroll
+        for (int k = 0; k < VECTOR; k++) {
+          const bool is = k < of_it;
+          const float value = up(v.value[k]), e = value - (is ? one.mean : two.mean);
+          const float subtract = is ? one.subtract : two.subtract, slope = is ? one.slope : two.slope;
+          const bool inside = value >= (is ? one.lower : two.lower) && value <= (is ? one.upper : two.upper);
+          const float less = a.paper ? subtract + (inside ? e * slope : 0.f) : (inside ? subtract + e * slope : 0.f);
+          g.value[k] = down(up(g.value[k]) * (is ? one.weight : two.weight) - less);
+        }
+        *(Word*)(a.dx + offset) = g.word;
+      });
+}
+#endif  // BACKWARD
+#endif  // LAYOUT == 3
 
 // ---- what is left to do for each set or channel
 
@@ -987,6 +1280,7 @@ struct Finish {
   int weight_type, samples, channels, set_channels, sets;
 };
 
+#if BACKWARD
 // The sums of samples' channels to gradients of bias and weight, and to what is subtracted from each set's gradients.
 extern "C" __global__ void __launch_bounds__(THREADS) finish_backward(const Finish a) {
   const int i = blockIdx.x * THREADS + threadIdx.x, gradients = a.gradients ? 2 * a.channels : 0;
@@ -1007,3 +1301,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish_backward(const Fini
     a.coefficients[s] = (float)(g / count), a.coefficients[a.sets + s] = (float)(g_xhat / (count * a.kappa));
   }
 }
+#endif  // BACKWARD

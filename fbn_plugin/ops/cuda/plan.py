@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-PLANES, ROWS, LINES = range(3)  # kernels.cu, LAYOUT
+PLANES, ROWS, LINES, BUNDLES = range(4)  # kernels.cu, LAYOUT
 FIRST, FILTERED, APPLY, ALL = 1, 2, 4, 7  # kernels.cu, PHASES
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -27,10 +27,11 @@ PARAMETER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.
 FORWARD = struct.Struct("@11P4df3i")
 BACKWARD = struct.Struct("@12P2df4i4x")
 FINISH = struct.Struct("@5Pd5i")
-CUT = struct.Struct("@2q2i2I9i4x")
+CUT = struct.Struct("@2q2i2Ii2I9i")
 
 SLOTS = 8  # partial sums of a member, kernels.cu
 _FORWARD_LOADS, _BACKWARD_LOADS = 4, 2  # what is kept is a multiple of these
+_LINE_THREADS, _LINE_SUMS = (256, 64), 24 << 10
 _MOST = 2**31 - 2**16  # vectors in a set: they are counted in 32 bits
 _BANDWIDTH = 22e3  # bytes that a multiprocessor moves in a microsecond: 132 of them 2.9 TB/s
 _WAIT = 2.5  # microseconds until the last of a group's members has come
@@ -47,6 +48,7 @@ class Variant(NamedTuple):
     activation: int = 0
     run_channels: int = 0
     phases: int = ALL
+    backward: int = 0
 
     def defines(self) -> tuple[str, ...]:
         return tuple(f"{name.upper()}={value}" for name, value in zip(self._fields, self))
@@ -61,6 +63,8 @@ class Variant(NamedTuple):
         """Shared memory in bytes that a block needs beside what it keeps, at most."""
         if self.layout == LINES:
             return 0
+        if self.layout == BUNDLES:
+            return 16 * self.threads // 32 + 32 * self.channels + 64
         width = self.channels if self.layout == ROWS else 1
         stripes = max(1, self.threads // (4 * width))
         return max(16 * self.threads // 32 * width, 32 * width * stripes) + 80 * width + 64
@@ -124,11 +128,11 @@ def refuses(shape: Shape) -> str | None:
             width % shape.set_channels == 0 for width in _widths(shape, shape.vector(shape.channels))
         ):
             return f"groups of {shape.set_channels} channels, channels-last, fit into no block of channels"
-    consecutive = (
-        shape.samples * shape.positions * (1 if shape.layout == ROWS or not shape.num_groups else shape.channels)
-    )
-    if consecutive > _MOST:
-        return f"a set of {consecutive} values is too large"
+    largest = shape.samples * shape.channels * shape.positions // shape.sets
+    if largest > _MOST:
+        return f"{largest} values with one mean are more than {_MOST}"
+    if shape.layout == LINES and 8 * shape.channels * _LINE_THREADS[-1] // 32 > _LINE_SUMS:
+        return f"{shape.channels} channels are more than a multiprocessor can add up"
     return None
 
 
@@ -143,20 +147,27 @@ def _widths(shape: Shape, vector: int) -> list[int]:
 
 
 def _members(
-    card, variant: Variant, groups: int, steps: int, most: int, copies: int, loads: int
+    card, variant: Variant, groups: int, steps: int, launches: int, copies: int, loads: int
 ) -> tuple[int, int, int]:
     """Members of a group, the vectors that each thread of them handles, and how many of these it keeps."""
-    room = min(card.shared_per_multiprocessor // variant.blocks - card.shared_reserved, card.shared_per_block)
-    room = max(0, room - variant.static_shared)
-    can_keep = room // (variant.threads * variant.vector * (4 if variant.dtype == 0 else 2) * copies) // loads * loads
-    fitting = -(-steps // can_keep) if can_keep else steps
-    filling = min(-(-card.multiprocessors * variant.blocks // groups), -(-steps // 4))
-    members = max(1, min(max(fitting, filling), most))
+    blocks = max(1, min(variant.blocks, card.threads_per_multiprocessor // variant.threads))
+    room = min(card.shared_per_multiprocessor // blocks - card.shared_reserved, card.shared_per_block)
+    of_step = variant.threads * variant.vector * (4 if variant.dtype == 0 else 2) * copies
+    can_keep = max(0, room - variant.static_shared) // of_step // loads * loads
+    if variant.phases == APPLY:  # nothing is added up, nothing is kept
+        each = min(steps, 8)
+        return -(-steps // each), each, 0
+    if variant.phases != ALL:
+        can_keep = 0
+    places = card.multiprocessors * blocks
+    fitting = -(-steps // can_keep) if can_keep else 1
+    filling = min(-(-places // groups), -(-steps // 4))
+    members = max(1, min(max(fitting, filling), places // launches))
     each = -(-steps // members)
     if members > 1:
         each = -(-each // loads) * loads
         members = -(-steps // each)
-    return members, each, each if each <= can_keep else can_keep
+    return members, each, min(each, can_keep)
 
 
 def _time(card, variant: Variant, blocks: int, moved: float, again: float, members: int, rounds: int) -> float:
@@ -178,7 +189,7 @@ def _threads(vectors: int) -> int:
     return 512 if vectors > 1024 else 256 if vectors > 256 else 64
 
 
-def _planes(shape: Shape, card, most: int, *, rows: bool, copies: int, loads: int, rounds: int, **variant) -> Cut:
+def _planes(shape: Shape, card, launches: int, *, rows: bool, copies: int, loads: int, rounds: int, **variant) -> Cut:
     """Contiguous tensors. ``rows``: each channel of each sample by itself, whatever the form."""
     n, c, s = shape.samples, shape.channels, shape.positions
     vector = shape.vector(s)
@@ -193,25 +204,16 @@ def _planes(shape: Shape, card, most: int, *, rows: bool, copies: int, loads: in
     kind = Variant(DTYPES[shape.dtype], PLANES, vector, threads=_threads(vectors), **variant)
     kind = kind._replace(run_channels=int(inside > 1))
     steps = -(-vectors // kind.threads)
-    members, each, kept = _members(card, kind, groups, steps, _most(card, kind, most), copies, loads)
-    if kind.phases & ~APPLY == 0:  # nothing is added up
-        members, each, kept = -(-steps // min(steps, 8)), min(steps, 8), 0
-    elif kind.phases != ALL:
-        kept = 0
+    members, each, kept = _members(card, kind, groups, steps, launches, copies, loads)
     packed = CUT.pack(
-        set_stride, run_stride, runs, length, *_divisor(length), vectors, groups, members, each, kept, c,
+        set_stride, run_stride, runs, length, *_divisor(length), 0, 0, 0, vectors, groups, members, each, kept, c,
         shape.set_channels if rows or inside > 1 else 1, shape.sets, 1,
     )  # fmt: skip
     dynamic = kept * kind.threads * vector * shape.itemsize * copies
     return Cut(kind, groups * members, members, groups, dynamic, packed)
 
 
-def _most(card, variant: Variant, launches: int) -> int:
-    """Members of a group at most, if so many launches run at a time."""
-    return max(1, card.multiprocessors * variant.blocks // launches)
-
-
-def _rows(shape: Shape, card, most: int, *, copies: int, loads: int, rounds: int, **variant) -> Cut:
+def _rows(shape: Shape, card, launches: int, *, copies: int, loads: int, rounds: int, **variant) -> Cut:
     """Channels-last tensors: the width of a block of channels is the cheapest by the model."""
     n, c, s = shape.samples, shape.channels, shape.positions
     vector = shape.vector(c)
@@ -225,40 +227,56 @@ def _rows(shape: Shape, card, most: int, *, copies: int, loads: int, rounds: int
         per_step = kind.threads * vector // width
         blocks = -(-c // width)
         groups, steps = samples * blocks, -(-rows // per_step)
-        members, each, kept = _members(card, kind, groups, steps, _most(card, kind, most), copies, loads)
-        if kind.phases & ~APPLY == 0:
-            members, each, kept = -(-steps // min(steps, 8)), min(steps, 8), 0
-        elif kind.phases != ALL:
-            kept = 0
+        members, each, kept = _members(card, kind, groups, steps, launches, copies, loads)
         again = size * copies * (rounds if kind.phases == ALL else 0) * (1 - kept / each)
         time = _time(card, kind, groups * members, size * (copies + 1), again, members, rounds)
         if best is None or time < best[0]:
             best = time, kind, blocks, groups, members, each, kept
     _, kind, blocks, groups, members, each, kept = best
     packed = CUT.pack(
-        0, 0, rows, 1, 0, 0, rows, groups, members, each, kept, c, shape.set_channels, shape.sets, blocks
+        0, 0, rows, 1, 0, 0, 0, 0, 0, rows, groups, members, each, kept, c, shape.set_channels, shape.sets, blocks
     )  # fmt: skip
     dynamic = kept * kind.threads * vector * shape.itemsize * copies
     return Cut(kind, groups * members, members, groups, dynamic, packed)
 
 
-def _lines(shape: Shape, card, *, copies: int, backward: bool) -> Cut | None:
-    """One position a sample, group form: a warp for each line."""
-    length = shape.set_channels // shape.vector(shape.set_channels)
-    kind = Variant(DTYPES[shape.dtype], LINES, shape.vector(shape.set_channels), threads=256)
-    steps = -(-length // 32)
-    warps = kind.threads // 32
-    room = card.shared_per_multiprocessor // 2 - card.shared_reserved
-    sums = 8 * shape.channels * warps if backward else 0
-    if sums > room:
-        return None
-    can_keep = (room - sums) // (warps * 32 * kind.vector * shape.itemsize * copies)
-    kept = steps if steps <= can_keep else 0
+def _lines(shape: Shape, card, *, copies: int, backward: bool) -> Cut:
+    """One position a sample, group form: a warp for each line. Backward, each warp has sums for all channels."""
+    vector = shape.vector(shape.set_channels)
+    length = shape.set_channels // vector
+    sums = {threads: 8 * shape.channels * (threads // 32) if backward else 0 for threads in _LINE_THREADS}
+    threads = next((threads for threads in _LINE_THREADS if sums[threads] <= _LINE_SUMS), _LINE_THREADS[-1])
+    kind = Variant(DTYPES[shape.dtype], LINES, vector, threads=threads, backward=int(backward))
+    steps, of_step = -(-length // 32), threads * vector * shape.itemsize * copies
+    room = min(card.shared_per_multiprocessor // 2 - card.shared_reserved, card.shared_per_block) - sums[threads]
+    kept = steps if steps * of_step <= room else 0
+    grid = min(-(-shape.sets // (threads // 32)), card.multiprocessors * kind.blocks)
     packed = CUT.pack(
-        0, 0, 1, length, 0, 0, length, 1, 1, steps, kept, shape.channels, shape.set_channels, shape.sets, 1
+        0, 0, 1, length, 0, 0, 0, 0, 0, length, grid, 1, steps, kept, shape.channels, shape.set_channels, shape.sets, 1
     )
-    grid = min(-(-shape.sets // warps), card.multiprocessors * 2)
-    return Cut(kind, grid, 1, grid, warps * kept * 32 * kind.vector * shape.itemsize * copies + sums, packed)
+    return Cut(kind, grid, 1, grid, kept * of_step + sums[threads], packed)
+
+
+def _bundles(shape: Shape, card, *, copies: int, **variant) -> Cut | None:
+    """Contiguous tensors whose channels are small and of an odd size: as many channels in a block as are aligned
+    together. None if that does not suit the shape."""
+    n, c, s, size = shape.samples, shape.channels, shape.positions, shape.itemsize
+    vector = min(16, shape.alignment) // size
+    channels = vector // math.gcd(s, vector)
+    threads = 512 if n * s >= 1024 else 256
+    kind = Variant(DTYPES[shape.dtype], BUNDLES, vector, channels, threads, **variant)
+    kept = n * channels * s * size
+    room = min(card.shared_per_multiprocessor // kind.blocks - card.shared_reserved, card.shared_per_block)
+    if shape.num_groups or kind.phases != ALL or channels == 1 or c % channels or s < vector:
+        return None
+    if kept * copies > room - kind.static_shared:
+        return None
+    length = channels * s // vector
+    packed = CUT.pack(
+        0, c * s, n, length, *_divisor(length), s, *_divisor(s), n * length,
+        c // channels, 1, 1, 1, c, 1, c, 1,
+    )  # fmt: skip
+    return Cut(kind, c // channels, 1, c // channels, kept * copies, packed)
 
 
 class Plan(NamedTuple):
@@ -282,17 +300,18 @@ def make(shape: Shape, card, launches: int, activation: int = 0, phases: int = A
     """
     options = {"activation": activation, "phases": phases}
     forward = {"copies": 1, "loads": _FORWARD_LOADS, "rounds": 2, **options}
-    backward = {"copies": 2, "loads": _BACKWARD_LOADS, "rounds": 1, **options}
+    backward = {"copies": 2, "loads": _BACKWARD_LOADS, "rounds": 1, "backward": 1, **options}
     if shape.layout == LINES:
         ahead, back = _lines(shape, card, copies=1, backward=False), _lines(shape, card, copies=2, backward=True)
         return Plan(ahead, back, None, back.grid)
     if shape.layout == ROWS:
         samples = shape.samples if shape.num_groups else 0
         return Plan(_rows(shape, card, launches, **forward), _rows(shape, card, launches, **backward), None, samples)
-    ahead = _planes(shape, card, launches, rows=False, **forward)
+    ahead = _bundles(shape, card, copies=1, **options) or _planes(shape, card, launches, rows=False, **forward)
     samples = shape.samples if shape.num_groups else 0
     if shape.set_channels == 1:
-        return Plan(ahead, _planes(shape, card, launches, rows=shape.num_groups > 0, **backward), None, samples)
+        back = _bundles(shape, card, copies=2, backward=1, **options)
+        return Plan(ahead, back or _planes(shape, card, launches, rows=samples > 0, **backward), None, samples)
     # Weights differ within a set: each channel's sums first, then the gradient.
     sums = _planes(shape, card, launches, rows=True, **{**backward, "phases": FIRST})
     return Plan(ahead, sums, _planes(shape, card, launches, rows=True, **{**backward, "phases": APPLY}), samples)

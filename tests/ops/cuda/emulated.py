@@ -177,6 +177,12 @@ class EmulatedDriver:
     def current_stream(self, device: int) -> int:
         return self.stream
 
+    def capturing(self, device: int) -> bool:
+        return False
+
+    def on(self, device: int):
+        return contextlib.nullcontext()
+
     def card(self, device: int) -> Card:
         return self._card
 
