@@ -33,22 +33,33 @@ def check_activation(activation: str, negative_slope: float) -> None:
         raise ValueError(f"negative_slope must not be below 0, got {negative_slope!r}")
 
 
-def check_channels(x: Tensor, **per_channel: Tensor | None) -> None:
+def check_channels(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    **others: Tensor | None,
+) -> None:
     """ValueError if ``x`` is not floating point of shape ``(N, C, ...)``, or a tensor does not fit C or the device."""
     if x.dim() < 2 or not x.is_floating_point():
         raise ValueError(f"the input must be floating point of shape (N, C, ...), got {x.dtype} of {tuple(x.shape)}")
     channels, device = x.shape[1], x.device
-    for name, tensor in per_channel.items():
-        if tensor is None:
-            continue
-        if tensor.numel() != channels:
+    for tensor in (weight, bias, running_mean, running_var, *others.values()):
+        if tensor is not None and (tensor.numel() != channels or tensor.device != device):
+            break
+    else:
+        return
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var, **others}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.numel() != channels:
             raise ValueError(f"{name} has {tensor.numel()} elements, but the input has {channels} channels")
-        if tensor.device != device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but the input is on {device}")
 
 
-def check_batch(x: Tensor, **per_channel: Tensor | None) -> None:
+def check_batch(x: Tensor, *per_channel: Tensor | None, **others: Tensor | None) -> None:
     """As :func:`check_channels`; ValueError, too, if a channel has one value only."""
-    check_channels(x, **per_channel)
+    check_channels(x, *per_channel, **others)
     if x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")

@@ -88,7 +88,7 @@ def _batch_norm(
         momentum = 0.0 if momentum is None else momentum
         y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, options.eps)
         return _activate(y, residual, options)
-    check_batch(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_batch(x, weight, bias, running_mean, running_var)
     running = None
     if running_mean is not None and running_var is not None:
         if num_batches is None and momentum is None:
@@ -261,7 +261,7 @@ def filtered_group_norm(
         channels.
     """
     options = _checked(num_groups, t_sigma, eps, gaussian_correction, grad_mode)
-    check_channels(x, weight=weight, bias=bias)
+    check_channels(x, weight, bias)
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(

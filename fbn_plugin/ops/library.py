@@ -1,9 +1,10 @@
 """Filtered normalization as operators of ``torch.library``: what compilers, exporters, tracers and modes see.
 
-``fbn_plugin::filtered_norm`` is the norm of either form with the residual and the activation that may follow it;
-``fbn_plugin::update_running_stats`` is what training does besides. They are defined by schema and implementation
-rather than by ``torch.library.custom_op``, whose wrapper checks every call anew, in compiled graphs too. What is kept
-for the backward pass is the input and five numbers a normalized set; the mask is recomputed from the band's two edges.
+``fbn_plugin::filtered_norm`` is the norm of either form with the residual and the activation that may follow it. It is
+defined by schema and implementation rather than by ``torch.library.custom_op``, whose wrapper checks every call anew,
+in compiled graphs too. What is kept for the backward pass is the input and five numbers a normalized set; the mask is
+recomputed from the band's two edges. The running statistics are updated by PyTorch's own operators, which compilers
+make one kernel of.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fbn_plugin.ops import dispatch
 from fbn_plugin.ops.checks import check_channels
-from fbn_plugin.ops.reference import SIGN_TELLS, Options, RunningStats, accumulate_dtype
+from fbn_plugin.ops.reference import SIGN_TELLS, Options, RunningStats, accumulate_dtype, update_running_stats
 
 _OPTIONS = (
     "int num_groups, float t_sigma, float eps, bool gaussian_correction, str grad_mode, str activation, "
@@ -32,18 +33,13 @@ _define(
     f"(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor? other, Tensor moments, {_OPTIONS})"
     " -> (Tensor dx, Tensor d_weight, Tensor d_bias, Tensor dz)",
 )
-_define(
-    "update_running_stats",
-    "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches, Tensor moments, float? momentum) -> ()",
-)
 _filtered_norm = torch.ops.fbn_plugin.filtered_norm.default
 _filtered_norm_backward = torch.ops.fbn_plugin.filtered_norm_backward.default
-_update_running_stats = torch.ops.fbn_plugin.update_running_stats.default
 
 
 @torch.library.impl("fbn_plugin::filtered_norm", "default")
 def _(x, weight, bias, residual, *options):
-    check_channels(x, weight=weight, bias=bias)  # the kernels read them by address
+    check_channels(x, weight, bias)  # the kernels read them by address
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"the residual must be like the input, {x.dtype} of {tuple(x.shape)}, got {residual.dtype} of "
@@ -73,19 +69,6 @@ def _(grad, x, weight, bias, other, moments, *_):
     channels = x.shape[1:2]
     dz = x.new_empty(0) if other is None else torch.empty_like(x)
     return torch.empty_like(x), moments.new_empty(channels), moments.new_empty(channels), dz
-
-
-@torch.library.impl("fbn_plugin::update_running_stats", "default")
-def _(running_mean, running_var, num_batches, moments, momentum):
-    mean, var, _, _, count = moments
-    dispatch.update_running_stats(RunningStats(running_mean, running_var, momentum, num_batches), mean, var, count)
-    # Below a mode no in-place operation of PyTorch tells autograd.
-    torch.autograd.graph.increment_version([t for t in (running_mean, running_var, num_batches) if t is not None])
-
-
-@torch.library.register_fake("fbn_plugin::update_running_stats")
-def _(*_):
-    return None
 
 
 def other_of(y: Tensor, residual: Tensor | None, activation: str) -> Tensor | None:
@@ -135,11 +118,11 @@ def normalize(
     running: RunningStats | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """:meth:`fbn_plugin.ops.dispatch.Backend.forward` as operators, with a gradient."""
+    """:meth:`fbn_plugin.ops.dispatch.Backend.forward` as an operator, with a gradient."""
     y, moments = _filtered_norm(x, weight, bias, residual, *options)
     if running is not None:
-        mean, var, momentum, num_batches = running
-        _update_running_stats(mean, var, num_batches, moments, momentum)
+        mean, var, _, _, count = moments
+        update_running_stats(running, mean, var, count)
     return y, moments
 
 

@@ -59,13 +59,6 @@ def test_operator_contracts_with_an_activation(activation, add, kernels, monkeyp
     torch.library.opcheck(operators.filtered_norm, arguments)
 
 
-@pytest.mark.parametrize("momentum, counts", [(0.1, True), (0.1, False), (None, True)])
-def test_running_statistics_operator_contract(momentum, counts):
-    statistics = [torch.zeros(3), torch.ones(3), torch.tensor(4) if counts else None]
-    moments = torch.stack([torch.randn(3), torch.rand(3), torch.zeros(3), torch.zeros(3), torch.full((3,), 10.0)])
-    torch.library.opcheck(operators.update_running_stats, (*statistics, moments, momentum))
-
-
 def test_residuals_that_are_not_like_the_input_are_refused():
     """Kernels read them by address."""
     x, *_ = act_inputs()

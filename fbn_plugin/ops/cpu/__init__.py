@@ -8,7 +8,7 @@ pointers.
 import ctypes
 import functools
 import importlib.machinery
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -43,6 +43,9 @@ __all__ = [
 ]
 
 
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
 class _Shape(Structure):
     _fields_ = [(name, c_int64) for name in ("n", "c", "s", "groups")]
 
@@ -75,9 +78,9 @@ def refuses(x: Tensor) -> str | None:
     """Why these kernels do not take ``x``; None if they do."""
     if not x.is_cpu:
         return f"the tensor is on {x.device.type}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in _DTYPES:
         return f"{x.dtype} is not float32 or bfloat16"
-    if _layout(x) is None:
+    if not x.is_contiguous() and not _is_channels_last(x):
         return "the tensor is neither contiguous nor channels-last"
     kernels = library()
     return kernels if isinstance(kernels, str) else None
@@ -89,14 +92,10 @@ def describe() -> str:
     return kernels if isinstance(kernels, str) else f"C++ kernels for {kernels.fbn_instruction_set().decode()}"
 
 
-def _layout(x: Tensor) -> bool | None:
-    """True for channels-last, False for contiguous, None for anything else."""
-    if x.is_contiguous():
-        # (N, C) and (N, C, 1, 1) are rows of channels too, and are better read as such.
-        return x.shape[2:].numel() == 1
+def _is_channels_last(x: Tensor) -> bool:
     if x.dim() == 4:
-        return True if x.is_contiguous(memory_format=torch.channels_last) else None
-    return True if x.movedim(1, -1).is_contiguous() else None
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
@@ -107,15 +106,22 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask for the same ones at every step
-def _structures(shape: torch.Size, options: Options, channels_last: bool, bfloat16: bool, threads: int):
+def _structures(shape: torch.Size, options: Options, contiguous: bool, dtype: torch.dtype, threads: int):
+    n, c, spatial = shape[0], shape[1], shape[2:].numel()
+    # (N, C) and (N, C, 1, 1) are rows of channels too, and are better read as such.
+    flags = not contiguous or spatial == 1, dtype is torch.bfloat16, options.grad_mode == "paper", threads
     kappa = gaussian_kappa(options.t_sigma) if options.gaussian_correction else 1.0
-    flags = channels_last, bfloat16, options.grad_mode == "paper", threads
-    sizes = _Shape(shape[0], shape[1], shape[2:].numel(), options.num_groups)
-    return sizes, _Options(options.t_sigma, options.eps, kappa, *flags)
+    stats = (5, n, options.num_groups) if options.num_groups else (5, c)
+    pointers = (
+        byref(_Shape(n, c, spatial, options.num_groups)),
+        byref(_Options(options.t_sigma, options.eps, kappa, *flags)),
+    )
+    return *pointers, c, stats
 
 
-def _arguments(x: Tensor, options: Options) -> tuple[_Shape, _Options]:
-    return _structures(x.shape, options, _layout(x), x.dtype is torch.bfloat16, torch.get_num_threads())
+def _arguments(x: Tensor, options: Options) -> tuple:
+    """Pointers to both structures, number of channels, and shape of the moments."""
+    return _structures(x.shape, options, x.is_contiguous(), x.dtype, torch.get_num_threads())
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
@@ -137,10 +143,9 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """As :meth:`fbn_plugin.ops.dispatch.Backend.forward`; residual and activation are PyTorch's, one by one."""
-    shape, structure = _arguments(x, options)
+    shape, structure, _, stats = _arguments(x, options)
     y, weight, bias = torch.empty_like(x), _float(weight), _float(bias)
-    num_groups, channels = options[0], shape.c
-    moments = x.new_empty((5, channels) if num_groups == 0 else (5, shape.n, num_groups), dtype=torch.float32)
+    moments = x.new_empty(stats, dtype=torch.float32)
     mean = var = None
     momentum = 0.0
     if running is not None:
@@ -185,9 +190,9 @@ def backward(
     if options[5] != "identity":
         grad = _activation_gradient(grad, x, weight, bias, other, moments, options)
     dz = None if other is None else grad
-    shape, structure = _arguments(x, options)
+    shape, structure, channels, _ = _arguments(x, options)
     grad, weight, dx = _like(x, grad), _float(weight), torch.empty_like(x)
-    d_weight, d_bias = moments.new_empty(2, shape.c)
+    d_weight, d_bias = moments.new_empty(channels), moments.new_empty(channels)
     library().fbn_backward(
         shape,
         structure,
