@@ -19,7 +19,7 @@ from torch import nn
 
 from fbn_plugin import layers
 from fbn_plugin.layers.batch_norm import check_gamma_init
-from fbn_plugin.ops.filtered_norm import check_filter
+from fbn_plugin.ops.checks import check_filter
 
 NORMS = Registry("NORM")
 NORMS.__doc__ = """Registered norms: name -> builder.

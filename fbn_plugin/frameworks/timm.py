@@ -42,8 +42,7 @@ from fbn_plugin.gamma_init import apply_gamma_init
 from fbn_plugin.input_norm import Builder, prepend_to_call, register_prepender
 from fbn_plugin.layers.batch_norm import BatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
-from fbn_plugin.layers.filtered_batch_norm_act import activation_of
-from fbn_plugin.ops import filtered_batch_norm_act
+from fbn_plugin.layers.filtered_batch_norm_act import activation_of, normalize_and_activate
 from fbn_plugin.param_groups import param_groups as divided_groups
 from fbn_plugin.param_groups import register_norm_type
 from fbn_plugin.registry import NORMS, NormFactory, NormSpec, norm_factory, norm_options, parse_spec
@@ -92,8 +91,7 @@ class FilteredBatchNormAct2d(_NormAct, layers.FilteredBatchNorm2d, BatchNormAct2
         known = activation_of(self.act) if type(self.drop) is nn.Identity else None
         if known is None:
             return super().forward(input)
-        arguments = self._norm_arguments(input)
-        return filtered_batch_norm_act(input, **arguments, activation=known[0], negative_slope=known[1])
+        return normalize_and_activate(self, input, *known)
 
 
 class SyncFilteredBatchNormAct(_NormAct, layers.SyncFilteredBatchNorm, BatchNormAct2d):

@@ -34,21 +34,31 @@ class BatchNormMixin:
         text = super().extra_repr()
         return text if self.gamma_init == 1 else f"{text}, gamma_init={self.gamma_init:g}"
 
+    def _running(self, input: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
+        """The running statistics that this call reads or updates, the counter of batches if it is to count this one,
+        and whether it normalizes by the moments of ``input``, which is checked."""
+        self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        if not self.training:
+            return mean, var, None, mean is None and var is None
+        if not self.track_running_stats:
+            return None, None, None, True
+        return mean, var, self.num_batches_tracked, True
+
     def _norm_arguments(self, input: Tensor) -> dict:
         """What ``F.batch_norm`` or an operator like it is called with, the batch counted."""
-        self._check_input_dim(input)
+        mean, var, counter, training = self._running(input)
         momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        if counter is not None:
+            counter.add_(1)
             if self.momentum is None:  # cumulative average, as nn.BatchNorm has it
-                momentum = 1.0 / float(self.num_batches_tracked)
-        track = not self.training or self.track_running_stats
+                momentum = 1.0 / float(counter)
         return {
             "weight": self.weight,
             "bias": self.bias,
-            "running_mean": self.running_mean if track else None,
-            "running_var": self.running_var if track else None,
-            "training": self.training or (self.running_mean is None and self.running_var is None),
+            "running_mean": mean,
+            "running_var": var,
+            "training": training,
             "momentum": momentum,
             "eps": self.eps,
         }

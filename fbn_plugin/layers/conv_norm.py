@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbn_plugin.ops.reference import accumulate_dtype, plain_moments, update_running_stats
+from fbn_plugin.ops.reference import RunningStats, accumulate_dtype, plain_moments, update_running_stats
 
 # The stack of the paper's first layers, which covers 32 x 32.
 DEFAULT_KERNEL_SIZES = (4, 2, 2, 2)
@@ -338,12 +338,9 @@ class ConvNorm2d(nn.BatchNorm2d):
         return input.new_full((self.num_features,), input.numel() // self.num_features, dtype=dtype)
 
     def _update_averages(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        momentum = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:  # cumulative average, as nn.BatchNorm2d has it
-                momentum = 1.0 / float(self.num_batches_tracked)
-        update_running_stats(self.running_mean, self.running_var, mean, var, count, momentum or 0.0)
+        counter = self.num_batches_tracked
+        momentum = 0.0 if self.momentum is None and counter is None else self.momentum
+        update_running_stats(RunningStats(self.running_mean, self.running_var, momentum, counter), mean, var, count)
 
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{h}" if h == w else f"({h}, {w})" for h, w in self.kernel_sizes)

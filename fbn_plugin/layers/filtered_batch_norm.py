@@ -8,12 +8,8 @@ Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
 from torch import Tensor, nn
 
 from fbn_plugin.layers.batch_norm import BatchNormMixin
-from fbn_plugin.ops.filtered_norm import (
-    check_filter,
-    filtered_batch_norm,
-    filtered_batch_statistics,
-    filtered_share,
-)
+from fbn_plugin.ops.checks import check_filter
+from fbn_plugin.ops.functional import filtered_batch_norm, filtered_batch_statistics, filtered_share
 
 
 class FilterMixin:
@@ -45,16 +41,27 @@ class FilteredBatchNormMixin(FilterMixin, BatchNormMixin):
     """Forward pass of filtered batch normalization, to stand before a ``_BatchNorm`` class in the bases."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return filtered_batch_norm(input, **self._norm_arguments(input))
+        running_mean, running_var, counter, training = self._running(input)
+        return filtered_batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            running_mean,
+            running_var,
+            training,
+            self.momentum,
+            self.eps,
+            self.t_sigma,
+            self.grad_mode,
+            self.gaussian_correction,
+            num_batches_tracked=counter,
+        )
 
     def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, biased variance and number of the kept values of each channel, ``(C,)`` each, as training normalizes
         ``input`` with them; no buffer changes."""
         self._check_input_dim(input)
         return filtered_batch_statistics(input, self.eps, self.t_sigma, self.gaussian_correction)
-
-    def _norm_arguments(self, input: Tensor) -> dict:
-        return {**super()._norm_arguments(input), **self._filter_options()}
 
 
 class _FilteredBatchNorm(FilteredBatchNormMixin):

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d
-from fbn_plugin.ops.filtered_norm import check_activation, filtered_batch_norm_act
+from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d, FilteredBatchNormMixin
+from fbn_plugin.ops.checks import check_activation
+from fbn_plugin.ops.functional import filtered_batch_norm_act
 
 
 def activation_of(activation: Callable) -> tuple[str, float] | None:
@@ -23,6 +24,30 @@ def activation_of(activation: Callable) -> tuple[str, float] | None:
         return None
     slope = getattr(activation, "negative_slope", 0.0)
     return (name, slope) if slope >= 0 else None
+
+
+def normalize_and_activate(
+    norm: FilteredBatchNormMixin, input: Tensor, activation: str, negative_slope: float, residual: Tensor | None = None
+) -> Tensor:
+    """``activation(norm(input) + residual)``, as one operator."""
+    running_mean, running_var, counter, training = norm._running(input)
+    return filtered_batch_norm_act(
+        input,
+        norm.weight,
+        norm.bias,
+        running_mean,
+        running_var,
+        training,
+        norm.momentum,
+        norm.eps,
+        norm.t_sigma,
+        norm.grad_mode,
+        norm.gaussian_correction,
+        activation,
+        negative_slope,
+        residual,
+        num_batches_tracked=counter,
+    )
 
 
 class FilteredBatchNormAct2d(FilteredBatchNorm2d):
@@ -76,13 +101,7 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
         self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return filtered_batch_norm_act(
-            input,
-            **self._norm_arguments(input),
-            activation=self.activation,
-            negative_slope=self.negative_slope,
-            residual=residual,
-        )
+        return normalize_and_activate(self, input, self.activation, self.negative_slope, residual)
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope:g}" if self.activation == "leaky_relu" else ""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
-from fbn_plugin.ops.filtered_norm import filtered_group_norm, filtered_share
+from fbn_plugin.ops.functional import filtered_group_norm, filtered_share
 
 
 class FilteredGroupNorm(FilterMixin, nn.GroupNorm):

@@ -79,9 +79,19 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self._synchronizes():
             return super().forward(input)
-        arguments = self._norm_arguments(input)
-        del arguments["training"]
-        return sync_filtered_batch_norm(input, **arguments, process_group=self.process_group)
+        running_mean, running_var, counter, _ = self._running(input)
+        return sync_filtered_batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            running_mean,
+            running_var,
+            self.momentum,
+            self.eps,
+            **self._filter_options(),
+            process_group=self.process_group,
+            num_batches_tracked=counter,
+        )
 
     def _synchronizes(self) -> bool:
         joined = self.training and dist.is_available() and dist.is_initialized()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fbn_plugin.ops.filtered_norm import _check_batch
+from fbn_plugin.ops.checks import check_batch
 from fbn_plugin.ops.reference import accumulate_dtype, plain_moments
 
 
@@ -127,7 +127,7 @@ def gated_batch_norm(
         _, scale = _gate(weight, gate_weight, gate_bias, _pool(x if pool_input else normalized))
         y = normalized * _per_image(scale, x)
         return (y if bias is None else y + _per_image(bias, x)).to(x.dtype)
-    _check_batch(x, weight=weight, bias=bias, gate_weight=gate_weight, gate_bias=gate_bias, running_mean=running_mean)
+    check_batch(x, weight=weight, bias=bias, gate_weight=gate_weight, gate_bias=gate_bias, running_mean=running_mean)
     y, mean, var = _GatedNorm.apply(x, weight, bias, gate_weight, gate_bias, eps, pool_input)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():

@@ -2,8 +2,8 @@
 (2020), Eq. 2-13.
 
 Written to be read and to be right: it takes any floating dtype, device, layout and number of dimensions, is the oracle
-that other backends are tested against, and the fallback where none of them applies. Nothing here knows autograd,
-modules or running statistics.
+that other backends are tested against, and the fallback where none of them applies. It has the functions of a backend
+(:class:`fbn_plugin.ops.dispatch.Backend`), and the types that they share. Nothing here knows modules or autograd.
 
 Batch and group normalization differ only in which values share a mean and a deviation, so both are written as a
 reduction over some dimensions of one view of the input:
@@ -28,9 +28,30 @@ ACTIVATIONS = ("identity", "relu", "leaky_relu", "silu")
 SIGN_TELLS = ("relu", "leaky_relu")
 
 
+class Options(NamedTuple):
+    """What a norm computes, the same in every call of a layer."""
+
+    num_groups: int  # 0: the batch form; otherwise the groups of the group form
+    t_sigma: float  # cut in deviations, above 1
+    eps: float  # added to the variance, in the band's width and in the divisor
+    gaussian_correction: bool  # divide the filtered variance by gaussian_kappa
+    grad_mode: str  # "exact" or "paper"
+    activation: str = "identity"  # one of ACTIVATIONS
+    negative_slope: float = 0.0  # of "leaky_relu"
+
+
+class RunningStats(NamedTuple):
+    """What a batch's moments are averaged into, in place; batch form only."""
+
+    mean: Tensor  # (C,)
+    var: Tensor  # (C,), unbiased
+    momentum: float | None  # weight of the new batch; None: one over the number of batches, this one included
+    num_batches: Tensor | None  # (), int64, counted up by each batch; None: nobody counts, and momentum is a number
+
+
 class FilteredMoments(NamedTuple):
     """Moments of the values that the filter keeps, one entry for each normalized set (batch form: ``(C,)``, group form:
-    ``(N, G)``).
+    ``(N, G)``): the rows, in this order, of the tensor that backends call ``moments``.
 
     All are float32, or float64 for float64 input. A value ``x`` is kept if ``lower <= x <= upper``.
     """
@@ -129,37 +150,48 @@ def _moments(
     return FilteredMoments(mean, var, lower, upper, count)
 
 
-def filtered_norm(
+def describe() -> str:
+    return "plain PyTorch, takes everything"
+
+
+def refuses(x: Tensor) -> None:
+    """None: it takes everything."""
+    return None
+
+
+def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    num_groups: int,
-    t_sigma: float,
-    eps: float,
-    gaussian_correction: bool,
-) -> tuple[Tensor, FilteredMoments]:
+    residual: Tensor | None,
+    running: RunningStats | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
     """Normalize ``x`` by the moments of the values within ``t_sigma`` deviations of the mean (Eq. 2-8).
 
     Args:
         x: ``(N, C, *spatial)``, not empty.
         weight, bias: ``(C,)`` or None.
-        num_groups: 0 for the batch form, otherwise the number of groups of the group form.
-        t_sigma: cut in deviations, above 1; ``inf`` filters nothing.
-        eps: added to the variance, both where the band is drawn and where the result is divided.
-        gaussian_correction: divide the filtered variance by :func:`gaussian_kappa`.
+        residual: like ``x``, added before the activation, or None.
+        running: brought nearer to the moments, in place, or None; batch form only.
 
     Returns:
         ``y`` in the shape, dtype and memory format of ``x``, filtered values normalized along with the rest, and the
-        moments. A set that holds a NaN or an infinity has no band: its moments, and so its outputs, are NaN.
+        :class:`FilteredMoments` as one tensor, ``(5, C)`` or ``(5, N, G)``. A set that holds a NaN or an infinity has
+        no band: its moments, and so its outputs, are NaN.
     """
+    num_groups, t_sigma, eps, gaussian_correction, _, activation, negative_slope = options
     moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
-    return normalize(x, weight, bias, moments, num_groups, eps), moments
+    y = normalize(x, weight, bias, moments, num_groups, eps, residual, activation, negative_slope)
+    if running is not None:
+        update_running_stats(running, moments.mean, moments.var, moments.count)
+    return y, torch.stack(moments)
 
 
 def filtered_moments(
     x: Tensor, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool
 ) -> FilteredMoments:
-    """The first half of :func:`filtered_norm`: the moments of the kept values, (C,) or (N, G) each."""
+    """The first half of :func:`forward`: the moments of the kept values, (C,) or (N, G) each."""
     view = _view(x, num_groups)
     values = x.reshape(view.shape).to(accumulate_dtype(x.dtype))
     flat = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
@@ -171,18 +203,18 @@ def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    moments: FilteredMoments,
+    moments: FilteredMoments | Tensor,
     num_groups: int,
     eps: float,
     residual: Tensor | None = None,
     activation: str = "identity",
     negative_slope: float = 0.0,
 ) -> Tensor:
-    """The second half of :func:`filtered_norm`: all values by these moments (Eq. 8), then what may follow a norm,
-    rounded once: ``activation(y + residual)``."""
+    """The second half of :func:`forward`: all values by these moments (Eq. 8), then what may follow a norm, rounded
+    once: ``activation(y + residual)``."""
     view = _view(x, num_groups)
-    values = x.reshape(view.shape).to(moments.mean.dtype)
-    y = (values - moments.mean.view(view.stats)) * torch.rsqrt(moments.var.view(view.stats) + eps)
+    mean, var, *_ = (m.view(view.stats) for m in moments)
+    y = (x.reshape(view.shape).to(mean.dtype) - mean) * torch.rsqrt(var + eps)
     if weight is not None:
         y = y * weight.to(y.dtype).view(view.channel)
     if bias is not None:
@@ -201,19 +233,19 @@ def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
     return F.silu(z) if activation == "silu" else z
 
 
-def filtered_norm_backward(
+def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    moments: FilteredMoments,
-    num_groups: int,
-    t_sigma: float,
-    eps: float,
-    gaussian_correction: bool,
-    grad_mode: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`filtered_norm` for ``x``, ``weight`` and ``bias``, given ``grad = dL/dy``; the mask carries
-    none.
+    bias: Tensor | None,
+    other: Tensor | None,
+    moments: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of :func:`forward` for ``x``, ``weight``, ``bias`` and ``residual``, given ``grad = dL/dy``; the mask
+    carries none.
+
+    The value before the activation is not stored. Without a residual it is computed anew from ``x``.
 
     With ``g = weight * grad``, ``xhat = (x - mean) / sigma'``, ``f`` the mask, ``M = sum f`` and sums over one
     normalized set:
@@ -224,7 +256,25 @@ def filtered_norm_backward(
     ``paper``, Eq. 9-13 as printed: the mask multiplies the summands of every sum, and in ``dx`` only the term of the
     variance: ``dx = (g - (sum f g + f xhat sum f g xhat / k) / M) / sigma'``, ``dweight = sum f grad xhat``, ``dbias =
     sum f grad``. (The second summand of Eq. 10 is zero by the definition of the filtered mean, Eq. 6.)
+
+    Args:
+        bias: needed only where there is an activation.
+        other: None without a residual, or with the identity, whose residual's gradient is ``grad``; the output if its
+            sign tells the derivative of the activation (:data:`SIGN_TELLS`), and the residual otherwise.
+        moments: those of :func:`forward`, ``(5, C)`` or ``(5, N, G)``.
+
+    Returns:
+        The gradient of ``x`` like ``x``; those of weight and bias, ``(C,)``, in the moments' dtype; and that of the
+        residual like ``x``, or None if ``other`` is.
     """
+    num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope = options
+    if activation != "identity":
+        if other is not None and activation in SIGN_TELLS:
+            z = other.to(moments.dtype)
+        else:
+            z = normalize(x.to(moments.dtype), weight, bias, moments, num_groups, eps, residual=other)
+        grad = (grad.to(z.dtype) * _slope(z, activation, negative_slope)).to(x.dtype)
+
     parts = _gradient_parts(grad, x, moments, num_groups, eps)
     view, masked = parts.view, parts.summands(grad_mode)
     d_bias = masked.sum(dim=view.not_channel)
@@ -235,8 +285,9 @@ def filtered_norm_backward(
     sum_g_xhat = (masked * scale * parts.xhat).sum(dim=view.reduced, keepdim=True)
     if gaussian_correction:
         sum_g_xhat = sum_g_xhat / gaussian_kappa(t_sigma)
-    count = moments.count.view(view.stats)
-    return parts.dx(x, scale, sum_g / count, sum_g_xhat / count, grad_mode), d_weight.flatten(), d_bias.flatten()
+    count = FilteredMoments(*moments).count.view(view.stats)
+    dx = parts.dx(x, scale, sum_g / count, sum_g_xhat / count, grad_mode)
+    return dx, d_weight.flatten(), d_bias.flatten(), None if other is None else grad
 
 
 class _GradientParts(NamedTuple):
@@ -258,46 +309,13 @@ class _GradientParts(NamedTuple):
         return torch.empty_like(x).copy_(dx.reshape(x.shape))
 
 
-def _gradient_parts(grad: Tensor, x: Tensor, moments: FilteredMoments, num_groups: int, eps: float) -> _GradientParts:
+def _gradient_parts(grad: Tensor, x: Tensor, moments: Tensor, num_groups: int, eps: float) -> _GradientParts:
     view = _view(x, num_groups)
-    values = x.reshape(view.shape).to(moments.mean.dtype)
+    values = x.reshape(view.shape).to(moments.dtype)
     mean, var, lower, upper, _ = (m.view(view.stats) for m in moments)
     rstd = torch.rsqrt(var + eps)
     mask = ((values >= lower) & (values <= upper)).to(values.dtype)
     return _GradientParts(view, grad.reshape(view.shape).to(values.dtype), (values - mean) * rstd, rstd, mask)
-
-
-def filtered_norm_act_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    other: Tensor | None,
-    moments: FilteredMoments,
-    num_groups: int,
-    t_sigma: float,
-    eps: float,
-    gaussian_correction: bool,
-    grad_mode: str,
-    activation: str,
-    negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of ``activation(filtered_norm(x) + residual)`` for ``x``, ``weight``, ``bias`` and ``residual``.
-
-    The value before the activation is not stored. Without a residual it is computed anew from ``x``.
-
-    Args:
-        other: None without a residual; with one, the output if its sign tells the derivative (:data:`SIGN_TELLS`), and
-            the residual otherwise. The identity needs neither: its residual's gradient is ``grad``.
-    """
-    if other is not None and activation in SIGN_TELLS:
-        z = other.to(moments.mean.dtype)
-    else:
-        wide = x.to(moments.mean.dtype)
-        z = normalize(wide, weight, bias, moments, num_groups, eps, residual=other)
-    dz = (grad.to(z.dtype) * _slope(z, activation, negative_slope)).to(x.dtype)
-    options = num_groups, t_sigma, eps, gaussian_correction, grad_mode
-    return *filtered_norm_backward(dz, x, weight, moments, *options), None if other is None else dz
 
 
 def _slope(z: Tensor, activation: str, negative_slope: float) -> Tensor:
@@ -326,9 +344,7 @@ def measure_kept(x: Tensor, lower: Tensor, upper: Tensor, measured: None) -> tup
     return tuple(moment.flatten() for moment in moments)
 
 
-def gradient_sums(
-    grad: Tensor, x: Tensor, moments: FilteredMoments, eps: float, grad_mode: str
-) -> tuple[Tensor, Tensor]:
+def gradient_sums(grad: Tensor, x: Tensor, moments: Tensor, eps: float, grad_mode: str) -> tuple[Tensor, Tensor]:
     """The sums over this ``x`` that are the gradients of weight and bias, ``(C,)`` each."""
     parts = _gradient_parts(grad, x, moments, 0, eps)
     masked = parts.summands(grad_mode)
@@ -339,7 +355,7 @@ def input_gradient(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    moments: FilteredMoments,
+    moments: Tensor,
     eps: float,
     grad_mode: str,
     mean_g: Tensor,
@@ -348,6 +364,7 @@ def input_gradient(
     """The gradient of ``x``, from the sums of all ``x`` whose moments these are.
 
     Args:
+        moments: ``(5, C)``.
         mean_g, mean_g_xhat: ``(C,)``, the sums of ``weight * grad`` and of that times xhat, divided by the number of
             kept values, the second by :func:`gaussian_kappa` too if that correction is on.
     """
@@ -357,13 +374,17 @@ def input_gradient(
     return parts.dx(x, scale, mean_g, mean_g_xhat, grad_mode)
 
 
-def update_running_stats(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
-) -> None:
-    """Move the running statistics towards a batch's mean and unbiased variance, in place."""
+def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """Bring running statistics nearer to a batch's mean and unbiased variance, in place, and count the batch. The
+    moments are ``(C,)`` each."""
+    momentum = running.momentum
+    if running.num_batches is not None:
+        running.num_batches.add_(1)
+        if momentum is None:  # a tensor, as reading a number would make a GPU's host wait
+            momentum = running.num_batches.to(mean.device, mean.dtype).reciprocal()
     unbiased = var * (count / (count - 1).clamp_min(1))
     # A NaN in a running statistic stays for good and shows only in evaluation; the batch's NaN output is warning
     # enough.
     finite = torch.isfinite(mean) & torch.isfinite(unbiased)
-    for running, batch in ((running_mean, mean), (running_var, unbiased)):
-        running.copy_(torch.where(finite, (1 - momentum) * running + momentum * batch, running))
+    for average, batch in ((running.mean, mean), (running.var, unbiased)):
+        average.copy_(torch.where(finite, (1 - momentum) * average + momentum * batch, average))

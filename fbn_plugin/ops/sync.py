@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fbn_plugin.ops.filtered_norm import act_backend, as_inputs, check_channels, check_filter, running_backend
-from fbn_plugin.ops.reference import FilteredMoments, accumulate_dtype, band, gaussian_kappa
+from fbn_plugin.ops import dispatch
+from fbn_plugin.ops.checks import check_channels, check_filter
+from fbn_plugin.ops.dispatch import backend_of
+from fbn_plugin.ops.reference import FilteredMoments, RunningStats, accumulate_dtype, band, gaussian_kappa
 
 # Made at the first call, as it imports the compiler; ``DistributedDataParallel`` does, ``import fbn_plugin`` does not.
 _uncompiled: Callable[..., Tensor] | None = None
@@ -28,12 +30,13 @@ def sync_filtered_batch_norm(
     bias: Tensor | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
     t_sigma: float = 5.0,
     grad_mode: str = "exact",
     gaussian_correction: bool = False,
     process_group: "dist.ProcessGroup | None" = None,
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """:func:`fbn_plugin.ops.filtered_batch_norm` in training, over the batches of all processes of a group: outputs,
     gradients and running statistics are those of one process with the concatenated batch.
@@ -56,6 +59,7 @@ def sync_filtered_batch_norm(
         weight, bias, running_mean, running_var, momentum, eps, t_sigma, grad_mode, gaussian_correction: as in
             :func:`fbn_plugin.ops.filtered_batch_norm`; the running statistics end equal on all processes.
         process_group: of ``torch.distributed``, which is initialized; None is all processes.
+        num_batches_tracked: as in :func:`fbn_plugin.ops.filtered_batch_norm`.
 
     Returns:
         Tensor like ``x``.
@@ -67,8 +71,9 @@ def sync_filtered_batch_norm(
     global _uncompiled
     if _uncompiled is None:
         _uncompiled = torch.compiler.disable(_sync_filtered_batch_norm)
-    moving = running_mean, running_var, momentum
-    return _uncompiled(x, weight, bias, *moving, eps, t_sigma, grad_mode, gaussian_correction, process_group)
+    running = running_mean, running_var, momentum
+    options = eps, t_sigma, grad_mode, gaussian_correction
+    return _uncompiled(x, weight, bias, *running, *options, process_group, num_batches_tracked)
 
 
 def _sync_filtered_batch_norm(
@@ -77,12 +82,13 @@ def _sync_filtered_batch_norm(
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    momentum: float,
+    momentum: float | None,
     eps: float,
     t_sigma: float,
     grad_mode: str,
     gaussian_correction: bool,
     process_group: "dist.ProcessGroup | None",
+    num_batches: Tensor | None,
 ) -> Tensor:
     t_sigma = check_filter(t_sigma, grad_mode)
     check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
@@ -90,12 +96,16 @@ def _sync_filtered_batch_norm(
     with torch.no_grad():
         moments, who = _moments(x, eps, t_sigma, gaussian_correction, differentiates, process_group)
         if running_mean is not None and running_var is not None:
-            backend = running_backend(running_mean, running_var, moments.mean)
-            backend.update_running_stats(running_mean, running_var, moments.mean, moments.var, moments.count, momentum)
+            if momentum is None and num_batches is None:
+                momentum = 0.0
+            running = RunningStats(running_mean, running_var, momentum, num_batches)
+            dispatch.update_running_stats(running, moments.mean, moments.var, moments.count)
+        elif num_batches is not None:
+            num_batches.add_(1)
     if torch.is_grad_enabled() and not differentiates and who.any():
         x = x.detach().requires_grad_()  # so that the backward pass comes here
     kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
-    return _Normalize.apply(x, weight, bias, moments, eps, grad_mode, kappa, process_group)
+    return _Normalize.apply(x, weight, bias, torch.stack(moments), eps, grad_mode, kappa, process_group)
 
 
 def _moments(
@@ -107,7 +117,7 @@ def _moments(
     group: "dist.ProcessGroup | None",
 ) -> tuple[FilteredMoments, Tensor]:
     """The filtered moments of all processes' values, and which processes differentiate."""
-    backend, channels, values = act_backend(x), x.shape[1], x.numel() // x.shape[1]
+    backend, channels, values = backend_of(x), x.shape[1], x.numel() // x.shape[1]
     local = x.new_zeros(2, channels, dtype=torch.float64)
     facts = [local.new_full((1,), fact) for fact in (values, differentiates)]
     measured = None
@@ -161,28 +171,28 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, moments, eps, grad_mode, kappa, group):
-        ctx.save_for_backward(x, weight, *moments)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, moments)
         ctx.options = eps, grad_mode, kappa, group
         if x.numel() == 0:
             return torch.empty_like(x)
-        return act_backend(x).normalize(x, weight, bias, moments, 0, eps)
+        return backend_of(x).normalize(x, weight, bias, moments, 0, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, weight, *moments = ctx.saved_tensors
+        x, weight, moments = ctx.saved_tensors
         eps, grad_mode, kappa, group = ctx.options
-        moments, backend = FilteredMoments(*moments), act_backend(x)
-        d_weight = d_bias = torch.zeros_like(moments.mean)
+        backend, count = backend_of(x), FilteredMoments(*moments).count
+        d_weight = d_bias = torch.zeros_like(count)
         if x.numel():
             d_weight, d_bias = backend.gradient_sums(grad, x, moments, eps, grad_mode)
         sums = torch.stack((d_bias, d_weight)).double()
         dist.all_reduce(sums, group=group)
         if x.numel() and ctx.needs_input_grad[0]:
             scale = 1.0 if weight is None else weight.double()
-            mean_g, mean_g_xhat = sums * scale / moments.count.double()
+            mean_g, mean_g_xhat = sums * scale / count.double()
             dx = backend.input_gradient(grad, x, weight, moments, eps, grad_mode, mean_g, mean_g_xhat / kappa)
         else:
             dx = torch.zeros_like(x)
-        return *as_inputs((dx, d_weight, d_bias), weight, ctx.bias_dtype), *(None,) * 5
+        _, of_weight, of_bias, *_ = ctx.needs_input_grad
+        return dx, d_weight if of_weight else None, d_bias if of_bias else None, *(None,) * 5

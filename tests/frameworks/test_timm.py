@@ -620,8 +620,8 @@ def test_norms_see_the_filter_in_training():
 )
 def test_norm_act_form_uses_the_fused_operator_where_it_can(options, fused, monkeypatch):
     calls = []
-    function = adapter.filtered_batch_norm_act
-    monkeypatch.setattr(adapter, "filtered_batch_norm_act", lambda *a, **k: calls.append(k) or function(*a, **k))
+    function = adapter.normalize_and_activate
+    monkeypatch.setattr(adapter, "normalize_and_activate", lambda *a, **k: calls.append(a) or function(*a, **k))
     layer = adapter.FilteredBatchNormAct2d(4, t_sigma=2.0, **options)
     x = torch.randn(2, 4, 5, 5)
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ measure of its error against the float64 reference."""
 import torch
 
 from fbn_plugin.ops import reference
+from fbn_plugin.ops.reference import FilteredMoments, Options
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -29,9 +30,18 @@ def batch(shape, dtype, channels_last, seed, t_sigma=2.0, num_groups=0):
 
 
 def run(backend, x, grad, weight, bias, num_groups, t_sigma, correction, mode):
-    y, moments = backend.filtered_norm(x, weight, bias, num_groups, t_sigma, 1e-5, correction)
-    gradients = backend.filtered_norm_backward(grad, x, weight, moments, num_groups, t_sigma, 1e-5, correction, mode)
-    return y, moments, gradients
+    options = Options(num_groups, t_sigma, 1e-5, correction, mode)
+    y, moments = backend.forward(x, weight, bias, None, None, options)
+    dx, d_weight, d_bias, dz = backend.backward(grad, x, weight, None, None, moments, options)
+    assert dz is None
+    return y, FilteredMoments(*moments), (dx, d_weight, d_bias)
+
+
+def moments_of(backend, x, num_groups, t_sigma, eps=1e-5):
+    """The moments alone."""
+    return FilteredMoments(
+        *backend.forward(x, None, None, None, None, Options(num_groups, t_sigma, eps, False, "exact"))[1]
+    )
 
 
 def close(got, expected, tolerance, name):

@@ -8,13 +8,42 @@ pointers.
 import ctypes
 import functools
 import importlib.machinery
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fbn_plugin.ops.reference import FilteredMoments, gaussian_kappa
+from fbn_plugin.ops.reference import (
+    SIGN_TELLS,
+    Options,
+    RunningStats,
+    activate,
+    gaussian_kappa,
+    gradient_sums,
+    input_gradient,
+    measure,
+    measure_kept,
+    normalize,
+    update_running_stats,
+)
+
+# The steps of a batch that is spread over processes are plain PyTorch.
+__all__ = [
+    "backward",
+    "describe",
+    "forward",
+    "gradient_sums",
+    "input_gradient",
+    "measure",
+    "measure_kept",
+    "normalize",
+    "refuses",
+    "update_running_stats",
+]
+
+
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Shape(Structure):
@@ -47,27 +76,26 @@ def library() -> ctypes.CDLL | str:
 
 def refuses(x: Tensor) -> str | None:
     """Why these kernels do not take ``x``; None if they do."""
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the tensor is on {x.device.type}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if x.dtype not in _DTYPES:
         return f"{x.dtype} is not float32 or bfloat16"
-    if _layout(x) is None:
+    if not x.is_contiguous() and not _is_channels_last(x):
         return "the tensor is neither contiguous nor channels-last"
     kernels = library()
     return kernels if isinstance(kernels, str) else None
 
 
-def takes_statistic(running: Tensor) -> bool:
-    """Whether :func:`forward` can update this running statistic."""
-    return running.dtype is torch.float32 and running.is_contiguous() and running.device.type == "cpu"
+def describe() -> str:
+    """What the kernels are, or why there are none."""
+    kernels = library()
+    return kernels if isinstance(kernels, str) else f"C++ kernels for {kernels.fbn_instruction_set().decode()}"
 
 
-def _layout(x: Tensor) -> bool | None:
-    """True for channels-last, False for contiguous, None for anything else."""
-    if x.is_contiguous():
-        # (N, C) and (N, C, 1, 1) are rows of channels too, and are better read as such.
-        return x.shape[2:].numel() == 1
-    return True if x.movedim(1, -1).is_contiguous() else None
+def _is_channels_last(x: Tensor) -> bool:
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
@@ -78,20 +106,28 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1024)  # a model's layers ask for the same ones at every step
-def _structures(
-    shape: torch.Size, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool, *flags: bool
-):
-    kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
-    return _Shape(shape[0], shape[1], shape[2:].numel(), num_groups), _Options(t_sigma, eps, kappa, *flags)
+def _structures(shape: torch.Size, options: Options, contiguous: bool, dtype: torch.dtype, threads: int):
+    n, c, spatial = shape[0], shape[1], shape[2:].numel()
+    # (N, C) and (N, C, 1, 1) are rows of channels too, and are better read as such.
+    flags = not contiguous or spatial == 1, dtype is torch.bfloat16, options.grad_mode == "paper", threads
+    kappa = gaussian_kappa(options.t_sigma) if options.gaussian_correction else 1.0
+    stats = (5, n, options.num_groups) if options.num_groups else (5, c)
+    pointers = (
+        byref(_Shape(n, c, spatial, options.num_groups)),
+        byref(_Options(options.t_sigma, options.eps, kappa, *flags)),
+    )
+    return *pointers, c, stats
 
 
-def _arguments(x: Tensor, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool, grad_mode: str):
-    flags = _layout(x), x.dtype is torch.bfloat16, grad_mode == "paper", torch.get_num_threads()
-    return _structures(x.shape, num_groups, t_sigma, eps, gaussian_correction, *flags)
+def _arguments(x: Tensor, options: Options) -> tuple:
+    """Pointers to both structures, number of channels, and shape of the moments."""
+    return _structures(x.shape, options, x.is_contiguous(), x.dtype, torch.get_num_threads())
 
 
 def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous().float()
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.contiguous().float()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -102,58 +138,104 @@ def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    num_groups: int,
-    t_sigma: float,
-    eps: float,
-    gaussian_correction: bool,
+    residual: Tensor | None,
+    running: RunningStats | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize ``x`` and update the running statistics, if there are any: contiguous and float32.
-
-    Returns:
-        ``y``, and the five :class:`FilteredMoments` as one tensor, ``(5, C)`` or ``(5, N, G)``.
-    """
-    shape, options = _arguments(x, num_groups, t_sigma, eps, gaussian_correction, "exact")
+    """As :meth:`fbn_plugin.ops.dispatch.Backend.forward`; residual and activation are PyTorch's, one by one."""
+    shape, structure, _, stats = _arguments(x, options)
     y, weight, bias = torch.empty_like(x), _float(weight), _float(bias)
-    moments = x.new_empty((5, shape.c) if num_groups == 0 else (5, shape.n, num_groups), dtype=torch.float32)
-    arrays = map(_pointer, (x, y, weight, bias, moments, running_mean, running_var))
-    library().fbn_forward(shape, options, *arrays, momentum)
-    if running_mean is not None:
-        torch.autograd.graph.increment_version((running_mean, running_var))
-    return y, moments
+    moments = x.new_empty(stats, dtype=torch.float32)
+    mean = var = None
+    momentum = 0.0
+    if running is not None:
+        mean, var, momentum, num_batches = running
+        if num_batches is None:
+            torch.autograd.graph.increment_version((mean, var))
+        else:
+            counter = c_int64.from_address(num_batches.data_ptr())
+            counter.value += 1
+            if momentum is None:
+                momentum = 1 / counter.value
+            torch.autograd.graph.increment_version((mean, var, num_batches))
+        mean, var = mean.data_ptr(), var.data_ptr()
+    library().fbn_forward(
+        shape,
+        structure,
+        x.data_ptr(),
+        y.data_ptr(),
+        _pointer(weight),
+        _pointer(bias),
+        moments.data_ptr(),
+        mean,
+        var,
+        momentum,
+    )
+    if residual is not None:
+        y.add_(residual)
+    activation = options[5]
+    return y if activation == "identity" else activate(y, activation, options[6]), moments
 
 
 def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
     moments: Tensor,
-    num_groups: int,
-    t_sigma: float,
-    eps: float,
-    gaussian_correction: bool,
-    grad_mode: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fbn_plugin.ops.reference.filtered_norm_backward`, with the moments of :func:`forward`."""
-    shape, options = _arguments(x, num_groups, t_sigma, eps, gaussian_correction, grad_mode)
-    grad, weight, moments, dx = _like(x, grad), _float(weight), _float(moments), torch.empty_like(x)
-    d_weight, d_bias = (x.new_empty(shape.c, dtype=torch.float32) for _ in range(2))
-    library().fbn_backward(shape, options, *map(_pointer, (grad, x, dx, weight, moments, d_weight, d_bias)))
-    return dx, d_weight, d_bias
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As :meth:`fbn_plugin.ops.dispatch.Backend.backward`; the activation's gradient is PyTorch's."""
+    if options[5] != "identity":
+        grad = _activation_gradient(grad, x, weight, bias, other, moments, options)
+    dz = None if other is None else grad
+    shape, structure, channels, _ = _arguments(x, options)
+    grad, weight, dx = _like(x, grad), _float(weight), torch.empty_like(x)
+    d_weight, d_bias = moments.new_empty(channels), moments.new_empty(channels)
+    library().fbn_backward(
+        shape,
+        structure,
+        grad.data_ptr(),
+        x.data_ptr(),
+        dx.data_ptr(),
+        _pointer(weight),
+        moments.data_ptr(),
+        d_weight.data_ptr(),
+        d_bias.data_ptr(),
+    )
+    return dx, d_weight, d_bias, dz
 
 
-def filtered_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *options: float | bool
-) -> tuple[Tensor, FilteredMoments]:
-    """As :func:`fbn_plugin.ops.reference.filtered_norm`, for what :func:`refuses` does not refuse."""
-    y, moments = forward(x, weight, bias, None, None, 0.0, *options)
-    return y, FilteredMoments(*(each.clone() for each in moments))  # an operator's outputs share no memory
-
-
-def filtered_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, moments: FilteredMoments, *options: float | bool | str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fbn_plugin.ops.reference.filtered_norm_backward`, for what :func:`refuses` does not refuse."""
-    return backward(grad, x, weight, torch.stack(moments), *options)
+def _activation_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
+    moments: Tensor,
+    options: Options,
+) -> Tensor:
+    """The gradient of the value before the activation, which is computed anew where no output tells its sign."""
+    num_groups, _, eps, _, _, activation, negative_slope = options
+    if other is not None and activation in SIGN_TELLS:
+        z = other
+    else:
+        mean, scale = moments[0], torch.rsqrt(moments[1] + eps)
+        if num_groups:
+            mean, scale = (each.repeat_interleave(x.shape[1] // num_groups, 1) for each in (mean, scale))
+        scale = scale if weight is None else scale * weight
+        per_channel = (*mean.shape, *[1] * (x.dim() - 2))
+        z = (x - mean.view(per_channel)).mul_(scale.view(per_channel))
+        if bias is not None:
+            z.add_(bias.view(per_channel[-x.dim() + 1 :]))
+        if other is not None:
+            z.add_(other)
+    wide = grad.to(z.dtype)
+    if activation == "relu":
+        dz = torch.ops.aten.threshold_backward(wide, z, 0)
+    elif activation == "leaky_relu":
+        dz = torch.ops.aten.leaky_relu_backward(wide, z, negative_slope, False)
+    else:
+        dz = torch.ops.aten.silu_backward(wide, z)
+    return dz.to(x.dtype)

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fbn_plugin.ops.reference import SIGN_TELLS, FilteredMoments, gaussian_kappa
+from fbn_plugin.ops import reference
+from fbn_plugin.ops.reference import SIGN_TELLS, FilteredMoments, Options, RunningStats, gaussian_kappa
 
 OLDEST = (3, 2)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -185,7 +186,7 @@ def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    moments: FilteredMoments,
+    moments: FilteredMoments | Tensor,
     num_groups: int,
     eps: float,
     residual: Tensor | None = None,
@@ -194,6 +195,7 @@ def normalize(
 ) -> Tensor:
     """As :func:`fbn_plugin.ops.reference.normalize`, for what :func:`refuses` does not refuse."""
     plan, y = _plan(x, num_groups), torch.empty_like(x)
+    mean, var, *_ = moments
     residual = None if residual is None else _like(x, residual)
     parameters = _dense(weight), _dense(bias), plan.channels, plan.set_units
     with torch.cuda.device_of(x):
@@ -201,8 +203,8 @@ def normalize(
             x,
             y,
             residual,
-            moments.mean,
-            moments.var,
+            mean,
+            var,
             *parameters,
             eps,
             negative_slope,
@@ -210,36 +212,6 @@ def normalize(
             **plan.tiling,
         )
     return y
-
-
-def filtered_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    num_groups: int,
-    t_sigma: float,
-    eps: float,
-    gaussian_correction: bool,
-) -> tuple[Tensor, FilteredMoments]:
-    """As :func:`fbn_plugin.ops.reference.filtered_norm`, for what :func:`refuses` does not refuse."""
-    moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
-    return normalize(x, weight, bias, moments, num_groups, eps), moments
-
-
-def filtered_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    moments: FilteredMoments,
-    num_groups: int,
-    t_sigma: float,
-    eps: float,
-    gaussian_correction: bool,
-    grad_mode: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`fbn_plugin.ops.reference.filtered_norm_backward`, for what :func:`refuses` does not refuse."""
-    options = num_groups, t_sigma, eps, gaussian_correction, grad_mode, "identity", 0.0
-    return filtered_norm_act_backward(grad, x, weight, None, None, moments, *options)[:3]
 
 
 def filtered_norm_act_backward(
@@ -257,7 +229,7 @@ def filtered_norm_act_backward(
     activation: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As :func:`fbn_plugin.ops.reference.filtered_norm_act_backward`, for what :func:`refuses` does not refuse."""
+    """:func:`backward` with the options one by one."""
     plan, run = _plan(x, num_groups), load_kernels()
     mean, var, lower, upper, count = moments
     grad, weight, bias = _like(x, grad), _dense(weight), _dense(bias)
@@ -380,9 +352,7 @@ def _settled(x: Tensor, plan: _Plan, measured: _Measured) -> tuple[Tensor, Tenso
     return mean, var, count
 
 
-def gradient_sums(
-    grad: Tensor, x: Tensor, moments: FilteredMoments, eps: float, grad_mode: str
-) -> tuple[Tensor, Tensor]:
+def gradient_sums(grad: Tensor, x: Tensor, moments: Tensor, eps: float, grad_mode: str) -> tuple[Tensor, Tensor]:
     """As :func:`fbn_plugin.ops.reference.gradient_sums`, for what :func:`refuses` does not refuse."""
     plan = _plan(x, 0)
     mean, var, lower, upper, count = moments
@@ -435,7 +405,7 @@ def input_gradient(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    moments: FilteredMoments,
+    moments: Tensor,
     eps: float,
     grad_mode: str,
     mean_g: Tensor,
@@ -469,12 +439,56 @@ def input_gradient(
     return dx
 
 
-def update_running_stats(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: Tensor, momentum: float
-) -> None:
-    """As :func:`fbn_plugin.ops.reference.update_running_stats`, in one kernel."""
+def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """As :func:`fbn_plugin.ops.reference.update_running_stats`, in one kernel where the momentum is a number."""
+    running_mean, running_var, momentum, num_batches = running
+    if momentum is None:
+        return reference.update_running_stats(running, mean, var, count)
+    if num_batches is not None:
+        num_batches.add_(1)
     block, channels = 256, mean.numel()
     with torch.cuda.device_of(mean):
         load_kernels().update_running[(-(-channels // block),)](
             running_mean, running_var, mean, var, count, momentum, channels, BLOCK=block
         )
+    torch.autograd.graph.increment_version((running_mean, running_var))
+
+
+def describe() -> str:
+    """What the kernels are, or why there are none."""
+    reason = missing()
+    if reason is not None:
+        return reason
+    if interpreted():
+        return f"Triton {version()} kernels in its interpreter, on the CPU"
+    return f"Triton {version()} kernels" if torch.cuda.is_available() else "there is no GPU"
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: RunningStats | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """As :meth:`fbn_plugin.ops.dispatch.Backend.forward`."""
+    num_groups, t_sigma, eps, gaussian_correction, _, activation, negative_slope = options
+    moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
+    y = normalize(x, weight, bias, moments, num_groups, eps, residual, activation, negative_slope)
+    if running is not None:
+        update_running_stats(running, moments.mean, moments.var, moments.count)
+    return y, torch.stack(moments)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
+    moments: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As :meth:`fbn_plugin.ops.dispatch.Backend.backward`."""
+    return filtered_norm_act_backward(grad, x, weight, bias, other, FilteredMoments(*moments), *options)

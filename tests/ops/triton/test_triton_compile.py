@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fbn_plugin.ops import triton
+from fbn_plugin.ops.reference import Options, RunningStats
 
 compiler = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
@@ -80,12 +81,10 @@ def test_kernels_compile_and_read_wide(case, compiled):
         x = x.to(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
     weight = None if num_groups and not channels_last else torch.empty(shape[1], device="meta")
     residual = torch.empty_like(x) if add else None
-    moments = triton.filtered_moments(x, num_groups, 5.0, 1e-5, False)
-    triton.normalize(x, weight, weight, moments, num_groups, 1e-5, residual, activation, 0.1)
-    options = num_groups, 5.0, 1e-5, False, mode, activation, 0.1
-    triton.filtered_norm_act_backward(torch.empty_like(x), x, weight, weight, residual, moments, *options)
-    if num_groups == 0:
-        triton.update_running_stats(weight, weight, moments.mean, moments.var, moments.count, 0.1)
+    options = Options(num_groups, 5.0, 1e-5, False, mode, activation, 0.1)
+    running = None if num_groups else RunningStats(weight, weight, 0.1, None)
+    _, moments = triton.forward(x, weight, weight, residual, running, options)
+    triton.backward(torch.empty_like(x), x, weight, weight, residual, moments, options)
     assert len(compiled.kernels) == (8 if num_groups else 9)
     for name, kernel in compiled.kernels.items():
         assert kernel.asm["cubin"], name

@@ -1,4 +1,5 @@
-"""The operators against oracles: the paper's equations value by value in NumPy, gradcheck, and PyTorch's own norms."""
+"""The functions against oracles: the paper's equations value by value in NumPy, gradcheck, PyTorch's own norms, and the
+three steps of a norm with residual and activation one by one."""
 
 import math
 
@@ -6,36 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from forms import BOTH_FORMS, act_inputs, batch, norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paper_equations import backward as paper_backward
 from paper_equations import forward as paper_forward
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
-from fbn_plugin import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
-from fbn_plugin.ops import filtered_batch_norm, filtered_group_norm
-from fbn_plugin.ops.reference import gaussian_kappa
+from fbn_plugin.layers import FilteredBatchNormAct2d
+from fbn_plugin.ops import dispatch, filtered_batch_norm, filtered_batch_norm_act, filtered_group_norm, reference
+from fbn_plugin.ops.reference import ACTIVATIONS, activate, gaussian_kappa
 
 SHAPES = [(7, 4), (3, 4, 5), (2, 4, 3, 5), (2, 4, 3, 2, 2)]
-BOTH_FORMS = [0, 2]
-
-
-def norm(x, weight, bias, num_groups, **options):
-    """Either form by one name; ``num_groups`` 0 is the batch form."""
-    if num_groups == 0:
-        return filtered_batch_norm(x, weight, bias, training=True, **options)
-    return filtered_group_norm(x, num_groups, weight, bias, **options)
-
-
-def batch(shape, seed=0, dtype=torch.float64, outliers=True):
-    """Values with a mean away from zero, and one outlier in every channel of the first sample."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.float64) * 2 + 3
-    if outliers:
-        x[(0, slice(None), *([0] * (len(shape) - 2)))] = 40.0
-    weight = torch.rand(shape[1], generator=generator, dtype=torch.float64) + 0.5
-    bias = torch.randn(shape[1], generator=generator, dtype=torch.float64)
-    return x.to(dtype), weight.to(dtype), bias.to(dtype)
 
 
 @pytest.mark.parametrize("num_groups", BOTH_FORMS)
@@ -328,47 +311,6 @@ def test_other_refusals():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("num_groups", BOTH_FORMS)
-def test_double_backward_is_refused(num_groups, dtype):
-    x, _, _ = batch((4, 2), dtype=dtype)
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(norm(x, None, None, num_groups, t_sigma=2.0).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("num_groups", BOTH_FORMS)
-def test_many_gradients_at_once(num_groups):
-    x, weight, bias = batch((3, 4, 3, 3), dtype=torch.float32)
-    x.requires_grad_()
-    y = norm(x, weight, bias, num_groups, t_sigma=1.8)
-    grads = torch.randn(2, *y.shape)
-    (together,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
-    for each, grad in zip(together, grads):
-        torch.testing.assert_close(each, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
-
-
-@pytest.mark.parametrize("num_groups", BOTH_FORMS)
-def test_torch_func_transforms_are_right_or_refused(num_groups):
-    x, weight, bias = batch((3, 4, 3, 3))
-    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
-    _, forward_mode = torch.func.jvp(lambda x: norm(x, weight, bias, num_groups, t_sigma=1.8), (x,), (tangent,))
-    step = 1e-6 * tangent
-    ahead, behind = (norm(x + s, weight, bias, num_groups, t_sigma=1.8) for s in (step, -step))
-    torch.testing.assert_close(forward_mode, (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-6)
-
-    def loss(x, weight):
-        return norm(x, weight, bias, num_groups, t_sigma=1.8).sin().sum()
-
-    leaves = [t.clone().requires_grad_() for t in (x, weight)]
-    loss(*leaves).backward()
-    for got, leaf in zip(torch.func.grad(loss, argnums=(0, 1))(x, weight), leaves):
-        torch.testing.assert_close(got, leaf.grad)
-    with pytest.raises(ValueError, match="the exact gradient only, got grad_mode 'paper'"):
-        torch.func.grad(lambda x: norm(x, None, None, num_groups, grad_mode="paper").sum())(x)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("num_groups", BOTH_FORMS)
 def test_parameters_of_another_length_are_refused(num_groups, dtype):
     x = torch.randn(2, 8, 4, 4, dtype=dtype)
     for name in ("weight", "bias"):
@@ -376,7 +318,8 @@ def test_parameters_of_another_length_are_refused(num_groups, dtype):
         with pytest.raises(ValueError, match=f"{name} has 4 elements, but the input has 8 channels"):
             norm(x, num_groups=num_groups, **parameters)
     with pytest.raises(ValueError, match="weight has 4 elements"):
-        torch.ops.fbn_plugin.filtered_norm(x, torch.ones(4), None, num_groups, 2.0, 1e-5, False, "exact")
+        options = num_groups, 2.0, 1e-5, False, "exact", "identity", 0.0
+        torch.ops.fbn_plugin.filtered_norm(x, torch.ones(4), None, None, *options)
 
 
 @pytest.mark.parametrize("num_groups", BOTH_FORMS)
@@ -392,127 +335,10 @@ def test_parameters_on_another_device_are_refused(num_groups):
         filtered_batch_norm(x, None, None, *running, training=True)
 
 
-@pytest.mark.parametrize("num_groups", BOTH_FORMS)
-def test_the_default_device_does_not_matter(num_groups):
-    x, weight, bias = (t.requires_grad_() for t in batch((3, 4, 3, 3), dtype=torch.float32))
-
-    def gradients():
-        return torch.autograd.grad(norm(x, weight, bias, num_groups, t_sigma=1.8).sin().sum(), [x, weight, bias])
-
-    expected = gradients()
-    with torch.device("meta"):
-        got = gradients()
-    torch.testing.assert_close(got, expected)
-
-
-@pytest.mark.parametrize("num_groups", BOTH_FORMS)
-@pytest.mark.parametrize(
-    "pack, unpack",
-    [(torch.Tensor.double, lambda t: t), (lambda t: torch.stack([t, t], -1), lambda t: t[..., 0])],
-    ids=["wider", "strided"],
-)
-def test_saved_tensors_may_come_back_in_another_form(num_groups, pack, unpack):
-    x, weight, bias = (t.requires_grad_() for t in batch((3, 4, 3, 3), dtype=torch.float32))
-    plain = norm(x, weight, bias, num_groups, t_sigma=1.8)
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        hooked = norm(x, weight, bias, num_groups, t_sigma=1.8)
-    expected, got = (torch.autograd.grad(y, [x, weight, bias], y.detach().sin()) for y in (plain, hooked))
-    torch.testing.assert_close(got, expected)
-
-
-@pytest.mark.parametrize("num_groups", BOTH_FORMS)
-def test_values_that_are_not_what_lies_in_memory(num_groups):
-    x, weight, bias = batch((3, 4, 3, 3), dtype=torch.float32)
-    torch.testing.assert_close(norm(torch._neg_view(x), weight, bias, num_groups), norm(-x, weight, bias, num_groups))
-    x.requires_grad_()
-    y = norm(x, weight, bias, num_groups, t_sigma=1.8)
-    grad = torch.randn_like(x)
-    for lazy, plain in ((torch._neg_view(grad), -grad), (torch._efficientzerotensor(x.shape), torch.zeros(x.shape))):
-        got, expected = (torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in (lazy, plain))
-        torch.testing.assert_close(got, expected)
-
-
 @pytest.mark.parametrize("x", [torch.ones(4, 3, dtype=torch.int64), torch.ones(4)], ids=["integer", "1-D"])
 def test_inputs_that_are_no_activations_are_refused(x):
     with pytest.raises(ValueError, match="the input must be floating point of shape"):
         filtered_batch_norm(x, training=True)
-
-
-class _Watcher(TorchDispatchMode):
-    """Notes the operators that it sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.add(func.name())
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("mode", ["exact", "paper"])
-@pytest.mark.parametrize("num_groups", [0, 2])
-def test_the_direct_way_is_the_operator_that_a_mode_sees(num_groups, mode, dtype):
-    x = (torch.randn(3, 4, 5, 7, dtype=dtype) * 3).requires_grad_()
-    weight, bias = (torch.randn(4, dtype=dtype).requires_grad_() for _ in range(2))
-    grad = torch.randn_like(x)
-
-    def normalize():
-        running = torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)
-        if num_groups:
-            y = filtered_group_norm(x, num_groups, weight, bias, t_sigma=1.5, grad_mode=mode)
-        else:
-            y = filtered_batch_norm(x, weight, bias, *running, True, t_sigma=1.5, grad_mode=mode)
-            assert [each._version for each in running] == [1, 1], "autograd is told of the new statistics"
-        return [y, *running, *torch.autograd.grad(y, [x, weight, bias], grad)]
-
-    direct = normalize()
-    with _Watcher() as watcher:
-        watched = normalize()
-    expected = {"fbn_plugin::filtered_norm", "fbn_plugin::filtered_norm_backward"}
-    assert expected <= watcher.seen
-    for ours, theirs in zip(direct, watched):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("num_groups", BOTH_FORMS)
-@pytest.mark.parametrize("affine", [True, False])
-def test_operator_contracts(num_groups, affine):
-    x, weight, bias = (t.requires_grad_() for t in batch((2, 4, 3, 3), dtype=torch.float32))
-    if not affine:
-        weight = bias = None
-    arguments = (x, weight, bias, num_groups, 2.0, 1e-5, False, "exact")
-    torch.library.opcheck(torch.ops.fbn_plugin.filtered_norm, arguments)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_compiles_without_a_graph_break(training):
-    x, weight, bias = batch((2, 4, 3, 3), dtype=torch.float32)
-
-    def step(x, mean, var):
-        return filtered_batch_norm(x, weight, bias, mean, var, training=training, t_sigma=2.0).relu()
-
-    eager, compiled = (torch.zeros(4), torch.ones(4)), (torch.zeros(4), torch.ones(4))
-    expected = step(x, *eager)
-    got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, *compiled)
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(compiled, eager)
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [FilteredBatchNorm2d(4), FilteredBatchNormAct2d(4), FilteredGroupNorm(2, 4)],
-    ids=lambda layer: type(layer).__name__,
-)
-def test_compiles_for_any_shape(layer):
-    """Where the shapes are symbols, so are the numbers among a module's attributes."""
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for shape in ((4, 4, 9, 7), (2, 4, 5, 6)):
-        x = torch.randn(shape, requires_grad=True)
-        y = compiled(x)
-        torch.testing.assert_close(y, layer(x))
-        y.sum().backward()
 
 
 values = st.floats(-100, 100, allow_nan=False, width=32)
@@ -554,3 +380,72 @@ def test_kept_values_have_zero_mean_and_unit_variance(seed, t_sigma):
         kept = y[:, c][(x[:, c] - mu).abs() <= t_sigma * sigma]
         assert kept.mean().item() == pytest.approx(0, abs=1e-9)
         assert kept.std(correction=0).item() == pytest.approx(1, abs=1e-9)
+
+
+# --- with a residual and an activation -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equals_the_three_steps(activation, add, training, dtype):
+    x, weight, bias, residual = act_inputs(dtype)
+    residual = residual if add else None
+    leaves = [t for t in (x, weight, bias, residual) if t is not None]
+    statistics = [(torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)) for _ in range(2)]
+    y = filtered_batch_norm_act(
+        x, weight, bias, *statistics[0], training, t_sigma=2.0, activation=activation, residual=residual
+    )
+    steps = filtered_batch_norm(x, weight, bias, *statistics[1], training, t_sigma=2.0)
+    steps = activate(steps + residual if add else steps, activation, 0.01)
+    torch.testing.assert_close(y, steps)
+    gradients = [torch.autograd.grad(result.square().sum(), leaves) for result in (y, steps)]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*statistics)
+
+
+def test_residuals_that_kernels_do_not_take_are_added_as_pytorch_adds():
+    x, *_ = act_inputs(torch.float32)
+    for residual in (torch.randn(3, 1, 1), torch.randn(x.shape, dtype=torch.float64)):
+        y = filtered_batch_norm_act(x, training=True, t_sigma=2.0, residual=residual)
+        expected = (filtered_batch_norm(x, training=True, t_sigma=2.0) + residual).relu()
+        torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_and_grad_scaler(dtype, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setitem(dispatch.BACKENDS, "cpu", reference)
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 4, 3), FilteredBatchNormAct2d(4, t_sigma=3.0)
+    parameters = [*conv.parameters(), *norm.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with torch.autocast("cpu", dtype=dtype):
+        y = norm(conv(torch.randn(4, 3, 8, 8)))
+        loss = y.float().square().mean() + y[:, 0].float().mean()
+    assert y.dtype == dtype and norm.weight.dtype == torch.float32
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1024.0, "no step was skipped"
+    assert all(p.isfinite().all() and not torch.equal(p, old) for p, old in zip(parameters[:1], before[:1]))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"activation": "gelu"}, "activation must be one of 'identity', 'relu', 'leaky_relu', 'silu', got 'gelu'"),
+        ({"activation": "leaky_relu", "negative_slope": -0.1}, "negative_slope must not be below 0, got -0.1"),
+    ],
+)
+def test_refusals(options, message):
+    for build in (
+        lambda: filtered_batch_norm_act(torch.randn(4, 2), **options),
+        lambda: FilteredBatchNormAct2d(2, **options),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()

@@ -1,0 +1,116 @@
+"""The short way of eager calls: from an autograd function straight to a backend, without the dispatcher and the Python
+that it calls for an operator, which takes longer than the kernels do for a small map.
+
+It is taken where nobody would see the operator: plain tensors, and no compiler, tracer, transform or mode. To know
+that, it asks PyTorch for names that are not public, and no other file of the package does. Each is looked up once, at
+import; where one is missing, :mod:`fbn_plugin.ops.library` has the way that is public, slower and as right.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fbn_plugin.ops import dispatch, library
+from fbn_plugin.ops.reference import SIGN_TELLS, Options, RunningStats
+
+# All names that are not public and that something here depends on.
+PRIVATE = (
+    "_C._functorch.peek_interpreter_stack",
+    "_C._functorch.is_functorch_wrapped_tensor",
+    "_C._functorch.is_legacy_batchedtensor",
+    "_C._len_torch_dispatch_stack",
+    "_C._cuda_getCurrentRawStream",
+    "Tensor._is_zerotensor",
+)
+
+
+def _find(name: str) -> Any:
+    """What torch has under a dotted name; None if it is not there."""
+    found = torch
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+_transforms, _is_wrapped, _is_batched, _modes, _raw_stream, _is_zeros = map(_find, PRIVATE)
+_can_tell = None not in (_transforms, _is_batched, _modes, _is_zeros)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether plain tensors are computed with, and no tracer, transform or mode is to see the operator; a compiler is
+    the caller's to rule out. Where a bit says that the values are those in memory negated, or that they are zeros
+    without memory, the dispatcher sees to it."""
+    if not _can_tell or _transforms() is not None or _modes() or torch.jit.is_tracing():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or _is_zeros(tensor)):
+            return False
+    return True
+
+
+def _takes_gradient(grad: Tensor) -> bool:
+    """False if the operator is to be called: it knows batched gradients, and refuses to be differentiated again."""
+    return not torch.is_grad_enabled() and takes(grad) and not _is_batched(grad) and not torch.compiler.is_compiling()
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether one of them stands for others inside of a ``torch.func`` transform, which cannot see through the
+    operators."""
+    tell = _has_no_memory if _is_wrapped is None else _is_wrapped
+    return any(tensor is not None and tell(tensor) for tensor in tensors)
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return type(tensor) in _PLAIN
+    return False
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, running, options):
+        y, moments = dispatch.forward(x, weight, bias, residual, running, options)
+        activation = options[5]
+        if activation == "identity":
+            ctx.save_for_backward(x, weight, None, None, moments)
+        elif residual is None:
+            ctx.save_for_backward(x, weight, bias, None, moments)
+        else:
+            ctx.save_for_backward(x, weight, bias, y if activation in SIGN_TELLS else residual, moments)
+        ctx.options = options
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradients = dispatch.backward if _takes_gradient(grad) else library.gradients
+        x, weight, bias, other, moments = ctx.saved_tensors
+        dx, d_weight, d_bias, dz = gradients(grad, x, weight, bias, other, moments, ctx.options)
+        # autograd brings them to the dtype of each, but wants None for what is not there
+        _, of_weight, of_bias, of_residual, _, _ = ctx.needs_input_grad
+        return (
+            dx,
+            d_weight if of_weight else None,
+            d_bias if of_bias else None,
+            (grad if dz is None else dz) if of_residual else None,
+            None,
+            None,
+        )
+
+
+# (x, weight, bias, residual, running, options) -> y, with a gradient, for what :func:`takes` takes.
+normalize: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, RunningStats | None, Options], Tensor]
+normalize = _Norm.apply
+
+
+def _public_stream(device_index: int) -> int:
+    return torch.cuda.current_stream(device_index).cuda_stream
+
+
+# device_index -> the address of the current stream of a GPU, to launch a kernel in. For backends, which import this
+# module, not this name: it imports them.
+raw_stream: Callable[[int], int] = _raw_stream or _public_stream
