@@ -2,7 +2,8 @@
 ``cuda-bindings``.
 
 What is here is what ``tests/ops/cuda/emulated.py`` has as well, so that the rest of the backend runs on a machine
-without a card: ``DEVICE_TYPE``, ``current_stream``, ``card``, ``load``, ``launch``, ``reason``, ``describe``.
+without a card: ``DEVICE_TYPE``, ``on``, ``current_stream``,
+``capturing``, ``card``, ``load``, ``launch``, ``reason``, ``describe``.
 
 Everything happens in the primary context of a device, which is the one that PyTorch uses; the calling thread's own
 current context is left as it was.
@@ -178,9 +179,22 @@ def card(device: int) -> Card:
     return _cards[device]
 
 
+_here = contextlib.nullcontext()
+
+
+def on(device: int) -> contextlib.AbstractContextManager:
+    """Inside, ``device`` is PyTorch's current device, as the default stream of another takes no kernels for it."""
+    return _here if torch.cuda.current_device() == device else torch.cuda.device(device)
+
+
 def current_stream(device: int) -> int:
     """The handle of PyTorch's current stream of ``device``."""
     return torch.cuda.current_stream(device).cuda_stream
+
+
+def capturing(device: int) -> bool:
+    """Whether the current stream of ``device``, the current device, records a graph."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
