@@ -12,8 +12,8 @@ from fbn_plugin.ops.cuda import driver as real
 def emulated(monkeypatch):
     """An ``EmulatedDriver`` in the place of ``fbn_plugin.ops.cuda.driver``: the CUDA backend takes tensors of the CPU.
 
-    Change its ``places``, ``seed``, ``stream`` and ``captures`` at will. ``emulated.replace(card=..., ...)`` puts another
-    in its place and returns it.
+    Change its ``places``, ``seed``, ``stream`` and ``captures`` at will. ``emulated.replace(card=..., ...)`` puts
+    another in its place and returns it.
     """
     if emulation.COMPILER is None:
         pytest.skip("g++ is not installed: the CUDA kernels cannot be run on the CPU")

@@ -37,9 +37,6 @@ SANITIZERS = {  # libraries that the test's own process must have been started w
 H100 = Card("sm_90", 132, 232448, 233472, 1024, 65536, 2048, 32, 50 << 20)
 # Small tensors fill it: groups of several blocks, of which not all are resident, and tiles that are kept in part.
 TINY = Card("sm_90", 4, 24 << 10, 48 << 10, 1024, 65536, 2048, 32, 1 << 20)
-    "sm_90", 4, 8192, 16384, 0, 65536, 512, 4, 1 << 20
-)  # a few small tensors fill it: groups, waits, tiles kept in part
-
 
 _ENQUEUE = (ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int)
 
