@@ -280,15 +280,18 @@ def launch(
             Python's lock is free: another thread must not write there meanwhile.
         cooperative: all blocks are resident at a time, or the launch fails.
     """
-    call = _cu.cuLaunchCooperativeKernel if cooperative else _cu.cuLaunchKernel
-    rest = () if cooperative else (0,)
-    (error,) = call(kernel.handle, grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params, *rest)
+    if cooperative:
+        name, arguments = "cuLaunchCooperativeKernel", (grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params)
+        (error,) = _cu.cuLaunchCooperativeKernel(kernel.handle, *arguments)
+    else:
+        name, arguments = "cuLaunchKernel", (grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params, 0)
+        (error,) = _cu.cuLaunchKernel(kernel.handle, *arguments)
     if error:
         if error.name not in _ELSEWHERE:
-            raise DriverError(call.__name__, error.name)
+            raise DriverError(name, error.name)
         # A thread that PyTorch has not yet given a context, or one whose current device is another.
         with _context(kernel.device):
-            _call(call.__name__, kernel.handle, grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params, *rest)
+            _call(name, kernel.handle, *arguments)
 
 
 def reason(device: int, defines: tuple[str, ...] | None = None) -> str | None:

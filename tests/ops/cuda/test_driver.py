@@ -1,9 +1,13 @@
 """Cards, loading and launching, with a driver that is made up: what is asked of it, what becomes of its errors."""
 
 import enum
+import os
+import shutil
+import subprocess
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 from cards import CARDS
@@ -329,3 +333,45 @@ def test_source_that_the_compiler_refuses(fake, monkeypatch):
 
     monkeypatch.setattr(compiler, "compile_cubin", refuse)
     assert driver.reason(0, DEFINES) == "NVRTC refuses the kernels with -DX:"
+
+
+# --- NVIDIA's own package, with a library in the driver's place -------------------------------------------------------
+
+CALLS = """
+import ctypes
+from fbn_plugin.ops.cuda import compiler, driver
+
+assert driver.reason(0) is None, driver.reason(0)
+assert tuple(driver.card(0)) == tuple({card!r}), driver.card(0)
+compiler.compile_cubin = lambda *arguments: b"\\x7fELF and the rest"
+driver.source = lambda: {source!r}
+kernels = driver.load(0, ("NT=512",))
+assert kernels == {{"forward": driver.Kernel("forward", 0, 0x7FFFF0003000, 60, 1088, 0)}}, kernels
+value = ctypes.c_int(77)
+params = (ctypes.c_void_p * 1)(ctypes.addressof(value))
+for stream in (0x4000, 0x7FFFF0005000):  # the first wants a context
+    for cooperative in (False, True):
+        driver.launch(kernels["forward"], 2**31 - 1, 512, 4096, ctypes.addressof(params), stream, cooperative)
+try:
+    driver.launch(kernels["forward"], 1, 512, 4096, ctypes.addressof(params), 0)
+except driver.DriverError as error:
+    assert error.name == "CUDA_ERROR_INVALID_VALUE", error
+else:
+    raise AssertionError
+assert driver.reason(1, ("NT=512",)) == "NVIDIA's driver fails on cuda:1: cuDeviceGet: CUDA_ERROR_INVALID_DEVICE"
+compiler.compile_cubin = lambda *arguments: b"no ELF"
+assert driver.reason(0, ("NT=64",)).endswith("CUDA_ERROR_INVALID_IMAGE"), driver.reason(0, ("NT=64",))
+"""
+
+
+@pytest.mark.skipif(compiler.missing() is not None, reason=compiler.missing() or "")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_what_reaches_the_driver(tmp_path):
+    """Through the installed cuda-bindings: types, order of arguments, numbers of attributes."""
+    source = Path(__file__).with_name("stub_driver.c")
+    command = ["gcc", "-shared", "-fPIC", "-w", f"-DVERSION={compiler.version()[0] * 1000}", str(source)]
+    subprocess.run([*command, "-Wl,-soname,libcuda.so.1", "-o", str(tmp_path / "libcuda.so.1")], check=True)
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    script = CALLS.format(card=tuple(CARDS["sm_90"]), source=SOURCE)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
