@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fbn_plugin.ops import cpu, reference, triton
+from fbn_plugin.ops import cpu, cuda, reference, triton
 from fbn_plugin.ops.reference import Options, RunningStats
 
 
@@ -25,9 +25,9 @@ class Backend(Protocol):
     def describe(self) -> str:
         """One line: what it is, or why it cannot be used here."""
 
-    def refuses(self, x: Tensor) -> str | None:
-        """Why it does not take ``x``; None if it does. It is asked at each call, in both directions: it looks at
-        device, dtype and strides, never at values."""
+    def refuses(self, x: Tensor, num_groups: int = 0, activation: str = "identity") -> str | None:
+        """Why it does not take ``x`` for this form and activation; None if it does. It is asked at each call, in both
+        directions: it looks at device, dtype, shape and strides, never at values."""
 
     def forward(
         self,
@@ -111,15 +111,15 @@ class Backend(Protocol):
 
 
 # In the order in which they are asked; the reference refuses nothing.
-BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 
 
-def backend_of(x: Tensor) -> Backend:
-    """The first backend that takes ``x``."""
+def backend_of(x: Tensor, num_groups: int = 0, activation: str = "identity") -> Backend:
+    """The first backend that takes ``x`` for this form and activation."""
     for name, backend in BACKENDS.items():
         if name == "cpu" and not x.is_cpu:
             continue  # without the sentence that says why, which takes a microsecond to write
-        if backend.refuses(x) is None:
+        if backend.refuses(x, num_groups, activation) is None:
             return backend
     return reference
 
@@ -129,11 +129,12 @@ def backends() -> dict[str, str]:
     return {name: backend.describe() for name, backend in (*BACKENDS.items(), ("reference", reference))}
 
 
-def explain(x: Tensor) -> str:
-    """Which backend filters ``x`` in training, and why not one of those before it."""
+def explain(x: Tensor, num_groups: int = 0) -> str:
+    """Which backend filters ``x`` in training, and why not one of those before it; ``num_groups`` as in
+    :func:`fbn_plugin.ops.filtered_group_norm`, 0 is the batch form."""
     refused = {}
     for name, backend in BACKENDS.items():
-        reason = backend.refuses(x)
+        reason = backend.refuses(x, num_groups)
         if reason is None:
             others = [f"; not {other}: {why}" for other, why in refused.items() if _made_for(other, x)]
             return f"{name}: {backend.describe()}{''.join(others)}"
@@ -159,8 +160,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """:meth:`Backend.forward` of the backend that takes ``x``, for running statistics of any kind."""
     if running is None or _are_plain(running, x):
-        return backend_of(x).forward(x, weight, bias, residual, running, options)
-    y, moments = backend_of(x).forward(x, weight, bias, residual, None, options)
+        return backend_of(x, options[0], options[5]).forward(x, weight, bias, residual, running, options)
+    y, moments = backend_of(x, options[0], options[5]).forward(x, weight, bias, residual, None, options)
     mean, var, _, _, count = moments
     reference.update_running_stats(running, mean, var, count)
     return y, moments
@@ -180,7 +181,7 @@ def backward(
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     if moments.dtype is not wide or not moments.is_contiguous():
         moments = moments.to(wide).contiguous()
-    return backend_of(x).backward(grad, x, weight, bias, other, moments, options)
+    return backend_of(x, options[0], options[5]).backward(grad, x, weight, bias, other, moments, options)
 
 
 def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:

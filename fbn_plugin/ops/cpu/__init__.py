@@ -74,7 +74,7 @@ def library() -> ctypes.CDLL | str:
     return kernels
 
 
-def refuses(x: Tensor) -> str | None:
+def refuses(x: Tensor, num_groups: int = 0, activation: str = "identity") -> str | None:
     """Why these kernels do not take ``x``; None if they do."""
     if not x.is_cpu:
         return f"the tensor is on {x.device.type}"

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fbn_plugin.ops import reference
 from fbn_plugin.ops.cuda import driver, plan
-from fbn_plugin.ops.reference import FilteredMoments, gaussian_kappa
+from fbn_plugin.ops.reference import Options, RunningStats, gaussian_kappa
 
 _ACTIVATIONS = {"identity": 0, "relu": 1, "leaky_relu": 1, "silu": 2}
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _MOST_PLANS = 4096  # are kept; detection brings new shapes at every step
 
 
@@ -94,14 +95,20 @@ def forget() -> None:
             kept.clear()
 
 
-def _find(x: Tensor, num_groups: int, activation: int = 0, phases: int = plan.ALL) -> _Planned | str:
-    device = x.device.index or 0
+def _channels_last(x: Tensor) -> bool | None:
+    """True for channels-last, False for contiguous, None for anything else."""
     if x.is_contiguous():
-        channels_last = False
-    elif x.movedim(1, -1).is_contiguous():
-        channels_last = True
-    else:
+        return False
+    memory_format = _FORMATS.get(x.dim())
+    last = x.movedim(1, -1).is_contiguous() if memory_format is None else x.is_contiguous(memory_format=memory_format)
+    return True if last else None
+
+
+def _find(x: Tensor, num_groups: int, activation: int = 0, phases: int = plan.ALL) -> _Planned | str:
+    channels_last = _channels_last(x)
+    if channels_last is None:
         return "the tensor is neither contiguous nor channels-last"
+    device = x.device.index or 0
     launches = _launches.get(device, 4)
     aligned = x.data_ptr() & 15
     key = x.shape, x.dtype, device, channels_last, num_groups, aligned, activation, phases, launches
@@ -222,23 +229,20 @@ def _forward(planned, x, y, weight, bias, residual, running, moments, t_sigma, e
     bias, bias_at, bias_type = _parameter(bias)
     if residual is not None:
         residual = _like(x, residual)
-    mean_at = var_at = count_at = running_type = 0
+    mean_at = var_at = count_at = 0
     momentum = 0.0
-    later = None
     if running is not None:
         running_mean, running_var, momentum, num_batches = running
-        if num_batches is not None:
+        mean_at, var_at = running_mean.data_ptr(), running_var.data_ptr()
+        torch.autograd.graph.increment_version((running_mean, running_var))
+        if num_batches is None:
+            momentum = 0.0 if momentum is None else momentum
+        elif momentum is None:
+            num_batches.add_(1)  # before the launch, which reads it
+            count_at, momentum = num_batches.data_ptr(), -1.0
+        else:
             count_at = num_batches.data_ptr()
             torch.autograd.graph.increment_version(num_batches)
-        if momentum is None:
-            num_batches.add_(1)  # before the launch, which reads it
-            momentum = -1.0
-        running_type = plan.PARAMETER_TYPES.get(running_mean.dtype, -1)
-        if running_type < 0 or running_var.dtype is not running_mean.dtype or not _dense(running_mean, running_var):
-            later = running
-        else:
-            mean_at, var_at = running_mean.data_ptr(), running_var.data_ptr()
-            torch.autograd.graph.increment_version((running_mean, running_var))
     device, launch = planned.device, planned.forward
     with driver.on(device):
         stream = driver.current_stream(device)
@@ -265,15 +269,8 @@ def _forward(planned, x, y, weight, bias, residual, running, moments, t_sigma, e
             slope,
             weight_type,
             bias_type,
-            running_type,
         )
         launch(arguments, stream)
-    if later is not None:
-        reference.update_running_stats(later._replace(num_batches=None), moments[0], moments[1], moments[4])
-
-
-def _dense(*tensors: Tensor) -> bool:
-    return all(t.is_contiguous() for t in tensors)
 
 
 def backward(grad, x, weight, bias, other, moments, options) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -401,15 +398,13 @@ def _step(x: Tensor, phase: int, moments: Tensor) -> Tensor:
     return moments
 
 
-def normalize(x, weight, bias, moments, num_groups: int, eps: float) -> Tensor:
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor, num_groups: int, eps: float
+) -> Tensor:
     """As :func:`fbn_plugin.ops.reference.normalize`, for what :func:`refuses` does not refuse."""
     planned, y = _find(x, num_groups, phases=plan.APPLY), torch.empty_like(x)
-    _forward(planned, x, y, weight, bias, None, None, _together(moments), 1.0, eps, 1.0, 0.0)
+    _forward(planned, x, y, weight, bias, None, None, moments, 1.0, eps, 1.0, 0.0)
     return y
-
-
-def _together(moments: FilteredMoments | Tensor) -> Tensor:
-    return moments if isinstance(moments, Tensor) else torch.stack(tuple(moments))
 
 
 def gradient_sums(grad: Tensor, x: Tensor, moments, eps: float, grad_mode: str) -> tuple[Tensor, Tensor]:
@@ -417,7 +412,7 @@ def gradient_sums(grad: Tensor, x: Tensor, moments, eps: float, grad_mode: str) 
     planned = _find(x, 0, phases=plan.FIRST)
     sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
     common = grad_mode == "paper", False, eps, 1.0, 0.0
-    arguments = _like(x, grad), x, None, None, None, None, None, _together(moments), None, sums
+    arguments = _like(x, grad), x, None, None, None, None, None, moments, None, sums
     _backward(planned, planned.backward, *arguments, *common)
     return sums[1], sums[0]
 
@@ -427,6 +422,11 @@ def input_gradient(grad, x, weight, moments, eps: float, grad_mode: str, mean_g,
     planned, dx = _find(x, 0, phases=plan.APPLY), torch.empty_like(x)
     coefficients = torch.stack((mean_g, mean_g_xhat)).float()
     common = grad_mode == "paper", False, eps, 1.0, 0.0
-    arguments = _like(x, grad), x, None, dx, None, weight, None, _together(moments), coefficients, None
+    arguments = _like(x, grad), x, None, dx, None, weight, None, moments, coefficients, None
     _backward(planned, planned.backward, *arguments, *common)
     return dx
+
+
+def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """As :func:`fbn_plugin.ops.reference.update_running_stats`, which does it: a few numbers a channel."""
+    reference.update_running_stats(running, mean, var, count)

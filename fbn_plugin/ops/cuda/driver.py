@@ -2,7 +2,8 @@
 ``cuda-bindings``.
 
 What is here is what ``tests/ops/cuda/emulated.py`` has as well, so that the rest of the backend runs on a machine
-without a card: ``DEVICE_TYPE``, ``current_stream``, ``card``, ``load``, ``launch``, ``reason``, ``describe``.
+without a card: ``DEVICE_TYPE``, ``on``, ``current_stream``,
+``capturing``, ``card``, ``load``, ``launch``, ``reason``, ``describe``.
 
 Everything happens in the primary context of a device, which is the one that PyTorch uses; the calling thread's own
 current context is left as it was.
@@ -17,8 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import compiler
-from .compiler import Unavailable
+from fbn_plugin.ops import eager  # which imports this module, too: its names are there when a call comes
+from fbn_plugin.ops.cuda import compiler
+from fbn_plugin.ops.cuda.compiler import Unavailable
 
 DEVICE_TYPE = "cuda"  # of the tensors whose addresses a launch takes
 _FULL = "CUDA_ERROR_OUT_OF_MEMORY"
@@ -178,22 +180,22 @@ def card(device: int) -> Card:
     return _cards[device]
 
 
-def current_stream(device: int) -> int:
-    """The handle of PyTorch's current stream of ``device``."""
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-def capturing(device: int) -> bool:
-    """Whether PyTorch's current stream is being captured into a graph."""
-    return torch.cuda.is_current_stream_capturing()
-
-
 _here = contextlib.nullcontext()
 
 
-def on(device: int):
-    """A context in which ``device`` is PyTorch's current one."""
-    return _here if torch.cuda.device_count() == 1 else torch.cuda.device(device)
+def on(device: int) -> contextlib.AbstractContextManager:
+    """Inside, ``device`` is PyTorch's current device, as the default stream of another takes no kernels for it."""
+    return _here if torch.cuda.current_device() == device else torch.cuda.device(device)
+
+
+def current_stream(device: int) -> int:
+    """The handle of PyTorch's current stream of ``device``."""
+    return eager.raw_stream(device)
+
+
+def capturing(device: int) -> bool:
+    """Whether the current stream of ``device``, the current device, records a graph."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -279,15 +281,18 @@ def launch(
             Python's lock is free: another thread must not write there meanwhile.
         cooperative: all blocks are resident at a time, or the launch fails.
     """
-    call = _cu.cuLaunchCooperativeKernel if cooperative else _cu.cuLaunchKernel
-    rest = () if cooperative else (0,)
-    (error,) = call(kernel.handle, grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params, *rest)
+    if cooperative:
+        name, arguments = "cuLaunchCooperativeKernel", (grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params)
+        (error,) = _cu.cuLaunchCooperativeKernel(kernel.handle, *arguments)
+    else:
+        name, arguments = "cuLaunchKernel", (grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params, 0)
+        (error,) = _cu.cuLaunchKernel(kernel.handle, *arguments)
     if error:
         if error.name not in _ELSEWHERE:
-            raise DriverError(call.__name__, error.name)
+            raise DriverError(name, error.name)
         # A thread that PyTorch has not yet given a context, or one whose current device is another.
         with _context(kernel.device):
-            _call(call.__name__, kernel.handle, grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params, *rest)
+            _call(name, kernel.handle, *arguments)
 
 
 def reason(device: int, defines: tuple[str, ...] | None = None) -> str | None:

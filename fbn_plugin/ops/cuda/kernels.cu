@@ -87,7 +87,7 @@ static_assert(ROW_VECTORS <= 32 && (ROW_VECTORS & (ROW_VECTORS - 1)) == 0, "a wa
 #else
 constexpr int WIDTH = 1, OWN = 1, ROWS = 1;
 #endif
-constexpr int STRIPES = THREADS / (4 * WIDTH) > 0 ? THREADS / (4 * WIDTH) : 1;  // members added up side by side
+constexpr int STRIPES = LAYOUT == 1 && THREADS > 4 * WIDTH ? THREADS / (4 * WIDTH) : 1;  // members added up side by side
 static_assert(THREADS % 32 == 0 && THREADS >= 32, "warps are whole");
 constexpr double POOR = 8;  // variances: a shift that lies further from the mean eats digits, and the sums are taken again
 constexpr int SLOTS = 8;    // partial sums of a member, four for each of two rounds in turn
@@ -100,7 +100,7 @@ constexpr bool FIRST = PHASES & 1, FILTERED = PHASES & 2, APPLY = PHASES & 4;
 
 // ---- arguments: one structure a kernel, filled in place on the host (plan.py has the same fields in the same order)
 
-enum Float { FLOAT, BFLOAT16, HALF, DOUBLE };  // of parameters and running statistics
+enum Float { FLOAT, BFLOAT16, HALF, DOUBLE };  // of weight and bias
 
 // How a tensor is cut. planes: a set is `runs` runs of `length` vectors, `run_stride` values apart, from set * set_stride on.
 // rows: `runs` rows of `channels` values a sample (the batch form has one sample).
@@ -121,14 +121,14 @@ struct Forward {
   const T *x, *residual;
   T* y;
   const void *weight, *bias;         // (C,), or null
-  void *running_mean, *running_var;  // (C,), or null
+  float *running_mean, *running_var; // (C,), or null
   i64* num_batches;                  // a scalar, or null
   float* moments;                    // (5, sets): mean, variance, lower and upper band edge, number of kept values
   float* partial;                    // workspace (groups, members, 7, WIDTH)
   int* counters;                     // workspace (2 + groups), zero before and after a launch
   double t_sigma, eps, kappa, momentum;  // momentum < 0: 1 / num_batches, which then is not counted here
   float slope;                           // of leaky ReLU; 0 for ReLU
-  int weight_type, bias_type, running_type;
+  int weight_type, bias_type;
   Cut cut;
 };
 
@@ -154,16 +154,6 @@ INLINE float parameter(const void* p, int type, int i, float otherwise) {
   if (type == DOUBLE) return (float)((const double*)p)[i];
   u16 v = ((const u16*)p)[i];
   return type == HALF ? from_half(v) : from_bfloat16(v);
-}
-
-INLINE void move_towards(void* p, int type, int i, double momentum, double v) {
-  if (type == DOUBLE) {
-    ((double*)p)[i] = (1 - momentum) * ((double*)p)[i] + momentum * v;
-    return;
-  }
-  float moved = (float)((1 - momentum) * parameter(p, type, i, 0) + momentum * v);
-  if (type == FLOAT) ((float*)p)[i] = moved;
-  else ((u16*)p)[i] = type == HALF ? to_half(moved) : to_bfloat16(moved);
 }
 
 INLINE bool finite(double v) { return v - v == 0; }
@@ -443,8 +433,8 @@ INLINE void store(const Forward& a, int s, const Moments& m) {
   const double others = m.count - 1, unbiased = m.var * (m.count / (others > 1 ? others : 1));
   if (a.running_mean && finite(m.mean) && finite(unbiased)) {
     const double momentum = a.momentum < 0 ? 1.0 / (double)*a.num_batches : a.momentum;
-    move_towards(a.running_mean, a.running_type, s, momentum, m.mean);
-    move_towards(a.running_var, a.running_type, s, momentum, unbiased);
+    a.running_mean[s] = (float)((1 - momentum) * a.running_mean[s] + momentum * m.mean);
+    a.running_var[s] = (float)((1 - momentum) * a.running_var[s] + momentum * unbiased);
   }
 }
 

@@ -24,7 +24,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PARAMETER_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 # The structures of kernels.cu: the fields before Cut, and Cut.
-FORWARD = struct.Struct("@11P4df3i")
+FORWARD = struct.Struct("@11P4df2i4x")
 BACKWARD = struct.Struct("@12P2df4i4x")
 FINISH = struct.Struct("@5Pd5i")
 CUT = struct.Struct("@2q2i2Ii2I9i")

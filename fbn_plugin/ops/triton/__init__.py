@@ -62,7 +62,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refuses(x: Tensor) -> str | None:
+def refuses(x: Tensor, num_groups: int = 0, activation: str = "identity") -> str | None:
     """Why these kernels do not take ``x``; None if they do."""
     if x.device.type != ("cpu" if interpreted() else "cuda"):
         return f"the tensor is on {x.device.type}"

@@ -10,10 +10,10 @@ from fbn_plugin.ops.cuda import driver as real
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """An ``EmulatedDriver`` in the place of ``fbn_plugin.ops.cuda.driver``: tensors of the CPU go through the CUDA
-    backend.
+    """An ``EmulatedDriver`` in the place of ``fbn_plugin.ops.cuda.driver``: the CUDA backend takes tensors of the CPU.
 
-    Change its ``places``, ``seed`` and ``stream`` at will. For another card: ``emulated = emulated.replace(card=...)``.
+    Change its ``places``, ``seed``, ``stream`` and ``captures`` at will. ``emulated.replace(card=..., ...)`` puts
+    another in its place and returns it.
     """
     if emulation.COMPILER is None:
         pytest.skip("g++ is not installed: the CUDA kernels cannot be run on the CPU")
@@ -21,18 +21,15 @@ def emulated(monkeypatch):
     def install(**options):
         driver = emulation.EmulatedDriver(**options)
         for name, module in list(sys.modules.items()):
-            if name.startswith("fbn_plugin.") and isinstance(
-                getattr(module, "driver", None), (type(real), emulation.EmulatedDriver)
-            ):
+            if not name.startswith("fbn_plugin."):
+                continue
+            if isinstance(getattr(module, "driver", None), (type(real), emulation.EmulatedDriver)):
                 monkeypatch.setattr(module, "driver", driver)
-        forget()
+        backend = sys.modules["fbn_plugin.ops.cuda"]
+        for name, value in list(vars(backend).items()):  # what it remembers of plans and streams belongs to a driver
+            if isinstance(value, dict) and name.startswith("_") and name.islower() and not name.startswith("__"):
+                monkeypatch.setattr(backend, name, {})
         driver.replace = install
         return driver
 
-    def forget():  # plans hold kernels of the driver before
-        backend = sys.modules["fbn_plugin.ops.cuda"]
-        if hasattr(backend, "forget"):
-            backend.forget()
-
-    yield install()
-    forget()
+    return install()

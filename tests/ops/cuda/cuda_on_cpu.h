@@ -485,6 +485,7 @@ void enqueue(void (*kernel)(A...), unsigned grid, unsigned threads, size_t dynam
 CUDA_ON_CPU_EXPORT const char* cuda_on_cpu_run(unsigned places, unsigned seed) {
   return cuda_on_cpu::run(places, seed), cuda_on_cpu::error.empty() ? nullptr : cuda_on_cpu::error.c_str();
 }
+CUDA_ON_CPU_EXPORT void cuda_on_cpu_forget() { cuda_on_cpu::launches.clear(); }  // what was enqueued and has not run
 
 // --- the functions of CUDA that kernels call; more of them are one line each ------------------------------------------
 // Macros where the line is needed.

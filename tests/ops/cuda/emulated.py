@@ -35,10 +35,8 @@ SANITIZERS = {  # libraries that the test's own process must have been started w
 }
 
 H100 = Card("sm_90", 132, 232448, 233472, 1024, 65536, 2048, 32, 50 << 20)
-TINY = Card(
-    "sm_90", 4, 8192, 16384, 0, 65536, 512, 4, 1 << 20
-)  # a few small tensors fill it: groups, waits, tiles kept in part
-
+# Small tensors fill it: groups of several blocks, of which not all are resident, and tiles that are kept in part.
+TINY = Card("sm_90", 4, 24 << 10, 48 << 10, 1024, 65536, 2048, 32, 1 << 20)
 
 _ENQUEUE = (ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int)
 
@@ -136,6 +134,7 @@ class EmulatedDriver:
 
     Attributes:
         stream: what ``current_stream`` gives. Launches of one stream run one after the other.
+        captures: what ``capturing`` gives.
         launched: names of the kernels launched so far.
     """
 
@@ -154,6 +153,7 @@ class EmulatedDriver:
     ):
         self._card, self.places, self.seed = card, places, seed
         self.registers, self.static_shared, self.stream = registers, static_shared, 0
+        self.captures = False
         self._source = source
         self._sanitizer = os.environ.get("CUDA_ON_CPU_SANITIZER", "") if sanitizer is None else sanitizer
         self._loaded: dict[tuple[str, ...], dict[str, Kernel]] = {}
@@ -174,14 +174,14 @@ class EmulatedDriver:
             self.load(device, defines)
         return None
 
+    def on(self, device: int) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
     def current_stream(self, device: int) -> int:
         return self.stream
 
     def capturing(self, device: int) -> bool:
-        return False
-
-    def on(self, device: int):
-        return contextlib.nullcontext()
+        return self.captures
 
     def card(self, device: int) -> Card:
         return self._card
@@ -241,14 +241,19 @@ class EmulatedDriver:
 
         All must be of one variant (one library). Tensors made inside live until the launches have run.
         """
-        self._together = []
-        with _KeepAll():
-            yield
-            waiting, self._together = self._together, None
-            if len({id(loaded) for loaded, _ in waiting}) > 1:
-                raise ValueError("launches of several variants cannot run together")
-            if waiting:
-                self._run(waiting[0][0], min(places for _, places in waiting))
+        self._together = waiting = []
+        try:
+            with _KeepAll():
+                yield
+                self._together = None
+                if len({id(loaded) for loaded, _ in waiting}) > 1:
+                    raise ValueError("launches of several variants cannot run together")
+                if waiting:
+                    self._run(waiting[0][0], min(places for _, places in waiting))
+        finally:
+            self._together = None
+            for loaded, _ in waiting:
+                loaded.cuda_on_cpu_forget()
 
 
 def params(*values) -> tuple[int, list]:
