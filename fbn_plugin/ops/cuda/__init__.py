@@ -10,6 +10,7 @@ taken.
 import ctypes
 import struct
 import threading
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -66,14 +67,14 @@ class _Launch:
 class _Planned:
     """What a shape needs, ready to be launched."""
 
-    def __init__(self, device: int, shape: plan.Shape, launches: int, activation: int, phases: int) -> None:
-        made = plan.make(shape, driver.card(device), launches, activation, phases)
-        self.forward = _Launch(device, made.forward, launches)
-        self.backward = _Launch(device, made.backward, launches)
-        self.result = None if made.result is None else _Launch(device, made.result, launches)
-        self.sum_samples, self.shape, self.device = made.sum_samples, shape, device
+    def __init__(self, device: int, shape: plan.Shape, made: plan.Plan, launches: int) -> None:
+        self.forward, self.backward, self.result = (
+            None if cut is None else _Launch(device, cut, launches) for cut in made[:3]
+        )
+        self.device, self.shape, self.sum_samples = device, shape, made.sum_samples
         self.stats = (shape.samples, shape.num_groups) if shape.num_groups else (shape.channels,)
-        self.finish = driver.load(device, made.backward.variant.defines())["finish_backward"]
+        if self.backward is not None:
+            self.finish = driver.load(device, made.backward.variant.defines())["finish_backward"]
 
 
 _planned: dict[tuple, _Planned | str] = {}
@@ -104,50 +105,71 @@ def _channels_last(x: Tensor) -> bool | None:
     return True if last else None
 
 
-def _find(x: Tensor, num_groups: int, activation: int = 0, phases: int = plan.ALL) -> _Planned | str:
+def _find(x: Tensor, num_groups: int, activation: int = 0, phases: int = plan.ALL, way: str = "both") -> _Planned | str:
+    """The plan for a tensor, or why there is none; the steps of a synchronized norm go one ``way`` at a time."""
     channels_last = _channels_last(x)
     if channels_last is None:
         return "the tensor is neither contiguous nor channels-last"
     device = x.device.index or 0
-    launches = _launches.get(device, 4)
     aligned = x.data_ptr() & 15
-    key = x.shape, x.dtype, device, channels_last, num_groups, aligned, activation, phases, launches
+    key = (
+        x.shape,
+        x.dtype,
+        device,
+        channels_last,
+        num_groups,
+        aligned,
+        activation,
+        phases,
+        way,
+        _launches.get(device, 4),
+    )
     found = _planned.get(key)
     if found is None:
-        found = _make(x, num_groups, channels_last, aligned, device, launches, activation, phases)
+        found = _make(x, *key[2:])
         if len(_planned) >= _MOST_PLANS:
             _planned.clear()
-        _planned[key] = found
+        if not _is_full(found):
+            _planned[key] = found
     return found
+
+
+def _is_full(found: _Planned | str) -> bool:
+    """Whether it is but the card that is full, which may have room the next time."""
+    return isinstance(found, str) and "is full" in found
 
 
 def _make(
     x: Tensor,
-    num_groups: int,
-    channels_last: bool,
-    aligned: int,
     device: int,
-    launches: int,
+    channels_last: bool,
+    num_groups: int,
+    aligned: int,
     activation: int,
     phases: int,
+    way: str,
+    launches: int,
 ) -> _Planned | str:
-    shape = plan.Shape(
-        x.shape[0], x.shape[1], x.shape[2:].numel(), x.dtype, channels_last, num_groups, aligned & -aligned or 16
-    )
     if x.numel() == 0:
         return "the tensor is empty"
     if num_groups and activation:
         return "an activation after the group form is not in the kernels"
-    if reason := plan.refuses(shape):
-        return reason
-    if reason := driver.reason(device, None):
+    positions, alignment = x.shape[2:].numel(), aligned & -aligned or 16
+    shape = plan.Shape(x.shape[0], x.shape[1], positions, x.dtype, channels_last, num_groups, alignment)
+    if reason := plan.refuses(shape) or driver.reason(device, None):
         return reason
     made = plan.make(shape, driver.card(device), launches, activation, phases)
-    for cut in made[:3]:
-        if cut is not None and (reason := driver.reason(device, cut.variant.defines())):
+    if way == "forward":
+        made = made._replace(backward=None, result=None)
+    elif way == "backward":
+        made = made._replace(forward=None)
+    variants = [cut.variant.defines() for cut in made[:3] if cut is not None]
+    driver.prepare(device, variants)
+    for defines in variants:
+        if reason := driver.reason(device, defines):
             return reason
     try:
-        return _Planned(device, shape, launches, activation, phases)
+        return _Planned(device, shape, made, launches)
     except RuntimeError as error:
         return str(error)
 
@@ -160,6 +182,33 @@ def refuses(x: Tensor, num_groups: int = 0, activation: str = "identity") -> str
         return f"{x.dtype} is not float32, float16 or bfloat16"
     found = _find(x, num_groups, _ACTIVATIONS[activation])
     return found if isinstance(found, str) else None
+
+
+def precompile(inputs: Iterable[tuple], device: int | None = None) -> int:
+    """Compile the kernels that inputs will need, all at once and before the first of them comes.
+
+    Args:
+        inputs: for each ``(shape, dtype, channels_last, num_groups, activation)``; what follows is ignored.
+        device: index of the card; None is the current one.
+
+    Returns:
+        How many variants of the kernels that are.
+
+    Raises:
+        RuntimeError: the kernels cannot be used here, and why.
+    """
+    device = torch.cuda.current_device() if device is None else device
+    if reason := driver.reason(device, None):
+        raise RuntimeError(reason)
+    variants: dict[tuple[str, ...], None] = {}
+    for size, dtype, channels_last, num_groups, activation, *_ in inputs:
+        positions = torch.Size(size[2:]).numel()
+        shape = plan.Shape(size[0], size[1], positions, dtype, channels_last, num_groups, 16)
+        if plan.refuses(shape) is None:
+            made = plan.make(shape, driver.card(device), _launches.get(device, 4), _ACTIVATIONS[activation])
+            variants.update((cut.variant.defines(), None) for cut in made[:3] if cut is not None)
+    driver.prepare(device, list(variants))
+    return len(variants)
 
 
 def _workspace(device: int, stream: int, launch: _Launch) -> tuple[int, int]:
@@ -212,7 +261,14 @@ def _like(x: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(other)
 
 
-def forward(x, weight, bias, residual, running, options) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: RunningStats | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
     """As :func:`fbn_plugin.ops.reference.forward`, for what :func:`refuses` does not refuse."""
     num_groups, t_sigma, eps, correction, _, activation, slope = options
     planned = _find(x, num_groups, _ACTIVATIONS[activation])
@@ -273,7 +329,15 @@ def _forward(planned, x, y, weight, bias, residual, running, moments, t_sigma, e
         launch(arguments, stream)
 
 
-def backward(grad, x, weight, bias, other, moments, options) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
+    moments: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As :func:`fbn_plugin.ops.reference.backward`, for what :func:`refuses` does not refuse."""
     num_groups, t_sigma, eps, correction, grad_mode, activation, slope = options
     planned = _find(x, num_groups, _ACTIVATIONS[activation])
@@ -393,7 +457,7 @@ def measure_kept(x: Tensor, lower: Tensor, upper: Tensor, measured: Tensor) -> t
 
 
 def _step(x: Tensor, phase: int, moments: Tensor) -> Tensor:
-    planned = _find(x, 0, phases=phase)
+    planned = _find(x, 0, phases=phase, way="forward")
     _forward(planned, x, None, None, None, None, None, moments, 1.0, 0.0, 1.0, 0.0)
     return moments
 
@@ -402,14 +466,14 @@ def normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor, num_groups: int, eps: float
 ) -> Tensor:
     """As :func:`fbn_plugin.ops.reference.normalize`, for what :func:`refuses` does not refuse."""
-    planned, y = _find(x, num_groups, phases=plan.APPLY), torch.empty_like(x)
+    planned, y = _find(x, num_groups, phases=plan.APPLY, way="forward"), torch.empty_like(x)
     _forward(planned, x, y, weight, bias, None, None, moments, 1.0, eps, 1.0, 0.0)
     return y
 
 
-def gradient_sums(grad: Tensor, x: Tensor, moments, eps: float, grad_mode: str) -> tuple[Tensor, Tensor]:
+def gradient_sums(grad: Tensor, x: Tensor, moments: Tensor, eps: float, grad_mode: str) -> tuple[Tensor, Tensor]:
     """As :func:`fbn_plugin.ops.reference.gradient_sums`, for what :func:`refuses` does not refuse."""
-    planned = _find(x, 0, phases=plan.FIRST)
+    planned = _find(x, 0, phases=plan.FIRST, way="backward")
     sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
     common = grad_mode == "paper", False, eps, 1.0, 0.0
     arguments = _like(x, grad), x, None, None, None, None, None, moments, None, sums
@@ -417,9 +481,18 @@ def gradient_sums(grad: Tensor, x: Tensor, moments, eps: float, grad_mode: str) 
     return sums[1], sums[0]
 
 
-def input_gradient(grad, x, weight, moments, eps: float, grad_mode: str, mean_g, mean_g_xhat) -> Tensor:
+def input_gradient(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    moments: Tensor,
+    eps: float,
+    grad_mode: str,
+    mean_g: Tensor,
+    mean_g_xhat: Tensor,
+) -> Tensor:
     """As :func:`fbn_plugin.ops.reference.input_gradient`, for what :func:`refuses` does not refuse."""
-    planned, dx = _find(x, 0, phases=plan.APPLY), torch.empty_like(x)
+    planned, dx = _find(x, 0, phases=plan.APPLY, way="backward"), torch.empty_like(x)
     coefficients = torch.stack((mean_g, mean_g_xhat)).float()
     common = grad_mode == "paper", False, eps, 1.0, 0.0
     arguments = _like(x, grad), x, None, dx, None, weight, None, moments, coefficients, None

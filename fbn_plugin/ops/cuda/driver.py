@@ -295,6 +295,15 @@ def launch(
             _call(name, kernel.handle, *arguments)
 
 
+def prepare(device: int, variants: list[tuple[str, ...]]) -> None:
+    """Compile what :func:`load` will want, side by side. What goes wrong is for :func:`reason` to say."""
+    missing = [defines for defines in variants if (device, defines) not in _loaded]
+    if len(missing) > 1:
+        with contextlib.suppress(Exception):
+            arch = card(device).arch
+            compiler.precompile(source(), [(defines, arch) for defines in missing])
+
+
 def reason(device: int, defines: tuple[str, ...] | None = None) -> str | None:
     """Why the kernels of ``defines`` (None: any kernels) cannot be launched on ``device``: one sentence. None if they
     can.

@@ -174,6 +174,9 @@ class EmulatedDriver:
             self.load(device, defines)
         return None
 
+    def prepare(self, device: int, variants: list[tuple[str, ...]]) -> None:
+        build(self.source(), [defines for defines in variants if defines not in self._loaded], self._sanitizer)
+
     def on(self, device: int) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()
 
