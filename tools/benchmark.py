@@ -34,12 +34,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", action="store_true", help="time single layers")
     parser.add_argument("--norms", nargs="+", metavar="SPEC", help="time these norms among the layers too")
-    parser.add_argument(
-        "--models",
-        nargs="*",
-        metavar="NAME",
-        help="time models: vgg16 resnet50 mask_rcnn_R_50_FPN mask_rcnn_X_101_32x8d_FPN",
-    )
+    models = "vgg16 resnet50 mask_rcnn_R_50_FPN (without NAME these), mask_rcnn_X_101_32x8d_FPN"
+    parser.add_argument("--models", nargs="*", metavar="NAME", help=f"time models: {models}")
     parser.add_argument("--shapes", nargs="+", metavar="NxCxHxW", help="of the layers' inputs")
     parser.add_argument("--layouts", nargs="+", metavar="NAME", help="contiguous, channels_last")
     parser.add_argument("--dtypes", nargs="+", metavar="NAME", help="float32, float16, bfloat16")

@@ -149,7 +149,7 @@ def _target_rows(settings: Settings) -> list[Row]:
 
 def _compiled(settings: Settings, layout: str, dtype: str, until: float, notes: list[str]) -> dict:
     # To compile BN's and FBN's ResNet-50 takes a minute or more, ResNet-18 a third of that.
-    name = "resnet50" if until - time.perf_counter() > 70 and not settings.quick else "resnet18"
+    name = "resnet50" if until - time.perf_counter() > 75 and not settings.quick else "resnet18"
     size = MODELS["resnet50"].size(settings.device, settings.quick)
     return measure_compiled(settings, name, size, layout, dtype, until, notes)
 
