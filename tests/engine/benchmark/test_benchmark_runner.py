@@ -1,4 +1,4 @@
-"""Rows that fail, end their process or never end; the time that rows share; what a plan holds. Measurements are fakes."""
+"""Rows that fail, end their process or never end; the time that rows share; what a plan holds. All rows are fakes."""
 
 import json
 import math
@@ -32,12 +32,6 @@ def never_ends(until, notes):
 def eventful(settings):
     names = {"first": works, "fails": fails, "ends": ends, "second": works, "never ends": never_ends, "third": works}
     return [Row("checks", name, measure, 0.1) for name, measure in names.items()]
-
-
-def fatal(settings):
-    if os.environ.get("FBN_TEST_MAIN") != str(os.getpid()):
-        os._exit(3)
-    return [Row("checks", "never begun", works)]
 
 
 def run(planner, **options):
@@ -120,15 +114,14 @@ def test_a_process_that_ends_or_hangs_costs_one_row():
     assert notes[4] == ["never ends: not measured: its process gave no answer and was ended"]
 
 
-def test_a_process_that_does_not_start_ends_the_run(monkeypatch):
-    monkeypatch.setenv("FBN_TEST_MAIN", str(os.getpid()))
-    monkeypatch.setattr(runner, "_work", ends_at_once)
-    with pytest.raises(RuntimeError, match="does not start: its process ended with code 3"):
-        runner.run(Settings(), planner=fatal, isolated=True)
-
-
 def ends_at_once(*_):
     os._exit(3)
+
+
+def test_a_process_that_does_not_start_ends_the_run(monkeypatch):
+    monkeypatch.setattr(runner, "_work", ends_at_once)
+    with pytest.raises(RuntimeError, match="does not start: its process ended with code 3"):
+        runner.run(Settings(), planner=eventful, isolated=True)
 
 
 def test_patience_ends_with_the_time():

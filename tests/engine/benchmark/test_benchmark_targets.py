@@ -24,7 +24,7 @@ def step(ratio, model="resnet50", batch=64, dtype="float32", layout="contiguous"
     return {"model": model, "batch": batch, "image": image, "layout": layout, "dtype": dtype, "peers": peers}
 
 
-def layer(ratios, device="cuda", **fields):
+def layer(ratios, **fields):
     row = {
         "pass": "forward+backward",
         "shape": [2, 4, 3, 3],
@@ -61,8 +61,11 @@ def test_every_row_has_to_meet_its_aim(ratios, expected):
 
 def test_rows_of_another_kind_do_not_count():
     others = [
-        step(9.0, batch=8), step(9.0, dtype="bfloat16"), step(9.0, layout="channels_last"), step(9.0, "mask_rcnn_R_50_FPN"),
-    ]  # fmt: skip
+        step(9.0, batch=8),
+        step(9.0, dtype="bfloat16"),
+        step(9.0, layout="channels_last"),
+        step(9.0, "mask_rcnn_R_50_FPN"),
+    ]
     assert verdict(FIRST, results(models=others)) == "not measured"
     assert verdict(FIRST, results("cpu", models=[step(0.5)])) == "not measured"
     assert verdict(FIRST, results(quick=True, models=[step(0.5)])) == "not measured"
