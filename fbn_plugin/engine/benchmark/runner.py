@@ -121,7 +121,7 @@ def _patience(row: Row, deadline: float, least: float) -> float | None:
     """Seconds to wait for a row before its process is given up."""
     if deadline == math.inf:
         return None
-    return min(max(least, 3 * row.seconds), max(least / 3, deadline + least / 2 - time.time()))
+    return min(max(least, 3 * row.seconds), max(least / 3, deadline + least / 4 - time.time()))
 
 
 def _isolated(

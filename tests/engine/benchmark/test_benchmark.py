@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, peers, files and command line; no test depends on how long anything takes."""
 
+import functools
 import gc
 import importlib.util
 import io
@@ -13,10 +14,11 @@ from PIL import Image
 from torch import nn
 
 from fbn_plugin.engine import benchmark
-from fbn_plugin.engine.benchmark import Settings, markdown, models, peers, plot, rows
+from fbn_plugin.engine.benchmark import Settings, markdown, models, peers, plot, rows, runner
 from fbn_plugin.engine.benchmark.layers import layer_input
 from fbn_plugin.engine.benchmark.peers import LAYER_PEERS
 from fbn_plugin.engine.benchmark.report import summary_table
+from fbn_plugin.engine.benchmark.targets import TARGETS
 from fbn_plugin.engine.benchmark.timing import host_timer, interleave, memory_of, summarize
 from fbn_plugin.layers import FilteredBatchNorm2d
 
@@ -200,6 +202,28 @@ def test_interrupted_run_keeps_its_rows(tool, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         tool.main([*QUICK, "--shapes", "2x4x3x3", "--layouts", "contiguous", "--output", str(file)])
     assert len(benchmark.load(file)["layers"]) == 4
+
+
+def test_the_command_of_the_targets(tool, tmp_path, monkeypatch, capsys):
+    def planner(settings):
+        assert settings.targets and settings.minutes == 7.5
+        return [rows.Row("checks", "good", good), rows.Row("host", "bad", bad)]
+
+    def good(until, notes):
+        return [{"check": "of a fake", "passed": True}]
+
+    def bad(until, notes):
+        assert len(benchmark.load(file)["checks"]) == 1, "what was measured before is on disk"
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(benchmark, "run", functools.partial(runner.run, planner=planner, isolated=False))
+    file = tmp_path / "gpu.json"
+    made = tool.main(["--targets", "--output", str(file)])
+    printed = capsys.readouterr()
+    assert "  bad: not measured: no luck" in printed.err.splitlines()
+    assert "1 of 1 checks passed" in printed.out and "Note: bad: not measured: no luck." in printed.out
+    assert benchmark.load(file) == made
+    assert tool.main(["--from"]) == [] and capsys.readouterr().out.count("not measured |") >= len(TARGETS)
 
 
 def test_compiled_peer_is_left_out_with_a_note(monkeypatch):

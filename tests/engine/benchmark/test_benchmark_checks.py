@@ -2,6 +2,7 @@
 needs a GPU."""
 
 import math
+import subprocess
 import sys
 import types
 
@@ -168,8 +169,20 @@ def test_first_steps_are_compared_to_the_mean_of_two(monkeypatch):
 
 def test_a_first_step_in_a_process_of_its_own(tmp_path):
     assert 0 < first_step._in_a_new_process("FBN", "cpu", "resnet18", (2, 32, 32), str(tmp_path), 300) < 300
-    with pytest.raises(RuntimeError, match="the first step with NONE failed: .*NONE"):
-        first_step._in_a_new_process("NONE", "cpu", "resnet18", (2, 32, 32), str(tmp_path), 300)
+
+
+def test_a_first_step_that_fails_or_never_ends(monkeypatch):
+    def process(command, timeout, env, **options):
+        assert command[-4:] == ["FBN", "cpu", "resnet18", "2x32x32"]
+        assert env["FBN_PLUGIN_CACHE_DIR"].startswith("folder") and env["TRITON_CACHE_DIR"].startswith("folder")
+        if timeout < 10:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nRuntimeError: no kernel\n")
+
+    monkeypatch.setattr(subprocess, "run", process)
+    for timeout, sentence in ((30, "FBN failed: RuntimeError: no kernel"), (5, "FBN was not over after 5 s")):
+        with pytest.raises(RuntimeError, match=sentence):
+            first_step._in_a_new_process("FBN", "cpu", "resnet18", (2, 32, 32), "folder", timeout)
 
 
 def test_compiled_steps_leave_out_the_fused_form_where_time_is_short(monkeypatch):

@@ -6,6 +6,7 @@ import os
 import time
 
 import pytest
+import torch
 
 from fbn_plugin.engine.benchmark import Settings, rows, runner
 from fbn_plugin.engine.benchmark.rows import Row
@@ -29,9 +30,32 @@ def never_ends(until, notes):
     time.sleep(1000)
 
 
+def spoils(until, notes):
+    torch.cuda.synchronize = fails_at_once
+    raise RuntimeError("an illegal memory access")
+
+
+def fails_at_once():
+    raise RuntimeError("an illegal memory access, again")
+
+
 def eventful(settings):
+    if settings is not None:  # in the process that measures, which has no GPU here
+        torch.cuda.synchronize = lambda: None
     names = {"first": works, "fails": fails, "ends": ends, "second": works, "never ends": never_ends, "third": works}
+    names |= {"spoils": spoils, "fourth": works}
     return [Row("checks", name, measure, 0.1) for name, measure in names.items()]
+
+
+def one_row(settings):
+    return [Row("checks", "first", works)]
+
+
+def on_a_gpu(**options):
+    """Settings for a GPU, whether there is one or not."""
+    settings = Settings(**options)
+    object.__setattr__(settings, "device", "cuda")
+    return settings
 
 
 def run(planner, **options):
@@ -104,13 +128,14 @@ def test_without_minutes_nothing_is_skipped(clock):
 def test_a_process_that_ends_or_hangs_costs_one_row():
     plan = eventful(None)
     found = []
-    for message in runner._isolated(Settings(), eventful, plan, time.time() + 600, 6.0):
+    for message in runner._isolated(on_a_gpu(), eventful, plan, time.time() + 600, 8.0):
         if isinstance(message, Measured):
             found.append(message)
-    assert [len(each.rows) for each in found] == [1, 0, 0, 1, 0, 1]
+    assert [len(each.rows) for each in found] == [1, 0, 0, 1, 0, 1, 0, 1]
     notes = [each.notes[-1:] for each in found]
     assert notes[1] == ["fails: not measured: no such thing"]
     assert notes[2] == ["ends: not measured: its process ended with code 7"]
+    assert notes[6:] == [["spoils: not measured: an illegal memory access"], []]
     assert notes[4] == ["never ends: not measured: its process gave no answer and was ended"]
 
 
@@ -121,7 +146,7 @@ def ends_at_once(*_):
 def test_a_process_that_does_not_start_ends_the_run(monkeypatch):
     monkeypatch.setattr(runner, "_work", ends_at_once)
     with pytest.raises(RuntimeError, match="does not start: its process ended with code 3"):
-        runner.run(Settings(), planner=eventful, isolated=True)
+        runner.run(Settings(), planner=one_row, isolated=True)
 
 
 def test_patience_ends_with_the_time():
@@ -129,7 +154,7 @@ def test_patience_ends_with_the_time():
     now = time.time()
     assert runner._patience(row, math.inf, 60) is None
     assert runner._patience(row, now + 1000, 60) == 240
-    assert runner._patience(row, now + 100, 60) == pytest.approx(130, abs=1)
+    assert runner._patience(row, now + 100, 60) == pytest.approx(115, abs=1)
     assert runner._patience(row, now - 100, 60) == 20
 
 
@@ -137,9 +162,7 @@ def test_the_plan_of_the_targets_has_every_row_that_they_count():
     """As many rows as the targets say that there are, for a GPU."""
     from fbn_plugin.engine.benchmark.targets import TARGETS
 
-    settings = Settings(targets=True)
-    object.__setattr__(settings, "device", "cuda")  # there need not be one to plan
-    planned = rows.plan(settings)
+    planned = rows.plan(on_a_gpu(targets=True))
     assert [row.kind for row in planned[:2]] == ["preparation", "checks"], "first whether it is right"
     counts = {kind: sum(row.kind == kind for row in planned) for kind in runner.KINDS}
     assert counts == {
