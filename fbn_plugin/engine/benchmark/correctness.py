@@ -2,6 +2,7 @@
 twice, on two streams at once, and as a CUDA graph, bit for bit.
 """
 
+import contextlib
 import copy
 import threading
 import time
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fbn_plugin import ops
 from fbn_plugin.engine.benchmark.layers import first_line, layer_input
-from fbn_plugin.engine.benchmark.timing import captured
+from fbn_plugin.engine.benchmark.timing import captured, side_stream
 from fbn_plugin.layers import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
 
 # Error of a result against float64, relative to its largest value: one rounding to the dtype of outputs, and sums in
@@ -139,9 +140,9 @@ def two_at_once(name: str, shape: Sequence[int], layout: str, dtype: str, device
     if device == "cuda":
         torch.cuda.synchronize()
 
-    def work(run: Callable[[], dict[str, Tensor]]) -> None:
+    def work(number: int, run: Callable[[], dict[str, Tensor]]) -> None:
         try:
-            with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else torch.enable_grad():
+            with torch.cuda.stream(side_stream(number)) if device == "cuda" else contextlib.nullcontext():
                 found = [run() for _ in range(10)]
             if device == "cuda":
                 torch.cuda.synchronize()
@@ -150,7 +151,7 @@ def two_at_once(name: str, shape: Sequence[int], layout: str, dtype: str, device
         except Exception as error:
             wrong.append(first_line(error))
 
-    threads = [threading.Thread(target=work, args=(run,), daemon=True) for run in runs]
+    threads = [threading.Thread(target=work, args=each, daemon=True) for each in enumerate(runs)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -4,6 +4,7 @@ All peers of a row take turns, in a new random order each round, so that a busy 
 hits them alike; ratios are taken within a round.
 """
 
+import functools
 import gc
 import random
 import statistics
@@ -109,13 +110,20 @@ def host_timer(device: str, calls: int) -> Callable[[Call], float]:
     return measure
 
 
+@functools.cache
+def side_stream(number: int) -> "torch.cuda.Stream":
+    """The stream of that number besides the default one, always the same: kernels may leave more of the GPU free the
+    more streams they have seen, which must not differ from a training's."""
+    return torch.cuda.Stream()
+
+
 def captured(call: Call) -> Call:
     """``call`` as a CUDA graph that is replayed, so that only the device's time is left.
 
     Raises:
         RuntimeError: it cannot be captured.
     """
-    stream = torch.cuda.Stream()
+    stream = side_stream(0)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -123,7 +131,7 @@ def captured(call: Call) -> Call:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call()
     return graph.replay
 
