@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from fbn_plugin.engine.benchmark import correctness, first_step, layers, models, prepare
-from fbn_plugin.engine.benchmark.peers import Peer
+from fbn_plugin.engine.benchmark.peers import TARGET_LAYER_PEERS, Peer
 from fbn_plugin.engine.benchmark.settings import Settings
+from fbn_plugin.engine.benchmark.timing import wall_timer
 from fbn_plugin.layers import FilteredBatchNorm2d
 
 SMALL = ((2, 16, 6, 6), (2, 16, 6, 6))
@@ -213,3 +214,32 @@ def test_a_loss_that_is_not_finite_is_told(monkeypatch):
         settings, {"BN": lambda m: m}, "resnet50", (2, 8, 8), "contiguous", "float32", math.inf, notes := []
     )
     assert notes == ["the loss of BN is not finite in a step of resnet50 2x8x8 contiguous float32"]
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """What asks for a GPU gets the CPU: the code around it runs."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(layers, "gpu_timer", lambda: wall_timer("cpu"))
+    monkeypatch.setattr(layers, "captured", lambda call: call)
+    monkeypatch.setattr(layers, "memory_of", lambda *_: {"saved_bytes": 1, "peak_bytes": 1})
+
+
+def test_a_row_of_layers_as_on_a_gpu(pretended_gpu):
+    settings = Settings(quick=True, seconds_per_row=1e-3)
+    object.__setattr__(settings, "device", "cuda")
+    x = layers.layer_input((2, 8, 4, 4), 0.0, "channels_last", "float32", "cpu")
+    row = layers.layer_row(settings, TARGET_LAYER_PEERS, x, "forward+backward", math.inf, notes := [])
+    assert notes == [] and row["peers"].keys() == {peer.name for peer in TARGET_LAYER_PEERS}
+    assert row["roofline_ms"]["on chip"] == pytest.approx(row["roofline_ms"]["BN"] * 5 / 8)
+    assert row["peers"]["FBN+add+ReLU fused"]["to"] == "BN, add, ReLU"
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_a_graph_that_leaves_other_bits_is_caught(pretended_gpu, monkeypatch, replays):
+    def captured(call):
+        call()
+        return call if replays else lambda: None
+
+    monkeypatch.setattr(correctness, "captured", captured)
+    assert correctness.graph_replays("FBN+add+ReLU", SMALL[0], "contiguous", "float32", "cpu") is replays
