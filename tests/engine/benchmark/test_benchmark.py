@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, peers, files and command line; no test depends on how long anything takes."""
 
+import functools
 import gc
 import importlib.util
 import io
@@ -13,11 +14,15 @@ from PIL import Image
 from torch import nn
 
 from fbn_plugin.engine import benchmark
-from fbn_plugin.engine.benchmark import LAYER_PEERS, Settings, interleave, layer_input, memory_of, summarize
-from fbn_plugin.engine.benchmark_report import markdown, plot, summary_table
+from fbn_plugin.engine.benchmark import Settings, markdown, models, peers, plot, rows, runner
+from fbn_plugin.engine.benchmark.layers import layer_input
+from fbn_plugin.engine.benchmark.peers import LAYER_PEERS
+from fbn_plugin.engine.benchmark.report import summary_table
+from fbn_plugin.engine.benchmark.targets import TARGETS
+from fbn_plugin.engine.benchmark.timing import host_timer, interleave, memory_of, summarize
 from fbn_plugin.layers import FilteredBatchNorm2d
 
-TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
+TOOL = Path(__file__).parents[3] / "tools" / "benchmark.py"
 QUICK = ["--quick", "--seconds-per-row", "0.001"]
 
 
@@ -40,16 +45,16 @@ def results():
         quick=True, models=("resnet50",), batch_size=3, shapes=((2, 6, 5, 5),), seconds_per_row=1e-3, threads=1
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "_build_model", small_model)
+        patch.setattr(models, "_built", small_model)
         return benchmark.run(settings)
 
 
 def test_ratios_are_taken_within_a_round():
     # The machine slows down fourfold after the first round: medians over rounds see it, ratios do not.
     times = {"BN": [1.0, 4.0, 4.0], "FBN": [0.5, 2.0, 3.0]}
-    peers = summarize(times, {"BN": "BN", "FBN": "BN"})
-    assert peers["FBN"] == {"ms": [1250, 2000, 2500], "ratio": [0.5, 0.5, 0.625], "to": "BN", "rounds": 3}
-    assert peers["BN"]["ratio"] == [1, 1, 1]
+    found = summarize(times, {"BN": "BN", "FBN": "BN"})
+    assert found["FBN"] == {"ms": [1250, 2000, 2500], "ratio": [0.5, 0.5, 0.625], "to": "BN", "rounds": 3}
+    assert found["BN"]["ratio"] == [1, 1, 1]
     assert summarize({"BN": [2.0]}, {"BN": "BN"})["BN"]["ms"] == [2000, 2000, 2000]
 
 
@@ -74,7 +79,7 @@ def test_peers_take_turns():
 def test_naive_form_is_filtered_batch_norm():
     torch.manual_seed(0)
     x = layer_input((8, 3, 16, 16), 5e-3, "contiguous", "float32", "cpu")
-    naive, own = benchmark.NaiveFilteredBatchNorm2d(3), FilteredBatchNorm2d(3, t_sigma=5.0)
+    naive, own = peers.NaiveFilteredBatchNorm2d(3), FilteredBatchNorm2d(3, t_sigma=5.0)
     own.load_state_dict(naive.state_dict())
     grad = torch.randn_like(x)
     expected = torch.autograd.grad(own(x), [x, *own.parameters()], grad)
@@ -85,9 +90,12 @@ def test_naive_form_is_filtered_batch_norm():
 
 
 def test_fused_peer_is_filtered_batch_norm_then_relu():
-    peers = {peer.name: peer.build(4) for peer in LAYER_PEERS}
+    built = {peer.name: peer.build(4) for peer in (*LAYER_PEERS, *peers.TARGET_LAYER_PEERS)}
     x = layer_input((4, 4, 8, 8), 0.0, "contiguous", "float32", "cpu")
-    torch.testing.assert_close(peers["FBN+ReLU fused"](x), peers["FBN, ReLU"](x))
+    torch.testing.assert_close(built["FBN+ReLU fused"](x), built["FBN, ReLU"](x))
+    residual = torch.randn_like(x)
+    torch.testing.assert_close(built["BN, add, ReLU"](x, residual), (built["BN"](x) + residual).relu())
+    torch.testing.assert_close(built["FBN+add+ReLU fused"](x, residual), (built["FBN T=5"](x) + residual).relu())
 
 
 def test_inputs_have_the_outliers_that_they_say():
@@ -128,23 +136,26 @@ def test_results_hold_every_row_and_peer(results):
             assert ("saved_bytes" in peer) == (row["pass"] == "forward+backward")
     (model,) = results["models"]
     assert (model["model"], model["batch"]) == ("resnet50", 3)
-    assert model["peers"].keys() == {*benchmark.MODEL_PEERS}
+    assert model["peers"].keys() == {*peers.MODEL_PEERS}
     saved = {name: peer["saved_bytes"] for name, peer in model["peers"].items()}
     assert saved["BN"] <= saved["FBN T=5"] < 1.3 * saved["BN"] < saved["naive FBN"]
     assert results["environment"]["torch"] == torch.__version__ and results["environment"]["threads"] == 1
 
 
+def test_the_host_is_timed_over_several_calls_without_waiting():
+    calls = []
+    assert host_timer("cpu", 7)(lambda: calls.append(0)) >= 0 and len(calls) == 7
+
+
 def test_models_have_the_norms_that_are_replaced():
     counts = {}
     for name in benchmark.MODELS:
-        for peer, make in benchmark.MODEL_PEERS.items():
+        for peer, make in peers.MODEL_PEERS.items():
             with torch.device("meta"):
-                model = make(benchmark._build_model(name))
+                model = make(models.build_model(name))
             counts[name, peer] = sum(type(module) is nn.BatchNorm2d for module in model.modules())
-    expected = {"vgg16": 13, "resnet50": 53, "mask_rcnn_R_50_FPN": 53}
-    assert counts == {
-        (name, peer): n * (peer == "BN") for name, n in expected.items() for peer in benchmark.MODEL_PEERS
-    }
+    expected = {"vgg16": 13, "resnet50": 53, "mask_rcnn_R_50_FPN": 53, "mask_rcnn_X_101_32x8d_FPN": 104}
+    assert counts == {(name, peer): n * (peer == "BN") for name, n in expected.items() for peer in peers.MODEL_PEERS}
 
 
 def test_every_peer_is_in_the_tables_and_the_picture(results):
@@ -177,21 +188,42 @@ def test_command_writes_what_it_can_read(tool, tmp_path, capsys):
     assert made["models"] == [] and len(made["layers"]) == 4
     drawn = Image.open(picture).size
     picture.unlink()
-    assert tool.main(["--from", str(file), "--plot", str(picture)]) == made
+    assert tool.main(["--from", str(file), "--plot", str(picture)]) == [made]
     assert capsys.readouterr().out == printed and Image.open(picture).size == drawn
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]
 
 
 def test_interrupted_run_keeps_its_rows(tool, tmp_path, monkeypatch):
-    def interrupted(settings):
+    def interrupted(until, notes):
         raise KeyboardInterrupt
-        yield
 
-    monkeypatch.setattr(benchmark, "measure_models", interrupted)
+    monkeypatch.setattr(rows, "_model_rows", lambda settings: [rows.Row("models", "a model", interrupted)])
     file = tmp_path / "out.json"
     with pytest.raises(KeyboardInterrupt):
         tool.main([*QUICK, "--shapes", "2x4x3x3", "--layouts", "contiguous", "--output", str(file)])
     assert len(benchmark.load(file)["layers"]) == 4
+
+
+def test_the_command_of_the_targets(tool, tmp_path, monkeypatch, capsys):
+    def planner(settings):
+        assert settings.targets and settings.minutes == 7.5
+        return [rows.Row("checks", "good", good), rows.Row("host", "bad", bad)]
+
+    def good(until, notes):
+        return [{"check": "of a fake", "passed": True}]
+
+    def bad(until, notes):
+        assert len(benchmark.load(file)["checks"]) == 1, "what was measured before is on disk"
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(benchmark, "run", functools.partial(runner.run, planner=planner, isolated=False))
+    file = tmp_path / "gpu.json"
+    made = tool.main(["--targets", "--output", str(file)])
+    printed = capsys.readouterr()
+    assert "  bad: not measured: no luck" in printed.err.splitlines()
+    assert "1 of 1 checks passed" in printed.out and "Note: bad: not measured: no luck." in printed.out
+    assert benchmark.load(file) == made
+    assert tool.main(["--from"]) == [] and capsys.readouterr().out.count("not measured |") >= len(TARGETS)
 
 
 def test_compiled_peer_is_left_out_with_a_note(monkeypatch):
@@ -200,7 +232,7 @@ def test_compiled_peer_is_left_out_with_a_note(monkeypatch):
             raise RuntimeError("no compiler\nand a long story")
 
     monkeypatch.setattr(torch.compiler, "reset", lambda: None)
-    monkeypatch.setattr(benchmark, "COMPILED", benchmark.Peer("compiled", "BN", NoCompiler))
+    monkeypatch.setattr(rows, "COMPILED", peers.Peer("compiled", "BN", NoCompiler))
     settings = Settings(
         quick=True, compiled=True, models=(), layouts=("contiguous",), shapes=((2, 4, 3, 3),), seconds_per_row=1e-3
     )
@@ -212,12 +244,12 @@ def test_compiled_peer_is_left_out_with_a_note(monkeypatch):
 def test_detector_does_the_same_work_with_every_norm(one_thread):
     from fbn_plugin.frameworks.torchvision import mask_rcnn_fpn
 
-    images, targets = benchmark._training_data("mask_rcnn_R_50_FPN", (2, 64, 96), "cpu")
+    images, targets = models.training_data("mask_rcnn_R_50_FPN", (2, 64, 96), "cpu")
     shapes = {}
     for norm in ("BN", "GN"):
         torch.manual_seed(len(norm))
         model = mask_rcnn_fpn("resnet18", norm=norm, num_classes=81, box_fcs=(8, 8), mask_convs=(8,)).train()
-        benchmark._fix_work(model, images, targets)
+        models.fix_work(model, images, targets)
         seen = shapes.setdefault(norm, [])
         for part in (model.backbone, model.roi_heads.box_head, model.roi_heads.mask_head):
             part.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].shape))
@@ -240,6 +272,9 @@ def test_detector_does_the_same_work_with_every_norm(one_thread):
         (["--shapes", "2x0x8x8"], "(2, 0, 8, 8)"),
         (["--seconds-per-row", "0"], "above 0"),
         (["--seconds-per-row", "nan"], "above 0"),
+        (["--minutes", "-3"], "minutes must be a number above 0, got -3.0"),
+        (["--targets", "--models", "resnet50"], "--models has no meaning"),
+        (["--from", "--plot", "out.png"], "--from gives 0"),
         (["--threads", "0"], "threads must be 1 or more"),
         (["--batch-size", "-1"], "batch size must be 1 or more"),
         (["--device", "tpu"], "cpu or cuda"),
