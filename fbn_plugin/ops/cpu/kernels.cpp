@@ -36,6 +36,7 @@ struct Moments {  // one entry for each set
 };
 
 constexpr int64_t TILE = 4096;  // values summed in float before they are added up in double
+constexpr double FAR = 8;       // squared distance of shift and mean, in variances, above which sums are taken again
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MANY_INSTRUCTION_SETS
