@@ -29,12 +29,9 @@ struct Share {
 
 // What is known of one tile's columns: arrays of C for each tile. A tile has so few rows that float can hold its sums.
 struct Columns {
-    float *sum, *square, *count, *low, *high;
-    explicit Columns(int64_t n) {
-        sum = (float*)malloc(n * 5 * sizeof(float));
-        square = sum + n, count = square + n, low = count + n, high = low + n;
-    }
-    ~Columns() { free(sum); }
+    Arrays<float> arrays;
+    float *sum = arrays[0], *square = arrays[1], *count = arrays[2], *low = arrays[3], *high = arrays[4];
+    explicit Columns(int64_t n) : arrays(5, n) {}
 };
 
 constexpr int64_t CHUNK = 32;  // vectors of a row that are worked on together: their sums stay in the first cache
@@ -54,8 +51,7 @@ constexpr int R = 8;           // rows that are read side by side
         }                               \
     }
 
-// One vector of columns while its tile is read. What belongs to a vector lies together, here and below: with an array
-// for each, the many streams of loads draw the prefetchers off the tensor's own.
+// One vector of columns while its tile is read.
 struct Measured {
     vfloat shift, sum, square, low, high;
 };
@@ -185,36 +181,15 @@ struct Blocks {
     }
 };
 
-// N numbers of each column, those of a vector of columns side by side.
-template <int N, bool WHOLE>
-struct Packed {
-    float* all;
-    int64_t part = -1;
-    explicit Packed(int64_t c) : all((float*)malloc(vectors(c) * N * LANES * sizeof(float))) {}
-    ~Packed() { free(all); }
-    // Take them from one array for each number, C for each part, unless it has been done.
-    void pack(int64_t of_part, int64_t c, const float* const (&from)[N]) {
-        if (of_part == part) return;
-        part = of_part;
-        for (int64_t v = 0; v < vectors(c); ++v)
-            for (int k = 0; k < N; ++k)
-                Float32::store(all + (v * N + k) * LANES,
-                               load_vector<Float32, WHOLE>(from[k] + part * c + start_of(v, c), c));
-    }
-    const float* of(int64_t vector) const { return all + vector * N * LANES; }
-};
-
 template <class T, bool WHOLE>
 static void normalize_rows(const typename T::scalar* x, typename T::scalar* y, int64_t rows, int64_t c,
-                           const Packed<3, WHOLE>& packed) {
-    for (int64_t r = 0; r < rows; ++r, x += c, y += c) {
-        const float* p = packed.all;
-        for_vectors(c, [&](int64_t at) {
-            vfloat m = Float32::load(p), a = Float32::load(p + LANES), b = Float32::load(p + 2 * LANES);
+                           const float* mean, const float* scale, const float* offset) {
+    for (int64_t r = 0; r < rows; ++r, x += c, y += c)
+        for_vectors(c, [=](int64_t at) {
+            vfloat m = load_vector<Float32, WHOLE>(mean + at, c), a = load_vector<Float32, WHOLE>(scale + at, c),
+                   b = load_vector<Float32, WHOLE>(offset + at, c);
             store_vector<T, WHOLE>(y + at, c, (load_vector<T, WHOLE>(x + at, c) - m) * a + b);
-            p += 3 * LANES;
         });
-    }
 }
 
 template <class T, bool WHOLE>
@@ -227,12 +202,13 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
     const Blocks blocks(d);
     const int64_t C = d.c, all = rows.parts * C;
     Columns columns(rows.tiles() * C);
-    double* sums = (double*)malloc(3 * sizeof(double) * all);
-    double *squares = sums + all, *counts = squares + all;
-    float* shift = (float*)malloc(6 * sizeof(float) * all);
-    float *lower = shift + all, *upper = lower + all, *scale = upper + all, *offset = scale + all;
-    int32_t* again = (int32_t*)(offset + all);  // columns whose sums are to be taken anew: all ones
-    float* mean = lower;                        // the band is not needed once the moments are known
+    const Arrays<double> doubles(3, all);
+    double *const sums = doubles[0], *const squares = doubles[1], *const counts = doubles[2];
+    const Arrays<float> floats(5, all);
+    float *const shift = floats[0], *const lower = floats[1], *const upper = floats[2], *const scale = floats[3],
+                 *const offset = floats[4];
+    float* const mean = lower;           // the band is not needed once the moments are known
+    const Arrays<int32_t> again(1, all);  // columns whose sums are to be taken anew: all ones, the others zero
     bool first_is_poor = false, kept_is_poor = false;
 
     // The sums of set `j` of a block, from its tiles. Where they are poor: around the means that they give.
@@ -240,7 +216,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
     auto take_again = [&](int64_t at, int64_t n) {
         for (int64_t c = at; c < at + n; ++c) {
             if (counts[c] > 0) shift[c] = (float)(shift[c] + sums[c] / counts[c]);
-            again[c] = -1;
+            again.first[c] = -1;
         }
     };
 #pragma omp parallel num_threads(o.threads)
@@ -259,7 +235,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                 const int64_t part = rows.part(t) * C;
                 measure_kept_columns<T, WHOLE>(
                     x + rows.first(t) * C, rows.count(t), C, shift + part, lower + part, upper + part, columns, t,
-                    [&](int64_t at) { return (vint)load_vector<Float32, WHOLE>((float*)again + part + at, C); });
+                    [&](int64_t at) { return (vint)load_vector<Float32, WHOLE>((float*)again.first + part + at, C); });
             }
         };
         for (int64_t t = share.begin; t < share.end; ++t)
@@ -273,7 +249,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                 add_tiles(columns.square, rows, part, first, blocks.sets(i) * n, squares + part * C + first);
                 for (int64_t j = 0; j < blocks.sets(i); ++j) {
                     const int64_t at = part * C + first + j * n;
-                    for (int64_t c = at; c < at + n; ++c) counts[c] = (double)rows.rows_per_part, again[c] = 0;
+                    for (int64_t c = at; c < at + n; ++c) counts[c] = (double)rows.rows_per_part, again.first[c] = 0;
                     const Total t = total_of(at, n);
                     Set s;
                     if (!repeated && t.is_poor()) {
@@ -313,10 +289,10 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                 add_tiles(columns.count, rows, part, first, blocks.sets(i) * n, counts + part * C + first);
                 for (int64_t j = 0; j < blocks.sets(i); ++j) {
                     const int64_t at = part * C + first + j * n;
-                    if (repeated && !again[at]) continue;
+                    if (repeated && !again.first[at]) continue;
                     const Total t = total_of(at, n);
                     if (!repeated) {
-                        for (int64_t c = at; c < at + n; ++c) again[c] = 0;
+                        for (int64_t c = at; c < at + n; ++c) again.first[c] = 0;
                         if (t.is_poor()) {
                             take_again(at, n);
 #pragma omp atomic write
@@ -340,16 +316,12 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
             measure_again();
         }
         const bool mostly = 2 * measured > (share.end - share.begin) * vectors(C);
-        Packed<3, WHOLE> packed(C);
         for (int64_t i = 0; i < share.end - share.begin; ++i) {
             const int64_t t = mostly ? share.begin + i : share.end - 1 - i;
-            const int64_t start = rows.first(t) * C;
-            packed.pack(rows.part(t), C, {mean, scale, offset});
-            normalize_rows<T, WHOLE>(x + start, y + start, rows.count(t), C, packed);
+            const int64_t part = rows.part(t) * C, start = rows.first(t) * C;
+            normalize_rows<T, WHOLE>(x + start, y + start, rows.count(t), C, mean + part, scale + part, offset + part);
         }
     }
-    free(shift);
-    free(sums);
 }
 
 // Rows whose sums a strip of V vectors of columns keeps in registers.
@@ -406,22 +378,20 @@ static void gradient_columns(const typename T::scalar* g, const typename T::scal
     }
 }
 
-template <class T, bool WHOLE, bool PAPER>
+template <class T, bool WHOLE, bool PAPER, bool AHEAD>
 static void write_gradient_rows(const typename T::scalar* g, const typename T::scalar* x, typename T::scalar* dx,
-                                int64_t rows, int64_t c, const Packed<6, WHOLE>& packed) {
-    constexpr int64_t ahead = 4096 / sizeof(typename T::scalar);  // bytes that are asked for before they are needed
-    for (int64_t r = 0; r < rows; ++r, g += c, x += c, dx += c) {
-        const float* p = packed.all;
-        for_vectors(c, [&](int64_t at) {
-            prefetch<T>(x + at + ahead, 0), prefetch<T>(g + at + ahead, 0);
-            vfloat a = Float32::load(p), b = Float32::load(p + LANES), k = Float32::load(p + 2 * LANES),
-                   m = Float32::load(p + 3 * LANES), lo = Float32::load(p + 4 * LANES),
-                   hi = Float32::load(p + 5 * LANES);
-            p += 6 * LANES;
+                                int64_t rows, int64_t c, const float* scale, const float* offset, const float* slope,
+                                const float* mean, const float* lower, const float* upper) {
+    constexpr int64_t ahead = 4096 / sizeof(typename T::scalar);
+    for (int64_t r = 0; r < rows; ++r, g += c, x += c, dx += c)
+        for_vectors(c, [=](int64_t at) {
+            if (AHEAD) prefetch<T>(x + at + ahead, at / LANES), prefetch<T>(g + at + ahead, at / LANES);
+            vfloat a = load_vector<Float32, WHOLE>(scale + at, c), b = load_vector<Float32, WHOLE>(offset + at, c),
+                   k = load_vector<Float32, WHOLE>(slope + at, c), m = load_vector<Float32, WHOLE>(mean + at, c),
+                   lo = load_vector<Float32, WHOLE>(lower + at, c), hi = load_vector<Float32, WHOLE>(upper + at, c);
             vfloat gi = load_vector<T, WHOLE>(g + at, c), xi = load_vector<T, WHOLE>(x + at, c);
             store_vector<T, WHOLE>(dx + at, c, input_gradient<PAPER>(gi, xi, a, b, k, m, lo, hi));
         });
-    }
 }
 
 template <class T, bool WHOLE, bool PAPER>
@@ -434,10 +404,11 @@ static void backward_channels_last(const Shape& d, const Options& o, const void*
     const Blocks blocks(d);
     const int64_t C = d.c, all = rows.parts * C;
     Columns columns(rows.tiles() * C);
-    double* sums = (double*)malloc(2 * sizeof(double) * all);
-    double* dots = sums + all;
-    float* scale = (float*)malloc(6 * sizeof(float) * all);
-    float *offset = scale + all, *slope = offset + all, *mean = slope + all, *lower = mean + all, *upper = lower + all;
+    const Arrays<double> doubles(2, all);
+    double *const sums = doubles[0], *const dots = doubles[1];
+    const Arrays<float> floats(6, all);
+    float *const scale = floats[0], *const offset = floats[1], *const slope = floats[2], *const mean = floats[3],
+                 *const lower = floats[4], *const upper = floats[5];
 #pragma omp parallel num_threads(o.threads)
     {
 #pragma omp for schedule(static)
@@ -477,15 +448,14 @@ static void backward_channels_last(const Shape& d, const Options& o, const void*
             for (int64_t p = 0; p < rows.parts; ++p) sum_g += sums[p * C + c], sum_gx += dots[p * C + c];
             d_bias[c] = (float)sum_g, d_weight[c] = (float)sum_gx;
         }
-        Packed<6, WHOLE> packed(C);
+        // What is asked for ahead must fit into the first cache beside the six numbers of each column.
+        auto write = C <= 1024 ? write_gradient_rows<T, WHOLE, PAPER, true> : write_gradient_rows<T, WHOLE, PAPER, false>;
         for (int64_t t = share.end; t-- > share.begin;) {
-            const int64_t start = rows.first(t) * C;
-            packed.pack(rows.part(t), C, {scale, offset, slope, mean, lower, upper});
-            write_gradient_rows<T, WHOLE, PAPER>(g + start, x + start, dx + start, rows.count(t), C, packed);
+            const int64_t part = rows.part(t) * C, start = rows.first(t) * C;
+            write(g + start, x + start, dx + start, rows.count(t), C, scale + part, offset + part, slope + part,
+                  mean + part, lower + part, upper + part);
         }
     }
-    free(scale);
-    free(sums);
 }
 
 #undef FOR_ROWS

@@ -67,12 +67,13 @@ static void backward_rows(const Shape& d, const Options& o, const void* g_, cons
     const scalar *g = (const scalar*)g_, *x = (const scalar*)x_;
     scalar* dx = (scalar*)dx_;
     const int64_t length = d.c / d.groups, blocks = (d.n + BLOCK - 1) / BLOCK;
-    float* parts = (float*)calloc(blocks * 2 * d.c, sizeof(float));
+    const Arrays<float> parts(2 * blocks, d.c);
 #pragma omp parallel num_threads(o.threads)
     {
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; ++b) {
-            float *of_bias = parts + b * 2 * d.c, *of_weight = of_bias + d.c;
+            float *of_bias = parts[2 * b], *of_weight = parts[2 * b + 1];
+            memset(of_bias, 0, d.c * sizeof(float)), memset(of_weight, 0, d.c * sizeof(float));
             for (int64_t n = b * BLOCK; n < d.n && n < (b + 1) * BLOCK; ++n)
                 for (int64_t c = 0; c < d.c; c += length) {
                     const int64_t at = n * d.c + c;
@@ -83,12 +84,8 @@ static void backward_rows(const Shape& d, const Options& o, const void* g_, cons
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < d.c; ++c) {
             double of_bias = 0, of_weight = 0;
-            for (int64_t b = 0; b < blocks; ++b) {
-                of_bias += parts[b * 2 * d.c + c];
-                of_weight += parts[b * 2 * d.c + d.c + c];
-            }
+            for (int64_t b = 0; b < blocks; ++b) of_bias += parts[2 * b][c], of_weight += parts[2 * b + 1][c];
             d_bias[c] = (float)of_bias, d_weight[c] = (float)of_weight;
         }
     }
-    free(parts);
 }
