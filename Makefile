@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: test demo lint clean
 
-$(VENV)/installed: setup.py pyproject.toml constraints.txt fbn_plugin/ops/cpu/kernels.cpp fbn_plugin/ops/cpu/kernels.h
+$(VENV)/installed: setup.py pyproject.toml constraints.txt fbn_plugin/ops/cpu/kernels.cpp $(wildcard fbn_plugin/ops/cpu/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"

@@ -18,7 +18,7 @@ TEST = ["pytest", "hypothesis", "ruff", "onnx", "onnxscript", "onnxruntime"]
 KERNELS = Extension(
     "fbn_plugin.ops.cpu._kernels",
     sources=["fbn_plugin/ops/cpu/kernels.cpp"],
-    depends=["fbn_plugin/ops/cpu/kernels.h"],
+    depends=sorted(str(each.relative_to(HERE)) for each in (HERE / "fbn_plugin/ops/cpu").glob("*.h")),
     language="c++",
     extra_compile_args=["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"],
     optional=True,
