@@ -211,22 +211,21 @@ def precompile(inputs: Iterable[tuple], device: int | None = None) -> int:
     return len(variants)
 
 
-def _workspace(device: int, stream: int, launch: _Launch) -> tuple[int, int]:
-    """Addresses of partial sums and counters, which belong to one launch at a time, as those of a stream are.
-    A graph that is captured gets its own.
-    """
+def _workspace(device: int, stream: int, launch: _Launch) -> tuple[Tensor | None, Tensor | None]:
+    """Partial sums and counters, which belong to one launch at a time, as those of a stream are. A graph that is
+    captured gets its own."""
     if not launch.floats:
-        return 0, 0
+        return None, None
     if driver.capturing(device):
         _note(device, stream)
-        return _new(device, launch.floats).data_ptr(), _new(device, launch.counters, torch.int32).data_ptr()
-    partial, counters = _workspaces.get((device, stream), (None, None))
-    if partial is None or partial.numel() < launch.floats or counters.numel() < launch.counters:
+        return _new(device, launch.floats), _new(device, launch.counters, torch.int32)
+    found = _workspaces.get((device, stream))
+    if found is None or found[0].numel() < launch.floats or found[1].numel() < launch.counters:
         with _lock:
             _note(device, stream)
-            partial, counters = _new(device, 2 * launch.floats), _new(device, 2 * launch.counters, torch.int32)
-            _workspaces[device, stream] = partial, counters
-    return partial.data_ptr(), counters.data_ptr()
+            found = _new(device, 2 * launch.floats), _new(device, 2 * launch.counters, torch.int32)
+            _workspaces[device, stream] = found
+    return found
 
 
 def _new(device: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -241,6 +240,10 @@ def _note(device: int, stream: int) -> None:
         _launches[device] = 2 * _launches.get(device, 4)
         if driver.DEVICE_TYPE == "cuda" and not driver.capturing(device):
             torch.cuda.synchronize(device)  # until the larger groups are done
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _parameter(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -308,16 +311,16 @@ def _forward(planned, x, y, weight, bias, residual, running, moments, t_sigma, e
             arguments.memory,
             0,
             x.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
-            y.data_ptr() if y is not None else 0,
+            _address(residual),
+            _address(y),
             weight_at,
             bias_at,
             mean_at,
             var_at,
             count_at,
             moments.data_ptr(),
-            partial,
-            counters,
+            _address(partial),
+            _address(counters),
             t_sigma,
             eps,
             kappa,
@@ -393,16 +396,16 @@ def _backward(
             0,
             grad.data_ptr(),
             x.data_ptr(),
-            0 if other is None else other.data_ptr(),
-            0 if dx is None else dx.data_ptr(),
-            0 if dz is None else dz.data_ptr(),
+            _address(other),
+            _address(dx),
+            _address(dz),
             weight_at,
             bias_at,
             moments.data_ptr(),
-            0 if coefficients is None else coefficients.data_ptr(),
-            0 if sums is None else sums.data_ptr(),
-            partial,
-            counters,
+            _address(coefficients),
+            _address(sums),
+            _address(partial),
+            _address(counters),
             eps,
             kappa,
             slope,
@@ -427,7 +430,7 @@ def _finish(planned: _Planned, sums, weight, moments, coefficients, gradients, k
             sums.data_ptr(),
             weight_at,
             moments.data_ptr(),
-            0 if coefficients is None else coefficients.data_ptr(),
+            _address(coefficients),
             gradients.data_ptr(),
             kappa,
             weight_type,

@@ -89,7 +89,9 @@ constexpr int WIDTH = 1, OWN = 1, ROWS = 1;
 #endif
 constexpr int STRIPES = LAYOUT == 1 && THREADS > 4 * WIDTH ? THREADS / (4 * WIDTH) : 1;  // members added up side by side
 static_assert(THREADS % 32 == 0 && THREADS >= 32, "warps are whole");
-constexpr double POOR = 8;  // variances: a shift that lies further from the mean eats digits, and the sums are taken again
+// A shift that lies so many variances from the mean eats digits. The sums around it are not good enough to be the kept
+// values' if those are summed anyway (STRICT), to be all values' moments (ROUGH), or even to draw the band (POOR).
+constexpr double STRICT = 0.25, ROUGH = 1, POOR = 8;
 constexpr int SLOTS = 8;    // partial sums of a member, four for each of two rounds in turn
 // Vectors that a thread loads before it uses the first: as many as registers allow.
 constexpr int LOADS = 4, LATER_LOADS = LAYOUT == 1 && DTYPE ? 2 : 4, GRADIENT_LOADS = 2;
@@ -210,18 +212,36 @@ template <int N, class F> INLINE void spread(F f) {
   }
 }
 
-INLINE float joined(bool minimum, float a, float b) { return minimum ? fminf(a, b) : a + b; }
+INLINE double joined(bool minimum, double a, double b) { return minimum ? fmin(a, b) : a + b; }
+
+// Over lanes that are a multiple of LANES apart: the smallest value, or the sum, with what its roundings lose (Knuth's
+// two-sum), as the last few additions would otherwise cost as many digits as all before.
+template <int LANES> INLINE double of_lanes(bool minimum, float v) {
+  float lost = 0;
+#pragma unroll
+  for (int o = 16; o >= LANES; o >>= 1) {
+    const float other = __shfl_xor_sync(~0u, v, o);
+    if (minimum) {
+      v = fminf(v, other);
+    } else {
+      const float other_lost = __shfl_xor_sync(~0u, lost, o);
+      const float sum = v + other, part = sum - v;
+      lost += other_lost + ((v - (sum - part)) + (other - part));
+      v = sum;
+    }
+  }
+  return lost == lost ? (double)v + lost : v;  // nothing is lost of an infinity
+}
 
 struct Scratch {  // shared memory of the sums
   union {
     float of_warp[4][WARPS][WIDTH];
     double of_stripe[STRIPES][4 * WIDTH];
   };
-  float own[4][WIDTH];
   double total[4][WIDTH];
 };
 
-// Adds up what the threads of a block have, scratch.own[q][channel]; from quantity SUMS on it takes the smallest.
+// Adds up what the threads of a block have, scratch.total[q][channel]; from quantity SUMS on it takes the smallest.
 template <int QUANTITIES, int SUMS>
 INLINE void add_block(Scratch& scratch, float (&a)[QUANTITIES][OWN]) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -234,18 +254,16 @@ INLINE void add_block(Scratch& scratch, float (&a)[QUANTITIES][OWN]) {
   for (int q = 0; q < QUANTITIES; q++)
 #pragma unroll
     for (int j = 0; j < OWN; j++) {
-      float v = a[q][j];
-#pragma unroll
-      for (int o = 16; o >= LANES; o >>= 1) v = joined(q >= SUMS, v, __shfl_xor_sync(~0u, v, o));
+      const float v = (float)of_lanes<LANES>(q >= SUMS, a[q][j]);
       if (lane < LANES) scratch.of_warp[q][warp][lane * OWN + j] = v;
     }
   __syncthreads();
   spread<QUANTITIES * WIDTH>([&](int i) {
     const int q = i / WIDTH;
-    float v = scratch.of_warp[q][0][i % WIDTH];
+    double v = scratch.of_warp[q][0][i % WIDTH];
 #pragma unroll 4
     for (int k = 1; k < WARPS; k++) v = joined(q >= SUMS, v, scratch.of_warp[q][k][i % WIDTH]);
-    scratch.own[q][i % WIDTH] = v;
+    scratch.total[q][i % WIDTH] = v;
   });
 }
 
@@ -254,15 +272,14 @@ template <int QUANTITIES, int SUMS>
 INLINE void add_group(Scratch& scratch, const Cut& c, Place place, float* partial, int* counters, int round,
                       float (&a)[QUANTITIES][OWN]) {
   add_block<QUANTITIES, SUMS>(scratch, a);
-  if (c.members == 1) {  // the thread that has added up a sum goes on with it
-    spread<QUANTITIES * WIDTH>([&](int i) { scratch.total[i / WIDTH][i % WIDTH] = scratch.own[i / WIDTH][i % WIDTH]; });
+  if (c.members == 1) {
     __syncthreads();
     return;
   }
   const int slot = (round & 1) * (SLOTS / 2) * WIDTH;
   float* group = partial + (i64)place.group * c.members * SLOTS * WIDTH + slot;
   spread<QUANTITIES * WIDTH>(
-      [&](int i) { group[(i64)place.member * SLOTS * WIDTH + i] = scratch.own[i / WIDTH][i % WIDTH]; });
+      [&](int i) { group[(i64)place.member * SLOTS * WIDTH + i] = (float)scratch.total[i / WIDTH][i % WIDTH]; });  // its own
   meet(counters + 2 + place.group, c.members, round);
 #if LAYOUT == 1
   constexpr int COLUMNS = QUANTITIES * WIDTH;
@@ -273,14 +290,14 @@ INLINE void add_group(Scratch& scratch, const Cut& c, Place place, float* partia
 #pragma unroll 4
     for (int m = i / COLUMNS; m < c.members; m += STRIPES) {
       const float w = __ldcg(group + (i64)m * SLOTS * WIDTH + column);
-      v = minimum ? fmin(v, (double)w) : v + w;
+      v = joined(minimum, v, w);
     }
     scratch.of_stripe[i / COLUMNS][column] = v;
   });
   __syncthreads();
   spread<COLUMNS>([&](int i) {
     double v = scratch.of_stripe[0][i];
-    for (int s = 1; s < STRIPES; s++) v = i / WIDTH >= SUMS ? fmin(v, scratch.of_stripe[s][i]) : v + scratch.of_stripe[s][i];
+    for (int s = 1; s < STRIPES; s++) v = joined(i / WIDTH >= SUMS, v, scratch.of_stripe[s][i]);
     scratch.total[i / WIDTH][i % WIDTH] = v;
   });
 #else
@@ -291,12 +308,12 @@ INLINE void add_group(Scratch& scratch, const Cut& c, Place place, float* partia
 #pragma unroll 1
     for (int m = lane; m < c.members; m += 32) {
       const float w = __ldcg(group + (i64)m * SLOTS * WIDTH + q);
-      v = q >= SUMS ? fmin(v, (double)w) : v + w;
+      v = joined(q >= SUMS, v, w);
     }
 #pragma unroll
     for (int o = 16; o; o >>= 1) {
       const double other = __shfl_xor_sync(~0u, v, o);
-      v = q >= SUMS ? fmin(v, other) : v + other;
+      v = joined(q >= SUMS, v, other);
     }
     if (lane == 0) scratch.total[q][0] = v;
   }
@@ -389,22 +406,24 @@ INLINE float middle(float a, float b, float c) { return fmaxf(fminf(a, b), fminf
 
 struct Moments {
   double mean, var, count;
-  bool poor;  // the shift was
+  double lost;  // variances that lie between the shift and the mean
 };
+
+INLINE Moments moments_around(float shift, double sum, double square, double count) {
+  Moments m;
+  const double d = sum / count, var = square / count - d * d;
+  m.mean = shift + d, m.var = var < 0 ? 0 : var, m.count = count;
+  m.lost = d != 0 ? d * d / m.var : 0;
+  return m;
+}
 
 // Of the values whose deviations from `shift` have these sums. A set of several channels has a shift for each: their
 // moments are put together as Chan, Golub and LeVeque do (1979).
 template <bool COUNTED>
 INLINE Moments moments_of(const double (*total)[WIDTH], const float* shift, int channel, int set_channels, double each) {
-  Moments m = {0, 0, 0, false};
-  if (set_channels == 1) {
-    m.count = COUNTED ? total[2][channel] : each;
-    const double d = total[0][channel] / m.count;
-    m.mean = shift[channel] + d, m.var = total[1][channel] / m.count - d * d;
-    m.poor = d * d > POOR * m.var;
-    m.var = m.var < 0 ? 0 : m.var;
-    return m;
-  }
+  if (set_channels == 1)
+    return moments_around(shift[channel], total[0][channel], total[1][channel], COUNTED ? total[2][channel] : each);
+  Moments m = {0, 0, 0, 0};
   const int from = channel - channel % set_channels;
   for (int k = from; k < from + set_channels; k++) {
     const double n = COUNTED ? total[2][k] : each;
@@ -419,9 +438,8 @@ INLINE Moments moments_of(const double (*total)[WIDTH], const float* shift, int 
     const double d = total[0][k] / n, off = shift[k] + d - m.mean;
     squares += total[1][k] - n * d * d + n * off * off, lost += n * d * d;
   }
-  m.poor = lost > POOR * squares;
-  m.var = squares / m.count;
-  m.var = m.var < 0 ? 0 : m.var;
+  m.var = squares < 0 ? 0 : squares / m.count;
+  m.lost = lost > 0 ? lost / m.count / m.var : 0;
   return m;
 }
 
@@ -531,11 +549,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
       add_group<4, 2>(scratch, cut, place, a.partial, a.counters, ++round, sums);
       spread<WIDTH>([&](int c) {
         const Moments m = moments_of<false>(total, shifts, c, set_channels, each);
-        if (m.poor && !repeated) atomicMax(&again[0], 1);
+        if (m.lost > (FILTERED ? POOR : ROUGH) && !repeated) atomicMax(&again[0], 1);
         const double width = half_width(m, a.t_sigma, a.eps);
         lower[c] = FILTERED ? (float)(m.mean - width) : -INFINITE;
         upper[c] = FILTERED ? (float)(m.mean + width) : INFINITE;
-        if (FILTERED && !(total[2][c] >= lower[c] && -total[3][c] <= upper[c])) atomicMax(&outside, 1);
+        if (FILTERED && !(total[2][c] >= lower[c] && -total[3][c] <= upper[c] && m.lost <= ROUGH)) atomicMax(&outside, 1);
         center[c] = (float)(shifts[c] + total[0][c] / each);  // what the next sums are taken around
       });
       __syncthreads();
@@ -553,7 +571,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
     __syncthreads();
   }
 
-  // With no value outside of the band the sums of all are those of the kept (Eq. 6, 7).
+  // With no value outside of the band the sums of all are those of the kept (Eq. 6, 7), if they are good enough.
   const bool filters = FILTERED && outside;
   if (filters) {
     float shift[OWN], lo[OWN], hi[OWN];
@@ -593,7 +611,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
         for (int j = 0; j < OWN; j++) shifts[own + j] = shift[j];
       add_group<3, 3>(scratch, cut, place, a.partial, a.counters, ++round, sums);
       spread<WIDTH>([&](int c) {
-        if (moments_of<true>(total, shifts, c, set_channels, each).poor && !repeated) atomicMax(&again[1], 1);
+        if (moments_of<true>(total, shifts, c, set_channels, each).lost > STRICT && !repeated) atomicMax(&again[1], 1);
         if (total[2][c] != 0) center[c] = (float)(shifts[c] + total[0][c] / total[2][c]);
       });
       __syncthreads();
@@ -607,7 +625,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
   spread<WIDTH>([&](int c) {
     if (!exists(c)) return;
     const int s = set_of(c);
-    Moments m = {0, 0, 0, false};
+    Moments m = {0, 0, 0, 0};
     if (FIRST || FILTERED) {
       m = filters ? moments_of<true>(total, shifts, c, set_channels, each)
                   : moments_of<false>(total, shifts, c, set_channels, each);
@@ -661,7 +679,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
         const int j = i % OWN;
-        float z = (up(b.v[u].value[i]) - middle_of[j]) * (RUN_CHANNELS ? w : by[j]) + (RUN_CHANNELS ? rest : plus[j]);
+        float z = fmaf(up(b.v[u].value[i]) - middle_of[j], RUN_CHANNELS ? w : by[j], RUN_CHANNELS ? rest : plus[j]);
         if (a.residual) z += up(r[u].value[i]);
         b.v[u].value[i] = down(activate(z, a.slope));
       }
@@ -684,6 +702,12 @@ INLINE float before_activation(float grad, float z, float slope) {
     grad = grad * sigmoid * (1 + z * (1 - sigmoid));
   }
   return grad;
+}
+
+// dL/dx of a value that is `d` off the mean: exact, or as printed (Eq. 11).
+INLINE float input_gradient(float grad, float d, bool inside, bool paper, float weight, float subtract, float slope) {
+  const float less = paper ? fmaf(inside ? d : 0.f, slope, subtract) : inside ? fmaf(d, slope, subtract) : 0.f;
+  return fmaf(grad, weight, -less);
 }
 
 #if LAYOUT < 2 && BACKWARD
@@ -815,9 +839,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
           const int j = i % OWN;
           const float v = up(x.v[u].value[i]), d = v - mean[j];
           const bool inside = v >= lower[j] && v <= upper[j];
-          const float less = a.paper ? subtract[j] + (inside ? d * slope[j] : 0.f)
-                                     : (inside ? subtract[j] + d * slope[j] : 0.f);
-          grad.v[u].value[i] = down(up(grad.v[u].value[i]) * weight[j] - less);
+          const float g = up(grad.v[u].value[i]);
+          grad.v[u].value[i] = down(input_gradient(g, d, inside, a.paper, weight[j], subtract[j], slope[j]));
         }
         *(Word*)(a.dx + values.offset(k + u)) = grad.v[u].word;
       }
@@ -855,9 +878,8 @@ struct Line {
 };
 
 struct LineSums {
-  double mean, var, count;
+  Moments moments;
   float low, high;
-  bool poor;
 };
 
 // Of a line's values in [lower, upper]; the first time they are kept.
@@ -875,9 +897,8 @@ INLINE LineSums sums_of(const Line& line, Word* keep, int vectors, float shift, 
     }
   }
   LineSums s;
-  s.count = warp_sum((double)count);
-  const double d = warp_sum((double)sum) / s.count, var = warp_sum((double)square) / s.count - d * d;
-  s.mean = shift + d, s.var = var < 0 ? 0 : var, s.poor = d * d > POOR * var;
+  const double n = warp_sum((double)count);
+  s.moments = moments_around(shift, warp_sum((double)sum), warp_sum((double)square), n);
   s.low = warp_min(low), s.high = -warp_min(high);
   return s;
 }
@@ -892,15 +913,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_lines(const Forwar
     const T* x = a.x + s * cut.set_channels;
     Line line = {x, keep, 0};
     const float shift = middle(up(x[0]), up(x[cut.set_channels / 3]), up(x[cut.set_channels * 2 / 3]));
-    LineSums m = sums_of(line, cut.kept == cut.steps ? keep : nullptr, vectors, shift, -INFINITE, INFINITE);
+    LineSums sums = sums_of(line, cut.kept == cut.steps ? keep : nullptr, vectors, shift, -INFINITE, INFINITE);
     line.kept = cut.kept;
-    if (m.poor) m = sums_of(line, nullptr, vectors, (float)m.mean, -INFINITE, INFINITE);
-    const double width = half_width({m.mean, m.var, m.count, false}, a.t_sigma, a.eps);
-    const float lower = (float)(m.mean - width), upper = (float)(m.mean + width);
-    if (!(m.low >= lower && m.high <= upper)) {
-      m = sums_of(line, nullptr, vectors, (float)m.mean, lower, upper);
-      if (m.poor) m = sums_of(line, nullptr, vectors, (float)m.mean, lower, upper);
+    if (sums.moments.lost > POOR) sums = sums_of(line, nullptr, vectors, (float)sums.moments.mean, -INFINITE, INFINITE);
+    const double width = half_width(sums.moments, a.t_sigma, a.eps), middle_of = sums.moments.mean;
+    const float lower = (float)(middle_of - width), upper = (float)(middle_of + width);
+    if (!(sums.low >= lower && sums.high <= upper && sums.moments.lost <= ROUGH)) {
+      sums = sums_of(line, nullptr, vectors, (float)sums.moments.mean, lower, upper);
+      if (sums.moments.lost > STRICT) sums = sums_of(line, nullptr, vectors, (float)sums.moments.mean, lower, upper);
     }
+    Moments m = sums.moments;
     m.var /= a.kappa;
     if (lane == 0) {
       float* moment = a.moments + s;
@@ -970,8 +992,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_lines(const Backw
       for (int i = 0; i < VECTOR; i++) {
         const float v = up(x.value[i]), d = v - mean, w = rstd * parameter(a.weight, a.weight_type, channel + at + i, 1.f);
         const bool inside = v >= lower && v <= upper;
-        const float less = a.paper ? subtract + (inside ? d * slope : 0.f) : (inside ? subtract + d * slope : 0.f);
-        grad.value[i] = down(up(grad.value[i]) * w - less);
+        grad.value[i] = down(input_gradient(up(grad.value[i]), d, inside, a.paper, w, subtract, slope));
       }
       *(Word*)(a.dx + s * cut.set_channels + at) = grad.word;
     }
@@ -1043,12 +1064,10 @@ template <class F> INLINE void for_channel(const Cut& cut, F f) {
 
 // The sums of a team's threads, for its first thread.
 template <int QUANTITIES, int SUMS>
-INLINE void add_team(float (*of_warp)[WARPS], const float (&a)[QUANTITIES], double (&total)[QUANTITIES]) {
+INLINE void add_team(double (*of_warp)[WARPS], const float (&a)[QUANTITIES], double (&total)[QUANTITIES]) {
 #pragma unroll
   for (int q = 0; q < QUANTITIES; q++) {
-    float v = a[q];
-#pragma unroll
-    for (int o = 16; o; o >>= 1) v = joined(q >= SUMS, v, __shfl_xor_sync(~0u, v, o));
+    const double v = of_lanes<1>(q >= SUMS, a[q]);
     if ((threadIdx.x & 31) == 0) of_warp[q][threadIdx.x >> 5] = v;
   }
   __syncthreads();
@@ -1056,24 +1075,16 @@ INLINE void add_team(float (*of_warp)[WARPS], const float (&a)[QUANTITIES], doub
 #pragma unroll
     for (int q = 0; q < QUANTITIES; q++) {
       total[q] = of_warp[q][threadIdx.x >> 5];
-      for (int k = 1; k < TEAM / 32; k++) {
-        const double w = of_warp[q][(threadIdx.x >> 5) + k];
-        total[q] = q >= SUMS ? fmin(total[q], w) : total[q] + w;
-      }
+      for (int k = 1; k < TEAM / 32; k++)
+        total[q] = joined(q >= SUMS, total[q], of_warp[q][(threadIdx.x >> 5) + k]);
     }
-}
-
-INLINE Moments moments_around(float shift, double sum, double square, double count) {
-  Moments m;
-  const double d = sum / count, var = square / count - d * d;
-  m.mean = shift + d, m.var = var < 0 ? 0 : var, m.count = count, m.poor = d * d > POOR * var;
-  return m;
 }
 
 #if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(const Forward a) {
   extern __shared__ __align__(16) char smem[];
-  __shared__ float of_warp[4][WARPS], lower[CHANNELS], upper[CHANNELS], center[CHANNELS], scale[CHANNELS], lift[CHANNELS];
+  __shared__ double of_warp[4][WARPS];
+  __shared__ float lower[CHANNELS], upper[CHANNELS], center[CHANNELS], scale[CHANNELS], lift[CHANNELS];
   __shared__ int again[2], outside;
   const Cut& cut = a.cut;
   const Bundle bundle(cut);
@@ -1104,10 +1115,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(co
     add_team<4, 2>(of_warp, sums, total);
     if (leads) {
       m = moments_around(shift, total[0], total[1], each);
-      if (m.poor && !repeated) atomicMax(&again[0], 1);
+      if (m.lost > POOR && !repeated) atomicMax(&again[0], 1);
       const double width = half_width(m, a.t_sigma, a.eps);
       lower[team] = (float)(m.mean - width), upper[team] = (float)(m.mean + width), center[team] = (float)m.mean;
-      if (!(total[2] >= lower[team] && -total[3] <= upper[team])) atomicMax(&outside, 1);
+      if (!(total[2] >= lower[team] && -total[3] <= upper[team] && m.lost <= ROUGH)) atomicMax(&outside, 1);
     }
     __syncthreads();
     shift = center[team];
@@ -1127,7 +1138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(co
     add_team<3, 3>(of_warp, sums, total);
     if (leads) {
       m = moments_around(shift, total[0], total[1], total[2]);
-      if (m.poor && !repeated) atomicMax(&again[1], 1);
+      if (m.lost > STRICT && !repeated) atomicMax(&again[1], 1);
       center[team] = (float)m.mean;
     }
     __syncthreads();
@@ -1162,7 +1173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(co
 #pragma unroll
         for (int k = 0; k < VECTOR; k++) {
           const bool is = k < of_it;
-          float z = (up(v.value[k]) - (is ? c0 : c1)) * (is ? s0 : s1) + (is ? l0 : l1);
+          float z = fmaf(up(v.value[k]) - (is ? c0 : c1), is ? s0 : s1, is ? l0 : l1);
           if (a.residual) z += up(residual[u].value[k]);
           v.value[k] = down(activate(z, a.slope));
         }
@@ -1175,7 +1186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward_bundles(c
   struct Channel {
     float mean, lower, upper, weight, bias, subtract, slope;
   };
-  __shared__ float of_warp[2][WARPS];
+  __shared__ double of_warp[2][WARPS];
   __shared__ Channel channels[CHANNELS];
   const Cut& cut = a.cut;
   const Bundle bundle(cut);
@@ -1249,8 +1260,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward_bundles(c
           const float value = up(v.value[k]), e = value - (is ? one.mean : two.mean);
           const float subtract = is ? one.subtract : two.subtract, slope = is ? one.slope : two.slope;
           const bool inside = value >= (is ? one.lower : two.lower) && value <= (is ? one.upper : two.upper);
-          const float less = a.paper ? subtract + (inside ? e * slope : 0.f) : (inside ? subtract + e * slope : 0.f);
-          g.value[k] = down(up(g.value[k]) * (is ? one.weight : two.weight) - less);
+          const float weight = is ? one.weight : two.weight;
+          g.value[k] = down(input_gradient(up(g.value[k]), e, inside, a.paper, weight, subtract, slope));
         }
         *(Word*)(a.dx + offset) = g.word;
       });

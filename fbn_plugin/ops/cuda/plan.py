@@ -64,7 +64,7 @@ class Variant(NamedTuple):
         if self.layout == LINES:
             return 0
         if self.layout == BUNDLES:
-            return 16 * self.threads // 32 + 32 * self.channels + 64
+            return self.threads + 32 * self.channels + 64
         width = self.channels if self.layout == ROWS else 1
         stripes = max(1, self.threads // (4 * width))
         return max(16 * self.threads // 32 * width, 32 * width * stripes) + 80 * width + 64
