@@ -144,12 +144,14 @@ class _Sums:
     def __init__(
         self, blocks: int, entries: int, width: int, lanes: int, across: int, joint: bool, set_units: int, at_once: int
     ) -> None:
-        chunk = max(_CHUNK, at_once // lanes)
+        chunk = max(_CHUNK, at_once // lanes, _power(math.isqrt(entries)))
         if entries <= 4 * chunk:  # one stage will do, two where the lanes of a block have many programs
             chunk = 4 * chunk if joint and across > 1 else 0
         chunks = -(-entries // chunk) if chunk else 0
         self.slots, self.chunks = blocks * entries * width, blocks * chunks * width
         self.counters = blocks * (1 if joint else across) + blocks * chunks * across
+        self.lanes = lanes
+        self.at_last = (chunks or entries) * (width if joint else lanes)  # sums that the last of a family adds up
         at_last = min(_power(width), max(lanes, at_once // 16)) if joint else lanes
         set_entries = min(_power(set_units), at_once)
         self.options = {

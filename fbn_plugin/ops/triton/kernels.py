@@ -279,9 +279,9 @@ def _arrive_with_moments(
         last = _is_last(counters_ptr + families + (block * chunks + chunk) * of + across, tiles)
         if last:
             first = (block * entries + chunk * CHUNK) * width
-            sums = _add_moments(workspace_ptr, slots, first, tiles, width, 1, lane, exists, CHUNK_ENTRIES, LANES)
+            n, m, q = _add_moments(workspace_ptr, slots, first, tiles, width, 1, lane, exists, CHUNK_ENTRIES, LANES)
             slot = (block * chunks + chunk) * width + lane
-            _store_moments(workspace_ptr + 6 * slots, blocks * chunks * width, slot, exists, *sums)
+            _store_moments(workspace_ptr + 6 * slots, blocks * chunks * width, slot, exists, n, m, q)
             last = _is_last(counters_ptr + family, arrivals)
     return last
 
@@ -326,8 +326,10 @@ def _finish_moments(
             for start in range(0, width, LANES):
                 unit = start + tl.arange(0, LANES).to(tl.int64)
                 there = unit < width
-                sums = _add_moments(at, rows, block * entries * width, entries, width, 1, unit, there, ENTRIES, LANES)
-                _store_moments(units_ptr, units, block * width + unit, there, *sums)
+                n, m, q = _add_moments(
+                    at, rows, block * entries * width, entries, width, 1, unit, there, ENTRIES, LANES
+                )
+                _store_moments(units_ptr, units, block * width + unit, there, n, m, q)
             tl.debug_barrier()
         sets = width // set_units
         for start in range(0, sets, SETS):
@@ -432,8 +434,9 @@ def _update(running_mean_ptr, running_var_ptr, num_batches_ptr, momentum, s, exi
 @triton.jit
 def _count_batch(num_batches_ptr):
     """In one program, of a launch in which no other reads the counter."""
-    if num_batches_ptr is not None and tl.program_id(0) == 0:
-        tl.store(num_batches_ptr, tl.load(num_batches_ptr) + 1)
+    if num_batches_ptr is not None:  # noqa: SIM102, Triton 3.2 compiles both sides of an "and"
+        if tl.program_id(0) == 0:
+            tl.store(num_batches_ptr, tl.load(num_batches_ptr) + 1)
 
 
 @triton.jit(do_not_specialize=_sizes)
@@ -813,9 +816,9 @@ def measure_gradient(
         last = _is_last(counters_ptr + families + (block * chunks + chunk) * of + across, tiles)
         if last:
             first = (block * entries + chunk * CHUNK) * width
-            sums = _add_gradients(at, slots, first, None, tiles, width, 1, lane, exists, CHUNK_ENTRIES, TILE_LANES)
+            p, t = _add_gradients(at, slots, first, None, tiles, width, 1, lane, exists, CHUNK_ENTRIES, TILE_LANES)
             chunk_slot = (block * chunks + chunk) * width + lane
-            _store_gradients(at + 2 * slots, blocks * chunks * width, chunk_slot, exists, *sums)
+            _store_gradients(at + 2 * slots, blocks * chunks * width, chunk_slot, exists, p, t)
             last = _is_last(counters_ptr + family, arrivals)
         at += 2 * slots
         entries, slots = chunks, blocks * chunks * width
@@ -825,8 +828,8 @@ def measure_gradient(
             for start in range(0, width, LANES):
                 unit = start + tl.arange(0, LANES).to(tl.int64)
                 there = unit < width
-                sums = _add_gradients(at, slots, first, None, entries, width, 1, unit, there, ENTRIES, LANES)
-                _store_gradients(units_ptr, units, block * width + unit, there, *sums)
+                p, t = _add_gradients(at, slots, first, None, entries, width, 1, unit, there, ENTRIES, LANES)
+                _store_gradients(units_ptr, units, block * width + unit, there, p, t)
             tl.debug_barrier()
             block_sets = width // set_units
             weights_ptr = weight_ptr
@@ -918,7 +921,7 @@ def input_gradient(
         first = ia == 0 if REDUCED == 0 else ib == 0
         if first & (block * set_units < channels if REDUCED == 1 else block == 0):
             units = samples.to(tl.int64) * channels
-            sums = _add_gradients(
+            p, t = _add_gradients(
                 coefficients_ptr + 2 * sets, units, 0, None, samples, channels, 1, channel, exists, 16, TILE_LANES
             )
-            _store_gradients(parameters_ptr, channels, channel, exists, *sums)
+            _store_gradients(parameters_ptr, channels, channel, exists, p, t)
