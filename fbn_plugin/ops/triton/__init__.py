@@ -1,9 +1,11 @@
 """The Triton kernels (``kernels.py``) on PyTorch tensors: float32, float16 and bfloat16, contiguous and
 channels-last, batch and group form, with an optional residual and activation.
 
-Nothing here waits for the GPU or looks at a value, so that CUDA graphs can capture it. Triton is imported when the
-first tensor on a GPU asks for it; with ``TRITON_INTERPRET=1`` in the environment its interpreter runs the kernels on
-CPU tensors.
+Nothing here waits for the GPU or looks at a value, so that CUDA graphs can capture it. Launches go through Triton's
+dispatcher: a compiled kernel that is launched without it is not part of Triton's documented interface (its maintainers
+discuss one, https://github.com/triton-lang/triton/issues/10140). Triton is imported
+when the first tensor on a GPU asks for it; with ``TRITON_INTERPRET=1`` in the environment its interpreter runs the
+kernels on CPU tensors.
 """
 
 import functools
@@ -240,7 +242,8 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`fbn_plugin.ops.reference.forward`, for what :func:`refuses` does not refuse: three launches."""
-    plan, kernels, sums = _plan(x, options.num_groups), load_kernels(), _plan(x, options.num_groups).moments
+    plan, kernels = _plan(x, options.num_groups), load_kernels()
+    sums = plan.moments
     y, moments = torch.empty_like(x), x.new_empty((5, *plan.stats), dtype=torch.float32)
     workspace, counters = _workspace(x, plan), _counters(x, sums.counters)
     residual = None if residual is None else _like(x, residual)
