@@ -1,9 +1,11 @@
 """The Triton kernels (``kernels.py``) on PyTorch tensors: float32, float16 and bfloat16, contiguous and
 channels-last, batch and group form, with an optional residual and activation.
 
-Nothing here waits for the GPU or looks at a value, so that CUDA graphs can capture it. Triton is imported when the
-first tensor on a GPU asks for it; with ``TRITON_INTERPRET=1`` in the environment its interpreter runs the kernels on
-CPU tensors.
+Nothing here waits for the GPU or looks at a value, so that CUDA graphs can capture it. Launches go through Triton's
+dispatcher: a compiled kernel that is launched without it is not part of Triton's documented interface (its maintainers
+discuss one, https://github.com/triton-lang/triton/issues/10140). Triton is imported
+when the first tensor on a GPU asks for it; with ``TRITON_INTERPRET=1`` in the environment its interpreter runs the
+kernels on CPU tensors.
 """
 
 import functools
@@ -13,19 +15,20 @@ import importlib.util
 import math
 import os
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fbn_plugin.ops import reference
-from fbn_plugin.ops.reference import SIGN_TELLS, FilteredMoments, Options, RunningStats, gaussian_kappa
+from fbn_plugin.ops.reference import SIGN_TELLS, Options, RunningStats, gaussian_kappa
 
 OLDEST = (3, 2)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Values that a program of 8 warps holds at a time: 16 a thread, and half of that where each value has an accumulator to
 # itself, of which registers would run out. Programs that fill a large GPU.
 _TILE, _PROGRAMS = 4096, 512
+# Sums that a warp adds up at a time: so few that adding up needs no more registers than the tile, since all programs
+# have as many as the last one needs. Tiles, at least, whose sums are added up in a stage of their own.
+_ADDED, _CHUNK = 64, 64
 
 
 @functools.cache
@@ -83,20 +86,20 @@ class _Plan:
     def __init__(self, shape: torch.Size, channels_last: bool, num_groups: int, itemsize: int) -> None:
         n, c, s = shape[0], shape[1], shape[2:].numel()
         self.set_units = k = c // num_groups if num_groups else 1
-        samples = n if num_groups else 1
-        self.sets, self.samples, self.channels = samples * c // k, samples, c
-        self.set_size = n * c * s // self.sets
+        self.samples = n if num_groups else 1
+        self.channels, self.units = c, self.samples * c
+        self.sets = self.units // k
+        self.stats = (n, num_groups) if num_groups else (c,)
         tile = _TILE // 2 if channels_last else _TILE
         if channels_last:
-            reduced, blocks, rows, cols = 0, samples, n * s // samples, c
-            block_stride, row_stride, self.set_width = rows * c, c, k
+            reduced, blocks, rows, cols = 0, self.samples, n * s // self.samples, c
+            block_stride, row_stride = rows * c, c
             b = min(_power(cols), 128 // itemsize)
             a = min(_power(rows), tile // b)
             steps = min(4, _power(rows) // a)
         else:
             reduced, blocks, rows, cols = (1, n * num_groups, k, s) if num_groups else (2, c, n, s)
             block_stride, row_stride = (k * s, s) if num_groups else (s, c * s)
-            self.set_width = s
             a = min(_power(rows), max(1, tile // min(_power(cols), 512)))
             b = min(_power(cols), tile // a)
             steps = 1
@@ -107,28 +110,61 @@ class _Plan:
         while blocks * math.prod(tiles()) < _PROGRAMS and a * steps > 8:  # too few to fill the GPU
             a, steps = (a, steps // 2) if steps > 1 else (a // 2, steps)
         tiles_a, tiles_b = tiles()
-        self.unit_slots = (tiles_a, tiles_b, tiles_a * tiles_b)[reduced]
-        self.slots = samples * c * self.unit_slots
+        warps = min(8, max(1, 8 * a * b // tile))
         self.grid = (blocks * tiles_a * tiles_b,)
+        self.sizes = rows, cols, tiles_a, tiles_b, block_stride, row_stride
         self.tiling = {
-            "rows": rows,
-            "cols": cols,
-            "tiles_a": tiles_a,
-            "tiles_b": tiles_b,
-            "block_stride": block_stride,
-            "row_stride": row_stride,
             "VECTOR": math.gcd(cols, 16 // itemsize),  # values that a thread can read at once
             "REDUCED": reduced,
             "A": a,
             "B": b,
             "STEPS": steps,
-            "num_warps": min(8, max(1, 8 * a * b // tile)),
+            "num_warps": warps,
         }
+        # A contiguous tile is of one set, and leaves the moments one slot; the gradients of weight and bias want to
+        # know its channels.
+        joint, at_once = num_groups > 0, _ADDED * warps
+        one = math.prod((tiles_a, tiles_b)), 1, 1, 1
+        by_columns, by_rows = (tiles_a, cols, b, tiles_b), (tiles_b, rows, a, tiles_a)
+        self.moments = _Sums(blocks, *(by_columns if channels_last else one), joint and channels_last, k, at_once)
+        self.gradients = _Sums(blocks, *(by_columns, by_rows, one)[reduced], joint, k, at_once)
 
-    def adding_up(self, slots: int) -> dict:
-        """Options of a kernel that adds up this many slots in a program."""
-        block = min(4096, max(16, _power(slots)))
-        return {"BLOCK": block, "num_warps": max(1, block // 256)}
+
+class _Sums:
+    """How the sums of tiles are laid out and added up, in the words of ``kernels.py``.
+
+    Args:
+        blocks: of the input.
+        entries, width: tiles that the lanes of a block are cut into, and lanes.
+        lanes: of a tile, a power of two.
+        across: tiles next to each other across the lanes of a block.
+        joint: whether sets are made of several lanes.
+        set_units: lanes of a set.
+        at_once: sums that a program holds at a time, a power of two.
+    """
+
+    def __init__(
+        self, blocks: int, entries: int, width: int, lanes: int, across: int, joint: bool, set_units: int, at_once: int
+    ) -> None:
+        chunk = max(_CHUNK, at_once // lanes, _power(math.isqrt(entries)))
+        if entries <= 4 * chunk:  # one stage will do, two where the lanes of a block have many programs
+            chunk = 4 * chunk if joint and across > 1 else 0
+        chunks = -(-entries // chunk) if chunk else 0
+        self.slots, self.chunks = blocks * entries * width, blocks * chunks * width
+        self.counters = blocks * (1 if joint else across) + blocks * chunks * across
+        self.lanes = lanes
+        self.at_last = (chunks or entries) * (width if joint else lanes)  # sums that the last of a family adds up
+        at_last = min(_power(width), max(lanes, at_once // 16)) if joint else lanes
+        set_entries = min(_power(set_units), at_once)
+        self.options = {
+            "JOINT": joint,
+            "CHUNK": chunk,
+            "CHUNK_ENTRIES": max(1, at_once // lanes),
+            "ENTRIES": max(1, at_once // at_last),
+            "LANES": at_last,
+            "SET_ENTRIES": set_entries,
+            "SETS": min(_power(-(-width // set_units)), max(1, at_once // set_entries)),
+        }
 
 
 def _power(n: int) -> int:
@@ -158,247 +194,292 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def filtered_moments(
-    x: Tensor, num_groups: int, t_sigma: float, eps: float, gaussian_correction: bool
-) -> FilteredMoments:
-    """As :func:`fbn_plugin.ops.reference.filtered_moments`, for what :func:`refuses` does not refuse."""
-    plan, run = _plan(x, num_groups), load_kernels()
-    stats = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
-    mean, var, lower, upper, count, shift = (x.new_empty(stats, dtype=torch.float32) for _ in range(6))
-    partial = x.new_empty((5, plan.slots), dtype=torch.float32)
-    set_slots, size = plan.set_units * plan.unit_slots, plan.set_size
-    units = plan.channels, plan.set_units
-    adding_up = plan.adding_up(set_slots)
-    kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
-    with torch.cuda.device_of(x):
-        run.measure[plan.grid](
-            x, shift, partial, plan.slots, *units, size // plan.set_width, plan.set_width, **plan.tiling
-        )
-        run.draw_band[(plan.sets,)](
-            shift, lower, upper, partial, plan.slots, set_slots, size, t_sigma, eps, **adding_up
-        )
-        run.measure_kept[plan.grid](x, shift, lower, upper, partial, plan.slots, *units, **plan.tiling)
-        run.settle[(plan.sets,)](shift, mean, var, count, partial, plan.slots, set_slots, size, kappa, **adding_up)
-    return FilteredMoments(mean, var, lower, upper, count)
+def describe() -> str:
+    """What the kernels are, or why they cannot be used here."""
+    reason = missing()
+    if reason is not None:
+        return reason
+    if interpreted():
+        return f"Triton {version()} kernels in its interpreter, on the CPU"
+    return f"Triton {version()} kernels" if torch.cuda.is_available() else "there is no GPU"
 
 
-def normalize(
+# One for each device, for launches on its default stream.
+_default_counters: dict[int, Tensor] = {}
+
+
+def _counters(x: Tensor, number: int) -> Tensor:
+    """So many zeros for one kernel after another, each of which leaves them zero: (at least number,), int32.
+
+    Kernels of one stream follow each other, so those of the default stream share what has been zeroed once. On other
+    streams, and there a CUDA graph is captured or warmed up in a memory pool of its own, each call has its own, which
+    costs filling it.
+    """
+    if x.device.type != "cuda" or _raw_stream(x.device.index) != 0:
+        return x.new_zeros(number, dtype=torch.int32)
+    counters = _default_counters.get(x.device.index)
+    if counters is None or counters.numel() < number:
+        counters = x.new_zeros(max(number, 1 << 14), dtype=torch.int32)
+        _default_counters[x.device.index] = counters
+    return counters
+
+
+def _raw_stream(device: int) -> int:
+    """The handle of the current stream, 0 for the default one, from where Triton's launches have it."""
+    return importlib.import_module("triton.runtime").driver.active.get_current_stream(device)
+
+
+def _kappa(options: Options) -> float:
+    return gaussian_kappa(options.t_sigma) if options.gaussian_correction else 1.0
+
+
+def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    moments: FilteredMoments | Tensor,
-    num_groups: int,
-    eps: float,
-    residual: Tensor | None = None,
-    activation: str = "identity",
-    negative_slope: float = 0.0,
-) -> Tensor:
-    """As :func:`fbn_plugin.ops.reference.normalize`, for what :func:`refuses` does not refuse."""
-    plan, y = _plan(x, num_groups), torch.empty_like(x)
-    mean, var, *_ = moments
+    residual: Tensor | None,
+    running: RunningStats | None,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fbn_plugin.ops.reference.forward`, for what :func:`refuses` does not refuse: three launches."""
+    plan, kernels = _plan(x, options.num_groups), load_kernels()
+    sums = plan.moments
+    y, moments = torch.empty_like(x), x.new_empty((5, *plan.stats), dtype=torch.float32)
+    workspace, counters = _workspace(x, plan), _counters(x, sums.counters)
     residual = None if residual is None else _like(x, residual)
-    parameters = _dense(weight), _dense(bias), plan.channels, plan.set_units
+    running_mean, running_var, momentum, num_batches = running or (None,) * 4
     with torch.cuda.device_of(x):
-        load_kernels().normalize[plan.grid](
+        kernels.measure[plan.grid](
+            x,
+            workspace,
+            counters,
+            moments,
+            plan.set_units,
+            options.t_sigma,
+            options.eps,
+            *plan.sizes,
+            WRITES="band edges",
+            **sums.options,
+            **plan.tiling,
+        )
+        kernels.measure_kept[plan.grid](
+            x,
+            workspace,
+            counters,
+            moments,
+            running_mean,
+            running_var,
+            num_batches,
+            momentum,
+            _kappa(options),
+            plan.set_units,
+            *plan.sizes,
+            **sums.options,
+            **plan.tiling,
+        )
+        kernels.normalize[plan.grid](
             x,
             y,
             residual,
-            mean,
-            var,
-            *parameters,
-            eps,
-            negative_slope,
-            ACTIVATION=activation,
+            moments,
+            _dense(weight),
+            _dense(bias),
+            num_batches,
+            plan.channels,
+            plan.set_units,
+            options.eps,
+            options.negative_slope,
+            *plan.sizes,
+            ACTIVATION=options.activation,
             **plan.tiling,
         )
-    return y
+    _tell_autograd(running)
+    return y, moments
 
 
-def filtered_norm_act_backward(
+def _workspace(x: Tensor, plan: _Plan) -> Tensor:
+    """Of the moments: (6 slots + 4 chunks + 4 units,) float32."""
+    sums = plan.moments
+    units = plan.units if sums.options["JOINT"] else 0
+    return x.new_empty(6 * sums.slots + 4 * sums.chunks + 4 * units, dtype=torch.float32)
+
+
+def _tell_autograd(running: RunningStats | None) -> None:
+    """That the kernels have written the running statistics."""
+    if running is not None:
+        written = (running.mean, running.var, running.num_batches)
+        torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
+
+
+def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     other: Tensor | None,
-    moments: FilteredMoments,
-    num_groups: int,
-    t_sigma: float,
-    eps: float,
-    gaussian_correction: bool,
-    grad_mode: str,
-    activation: str,
-    negative_slope: float,
+    moments: Tensor,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """:func:`backward` with the options one by one."""
-    plan, run = _plan(x, num_groups), load_kernels()
-    mean, var, lower, upper, count = moments
+    """As :func:`fbn_plugin.ops.reference.backward`, for what :func:`refuses` does not refuse: two launches."""
+    plan, kernels = _plan(x, options.num_groups), load_kernels()
     grad, weight, bias = _like(x, grad), _dense(weight), _dense(bias)
-    dx, dz = torch.empty_like(x), None
-    if other is not None:
-        other, dz = _like(x, other), torch.empty_like(x)
-    d_weight, d_bias = (x.new_empty(plan.channels, dtype=torch.float32) for _ in range(2))
-    partial = x.new_empty((2, plan.slots), dtype=torch.float32)
-    coefficients = x.new_empty((2, plan.sets), dtype=torch.float32)
-    kappa = gaussian_kappa(t_sigma) if gaussian_correction else 1.0
-    shared = plan.channels, plan.set_units, eps, negative_slope
-    paper = grad_mode == "paper"
+    other = None if other is None else _like(x, other)
+    dz = None if other is None else torch.empty_like(x)
+    activation = options.activation
     with torch.cuda.device_of(x):
-        run.measure_gradient[plan.grid](
-            grad,
-            x,
-            other,
-            dz,
-            mean,
-            var,
-            lower,
-            upper,
-            weight,
-            bias,
-            partial,
-            plan.slots,
-            *shared,
-            PAPER=paper,
-            ACTIVATION=activation,
-            OUTPUT=other is not None and activation in SIGN_TELLS,
-            **plan.tiling,
-        )
-        run.settle_gradient[(plan.sets + plan.channels,)](
-            weight,
-            count,
-            coefficients,
-            d_weight,
-            d_bias,
-            partial,
-            plan.slots,
-            plan.sets,
-            plan.samples,
-            plan.channels,
-            plan.set_units,
-            plan.unit_slots,
-            kappa,
-            **plan.adding_up(max(plan.set_units, plan.samples) * plan.unit_slots),
+        workspace, parameters = _measure_gradient(
+            plan, grad, x, other, dz, moments, weight, bias, _kappa(options), options
         )
         if dz is not None:  # the first pass has undone the activation
             grad, other, activation = dz, None, "identity"
-        run.input_gradient[plan.grid](
+        dx = torch.empty_like(x)
+        kernels.input_gradient[plan.grid](
             grad,
             x,
             other,
             dx,
-            mean,
-            var,
-            lower,
-            upper,
+            moments,
             weight,
             bias,
-            coefficients,
-            plan.sets,
-            *shared,
-            PAPER=paper,
+            workspace,
+            parameters,
+            plan.samples,
+            plan.channels,
+            plan.set_units,
+            options.eps,
+            options.negative_slope,
+            *plan.sizes,
+            PAPER=options.grad_mode == "paper",
             ACTIVATION=activation,
+            JOINT=plan.gradients.options["JOINT"],
             **plan.tiling,
         )
-    return dx, d_weight, d_bias, dz
+    return dx, *parameters.unbind(), dz
 
 
-class _Measured(NamedTuple):
-    """What the first pass over a batch leaves for the second."""
+def _measure_gradient(
+    plan: _Plan,
+    grad: Tensor,
+    x: Tensor,
+    other: Tensor | None,
+    dz: Tensor | None,
+    moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kappa: float,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """The first pass: what the second wants to know, and the gradients of weight and bias, (2, C), in the group form
+    yet to be written."""
+    sums = plan.gradients
+    parameters = x.new_empty((2, plan.channels), dtype=torch.float32)
+    units = plan.units if sums.options["JOINT"] else 0
+    workspace = x.new_empty(2 * (plan.sets + units + sums.slots + sums.chunks), dtype=torch.float32)
+    load_kernels().measure_gradient[plan.grid](
+        grad,
+        x,
+        other,
+        dz,
+        moments,
+        weight,
+        bias,
+        workspace,
+        _counters(x, sums.counters),
+        parameters,
+        plan.channels,
+        plan.set_units,
+        kappa,
+        options.eps,
+        options.negative_slope,
+        *plan.sizes,
+        PAPER=options.grad_mode == "paper",
+        ACTIVATION=options.activation,
+        OUTPUT=other is not None and options.activation in SIGN_TELLS,
+        **sums.options,
+        **plan.tiling,
+    )
+    return workspace, parameters
 
-    shift: Tensor
-    partial: Tensor
+
+# --- the batch form step by step, for batches whose values are on several processes -----------------------------------
 
 
-def measure(x: Tensor) -> tuple[Tensor, Tensor, _Measured]:
+def measure(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`fbn_plugin.ops.reference.measure`, for what :func:`refuses` does not refuse."""
     plan = _plan(x, 0)
-    shift = x.new_empty(plan.sets, dtype=torch.float32)
-    partial = x.new_empty((5, plan.slots), dtype=torch.float32)
-    rows = plan.set_size // plan.set_width
+    moments, workspace = x.new_empty((5, plan.channels), dtype=torch.float32), _workspace(x, plan)
     with torch.cuda.device_of(x):
         load_kernels().measure[plan.grid](
-            x, shift, partial, plan.slots, plan.channels, plan.set_units, rows, plan.set_width, **plan.tiling
+            x,
+            workspace,
+            _counters(x, plan.moments.counters),
+            moments,
+            plan.set_units,
+            0.0,
+            0.0,
+            *plan.sizes,
+            WRITES="moments",
+            **plan.moments.options,
+            **plan.tiling,
         )
-    measured = _Measured(shift, partial)
-    mean, var, _ = _settled(x, plan, measured)
-    return mean, var, measured
+    return moments[0], moments[1], workspace
 
 
-def measure_kept(x: Tensor, lower: Tensor, upper: Tensor, measured: _Measured) -> tuple[Tensor, Tensor, Tensor]:
+def measure_kept(x: Tensor, lower: Tensor, upper: Tensor, measured: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`fbn_plugin.ops.reference.measure_kept`, once for what :func:`measure` has measured."""
-    plan, (shift, partial) = _plan(x, 0), measured
+    plan = _plan(x, 0)
+    moments = torch.stack((lower, lower, lower, upper, upper))  # the kernel reads its band edges from rows 2 and 3
     with torch.cuda.device_of(x):
         load_kernels().measure_kept[plan.grid](
-            x, shift, lower, upper, partial, plan.slots, plan.channels, plan.set_units, **plan.tiling
-        )
-    return _settled(x, plan, measured)
-
-
-def _settled(x: Tensor, plan: _Plan, measured: _Measured) -> tuple[Tensor, Tensor, Tensor]:
-    mean, var, count = (torch.empty_like(measured.shift) for _ in range(3))
-    slots = plan.set_units * plan.unit_slots
-    with torch.cuda.device_of(x):
-        load_kernels().settle[(plan.sets,)](
-            measured.shift,
-            mean,
-            var,
-            count,
-            measured.partial,
-            plan.slots,
-            slots,
-            plan.set_size,
-            1.0,
-            **plan.adding_up(slots),
-        )
-    return mean, var, count
-
-
-def gradient_sums(grad: Tensor, x: Tensor, moments: Tensor, eps: float, grad_mode: str) -> tuple[Tensor, Tensor]:
-    """As :func:`fbn_plugin.ops.reference.gradient_sums`, for what :func:`refuses` does not refuse."""
-    plan = _plan(x, 0)
-    mean, var, lower, upper, count = moments
-    d_weight, d_bias = (torch.empty_like(mean) for _ in range(2))
-    partial = x.new_empty((2, plan.slots), dtype=torch.float32)
-    coefficients = x.new_empty((2, plan.sets), dtype=torch.float32)  # of a batch that is here as a whole
-    with torch.cuda.device_of(x):
-        load_kernels().measure_gradient[plan.grid](
-            _like(x, grad),
             x,
+            measured,
+            _counters(x, plan.moments.counters),
+            moments,
             None,
             None,
-            mean,
-            var,
-            lower,
-            upper,
             None,
             None,
-            partial,
-            plan.slots,
+            1.0,
+            plan.set_units,
+            *plan.sizes,
+            **plan.moments.options,
+            **plan.tiling,
+        )
+    return moments[0], moments[1], moments[4]
+
+
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor, num_groups: int, eps: float
+) -> Tensor:
+    """As :func:`fbn_plugin.ops.reference.normalize`, for what :func:`refuses` does not refuse."""
+    plan, y = _plan(x, num_groups), torch.empty_like(x)
+    with torch.cuda.device_of(x):
+        load_kernels().normalize[plan.grid](
+            x,
+            y,
+            None,
+            moments,
+            _dense(weight),
+            _dense(bias),
+            None,
             plan.channels,
             plan.set_units,
             eps,
             0.0,
-            PAPER=grad_mode == "paper",
+            *plan.sizes,
             ACTIVATION="identity",
-            OUTPUT=False,
             **plan.tiling,
         )
-        load_kernels().settle_gradient[(plan.sets + plan.channels,)](
-            None,
-            count,
-            coefficients,
-            d_weight,
-            d_bias,
-            partial,
-            plan.slots,
-            plan.sets,
-            plan.samples,
-            plan.channels,
-            plan.set_units,
-            plan.unit_slots,
-            1.0,
-            **plan.adding_up(max(plan.set_units, plan.samples) * plan.unit_slots),
-        )
-    return d_weight, d_bias
+    return y
+
+
+def gradient_sums(grad: Tensor, x: Tensor, moments: Tensor, eps: float, grad_mode: str) -> tuple[Tensor, Tensor]:
+    """As :func:`fbn_plugin.ops.reference.gradient_sums`, for what :func:`refuses` does not refuse."""
+    options = Options(0, math.inf, eps, False, grad_mode)
+    with torch.cuda.device_of(x):
+        arguments = _like(x, grad), x, None, None, moments, None, None
+        _, parameters = _measure_gradient(_plan(x, 0), *arguments, 1.0, options)
+    return parameters[0], parameters[1]
 
 
 def input_gradient(
@@ -413,82 +494,41 @@ def input_gradient(
 ) -> Tensor:
     """As :func:`fbn_plugin.ops.reference.input_gradient`, for what :func:`refuses` does not refuse."""
     plan, dx = _plan(x, 0), torch.empty_like(x)
-    mean, var, lower, upper, _ = moments
     with torch.cuda.device_of(x):
         load_kernels().input_gradient[plan.grid](
             _like(x, grad),
             x,
             None,
             dx,
-            mean,
-            var,
-            lower,
-            upper,
+            moments,
             _dense(weight),
             None,
-            torch.stack((mean_g, mean_g_xhat)).to(mean.dtype),
-            plan.sets,
+            torch.stack((mean_g_xhat, mean_g)).to(torch.float32),
+            None,
+            plan.samples,
             plan.channels,
             plan.set_units,
             eps,
             0.0,
+            *plan.sizes,
             PAPER=grad_mode == "paper",
             ACTIVATION="identity",
+            JOINT=False,
             **plan.tiling,
         )
     return dx
 
 
 def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:
-    """As :func:`fbn_plugin.ops.reference.update_running_stats`, in one kernel where the momentum is a number."""
-    running_mean, running_var, momentum, num_batches = running
-    if momentum is None:
-        return reference.update_running_stats(running, mean, var, count)
-    if num_batches is not None:
-        num_batches.add_(1)
-    block, channels = 256, mean.numel()
+    """As :func:`fbn_plugin.ops.reference.update_running_stats`, in one kernel."""
     with torch.cuda.device_of(mean):
-        load_kernels().update_running[(-(-channels // block),)](
-            running_mean, running_var, mean, var, count, momentum, channels, BLOCK=block
+        load_kernels().update_running_stats[(1,)](
+            running.mean,
+            running.var,
+            running.num_batches,
+            *(_dense(moment) for moment in (mean, var, count)),
+            running.momentum,
+            mean.numel(),
+            BLOCK=1024,
         )
-    torch.autograd.graph.increment_version((running_mean, running_var))
-
-
-def describe() -> str:
-    """What the kernels are, or why there are none."""
-    reason = missing()
-    if reason is not None:
-        return reason
-    if interpreted():
-        return f"Triton {version()} kernels in its interpreter, on the CPU"
-    return f"Triton {version()} kernels" if torch.cuda.is_available() else "there is no GPU"
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running: RunningStats | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """As :meth:`fbn_plugin.ops.dispatch.Backend.forward`."""
-    num_groups, t_sigma, eps, gaussian_correction, _, activation, negative_slope = options
-    moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
-    y = normalize(x, weight, bias, moments, num_groups, eps, residual, activation, negative_slope)
-    if running is not None:
-        update_running_stats(running, moments.mean, moments.var, moments.count)
-    return y, torch.stack(moments)
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    other: Tensor | None,
-    moments: Tensor,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As :meth:`fbn_plugin.ops.dispatch.Backend.backward`."""
-    return filtered_norm_act_backward(grad, x, weight, bias, other, FilteredMoments(*moments), *options)
+    _tell_autograd(running)

@@ -1,9 +1,12 @@
 """Filtered normalization for GPUs, in Triton; :mod:`fbn_plugin.ops.triton` plans and launches what is here.
 
+Three launches forward, :func:`measure` (band edges), :func:`measure_kept` (moments, running statistics) and
+:func:`normalize`; two backward, :func:`measure_gradient` and :func:`input_gradient`.
+
 A *unit* is one channel of the batch form, or one channel of one sample of the group form; a *set* shares a mean and is
-one unit of the batch form, or the ``K`` units of a group. Units are numbered so that those of a set are neighbours. A
-*tile* is what one program reads: ``STEPS * A`` rows of ``B`` columns, columns being neighbours in memory. What lies
-along its axes, and so which of them a statistic is summed over (``REDUCED``), depends on layout and form:
+one unit of the batch form, or the ``set_units`` units of a group. Units are numbered so that those of a set are
+neighbours. A *tile* is what one program reads: ``STEPS * A`` rows of ``B`` columns, columns being neighbours in memory.
+What lies along its axes, and so which of them a statistic is summed over (``REDUCED``), depends on layout and form:
 
 =========================  =====================  ==================  =================  =======
 layout, form               block                  rows (axis 0)       columns (axis 1)   REDUCED
@@ -13,22 +16,27 @@ contiguous, group          a group of a sample    channels            positions 
 channels-last, either      all, or a sample       positions           channels           0
 =========================  =====================  ==================  =================  =======
 
-A tile leaves its partial sums in the *slot* of its unit; slots of a unit, hence of a set, are neighbours, and are added
-up in double and in order, without atomics, so that results repeat bit for bit. Sums are taken around a value of the
-set's bulk, its *shift*, so that a large mean costs no digits.
+**Sums.** A tile leaves what it has summed in *slots*: one for each of its units (its lanes), or, where all of a tile
+belongs to one set and the set is all that matters, one. ``slots`` are laid out ``(blocks, entries, width)``: the
+``entries`` tiles that a block's units are cut into, and the ``width`` lanes of a block. The programs whose slots make
+up the same sets are a *family*. Each counts its arrival in a counter of the family, and who finds that it is the last
+adds up all slots, in double and in an order that does not depend on who that is: results repeat bit for bit. No program
+waits for another, hence none can wait in vain. Slots of large families are added up in two stages, ``CHUNK`` tiles at a
+time and then the chunks, so that none adds up many thousand. (Had each program of the next launch added up its own
+sets' slots, as could be done without counters, tiles of channels-last tensors with few channels would read more slots
+than values.) The last to arrive leaves the counter at zero, as it found it.
 
-Pointers are named after the arrays they point to: ``x, y, grad, dx, other`` of the input's shape and layout, ``shift,
-mean, var, lower, upper, count`` of one float32 a set, ``weight, bias`` of one value a channel, and ``partial`` of one
-float32 a slot in each of its rows.
+**Accuracy.** A tile's values are in registers, so that its own mean comes first and the squares are taken around that;
+tiles are put together by means and deviations, as Chan, Golub and LeVeque do ("Updating Formulae and a Pairwise
+Algorithm for Computing Sample Variances", 1979). No value of the input has to be near the mean for that, as a shift
+for all tiles would have to be. A mean in a slot is two float32, its rounding and the rest.
 """
 
 import triton
 import triton.language as tl
 
-# Sizes that the kernels are not compiled anew for; VECTOR tells what matters of them. (Five times ``slots`` may pass
-# 2^31, hence the casts.)
-_sizes = ["rows", "cols", "tiles_a", "tiles_b", "block_stride", "row_stride", "channels", "samples", "sets", "slots"]
-_sizes += ["set_rows", "set_size", "set_slots", "unit_slots"]
+# Sizes that the kernels are not compiled anew for; VECTOR tells what matters of them.
+_sizes = ["rows", "cols", "tiles_a", "tiles_b", "block_stride", "row_stride", "channels", "set_units", "samples"]
 
 
 @triton.jit
@@ -37,6 +45,11 @@ def _place(tiles_a, tiles_b):
     program = tl.program_id(0)  # divided in 32 bits, which is many times faster
     row = program // tiles_b
     return (row // tiles_a).to(tl.int64), (row % tiles_a).to(tl.int64), (program % tiles_b).to(tl.int64)
+
+
+@triton.jit
+def _blocks(tiles_a, tiles_b):
+    return (tl.num_programs(0) // tiles_b // tiles_a).to(tl.int64)
 
 
 @triton.jit
@@ -66,7 +79,7 @@ def _values(
 
 
 @triton.jit
-def _units(
+def _lanes(
     block,
     ia,
     ib,
@@ -80,40 +93,39 @@ def _units(
     A: tl.constexpr,
     B: tl.constexpr,
 ):
-    """The tile's units, (B,), (A,) or one: their sets, channels and slots, and which of them exist; :func:`_spread`
-    lays them along the values."""
+    """The tile's lanes in its block, (B,), (A,) or (1,), their sets and channels, and which of them exist;
+    :func:`_spread` lays them along the values."""
     if REDUCED == 0:  # of a sample, or of all
-        channel = ib * B + tl.arange(0, B)
-        exists = channel < cols
-        s = block * (cols // set_units) + channel.to(tl.int32) // set_units
-        slot = (block * cols + channel) * tiles_a + ia
+        lane = ib * B + tl.arange(0, B)
+        exists = lane < cols
+        s = block * (cols // set_units) + lane.to(tl.int32) // set_units
+        channel = lane
     elif REDUCED == 1:  # of a group, which is a set
-        a = ia * A + tl.arange(0, A)
-        exists = a < rows
-        s = tl.zeros_like(a) + block
-        channel = block % (channels // set_units) * set_units + a
-        slot = (block * set_units + a) * tiles_b + ib
+        lane = ia * A + tl.arange(0, A)
+        exists = lane < rows
+        s = tl.zeros_like(lane) + block
+        channel = block % (channels // set_units) * set_units + lane
     else:  # a channel, which is a set
-        s, channel, exists = block, block, block >= 0
-        slot = (block * tiles_a + ia) * tiles_b + ib
-    return s, channel, slot, exists
+        lane = tl.zeros([1], tl.int64)
+        exists = lane == 0
+        s, channel = lane + block, lane + block
+    return lane, s, channel, exists
 
 
 @triton.jit
 def _spread(v, REDUCED: tl.constexpr):
-    """One number a unit, to broadcast against the values."""
-    if REDUCED == 0:
-        return v[None, :]
-    elif REDUCED == 1:
+    """One number a lane, to broadcast against the values."""
+    if REDUCED == 1:
         return v[:, None]
     else:
-        return v
+        return v[None, :]
 
 
 @triton.jit
 def _sum(v, REDUCED: tl.constexpr):
+    """Sums of a tile, one a lane."""
     if REDUCED == 2:
-        return tl.sum(tl.sum(v, 1), 0)
+        return tl.zeros([1], v.dtype) + tl.sum(tl.sum(v, 1), 0)
     else:
         return tl.sum(v, REDUCED)
 
@@ -121,111 +133,377 @@ def _sum(v, REDUCED: tl.constexpr):
 @triton.jit
 def _min(v, REDUCED: tl.constexpr):
     if REDUCED == 2:
-        return tl.min(tl.min(v, 1), 0)
+        return tl.zeros([1], v.dtype) + tl.min(tl.min(v, 1), 0)
     else:
         return tl.min(v, REDUCED)
 
 
 @triton.jit
-def _middle(a, b, c):
-    low, high = tl.minimum(a, b), tl.maximum(a, b)
-    return tl.maximum(low, tl.minimum(high, c))
+def _lanes_of_sums(ia, ib, rows, cols, tiles_a, tiles_b, REDUCED: tl.constexpr):
+    """Where a tile's sums go: its entry and the number of entries, the lanes of a block, and which of how many tiles
+    next to each other across the lanes it is."""
+    if REDUCED == 0:
+        entry, entries, width, across, of = ia, tiles_a, cols, ib, tiles_b
+    elif REDUCED == 1:
+        entry, entries, width, across, of = ib, tiles_b, rows, ia, tiles_a
+    else:
+        entry, entries, width, across, of = (
+            ia * tiles_b + ib,
+            tiles_a * tiles_b,
+            tiles_a * 0 + 1,
+            ib * 0,
+            tiles_a * 0 + 1,
+        )
+    return entry, entries, width, across, of
+
+
+# --- arrival ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _third(x, first, exists, rows, width, row_stride, i: tl.constexpr):
-    """The middle one of the i-th three of nine values that are spread over a set's rows and, in another order, over
-    its columns. Without a division, of which every thread would do eighteen."""
-    return _middle(
-        _sample(x, first, exists, rows, width, row_stride, 3 * i),
-        _sample(x, first, exists, rows, width, row_stride, 3 * i + 1),
-        _sample(x, first, exists, rows, width, row_stride, 3 * i + 2),
-    )
+def _is_last(counter_ptr, arrivals):
+    """Whether this is the last of so many programs to come here; then it sees what all of them have stored."""
+    tl.debug_barrier()  # every thread has stored before one of them says so
+    last = arrivals == 1
+    if arrivals > 1:
+        last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == arrivals - 1
+        if last:
+            tl.store(counter_ptr, 0)  # for the next launch
+    return last
 
 
 @triton.jit
-def _sample(x, first, exists, rows, width, row_stride, i: tl.constexpr):
-    """The i-th of nine values, at the same distance from each other along the rows, and in steps of four along the
-    columns."""
-    row = rows.to(tl.int64) * (7 * i + 4) >> 6
-    column = tl.cast(width, tl.int64) * (7 * (4 * i % 9) + 4) >> 6
-    return tl.load(x + first + (row * row_stride + column), mask=exists, other=0.0).to(tl.float32)
+def _family(block, across, of, entries, chunks, JOINT: tl.constexpr):
+    """A program's family, and how many entries or chunks arrive there. Counters of families are followed by those of
+    chunks. ``JOINT`` families are a block; otherwise the tiles across a block's lanes are families of their own."""
+    if JOINT:
+        return block, chunks * of
+    else:
+        return block * of + across, chunks
+
+
+# --- moments ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _store_moments(slots_ptr, slots, slot, exists, count, mean, squares):
+    """Count, mean and sum of squared deviations, into rows 0 to 3 of ``slots_ptr``, (4, slots)."""
+    high = mean.to(tl.float32)
+    tl.store(slots_ptr + slot, count.to(tl.float32), mask=exists)
+    tl.store(slots_ptr + slots + slot, high, mask=exists)
+    tl.store(slots_ptr + 2 * slots + slot, (mean - high.to(tl.float64)).to(tl.float32), mask=exists)
+    tl.store(slots_ptr + 3 * slots + slot, squares.to(tl.float32), mask=exists)
+
+
+@triton.jit
+def _add_moments(
+    slots_ptr,  # (4, slots)
+    slots,
+    first,
+    entries,
+    entry_stride,
+    lane_stride,
+    lane,
+    exists,
+    ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Count, mean and sum of squared deviations of each lane, (LANES,) in double, from those of its entries, the slots
+    ``first + entry * entry_stride + lane * lane_stride``."""
+    count = tl.zeros([LANES], tl.float64)
+    mean = tl.zeros([LANES], tl.float64)
+    squares = tl.zeros([LANES], tl.float64)
+    for start in range(0, entries, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        inside = (entry < entries)[:, None] & exists[None, :]
+        slot = first + entry.to(tl.int64)[:, None] * entry_stride + (lane * lane_stride)[None, :]
+        n = tl.load(slots_ptr + slot, mask=inside, other=0.0).to(tl.float64)
+        m = tl.load(slots_ptr + slots + slot, mask=inside, other=0.0).to(tl.float64)
+        m += tl.load(slots_ptr + 2 * slots + slot, mask=inside, other=0.0).to(tl.float64)
+        q = tl.load(slots_ptr + 3 * slots + slot, mask=inside, other=0.0).to(tl.float64)
+        more = tl.sum(n, 0)
+        center = tl.sum(n * m, 0) / tl.maximum(more, 1.0)
+        d = m - center[None, :]
+        squares += tl.sum(q + n * d * d, 0)
+        total = count + more
+        share = more / tl.maximum(total, 1.0)
+        d = center - mean
+        squares += d * d * count * share
+        mean += d * share
+        count = total
+    return count, mean, squares
+
+
+@triton.jit
+def _tile_moments(v, kept, REDUCED: tl.constexpr):
+    """Count, mean (in double) and sum of squared deviations of a tile's kept values, one a lane."""
+    count = _sum(tl.where(kept, 1.0, 0.0), REDUCED)
+    some = tl.maximum(count, 1.0)
+    center = _sum(tl.where(kept, v, 0.0), REDUCED) / some
+    # Around that mean, which sums of large values have rounded; what it was off by comes out here.
+    d = tl.where(kept, v - _spread(center, REDUCED), 0.0)
+    off, squares = _sum(d, REDUCED).to(tl.float64), _sum(d * d, REDUCED).to(tl.float64)
+    some = some.to(tl.float64)
+    squares -= off / some * off
+    return count, center.to(tl.float64) + off / some, tl.where(squares < 0, 0.0, squares)
+
+
+@triton.jit
+def _arrive_with_moments(
+    workspace_ptr,
+    counters_ptr,
+    block,
+    entry,
+    entries,
+    width,
+    across,
+    of,
+    lane,
+    exists,
+    blocks,
+    JOINT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNK_ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """True in the last program of a family, before which the chunks are added up."""
+    if CHUNK == 0:
+        family, arrivals = _family(block, across, of, entries, entries, JOINT)
+        last = _is_last(counters_ptr + family, arrivals)
+    else:
+        slots, chunks = blocks * entries * width, (entries + CHUNK - 1) // CHUNK
+        family, arrivals = _family(block, across, of, entries, chunks, JOINT)
+        families, _ = _family(blocks, across * 0, of, entries, chunks, JOINT)
+        chunk = entry // CHUNK
+        tiles = tl.minimum(entries - chunk * CHUNK, CHUNK)
+        last = _is_last(counters_ptr + families + (block * chunks + chunk) * of + across, tiles)
+        if last:
+            first = (block * entries + chunk * CHUNK) * width
+            n, m, q = _add_moments(workspace_ptr, slots, first, tiles, width, 1, lane, exists, CHUNK_ENTRIES, LANES)
+            slot = (block * chunks + chunk) * width + lane
+            _store_moments(workspace_ptr + 6 * slots, blocks * chunks * width, slot, exists, n, m, q)
+            last = _is_last(counters_ptr + family, arrivals)
+    return last
+
+
+@triton.jit
+def _finish_moments(
+    workspace_ptr,
+    moments_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    num_batches_ptr,
+    momentum,
+    kappa,
+    t_sigma,
+    eps,
+    block,
+    entries,
+    width,
+    lane,
+    exists,
+    blocks,
+    set_units,
+    WRITES: tl.constexpr,
+    JOINT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+    SET_ENTRIES: tl.constexpr,
+    SETS: tl.constexpr,
+):
+    """What the last program of a family does: adds up its sets, and writes what becomes of their moments."""
+    slots = blocks * entries * width
+    at = workspace_ptr
+    if CHUNK > 0:
+        at += 6 * slots
+        entries = (entries + CHUNK - 1) // CHUNK
+    rows = blocks * entries * width
+    if JOINT:  # several lanes are a set: first the units, then the sets
+        units_ptr, units = at, blocks * width
+        if entries > 1:
+            units_ptr += (6 if CHUNK == 0 else 4) * rows
+            for start in range(0, width, LANES):
+                unit = start + tl.arange(0, LANES).to(tl.int64)
+                there = unit < width
+                n, m, q = _add_moments(
+                    at, rows, block * entries * width, entries, width, 1, unit, there, ENTRIES, LANES
+                )
+                _store_moments(units_ptr, units, block * width + unit, there, n, m, q)
+            tl.debug_barrier()
+        sets = width // set_units
+        for start in range(0, sets, SETS):
+            s = start + tl.arange(0, SETS).to(tl.int64)
+            inside = s < sets
+            n, m, q = _add_moments(
+                units_ptr, units, block * width, set_units, 1, set_units, s, inside, SET_ENTRIES, SETS
+            )
+            _write_moments(
+                moments_ptr,
+                running_mean_ptr,
+                running_var_ptr,
+                num_batches_ptr,
+                momentum,
+                kappa,
+                t_sigma,
+                eps,
+                blocks * sets,
+                block * sets + s,
+                inside,
+                n,
+                m,
+                q,
+                WRITES,
+            )
+    else:
+        n, m, q = _add_moments(at, rows, block * entries * width, entries, width, 1, lane, exists, ENTRIES, LANES)
+        _write_moments(
+            moments_ptr,
+            running_mean_ptr,
+            running_var_ptr,
+            num_batches_ptr,
+            momentum,
+            kappa,
+            t_sigma,
+            eps,
+            blocks * width,
+            block * width + lane,
+            exists,
+            n,
+            m,
+            q,
+            WRITES,
+        )
+
+
+@triton.jit
+def _write_moments(
+    moments_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    num_batches_ptr,
+    momentum,
+    kappa,
+    t_sigma,
+    eps,
+    sets,
+    s,
+    exists,
+    count,
+    mean,
+    squares,
+    WRITES: tl.constexpr,
+):
+    """The rows of ``moments_ptr``, (5, sets), that are known now, and the running statistics."""
+    mean = tl.where(count > 0, mean, float("nan"))
+    var = squares / count
+    if WRITES == "band edges":  # Eq. 2-5
+        sigma = tl.sqrt(var + eps)
+        # Wide enough to hold a value even where the deviation is below the rounding of the mean.
+        floor = tl.where(sigma < 1.1754944e-38, 1.1754944e-38, sigma)
+        width, least = t_sigma * floor, sigma + 16 * 1.1920929e-07 * (sigma + tl.abs(mean))
+        width = tl.where(width > least, width, least)
+        tl.store(moments_ptr + 2 * sets + s, (mean - width).to(tl.float32), mask=exists)
+        tl.store(moments_ptr + 3 * sets + s, (mean + width).to(tl.float32), mask=exists)
+    else:  # Eq. 6 and 7
+        var = var / kappa
+        tl.store(moments_ptr + s, mean.to(tl.float32), mask=exists)
+        tl.store(moments_ptr + sets + s, var.to(tl.float32), mask=exists)
+        tl.store(moments_ptr + 4 * sets + s, count.to(tl.float32), mask=exists)
+        if running_mean_ptr is not None:
+            _update(running_mean_ptr, running_var_ptr, num_batches_ptr, momentum, s, exists, mean, var, count)
+
+
+@triton.jit
+def _update(running_mean_ptr, running_var_ptr, num_batches_ptr, momentum, s, exists, mean, var, count):
+    """Moves running averages to a mean and the unbiased variance, in double, where both are finite."""
+    weight = tl.zeros_like(mean) + 1
+    if momentum is not None:
+        weight *= momentum
+    else:
+        weight /= tl.load(num_batches_ptr).to(tl.float64) + 1  # not yet counted
+    unbiased = var * (count / tl.maximum(count - 1, 1.0))
+    largest = 3.4028234663852886e38
+    finite = exists & (tl.abs(mean) <= largest) & (tl.abs(unbiased) <= largest)
+    old = tl.load(running_mean_ptr + s, mask=finite, other=0.0).to(tl.float64)
+    tl.store(running_mean_ptr + s, (old + weight * (mean - old)).to(running_mean_ptr.dtype.element_ty), mask=finite)
+    old = tl.load(running_var_ptr + s, mask=finite, other=0.0).to(tl.float64)
+    tl.store(running_var_ptr + s, (old + weight * (unbiased - old)).to(running_var_ptr.dtype.element_ty), mask=finite)
+
+
+@triton.jit
+def _count_batch(num_batches_ptr):
+    """In one program, of a launch in which no other reads the counter."""
+    if num_batches_ptr is not None:  # noqa: SIM102, Triton 3.2 compiles both sides of an "and"
+        if tl.program_id(0) == 0:
+            tl.store(num_batches_ptr, tl.load(num_batches_ptr) + 1)
 
 
 @triton.jit(do_not_specialize=_sizes)
 def measure(
-    x,
-    shift,
-    partial,  # (5, slots): sum, sum of squares, dropped values, smallest, largest
-    slots,
-    channels,
+    x_ptr,  # like the input
+    workspace_ptr,  # (6, slots) count, mean (2), squares, smallest, largest; (4, chunks); (4, units)
+    counters_ptr,  # (families + chunks,) int32, zero
+    moments_ptr,  # (5, sets): rows 2 and 3, or 0, 1 and 4, are written
     set_units,
-    set_rows,
-    set_width,  # neighbours in memory that a row of a set has
+    t_sigma,
+    eps,
     rows,
     cols,
     tiles_a,
     tiles_b,
     block_stride,
     row_stride,
+    WRITES: tl.constexpr,
+    JOINT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNK_ENTRIES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+    SET_ENTRIES: tl.constexpr,
+    SETS: tl.constexpr,
     VECTOR: tl.constexpr,
     REDUCED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """First pass of the moments: all values."""
-    slots = tl.cast(slots, tl.int64)
+    """First pass of the moments, of all values; grid: (tiles of all blocks,)."""
     cols, block_stride, row_stride = _aligned(cols, block_stride, row_stride, VECTOR)
     block, ia, ib = _place(tiles_a, tiles_b)
-    s, channel, slot, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
-    # Every program finds its shift by itself, as the median of three medians of three.
-    first, found = block * block_stride, block >= 0
-    if REDUCED == 0:
-        found = exists
-        first += channel.to(tl.int32) // set_units * set_units
-    shifts = _middle(
-        _third(x, first, found, set_rows, set_width, row_stride, 0),
-        _third(x, first, found, set_rows, set_width, row_stride, 1),
-        _third(x, first, found, set_rows, set_width, row_stride, 2),
-    )
-    k = shifts
-    if REDUCED == 0:
-        k = _spread(shifts, REDUCED)
-    total = tl.zeros([A, B], tl.float32)
-    square = tl.zeros([A, B], tl.float32)
-    low = tl.zeros([A, B], tl.float32) + k
-    high = low
-    for step in tl.static_range(STEPS):
-        offsets, inside = _values(block, ia, ib, step, rows, cols, block_stride, row_stride, A, B, STEPS)
-        v = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-        v = tl.where(inside, v, k)
-        d = v - k
-        total += d
-        square += d * d
-        low = tl.minimum(low, v)
-        high = tl.maximum(high, v)
-    if REDUCED == 0:  # after the loop, whose loads need not wait for it
-        tl.store(shift + s, shifts, mask=exists)
-    else:
-        tl.store(shift + block, shifts)
-    sums = _sum(total, REDUCED)
-    tl.store(partial + slot, sums, mask=exists)
-    tl.store(partial + slots + slot, _sum(square, REDUCED), mask=exists)
-    tl.store(partial + 2 * slots + slot, tl.zeros_like(sums), mask=exists)
-    tl.store(partial + 3 * slots + slot, _min(low, REDUCED), mask=exists)
-    tl.store(partial + 4 * slots + slot, -_min(-high, REDUCED), mask=exists)
+    blocks = _blocks(tiles_a, tiles_b)
+    ALONG: tl.constexpr = 0 if REDUCED == 0 else 2  # a contiguous tile is of one set
+    lane, _, _, exists = _lanes(block, ia, ib, rows, cols, tiles_a, tiles_b, cols, set_units, ALONG, A, B)
+    entry, entries, width, across, of = _lanes_of_sums(ia, ib, rows, cols, tiles_a, tiles_b, ALONG)
+    slots, slot = blocks * entries * width, (block * entries + entry) * width + lane
+    offsets, inside = _values(block, ia, ib, 0, rows, cols, block_stride, row_stride, A * STEPS, B, 1)
+    v = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(workspace_ptr + 4 * slots + slot, _min(tl.where(inside, v, float("inf")), ALONG), mask=exists)
+    tl.store(workspace_ptr + 5 * slots + slot, -_min(tl.where(inside, -v, float("inf")), ALONG), mask=exists)
+    count, mean, squares = _tile_moments(v, inside, ALONG)
+    _store_moments(workspace_ptr, slots, slot, exists, count, mean, squares)
+    last = _arrive_with_moments(
+        workspace_ptr, counters_ptr, block, entry, entries, width, across, of, lane, exists, blocks, JOINT, CHUNK,
+        CHUNK_ENTRIES, B if ALONG == 0 else 1,
+    )  # fmt: skip
+    if last:
+        _finish_moments(
+            workspace_ptr, moments_ptr, None, None, None, None, 1.0, t_sigma, eps, block, entries, width, lane, exists,
+            blocks, set_units, WRITES, JOINT, CHUNK, ENTRIES, LANES, SET_ENTRIES, SETS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_sizes)
 def measure_kept(
-    x,
-    shift,
-    lower,
-    upper,
-    partial,
-    slots,
-    channels,
+    x_ptr,  # like the input
+    workspace_ptr,  # what measure() has left there
+    counters_ptr,  # (families + chunks,) int32, zero
+    moments_ptr,  # (5, sets): rows 2 and 3 are read, 0, 1 and 4 written
+    running_mean_ptr,  # (C,) or None
+    running_var_ptr,  # (C,) or None
+    num_batches_ptr,  # (), read where momentum is None
+    momentum,
+    kappa,
     set_units,
     rows,
     cols,
@@ -233,109 +511,93 @@ def measure_kept(
     tiles_b,
     block_stride,
     row_stride,
+    JOINT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNK_ENTRIES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+    SET_ENTRIES: tl.constexpr,
+    SETS: tl.constexpr,
     VECTOR: tl.constexpr,
     REDUCED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Second pass: replaces the sums of the tiles that hold a value outside of the band; reads no other."""
-    slots = tl.cast(slots, tl.int64)
+    """Second pass: replaces the sums of the tiles that hold a value outside of the band, and reads no other; grid:
+    (tiles of all blocks,)."""
     cols, block_stride, row_stride = _aligned(cols, block_stride, row_stride, VECTOR)
     block, ia, ib = _place(tiles_a, tiles_b)
-    s, _, slot, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
-    lo = tl.load(lower + s, mask=exists, other=0.0)
-    hi = tl.load(upper + s, mask=exists, other=0.0)
-    low = tl.load(partial + 3 * slots + slot, mask=exists, other=0.0)
-    high = tl.load(partial + 4 * slots + slot, mask=exists, other=0.0)
-    outliers = tl.where((low >= lo) & (high <= hi), 0, 1)  # 1 if the band is NaN
-    if REDUCED < 2:
-        outliers = tl.max(outliers, 0)
+    blocks = _blocks(tiles_a, tiles_b)
+    ALONG: tl.constexpr = 0 if REDUCED == 0 else 2
+    lane, s, _, exists = _lanes(block, ia, ib, rows, cols, tiles_a, tiles_b, cols, set_units, ALONG, A, B)
+    entry, entries, width, across, of = _lanes_of_sums(ia, ib, rows, cols, tiles_a, tiles_b, ALONG)
+    slots, slot = blocks * entries * width, (block * entries + entry) * width + lane
+    sets = blocks * width
+    if JOINT:
+        sets = sets // set_units
+    lower = tl.load(moments_ptr + 2 * sets + s, mask=exists, other=0.0)
+    upper = tl.load(moments_ptr + 3 * sets + s, mask=exists, other=0.0)
+    low = tl.load(workspace_ptr + 4 * slots + slot, mask=exists, other=0.0)
+    high = tl.load(workspace_ptr + 5 * slots + slot, mask=exists, other=0.0)
+    outliers = tl.max(tl.where((low >= lower) & (high <= upper), 0, 1), 0)  # 1 if the band is NaN
     if outliers > 0:
-        k = _spread(tl.load(shift + s, mask=exists, other=0.0), REDUCED)
-        start, end = _spread(lo, REDUCED), _spread(hi, REDUCED)
-        total = tl.zeros([A, B], tl.float32)
-        square = tl.zeros([A, B], tl.float32)
-        dropped = tl.zeros([A, B], tl.float32)
-        for step in tl.static_range(STEPS):
-            offsets, inside = _values(block, ia, ib, step, rows, cols, block_stride, row_stride, A, B, STEPS)
-            v = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-            kept = inside & (v >= start) & (v <= end)
-            d = tl.where(kept, v - k, 0.0)  # masked after the subtraction
-            total += d
-            square += d * d
-            dropped += tl.where(inside & (kept == 0), 1.0, 0.0)
-        tl.store(partial + slot, _sum(total, REDUCED), mask=exists)
-        tl.store(partial + slots + slot, _sum(square, REDUCED), mask=exists)
-        tl.store(partial + 2 * slots + slot, _sum(dropped, REDUCED), mask=exists)
+        offsets, inside = _values(block, ia, ib, 0, rows, cols, block_stride, row_stride, A * STEPS, B, 1)
+        v = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        kept = inside & (v >= _spread(lower, ALONG)) & (v <= _spread(upper, ALONG))
+        count, mean, squares = _tile_moments(v, kept, ALONG)
+        _store_moments(workspace_ptr, slots, slot, exists, count, mean, squares)
+    last = _arrive_with_moments(
+        workspace_ptr, counters_ptr, block, entry, entries, width, across, of, lane, exists, blocks, JOINT, CHUNK,
+        CHUNK_ENTRIES, B if ALONG == 0 else 1,
+    )  # fmt: skip
+    if last:
+        _finish_moments(
+            workspace_ptr, moments_ptr, running_mean_ptr, running_var_ptr, num_batches_ptr, momentum, kappa, 0.0, 0.0,
+            block, entries, width, lane, exists, blocks, set_units, "moments", JOINT, CHUNK, ENTRIES, LANES,
+            SET_ENTRIES, SETS,
+        )  # fmt: skip
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _add_up(partial, s, set_slots, BLOCK: tl.constexpr):
-    """The sum over a set's slots, in double."""
-    total = tl.zeros([BLOCK], tl.float64)
-    for i in range(0, set_slots, BLOCK):
-        j = i + tl.arange(0, BLOCK)
-        total += tl.load(partial + s * set_slots + j, mask=j < set_slots, other=0.0).to(tl.float64)
-    return tl.sum(total, 0)
-
-
-@triton.jit(do_not_specialize=_sizes)
-def draw_band(shift, lower, upper, partial, slots, set_slots, set_size, t_sigma, eps, BLOCK: tl.constexpr):
-    """Lower and upper cut of a set from the sums of all of its values (Eq. 2-5)."""
-    slots = tl.cast(slots, tl.int64)
-    s = tl.program_id(0).to(tl.int64)
-    d = _add_up(partial, s, set_slots, BLOCK) / set_size
-    var = _add_up(partial + slots, s, set_slots, BLOCK) / set_size - d * d
-    mean = tl.load(shift + s).to(tl.float64) + d
-    sigma = tl.sqrt(tl.where(var < 0, 0.0, var) + eps)
-    # Wide enough to hold a value even where the deviation is below the rounding of the mean.
-    width, least = t_sigma * sigma, sigma + 16 * 1.1920929e-07 * (sigma + tl.abs(mean))
-    width = tl.where(width > least, width, least)
-    tl.store(lower + s, (mean - width).to(tl.float32))
-    tl.store(upper + s, (mean + width).to(tl.float32))
-
-
-@triton.jit(do_not_specialize=_sizes)
-def settle(shift, mean, var, count, partial, slots, set_slots, set_size, kappa, BLOCK: tl.constexpr):
-    """Moments of a set from the sums of its kept values (Eq. 6 and 7)."""
-    slots = tl.cast(slots, tl.int64)
-    s = tl.program_id(0).to(tl.int64)
-    kept = set_size - _add_up(partial + 2 * slots, s, set_slots, BLOCK)
-    d = _add_up(partial, s, set_slots, BLOCK) / kept
-    v = _add_up(partial + slots, s, set_slots, BLOCK) / kept - d * d
-    tl.store(mean + s, (tl.load(shift + s).to(tl.float64) + d).to(tl.float32))
-    tl.store(var + s, (tl.where(v < 0, 0.0, v) / kappa).to(tl.float32))
-    tl.store(count + s, kept.to(tl.float32))
+def _sets(block, rows, cols, tiles_a, tiles_b, set_units, REDUCED: tl.constexpr):
+    """The number of sets."""
+    sets = _blocks(tiles_a, tiles_b)
+    if REDUCED == 0:
+        sets *= cols // set_units
+    return sets
 
 
 @triton.jit
-def _affine(s, channel, exists, mean, var, weight, bias, eps, REDUCED: tl.constexpr):
-    """What normalizes a unit: mean, inverse deviation, weight and bias."""
-    m = tl.load(mean + s, mask=exists, other=0.0)
-    r = tl.rsqrt(tl.load(var + s, mask=exists, other=1.0) + eps)
+def _affine(moments_ptr, sets, weight_ptr, bias_ptr, s, channel, exists, eps, REDUCED: tl.constexpr):
+    """What normalizes a lane: mean, inverse deviation, weight and bias."""
+    m = tl.load(moments_ptr + s, mask=exists, other=0.0)
+    r = tl.rsqrt(tl.load(moments_ptr + sets + s, mask=exists, other=1.0) + eps)
     w, b = tl.zeros_like(m) + 1, tl.zeros_like(m)
-    if weight is not None:
-        w = tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
-    if bias is not None:
-        b = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        b = tl.load(bias_ptr + channel, mask=exists, other=0.0).to(tl.float32)
     return _spread(m, REDUCED), _spread(r, REDUCED), _spread(w, REDUCED), _spread(b, REDUCED)
 
 
 @triton.jit
-def _of_set(p, s, exists, REDUCED: tl.constexpr):
-    return _spread(tl.load(p + s, mask=exists, other=0.0), REDUCED)
+def _of_set(ptr, s, exists, REDUCED: tl.constexpr):
+    return _spread(tl.load(ptr + s, mask=exists, other=0.0), REDUCED)
 
 
 @triton.jit(do_not_specialize=_sizes)
 def normalize(
-    x,
-    y,
-    residual,
-    mean,
-    var,
-    weight,
-    bias,
+    x_ptr,  # like the input
+    y_ptr,  # like the input
+    residual_ptr,  # like the input, or None
+    moments_ptr,  # (5, sets)
+    weight_ptr,  # (C,) or None
+    bias_ptr,  # (C,) or None
+    num_batches_ptr,  # (), counted up by one, or None
     channels,
     set_units,
     eps,
@@ -353,36 +615,67 @@ def normalize(
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """``y = activation(weight (x - mean) / sigma' + bias + residual)`` (Eq. 8)."""
+    """``y = activation(weight (x - mean) / sigma' + bias + residual)`` (Eq. 8); grid: (tiles of all blocks,)."""
+    _count_batch(num_batches_ptr)
     cols, block_stride, row_stride = _aligned(cols, block_stride, row_stride, VECTOR)
     block, ia, ib = _place(tiles_a, tiles_b)
-    s, channel, _, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
-    m, r, w, b = _affine(s, channel, exists, mean, var, weight, bias, eps, REDUCED)
+    _, s, channel, exists = _lanes(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
+    sets = _sets(block, rows, cols, tiles_a, tiles_b, set_units, REDUCED)
+    m, r, w, b = _affine(moments_ptr, sets, weight_ptr, bias_ptr, s, channel, exists, eps, REDUCED)
     for step in tl.static_range(STEPS):
         offsets, inside = _values(block, ia, ib, step, rows, cols, block_stride, row_stride, A, B, STEPS)
-        z = (tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) - m) * r * w + b
-        if residual is not None:
-            z += tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
+        z = (tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - m) * r * w + b
+        if residual_ptr is not None:
+            z += tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         if ACTIVATION == "relu":
             z = tl.where(z < 0, 0.0, z)  # a NaN stays
         elif ACTIVATION == "leaky_relu":
             z = tl.where(z < 0, z * negative_slope, z)
         elif ACTIVATION == "silu":
             z = z * tl.sigmoid(z)
-        tl.store(y + offsets, z.to(y.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + offsets, z.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gradient(g, offsets, inside, xhat, w, b, other, negative_slope, ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr):
-    """The gradient before the activation. ``other`` is the output (``OUTPUT``, whose sign tells enough), the residual,
-    or None."""
+def update_running_stats(
+    running_mean_ptr,  # (C,)
+    running_var_ptr,  # (C,)
+    num_batches_ptr,  # () or None
+    mean_ptr,  # (C,)
+    var_ptr,  # (C,)
+    count_ptr,  # (C,)
+    momentum,
+    channels,
+    BLOCK: tl.constexpr,
+):
+    """Running statistics by moments of several processes; grid: (1,)."""
+    for start in range(0, channels, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        exists = c < channels
+        mean = tl.load(mean_ptr + c, mask=exists, other=0.0).to(tl.float64)
+        var = tl.load(var_ptr + c, mask=exists, other=0.0).to(tl.float64)
+        count = tl.load(count_ptr + c, mask=exists, other=1.0).to(tl.float64)
+        _update(running_mean_ptr, running_var_ptr, num_batches_ptr, momentum, c, exists, mean, var, count)
+    tl.debug_barrier()  # all have read the counter
+    _count_batch(num_batches_ptr)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gradient(
+    g, offsets, inside, xhat, w, b, other_ptr, negative_slope, ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr
+):
+    """The gradient before the activation. ``other_ptr`` is the output (``OUTPUT``, whose sign tells enough), the
+    residual, or None."""
     if ACTIVATION != "identity":
         if OUTPUT:
-            z = tl.load(other + offsets, mask=inside, other=0.0).to(tl.float32)
+            z = tl.load(other_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         else:
             z = xhat * w + b
-            if other is not None:
-                z += tl.load(other + offsets, mask=inside, other=0.0).to(tl.float32)
+            if other_ptr is not None:
+                z += tl.load(other_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         if ACTIVATION == "relu":
             g = tl.where(z <= 0, 0.0, g)
         elif ACTIVATION == "leaky_relu":
@@ -393,22 +686,64 @@ def _gradient(g, offsets, inside, xhat, w, b, other, negative_slope, ACTIVATION:
     return g
 
 
+@triton.jit
+def _add_gradients(
+    slots_ptr,  # (2, slots)
+    slots,
+    first,
+    weight_ptr,  # that of the first entry of lane 0, or None
+    entries,
+    entry_stride,
+    lane_stride,
+    lane,
+    exists,
+    ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The two sums of each lane, (LANES,) in double, from those of its entries, as in :func:`_add_moments`."""
+    product = tl.zeros([LANES], tl.float64)
+    total = tl.zeros([LANES], tl.float64)
+    for start in range(0, entries, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        inside = (entry < entries)[:, None] & exists[None, :]
+        slot = entry.to(tl.int64)[:, None] * entry_stride + (lane * lane_stride)[None, :]
+        p = tl.load(slots_ptr + first + slot, mask=inside, other=0.0).to(tl.float64)
+        t = tl.load(slots_ptr + slots + first + slot, mask=inside, other=0.0).to(tl.float64)
+        if weight_ptr is not None:
+            w = tl.load(weight_ptr + slot, mask=inside, other=0.0).to(tl.float64)
+            p, t = p * w, t * w
+        product += tl.sum(p, 0)
+        total += tl.sum(t, 0)
+    return product, total
+
+
+@triton.jit
+def _store_gradients(slots_ptr, slots, slot, exists, product, total):
+    tl.store(slots_ptr + slot, product.to(tl.float32), mask=exists)
+    tl.store(slots_ptr + slots + slot, total.to(tl.float32), mask=exists)
+
+
+@triton.jit
+def _write_coefficients(coefficients_ptr, moments_ptr, sets, s, exists, kappa, product, total):
+    count = tl.load(moments_ptr + 4 * sets + s, mask=exists, other=1.0).to(tl.float64)
+    _store_gradients(coefficients_ptr, sets, s, exists, product / kappa / count, total / count)
+
+
 @triton.jit(do_not_specialize=_sizes)
 def measure_gradient(
-    grad,
-    x,
-    other,
-    dz,  # where the gradient before the activation goes if it is the residual's, or None
-    mean,
-    var,
-    lower,
-    upper,
-    weight,
-    bias,
-    partial,  # (2, slots): sum of the gradient, and of the gradient times xhat
-    slots,
+    grad_ptr,  # like the input
+    x_ptr,  # like the input
+    other_ptr,  # like the input, or None
+    dz_ptr,  # like the input: where the gradient before the activation goes if it is the residual's, or None
+    moments_ptr,  # (5, sets)
+    weight_ptr,  # (C,) or None
+    bias_ptr,  # (C,) or None
+    workspace_ptr,  # (2, sets) for input_gradient(); (2, units) if JOINT; (2, slots); (2, chunks)
+    counters_ptr,  # (families + chunks,) int32, zero
+    parameters_ptr,  # (2, C): gradients of weight and bias, written unless JOINT
     channels,
     set_units,
+    kappa,
     eps,
     negative_slope,
     rows,
@@ -420,103 +755,124 @@ def measure_gradient(
     PAPER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OUTPUT: tl.constexpr,
+    JOINT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNK_ENTRIES: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+    SET_ENTRIES: tl.constexpr,
+    SETS: tl.constexpr,
     VECTOR: tl.constexpr,
     REDUCED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """First pass of the gradients."""
-    slots = tl.cast(slots, tl.int64)
+    """First pass of the gradients; sums, in this order, of the gradient times xhat and of the gradient; grid: (tiles of
+    all blocks,)."""
     cols, block_stride, row_stride = _aligned(cols, block_stride, row_stride, VECTOR)
     block, ia, ib = _place(tiles_a, tiles_b)
-    s, channel, slot, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
-    m, r, w, b = _affine(s, channel, exists, mean, var, weight, bias, eps, REDUCED)
+    blocks = _blocks(tiles_a, tiles_b)
+    lane, s, channel, exists = _lanes(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
+    sets = _sets(block, rows, cols, tiles_a, tiles_b, set_units, REDUCED)
+    m, r, w, b = _affine(moments_ptr, sets, weight_ptr, bias_ptr, s, channel, exists, eps, REDUCED)
     if PAPER:
-        lo = _of_set(lower, s, exists, REDUCED)
-        hi = _of_set(upper, s, exists, REDUCED)
+        lower = _of_set(moments_ptr + 2 * sets, s, exists, REDUCED)
+        upper = _of_set(moments_ptr + 3 * sets, s, exists, REDUCED)
     total = tl.zeros([A, B], tl.float32)
     product = tl.zeros([A, B], tl.float32)
     for step in tl.static_range(STEPS):
         offsets, inside = _values(block, ia, ib, step, rows, cols, block_stride, row_stride, A, B, STEPS)
-        v = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         xhat = (v - m) * r
-        g = _gradient(g, offsets, inside, xhat, w, b, other, negative_slope, ACTIVATION, OUTPUT)
-        if dz is not None:
-            rounded = g.to(dz.dtype.element_ty)
-            tl.store(dz + offsets, rounded, mask=inside)
+        g = _gradient(g, offsets, inside, xhat, w, b, other_ptr, negative_slope, ACTIVATION, OUTPUT)
+        if dz_ptr is not None:
+            rounded = g.to(dz_ptr.dtype.element_ty)
+            tl.store(dz_ptr + offsets, rounded, mask=inside)
             g = rounded.to(tl.float32)  # what the second pass reads
         if PAPER:
-            inside = inside & (v >= lo) & (v <= hi)
+            inside = inside & (v >= lower) & (v <= upper)
         total += tl.where(inside, g, 0.0)
         product += tl.where(inside, g * xhat, 0.0)
-    tl.store(partial + slot, _sum(total, REDUCED), mask=exists)
-    tl.store(partial + slots + slot, _sum(product, REDUCED), mask=exists)
 
-
-@triton.jit(do_not_specialize=_sizes)
-def settle_gradient(
-    weight,
-    count,
-    coefficients,  # (2, sets): what the second pass subtracts, and subtracts times xhat
-    d_weight,
-    d_bias,
-    partial,
-    slots,
-    sets,
-    samples,  # blocks of units that share their parameters: 1 in the batch form
-    channels,
-    set_units,
-    unit_slots,
-    kappa,
-    BLOCK: tl.constexpr,
-):
-    """The first ``sets`` programs add up a set each, the others a channel each."""
-    slots = tl.cast(slots, tl.int64)
-    program = tl.program_id(0).to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float64)
-    product = tl.zeros([BLOCK], tl.float64)
-    if program < sets:
-        for i in range(0, set_units * unit_slots, BLOCK):
-            j = i + tl.arange(0, BLOCK)
-            inside = j < set_units * unit_slots
-            w = tl.zeros([BLOCK], tl.float64) + 1
-            if weight is not None:
-                first = program % (channels // set_units) * set_units
-                w = tl.load(weight + first + j // unit_slots, mask=inside, other=0.0).to(tl.float64)
-            slot = program * set_units * unit_slots + j
-            total += w * tl.load(partial + slot, mask=inside, other=0.0).to(tl.float64)
-            product += w * tl.load(partial + slots + slot, mask=inside, other=0.0).to(tl.float64)
-        kept = tl.load(count + program).to(tl.float64)
-        tl.store(coefficients + program, (tl.sum(total, 0) / kept).to(tl.float32))
-        tl.store(coefficients + sets + program, (tl.sum(product, 0) / kappa / kept).to(tl.float32))
+    entry, entries, width, across, of = _lanes_of_sums(ia, ib, rows, cols, tiles_a, tiles_b, REDUCED)
+    slots, slot = blocks * entries * width, (block * entries + entry) * width + lane
+    units, units_ptr = blocks * width, workspace_ptr + 2 * sets
+    at = units_ptr
+    if JOINT:
+        at += 2 * units
+    _store_gradients(at, slots, slot, exists, _sum(product, REDUCED), _sum(total, REDUCED))
+    TILE_LANES: tl.constexpr = B if REDUCED == 0 else A if REDUCED == 1 else 1
+    if CHUNK == 0:
+        family, arrivals = _family(block, across, of, entries, entries, JOINT)
+        last = _is_last(counters_ptr + family, arrivals)
     else:
-        channel = program - sets
-        for i in range(0, samples * unit_slots, BLOCK):
-            j = i + tl.arange(0, BLOCK)
-            inside = j < samples * unit_slots
-            slot = ((j // unit_slots).to(tl.int64) * channels + channel) * unit_slots + j % unit_slots
-            total += tl.load(partial + slot, mask=inside, other=0.0).to(tl.float64)
-            product += tl.load(partial + slots + slot, mask=inside, other=0.0).to(tl.float64)
-        tl.store(d_bias + channel, tl.sum(total, 0).to(tl.float32))
-        tl.store(d_weight + channel, tl.sum(product, 0).to(tl.float32))
+        chunks = (entries + CHUNK - 1) // CHUNK
+        family, arrivals = _family(block, across, of, entries, chunks, JOINT)
+        families, _ = _family(blocks, across * 0, of, entries, chunks, JOINT)
+        chunk = entry // CHUNK
+        tiles = tl.minimum(entries - chunk * CHUNK, CHUNK)
+        last = _is_last(counters_ptr + families + (block * chunks + chunk) * of + across, tiles)
+        if last:
+            first = (block * entries + chunk * CHUNK) * width
+            p, t = _add_gradients(at, slots, first, None, tiles, width, 1, lane, exists, CHUNK_ENTRIES, TILE_LANES)
+            chunk_slot = (block * chunks + chunk) * width + lane
+            _store_gradients(at + 2 * slots, blocks * chunks * width, chunk_slot, exists, p, t)
+            last = _is_last(counters_ptr + family, arrivals)
+        at += 2 * slots
+        entries, slots = chunks, blocks * chunks * width
+    if last:
+        first = block * entries * width
+        if JOINT:  # several lanes are a set: first the units, which input_gradient() wants too, then the sets
+            for start in range(0, width, LANES):
+                unit = start + tl.arange(0, LANES).to(tl.int64)
+                there = unit < width
+                p, t = _add_gradients(at, slots, first, None, entries, width, 1, unit, there, ENTRIES, LANES)
+                _store_gradients(units_ptr, units, block * width + unit, there, p, t)
+            tl.debug_barrier()
+            block_sets = width // set_units
+            weights_ptr = weight_ptr
+            if weight_ptr is not None:
+                weights_ptr = weight_ptr + block % (channels // width) * width
+            for start in range(0, block_sets, SETS):
+                one = start + tl.arange(0, SETS).to(tl.int64)
+                there = one < block_sets
+                p, t = _add_gradients(
+                    units_ptr,
+                    units,
+                    block * width,
+                    weights_ptr,
+                    set_units,
+                    1,
+                    set_units,
+                    one,
+                    there,
+                    SET_ENTRIES,
+                    SETS,
+                )
+                _write_coefficients(workspace_ptr, moments_ptr, sets, block * block_sets + one, there, kappa, p, t)
+        else:
+            p, t = _add_gradients(at, slots, first, None, entries, width, 1, lane, exists, ENTRIES, LANES)
+            _store_gradients(parameters_ptr, units, channel, exists, p, t)
+            if weight_ptr is not None:
+                each = tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float64)
+                p, t = p * each, t * each
+            _write_coefficients(workspace_ptr, moments_ptr, sets, s, exists, kappa, p, t)
 
 
 @triton.jit(do_not_specialize=_sizes)
 def input_gradient(
-    grad,  # before the activation if ACTIVATION is "identity"
-    x,
-    other,
-    dx,
-    mean,
-    var,
-    lower,
-    upper,
-    weight,
-    bias,
-    coefficients,
-    sets,
+    grad_ptr,  # like the input; before the activation if ACTIVATION is "identity"
+    x_ptr,  # like the input
+    other_ptr,  # like the input, or None
+    dx_ptr,  # like the input
+    moments_ptr,  # (5, sets)
+    weight_ptr,  # (C,) or None
+    bias_ptr,  # (C,) or None
+    coefficients_ptr,  # (2, sets): what is subtracted times xhat, and what is subtracted; (2, N, C) if JOINT
+    parameters_ptr,  # (2, C): gradients of weight and bias, written if JOINT
+    samples,
     channels,
     set_units,
     eps,
@@ -529,47 +885,43 @@ def input_gradient(
     row_stride,
     PAPER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    JOINT: tl.constexpr,
     VECTOR: tl.constexpr,
     REDUCED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Second pass of the gradients: ``dx``, exact or as printed (Eq. 11)."""
+    """Second pass of the gradients: ``dx``, exact or as printed (Eq. 11), and in the group form the sums over samples;
+    grid: (tiles of all blocks,)."""
     cols, block_stride, row_stride = _aligned(cols, block_stride, row_stride, VECTOR)
     block, ia, ib = _place(tiles_a, tiles_b)
-    s, channel, _, exists = _units(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
-    m, r, w, b = _affine(s, channel, exists, mean, var, weight, bias, eps, REDUCED)
-    lo = _of_set(lower, s, exists, REDUCED)
-    hi = _of_set(upper, s, exists, REDUCED)
-    shared = _of_set(coefficients, s, exists, REDUCED)
-    slope = _of_set(coefficients + sets, s, exists, REDUCED)
+    _, s, channel, exists = _lanes(block, ia, ib, rows, cols, tiles_a, tiles_b, channels, set_units, REDUCED, A, B)
+    sets = _sets(block, rows, cols, tiles_a, tiles_b, set_units, REDUCED)
+    m, r, w, b = _affine(moments_ptr, sets, weight_ptr, bias_ptr, s, channel, exists, eps, REDUCED)
+    lower = _of_set(moments_ptr + 2 * sets, s, exists, REDUCED)
+    upper = _of_set(moments_ptr + 3 * sets, s, exists, REDUCED)
+    slope = _of_set(coefficients_ptr, s, exists, REDUCED)
+    shared = _of_set(coefficients_ptr + sets, s, exists, REDUCED)
     for step in tl.static_range(STEPS):
         offsets, inside = _values(block, ia, ib, step, rows, cols, block_stride, row_stride, A, B, STEPS)
-        v = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad + offsets, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         xhat = (v - m) * r
-        g = _gradient(g, offsets, inside, xhat, w, b, other, negative_slope, ACTIVATION, False)
-        kept = (v >= lo) & (v <= hi)
+        g = _gradient(g, offsets, inside, xhat, w, b, other_ptr, negative_slope, ACTIVATION, False)
+        kept = (v >= lower) & (v <= upper)
         if PAPER:
             d = g * w - shared - tl.where(kept, xhat * slope, 0.0)
         else:
             d = g * w - tl.where(kept, shared + xhat * slope, 0.0)
-        tl.store(dx + offsets, (d * r).to(dx.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=_sizes)
-def update_running(running_mean, running_var, mean, var, count, momentum, channels, BLOCK: tl.constexpr):
-    """Moving averages of the mean and the unbiased variance, where both are finite."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = c < channels
-    m = tl.load(mean + c, mask=inside, other=0.0)
-    n = tl.load(count + c, mask=inside, other=1.0)
-    unbiased = tl.load(var + c, mask=inside, other=0.0) * (n / tl.maximum(n - 1, 1.0))
-    finite = inside & (tl.abs(m) < float("inf")) & (tl.abs(unbiased) < float("inf"))
-    old = tl.load(running_mean + c, mask=finite, other=0.0).to(tl.float32)
-    new = (1 - momentum) * old + momentum * m
-    tl.store(running_mean + c, new.to(running_mean.dtype.element_ty), mask=finite)
-    old = tl.load(running_var + c, mask=finite, other=0.0).to(tl.float32)
-    new = (1 - momentum) * old + momentum * unbiased
-    tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=finite)
+        tl.store(dx_ptr + offsets, (d * r).to(dx_ptr.dtype.element_ty), mask=inside)
+    if JOINT:
+        # The first tile of each lane of the first sample.
+        TILE_LANES: tl.constexpr = B if REDUCED == 0 else A
+        first = ia == 0 if REDUCED == 0 else ib == 0
+        if first & (block * set_units < channels if REDUCED == 1 else block == 0):
+            units = samples.to(tl.int64) * channels
+            p, t = _add_gradients(
+                coefficients_ptr + 2 * sets, units, 0, None, samples, channels, 1, channel, exists, 16, TILE_LANES
+            )
+            _store_gradients(parameters_ptr, channels, channel, exists, p, t)

@@ -1,5 +1,5 @@
 """Everything about the Triton backend that needs no GPU: its choice, its late import, and its kernels in Triton's
-interpreter (``triton_in_interpreter.py``)."""
+interpreter (``triton_in_interpreter.py``, ``accuracy_in_interpreter.py``)."""
 
 import os
 import subprocess
@@ -16,8 +16,9 @@ installed = pytest.mark.skipif(triton.missing() is not None, reason=f"no Triton 
 
 
 @installed
-def test_kernels_in_the_interpreter():
-    file = Path(__file__).with_name("triton_in_interpreter.py")
+@pytest.mark.parametrize("name", ["triton_in_interpreter.py", "accuracy_in_interpreter.py"])
+def test_kernels_in_the_interpreter(name):
+    file = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", str(file), "-q", "-x", "-p", "no:cacheprovider"]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
@@ -57,13 +58,44 @@ def test_missing_or_old(version, reason, monkeypatch):
 )
 def test_plan_fills_a_card_and_covers_the_input(shape, channels_last, num_groups):
     plan = triton._Plan(torch.Size(shape), channels_last, num_groups, 2)
-    tiling = plan.tiling
+    tiling, (rows, cols, tiles_a, tiles_b, block_stride, row_stride) = plan.tiling, plan.sizes
     assert plan.grid[0] >= 256, "two programs for each of a large card's multiprocessors"
-    assert tiling["A"] * tiling["STEPS"] * tiling["tiles_a"] >= tiling["rows"]
-    assert tiling["B"] * tiling["tiles_b"] >= tiling["cols"]
+    assert tiling["A"] * tiling["STEPS"] * tiles_a >= rows
+    assert tiling["B"] * tiles_b >= cols
     numel = torch.Size(shape).numel()
-    blocks = plan.grid[0] // (tiling["tiles_a"] * tiling["tiles_b"])
-    assert blocks * tiling["rows"] * tiling["cols"] == plan.sets * plan.set_size == numel
-    assert 4 * 5 * plan.slots <= 4 * numel, "the workspace is small"
-    last = (blocks - 1) * tiling["block_stride"] + (tiling["rows"] - 1) * tiling["row_stride"] + tiling["cols"] - 1
+    blocks = plan.grid[0] // (tiles_a * tiles_b)
+    assert blocks * rows * cols == numel
+    assert triton._workspace(torch.empty(shape, device="meta"), plan).numel() <= numel, "the workspace is small"
+    last = (blocks - 1) * block_stride + (rows - 1) * row_stride + cols - 1
     assert last == numel - 1
+
+
+@pytest.mark.parametrize("num_groups", [0, 1, 32])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 64, 400, 608), (64, 32, 512, 512), (2, 2048, 25, 38), (8, 100000)], ids=str)
+def test_no_program_adds_up_many_thousand_sums(shape, channels_last, num_groups):
+    plan = triton._Plan(torch.Size(shape), channels_last or len(shape) == 2, num_groups, 2)
+    for sums in (plan.moments, plan.gradients):
+        in_chunk = sums.options["CHUNK"] * sums.lanes if sums.chunks else 0
+        assert in_chunk <= 1 << 14
+        # Of the group form the last program adds up one sum a channel, and few more.
+        assert sums.at_last <= max(1 << 13, 4 * plan.units // plan.samples), sums.at_last
+
+
+def test_counters_of_the_default_stream_are_shared(monkeypatch):
+    """Zeroed once, as kernels leave them zero; on other streams, where a graph may be captured, each call's are new."""
+
+    class X:
+        device = torch.device("cuda", 0)
+
+        def new_zeros(self, number, dtype):
+            return torch.zeros(number, dtype=dtype)
+
+    monkeypatch.setattr(triton, "_default_counters", {})
+    monkeypatch.setattr(triton, "_raw_stream", lambda device: 0)
+    first = triton._counters(X(), 10)
+    assert triton._counters(X(), 20) is first and first.numel() >= 20
+    more = triton._counters(X(), first.numel() + 1)
+    assert more is not first and triton._counters(X(), 1) is more
+    monkeypatch.setattr(triton, "_raw_stream", lambda device: 1234)
+    assert triton._counters(X(), 10) is not more and triton._counters(X(), 10) is not triton._counters(X(), 10)

@@ -8,6 +8,7 @@ from oracle import batch, close, run
 
 from fbn_plugin import FilteredBatchNormAct2d, ops
 from fbn_plugin.ops import reference, triton
+from fbn_plugin.ops.reference import FilteredMoments, Options
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 DEVICE = "cuda"
@@ -92,6 +93,24 @@ def test_fused_layer(activation, add):
         close(ours, truth, 1e-3, activation)
 
 
+def test_several_streams_at_a_time():
+    """None sees the counters and sums of another."""
+    cases = [inputs((16, 64, 56, 56), torch.float32, channels_last) for channels_last in (False, True)]
+    expected = [run(triton, *case, 0, 2.0, False, "exact") for case in cases]
+    streams = [torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    got = []
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got.append((i % 2, run(triton, *cases[i % 2], 0, 2.0, False, "exact")))
+    torch.cuda.synchronize()
+    for which, (y, moments, gradients) in got:
+        truth = expected[which]
+        assert all(torch.equal(a, b) for a, b in zip((y, *moments, *gradients), (truth[0], *truth[1], *truth[2])))
+    assert all(counters.count_nonzero() == 0 for counters in triton._default_counters.values())
+
+
 def test_cuda_graph():
     layer = FilteredBatchNormAct2d(64, t_sigma=2.0, device=DEVICE)
     x, grad, *_ = inputs((8, 64, 28, 28), torch.float32, True)
@@ -121,8 +140,8 @@ def test_more_than_two_to_the_31_values():
         pytest.skip("needs 24 GiB of free GPU memory")
     x = torch.empty(33, 64, 1024, 1024, dtype=torch.bfloat16, device=DEVICE).normal_()
     x[-1, -1, -1, -1] = 100.0
-    moments = triton.filtered_moments(x, 0, 6.0, 1e-5, False)
-    y = triton.normalize(x, None, None, moments, 0, 1e-5)
+    y, moments = triton.forward(x, None, None, None, None, Options(0, 6.0, 1e-5, False, "exact"))
+    moments = FilteredMoments(*moments)
     expected = (x[-1, -1].float() - moments.mean[-1]) / (moments.var[-1] + 1e-5).sqrt()
     torch.testing.assert_close(y[-1, -1].float(), expected, rtol=1e-2, atol=1e-2)
     assert abs(moments.var[-1].item() - 1) < 1e-2 and moments.upper[-1] < 7

@@ -13,7 +13,7 @@ from simulated_group import SimulatedGroup
 
 from fbn_plugin import ops
 from fbn_plugin.ops import reference, sync, triton
-from fbn_plugin.ops.reference import SIGN_TELLS, Options
+from fbn_plugin.ops.reference import SIGN_TELLS, Options, RunningStats
 
 # Rows and columns that do not fill their tiles, several tiles along both axes, a set in a tile, single positions.
 SHAPES = [(3, 4, 5, 7), (2, 2, 1, 300), (7, 4, 3, 3), (12, 4)]
@@ -74,6 +74,89 @@ def test_agrees_with_the_reference(shape, dtype):
             close(dx, dx_ref, one_rounding + 1e-4, "dx")
 
 
+def test_sums_in_two_stages(monkeypatch):
+    """Families of many tiles, whose sums are added up a few at a time."""
+    monkeypatch.setattr(triton, "_TILE", 16)
+    monkeypatch.setattr(triton, "_ADDED", 1)
+    monkeypatch.setattr(triton, "_CHUNK", 1)
+    triton._planned.cache_clear()
+    shape, not_full = (2, 4, 13, 22), []
+    grad, _, weight, bias = inputs(shape, torch.float32)
+    for num_groups, channels_last in itertools.product([0, 2], [False, True]):
+        x = batch(shape, torch.float32, channels_last, 3, 2.0, num_groups)
+        plan = triton._plan(x, num_groups)
+        assert plan.moments.options["CHUNK"] and plan.gradients.options["CHUNK"], "two stages"
+        not_full.append(plan.moments.chunks > plan.moments.slots / plan.moments.options["CHUNK"])
+        arguments = num_groups, 2.0, False, "exact"
+        y, moments, gradients = run(triton, x, grad, weight, bias, *arguments)
+        y_ref, ref, gradients_ref = run(reference, *(t.double() for t in (x, grad, weight, bias)), *arguments)
+        for name, ours, truth in zip(("y", *ref._fields), (y, *moments), (y_ref, *ref)):
+            close(ours, truth, 1e-6, name)
+        for name, ours, truth in zip(("dx", "d_weight", "d_bias"), gradients, gradients_ref):
+            close(ours, truth, 1e-4, name)
+    assert any(not_full), "a chunk that is not full"
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels that are launched."""
+    names, kernels = [], triton.load_kernels()
+
+    class Counting:
+        def __getattr__(self, name):
+            names.append(name)
+            return getattr(kernels, name)
+
+    monkeypatch.setattr(triton, "load_kernels", Counting)
+    return names
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_three_launches_forward_and_two_backward(momentum, channels_last, launches):
+    """With everything that a norm can have: activation, residual, running statistics and the counter of batches."""
+    shape = (3, 4, 5, 7)
+    x = batch(shape, torch.float32, channels_last, 3)
+    grad, residual, weight, bias = inputs(shape, torch.float32)
+    residual, grad = (torch.empty_like(x).copy_(t) for t in (residual, grad))
+    options = Options(0, 2.0, 1e-5, True, "exact", "silu")
+    start = torch.linspace(-1, 1, 4), torch.linspace(1, 2, 4)
+    x[0, 1, 2, 3] = float("inf")  # these statistics stay
+    results = []
+    for backend, dtype in ((triton, torch.float32), (reference, torch.float64)):
+        running = RunningStats(*(t.to(dtype, copy=True) for t in start), momentum, torch.tensor(6))
+        versions = [t._version for t in (running.mean, running.var, running.num_batches)]
+        _, moments = backend.forward(*(t.to(dtype) for t in (x, weight, bias, residual)), running, options)
+        backend.backward(*(t.to(dtype) for t in (grad, x, weight, bias, residual)), moments, options)
+        assert all(t._version > v for t, v in zip((running.mean, running.var, running.num_batches), versions))
+        results.append(running)
+    assert launches == ["measure", "measure_kept", "normalize", "measure_gradient", "input_gradient"]
+    ours, truth = results
+    assert ours.num_batches == truth.num_batches == 7
+    close(ours.mean, truth.mean, 1e-6, "mean")
+    close(ours.var, truth.var, 1e-6, "var")
+    assert ours.mean[1] == start[0][1] and ours.var[1] == start[1][1]
+    assert (ours.mean != start[0]).sum() == 3
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_of_several_processes(momentum):
+    channels = 1500  # more than are updated at a time
+    mean, var = torch.randn(channels), torch.rand(channels)
+    count = torch.randint(1, 9, (channels,)).float()
+    mean[3], var[5] = float("nan"), float("inf")
+    results = []
+    for backend in (triton, reference):
+        running = RunningStats(torch.zeros(channels), torch.ones(channels), momentum, torch.tensor(2))
+        backend.update_running_stats(running, mean, var, count)
+        results.append(running)
+    ours, truth = results
+    assert ours.num_batches == truth.num_batches == 3
+    close(ours.mean, truth.mean.double(), 1e-6, "mean")
+    close(ours.var, truth.var.double(), 1e-6, "var")
+    assert (ours.mean[3], ours.var[5]) == (0, 1)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_several_steps_and_clean_tiles(channels_last):
     """One outlier in all, so that all tiles but one keep their first sums; a program takes several steps."""
@@ -81,7 +164,7 @@ def test_several_steps_and_clean_tiles(channels_last):
     x[1, 3, 4, 5] = 50.0
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-        assert triton._plan(x, 0).tiling["STEPS"] > 1 and triton._plan(x, 0).tiling["tiles_a"] > 1
+        assert triton._plan(x, 0).tiling["STEPS"] > 1 and triton._plan(x, 0).grid[0] > 1
     for num_groups in (0, 2):
         moments = moments_of(triton, x, num_groups, 6.0)
         ref = moments_of(reference, x.double(), num_groups, 6.0)
