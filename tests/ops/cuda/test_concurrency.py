@@ -15,16 +15,17 @@ from fbn_plugin.ops.cuda import plan
 pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="g++ is not installed")
 
 ROWS = (4, 32, 32, 32)
-CASES = {  # shape, dtype, channels-last, groups, activation, residual; but for lines, sets of several blocks
+CASES = {  # shape, dtype, channels-last, groups, activation, residual; sets of several blocks but for the last two
     "planes": ((8, 2, 32, 64), torch.float32, False, 0, "relu", True),
     "planes of bfloat16": ((8, 2, 64, 64), torch.bfloat16, False, 0, "silu", True),
     "rows": (ROWS, torch.bfloat16, True, 0, "leaky_relu", True),
     "rows of float": (ROWS, torch.float32, True, 0, "identity", False),
     "group form": ((2, 4, 64, 64), torch.float32, False, 1, "identity", False),
     "group form, rows": ((1, 16, 64, 64), torch.float16, True, 2, "identity", False),
+    "bundles": ((4, 64, 7, 7), torch.float16, False, 0, "relu", True),
     "lines": ((6, 32), torch.float32, False, 4, "identity", False),
 }
-UNDER_SANITIZERS = ("planes", "rows", "lines")
+UNDER_SANITIZERS = ("planes", "rows", "bundles", "lines")
 
 
 def tensors(case, seed=0):
@@ -65,10 +66,15 @@ def planned(case, emulated):
     return plan.make(cut, emulated.card(0), 4, cuda._ACTIVATIONS[activation])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "lines"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("lines", "bundles")])
 def test_the_cases_have_groups_of_several_blocks(emulated, case):
     made = planned(case, emulated)
     assert made.forward.members > 1 and (made.backward.members > 1 or case == "group form")
+
+
+def test_the_cases_have_every_layout(emulated):
+    layouts = {planned(case, emulated).forward.variant.layout for case in CASES}
+    assert layouts == {plan.PLANES, plan.ROWS, plan.LINES, plan.BUNDLES}
 
 
 @pytest.mark.parametrize("seed", [1, 2])
