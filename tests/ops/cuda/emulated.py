@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,8 +37,9 @@ SANITIZERS = {  # libraries that the test's own process must have been started w
 
 H100 = Card("sm_90", 132, 232448, 233472, 1024, 65536, 2048, 32, 50 << 20)
 # Small tensors fill it: groups of several blocks, of which not all are resident, and tiles that are kept in part.
-TINY = Card("sm_90", 4, 24 << 10, 48 << 10, 1024, 65536, 2048, 32, 1 << 20)
+TINY = Card("sm_90", 8, 24 << 10, 48 << 10, 1024, 65536, 2048, 32, 1 << 20)
 
+_one_runs = threading.Lock()  # threads may launch at the same time
 _ENQUEUE = (ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int)
 
 
@@ -97,7 +99,7 @@ def library(source: str, defines: tuple[str, ...] = (), sanitizer: str = "") -> 
 def kernel_names(source: str, defines: tuple[str, ...]) -> tuple[str, ...]:
     """The kernels of a variant: those that are left when the preprocessor has seen its macros."""
     command = [COMPILER, "-E", "-P", "-w", "-x", "c++", *(f"-D{define}" for define in defines), "-"]
-    left = subprocess.run(command, input=source, capture_output=True, text=True, check=True).stdout
+    left = _compile(command, source)
     return tuple(real.kernel_names(left))
 
 
@@ -108,10 +110,12 @@ def _replace(path: Path, write: Callable[[str], object]) -> None:
     os.replace(temporary, path)
 
 
-def _compile(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _compile(command: list[str], source: str | None = None) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's
+    done = subprocess.run(command, input=source, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"g++ refuses the kernels: {' '.join(command)}\n{done.stderr[:4000]}")
+    return done.stdout
 
 
 def build(
@@ -241,12 +245,13 @@ class EmulatedDriver:
         if cooperative and grid > places:
             raise DriverError("cuLaunchCooperativeKernel", "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE")
         loaded, enqueue = self._functions[kernel.handle]
-        enqueue(grid, threads, dynamic_shared, params, stream, cooperative)
-        self.launched.append(kernel.name)
-        if self._together is None:
-            self._run(loaded, places)
-        else:
-            self._together.append((loaded, places))
+        with _one_runs:
+            enqueue(grid, threads, dynamic_shared, params, stream, cooperative)
+            self.launched.append(kernel.name)
+            if self._together is None:
+                self._run(loaded, places)
+            else:
+                self._together.append((loaded, places))
 
     # --- what only the emulation has ---
 
@@ -254,6 +259,11 @@ class EmulatedDriver:
         message = loaded.cuda_on_cpu_run(places, self.seed)
         if message is not None:
             raise EmulationError(message.decode())
+
+    @property
+    def variants(self) -> list[tuple[str, ...]]:
+        """The macros of the kernels loaded so far."""
+        return list(self._loaded)
 
     @contextlib.contextmanager
     def together(self):
@@ -295,12 +305,13 @@ def sanitizer_environment(sanitizer: str, log: Path) -> dict[str, str] | None:
     such library.
     """
     name = SANITIZERS[sanitizer][0]
-    found = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(found):
+    libraries = [_compile([COMPILER, f"-print-file-name={library}"]).strip() for library in (name, "libstdc++.so.6")]
+    if not all(map(os.path.isabs, libraries)):
         return None
     options = f"halt_on_error=1:exitcode=66:log_path={log}"
     return {
-        "LD_PRELOAD": found,
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),  # of C++, so that the sanitizer sees its exceptions
         "CUDA_ON_CPU_SANITIZER": sanitizer,
         "OMP_NUM_THREADS": "1",  # PyTorch is not instrumented: its own threads would look like races
         "TSAN_OPTIONS": options,
