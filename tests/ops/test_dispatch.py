@@ -54,6 +54,16 @@ def test_the_next_backend_takes_over_and_explain_says_why(monkeypatch):
     }
 
 
+def test_who_fuses(monkeypatch):
+    x = torch.randn(2, 3)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"cpu": Fake(None), "triton": Fake(None)})
+    assert not dispatch.fuses(x)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"cpu": Fake("not built"), "triton": Fake(None)})
+    assert dispatch.fuses(x)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"cpu": Fake("not built"), "triton": Fake("no GPU")})
+    assert not dispatch.fuses(x)
+
+
 @pytest.mark.parametrize("kind", ["half", "strided", "int32 counter"])
 def test_running_statistics_that_kernels_cannot_write(kind):
     x = torch.randn(4, 3, 5, 5)

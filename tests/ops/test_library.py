@@ -11,6 +11,7 @@ from fbn_plugin.ops import (
     filtered_batch_norm,
     filtered_batch_norm_act,
     filtered_group_norm,
+    functional,
     library,
     reference,
 )
@@ -97,7 +98,9 @@ def test_operator_contracts(num_groups, affine):
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("activation, add", [("identity", False), ("relu", True), ("silu", True)])
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_without_a_graph_break(training, activation, add, momentum):
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_without_a_graph_break(training, activation, add, momentum, fused, monkeypatch):
+    monkeypatch.setattr(functional, "_fuses", lambda x, residual: fused)
     torch.compiler.reset()  # which has a limit for the forms of one function
     x, weight, bias, residual = act_inputs(torch.float32)
 
@@ -114,6 +117,8 @@ def test_compiles_without_a_graph_break(training, activation, add, momentum):
 
     eager, compiled = running(), running()
     expected = step(x, *eager)
+    if activation != "identity":
+        assert ("_Norm" in expected.grad_fn.name()) == (fused and training)
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, *compiled)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(compiled, eager)
