@@ -127,9 +127,9 @@ def backend_of(x: Tensor, num_groups: int = 0, activation: str = "identity") -> 
     return reference
 
 
-def fuses(x: Tensor) -> bool:
-    """Whether a residual and an activation cost no pass over memory with the backend that takes ``x``."""
-    backend = backend_of(x)
+def fuses(x: Tensor, activation: str) -> bool:
+    """Whether the activation, and a residual, cost no pass over memory with the backend that takes ``x``."""
+    backend = backend_of(x, 0, activation)
     return any(BACKENDS.get(name) is backend for name in _FUSING)
 
 

@@ -96,17 +96,17 @@ def _batch_norm(
         running = RunningStats(running_mean, running_var, momentum, num_batches)
     elif num_batches is not None:
         num_batches.add_(1)
-    if (residual is None and options.activation == "identity") or _fuses(x, residual):
+    if (residual is None and options.activation == "identity") or _fuses(x, residual, options.activation):
         return _normalize(x, weight, bias, residual, running, options)
     return _activate(_normalize(x, weight, bias, None, running, Options(*options[:5])), residual, options)
 
 
-def _fuses(x: Tensor, residual: Tensor | None) -> bool:
+def _fuses(x: Tensor, residual: Tensor | None, activation: str) -> bool:
     """Whether residual and activation are computed along with the norm. On a CPU they are PyTorch's own, which knows
     the derivative from the output, or, in a compiled graph, of what comes before and after."""
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return False
-    return x.is_cuda or (not torch.compiler.is_compiling() and dispatch.fuses(x))
+    return x.is_cuda or (not torch.compiler.is_compiling() and dispatch.fuses(x, activation))
 
 
 def _activate(y: Tensor, residual: Tensor | None, options: Options) -> Tensor:

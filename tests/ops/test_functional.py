@@ -398,7 +398,7 @@ def test_kept_values_have_zero_mean_and_unit_variance(seed, t_sigma):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("fused", [False, True])
 def test_equals_the_three_steps(activation, add, training, dtype, fused, monkeypatch):
-    monkeypatch.setattr(functional, "_fuses", lambda x, residual: fused)
+    monkeypatch.setattr(functional, "_fuses", lambda *_: fused)
     x, weight, bias, residual = act_inputs(dtype)
     residual = residual if add else None
     leaves = [t for t in (x, weight, bias, residual) if t is not None]
@@ -415,7 +415,7 @@ def test_equals_the_three_steps(activation, add, training, dtype, fused, monkeyp
 
 
 def test_residuals_that_kernels_do_not_take_are_added_as_pytorch_adds(monkeypatch):
-    monkeypatch.setattr(dispatch, "fuses", lambda x: True)
+    monkeypatch.setattr(dispatch, "fuses", lambda *_: True)
     x, *_ = act_inputs(torch.float32)
     for residual in (torch.randn(3, 1, 1), torch.randn(x.shape, dtype=torch.float64)):
         y = filtered_batch_norm_act(x, training=True, t_sigma=2.0, residual=residual)
@@ -427,7 +427,7 @@ def test_residuals_that_kernels_do_not_take_are_added_as_pytorch_adds(monkeypatc
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_and_grad_scaler(dtype, kernels, fused, monkeypatch):
-    monkeypatch.setattr(functional, "_fuses", lambda x, residual: fused)
+    monkeypatch.setattr(functional, "_fuses", lambda *_: fused)
     if not kernels:
         monkeypatch.setitem(dispatch.BACKENDS, "cpu", reference)
     torch.manual_seed(0)
