@@ -1,12 +1,17 @@
 """The operators: what PyTorch asks of them, compilation without a graph break, and the value before an activation that
 they do not store."""
 
+import copy
+import shutil
+
 import pytest
 import torch
 from forms import BOTH_FORMS, act_inputs, batch
+from torch import nn
 
 from fbn_plugin import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
 from fbn_plugin.ops import (
+    cpu,
     dispatch,
     filtered_batch_norm,
     filtered_batch_norm_act,
@@ -140,3 +145,31 @@ def test_compiles_for_any_shape(layer):
         y = compiled(x)
         torch.testing.assert_close(y, layer(x))
         y.sum().backward()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs one for C++")
+def test_a_compiler_may_lay_the_model_out_as_it_likes():
+    """It gives convolutions channels-last, and the norms after them with no copy between."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), FilteredBatchNorm2d(8, t_sigma=2.0), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    other, x = copy.deepcopy(model), torch.randn(2, 3, 12, 12)
+    strides = []
+
+    class Noting:
+        def __getattr__(self, name):
+            return getattr(cpu, name)
+
+        def forward(self, x, *arguments):
+            strides.append(x.stride())
+            return reference.forward(x, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dispatch.BACKENDS, "cpu", Noting())
+        y = torch.compile(other, fullgraph=True)(x)
+        y.square().sum().backward()
+    assert strides == [(800, 1, 80, 8)]
+    model(x).square().sum().backward()
+    for (name, expected), got in zip(model.named_parameters(), other.parameters()):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-3, msg=name)
+    torch.testing.assert_close(dict(other.named_buffers()), dict(model.named_buffers()))
