@@ -112,6 +112,9 @@ class Backend(Protocol):
 
 # In the order in which they are asked; the reference refuses nothing.
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "cuda": cuda, "triton": triton}
+# Those that compute residual and activation in the passes of the norm. The others compute them one after the other, and
+# in the backward pass the value before the activation anew, to have the same face.
+_FUSING = ("cuda", "triton")
 
 
 def backend_of(x: Tensor, num_groups: int = 0, activation: str = "identity") -> Backend:
@@ -122,6 +125,12 @@ def backend_of(x: Tensor, num_groups: int = 0, activation: str = "identity") -> 
         if backend.refuses(x, num_groups, activation) is None:
             return backend
     return reference
+
+
+def fuses(x: Tensor, activation: str) -> bool:
+    """Whether the activation, and a residual, cost no pass over memory with the backend that takes ``x``."""
+    backend = backend_of(x, 0, activation)
+    return any(BACKENDS.get(name) is backend for name in _FUSING)
 
 
 def backends() -> dict[str, str]:

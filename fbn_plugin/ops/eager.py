@@ -53,7 +53,9 @@ def takes(*tensors: Tensor | None) -> bool:
 
 def _takes_gradient(grad: Tensor) -> bool:
     """False if the operator is to be called: it knows batched gradients, and refuses to be differentiated again."""
-    return not torch.is_grad_enabled() and takes(grad) and not _is_batched(grad) and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return takes(grad) and not _is_batched(grad)
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fbn_plugin.ops import eager, library, reference
+from fbn_plugin.ops import dispatch, eager, library, reference
 from fbn_plugin.ops.checks import check_activation, check_batch, check_channels, check_filter
 from fbn_plugin.ops.reference import Options, RunningStats
 
@@ -96,10 +96,17 @@ def _batch_norm(
         running = RunningStats(running_mean, running_var, momentum, num_batches)
     elif num_batches is not None:
         num_batches.add_(1)
+    if (residual is None and options.activation == "identity") or _fuses(x, residual, options.activation):
+        return _normalize(x, weight, bias, residual, running, options)
+    return _activate(_normalize(x, weight, bias, None, running, Options(*options[:5])), residual, options)
+
+
+def _fuses(x: Tensor, residual: Tensor | None, activation: str) -> bool:
+    """Whether residual and activation are computed along with the norm. On a CPU they are PyTorch's own, which knows
+    the derivative from the output, or, in a compiled graph, of what comes before and after."""
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        norm = options._replace(activation="identity", negative_slope=0.0)
-        return _activate(_normalize(x, weight, bias, None, running, norm), residual, options)
-    return _normalize(x, weight, bias, residual, running, options)
+        return False
+    return x.is_cuda or (not torch.compiler.is_compiling() and dispatch.fuses(x, activation))
 
 
 def _activate(y: Tensor, residual: Tensor | None, options: Options) -> Tensor:

@@ -21,7 +21,10 @@ _OPTIONS = (
 
 
 def _define(name: str, schema: str) -> None:
-    torch.library.define(f"fbn_plugin::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+    # Any strides are taken, and those of the input come back: a compiler that lays a model out as channels-last, as it
+    # does for convolutions, is to leave it so, without a copy before each norm.
+    tags = torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout
+    torch.library.define(f"fbn_plugin::{name}", schema, tags=tags)
 
 
 _define(

@@ -154,7 +154,7 @@ def describe() -> str:
     return "plain PyTorch, takes everything"
 
 
-def refuses(x: Tensor) -> None:
+def refuses(x: Tensor, num_groups: int = 0, activation: str = "identity") -> None:
     """None: it takes everything."""
     return None
 

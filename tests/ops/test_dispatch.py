@@ -19,7 +19,7 @@ class Fake:
     def describe(self):
         return self.reason or "of great speed"
 
-    def refuses(self, x):
+    def refuses(self, x, num_groups=0, activation="identity"):
         return self.reason
 
 
@@ -52,6 +52,16 @@ def test_the_next_backend_takes_over_and_explain_says_why(monkeypatch):
         "triton": "no GPU",
         "reference": "plain PyTorch, takes everything",
     }
+
+
+def test_who_fuses(monkeypatch):
+    x = torch.randn(2, 3)
+    monkeypatch.setattr(dispatch, "BACKENDS", {"cpu": Fake(None), "triton": Fake(None)})
+    assert not dispatch.fuses(x, "relu")
+    monkeypatch.setattr(dispatch, "BACKENDS", {"cpu": Fake("not built"), "triton": Fake(None)})
+    assert dispatch.fuses(x, "relu")
+    monkeypatch.setattr(dispatch, "BACKENDS", {"cpu": Fake("not built"), "triton": Fake("no GPU")})
+    assert not dispatch.fuses(x, "relu")
 
 
 @pytest.mark.parametrize("kind", ["half", "strided", "int32 counter"])

@@ -18,6 +18,7 @@ from fbn_plugin.ops import (
     filtered_batch_norm,
     filtered_batch_norm_act,
     filtered_group_norm,
+    functional,
     library,
     reference,
 )
@@ -143,7 +144,9 @@ def test_the_short_way_is_the_operator_that_a_mode_sees(num_groups, mode, dtype)
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_function_transforms_see_through_the_fused_layer():
+@pytest.mark.parametrize("fused", [False, True])
+def test_function_transforms_see_through_the_fused_layer(fused, monkeypatch):
+    monkeypatch.setattr(functional, "_fuses", lambda *_: fused)
     x, weight, bias, residual = act_inputs()
 
     def loss(x, residual):
@@ -157,6 +160,7 @@ def test_function_transforms_see_through_the_fused_layer():
 @pytest.mark.parametrize("activation, add", [("relu", False), ("relu", True), ("silu", True), ("identity", True)])
 @pytest.mark.parametrize("kernels", [False, True])
 def test_keeps_no_more_for_the_backward_pass_than_batch_norm_and_relu(activation, add, kernels, monkeypatch):
+    monkeypatch.setattr(functional, "_fuses", lambda *_: True)
     if not kernels:
         monkeypatch.setitem(dispatch.BACKENDS, "cpu", reference)
     x, residual = (torch.randn(4, 8, 16, 16, requires_grad=True) for _ in range(2))
@@ -203,7 +207,9 @@ def test_the_short_way_gives_the_bits_of_the_operator(num_groups, add, activatio
 
 
 @pytest.mark.parametrize("needs", [(False, True, False, False), (False, False, True, True), (True, False, False, True)])
-def test_only_what_needs_a_gradient_gets_one(needs):
+@pytest.mark.parametrize("fused", [False, True])
+def test_only_what_needs_a_gradient_gets_one(needs, fused, monkeypatch):
+    monkeypatch.setattr(functional, "_fuses", lambda *_: fused)
     leaves = [t.detach().requires_grad_(need) for t, need in zip(act_inputs(torch.float32), needs)]
     x, weight, bias, residual = leaves
     filtered_batch_norm_act(x, weight, bias, training=True, residual=residual).sum().backward()
@@ -239,7 +245,9 @@ def without(monkeypatch):
 
 
 @pytest.mark.parametrize("name", eager.PRIVATE)
-def test_no_private_name_is_needed(name, without):
+@pytest.mark.parametrize("fused", [False, True])
+def test_no_private_name_is_needed(name, fused, without, monkeypatch):
+    monkeypatch.setattr(functional, "_fuses", lambda *_: fused)
     x, weight, bias, residual = act_inputs(torch.float32)
     leaves = x, weight, bias, residual
 

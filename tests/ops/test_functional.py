@@ -15,7 +15,14 @@ from paper_equations import forward as paper_forward
 from torch import nn
 
 from fbn_plugin.layers import FilteredBatchNormAct2d
-from fbn_plugin.ops import dispatch, filtered_batch_norm, filtered_batch_norm_act, filtered_group_norm, reference
+from fbn_plugin.ops import (
+    dispatch,
+    filtered_batch_norm,
+    filtered_batch_norm_act,
+    filtered_group_norm,
+    functional,
+    reference,
+)
 from fbn_plugin.ops.reference import ACTIVATIONS, activate, gaussian_kappa
 
 SHAPES = [(7, 4), (3, 4, 5), (2, 4, 3, 5), (2, 4, 3, 2, 2)]
@@ -389,7 +396,9 @@ def test_kept_values_have_zero_mean_and_unit_variance(seed, t_sigma):
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_equals_the_three_steps(activation, add, training, dtype):
+@pytest.mark.parametrize("fused", [False, True])
+def test_equals_the_three_steps(activation, add, training, dtype, fused, monkeypatch):
+    monkeypatch.setattr(functional, "_fuses", lambda *_: fused)
     x, weight, bias, residual = act_inputs(dtype)
     residual = residual if add else None
     leaves = [t for t in (x, weight, bias, residual) if t is not None]
@@ -405,7 +414,8 @@ def test_equals_the_three_steps(activation, add, training, dtype):
     torch.testing.assert_close(*statistics)
 
 
-def test_residuals_that_kernels_do_not_take_are_added_as_pytorch_adds():
+def test_residuals_that_kernels_do_not_take_are_added_as_pytorch_adds(monkeypatch):
+    monkeypatch.setattr(dispatch, "fuses", lambda *_: True)
     x, *_ = act_inputs(torch.float32)
     for residual in (torch.randn(3, 1, 1), torch.randn(x.shape, dtype=torch.float64)):
         y = filtered_batch_norm_act(x, training=True, t_sigma=2.0, residual=residual)
@@ -414,8 +424,10 @@ def test_residuals_that_kernels_do_not_take_are_added_as_pytorch_adds():
 
 
 @pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_and_grad_scaler(dtype, kernels, monkeypatch):
+def test_autocast_and_grad_scaler(dtype, kernels, fused, monkeypatch):
+    monkeypatch.setattr(functional, "_fuses", lambda *_: fused)
     if not kernels:
         monkeypatch.setitem(dispatch.BACKENDS, "cpu", reference)
     torch.manual_seed(0)

@@ -1,16 +1,22 @@
 """The operators: what PyTorch asks of them, compilation without a graph break, and the value before an activation that
 they do not store."""
 
+import copy
+import shutil
+
 import pytest
 import torch
 from forms import BOTH_FORMS, act_inputs, batch
+from torch import nn
 
 from fbn_plugin import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
 from fbn_plugin.ops import (
+    cpu,
     dispatch,
     filtered_batch_norm,
     filtered_batch_norm_act,
     filtered_group_norm,
+    functional,
     library,
     reference,
 )
@@ -97,7 +103,9 @@ def test_operator_contracts(num_groups, affine):
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("activation, add", [("identity", False), ("relu", True), ("silu", True)])
 @pytest.mark.parametrize("training", [True, False])
-def test_compiles_without_a_graph_break(training, activation, add, momentum):
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_without_a_graph_break(training, activation, add, momentum, fused, monkeypatch):
+    monkeypatch.setattr(functional, "_fuses", lambda *_: fused)
     torch.compiler.reset()  # which has a limit for the forms of one function
     x, weight, bias, residual = act_inputs(torch.float32)
 
@@ -114,6 +122,8 @@ def test_compiles_without_a_graph_break(training, activation, add, momentum):
 
     eager, compiled = running(), running()
     expected = step(x, *eager)
+    if activation != "identity":
+        assert ("_Norm" in expected.grad_fn.name()) == (fused and training)
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(x, *compiled)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(compiled, eager)
@@ -135,3 +145,31 @@ def test_compiles_for_any_shape(layer):
         y = compiled(x)
         torch.testing.assert_close(y, layer(x))
         y.sum().backward()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs one for C++")
+def test_a_compiler_may_lay_the_model_out_as_it_likes():
+    """It gives convolutions channels-last, and the norms after them with no copy between."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), FilteredBatchNorm2d(8, t_sigma=2.0), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    other, x = copy.deepcopy(model), torch.randn(2, 3, 12, 12)
+    strides = []
+
+    class Noting:
+        def __getattr__(self, name):
+            return getattr(cpu, name)
+
+        def forward(self, x, *arguments):
+            strides.append(x.stride())
+            return reference.forward(x, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(dispatch.BACKENDS, "cpu", Noting())
+        y = torch.compile(other, fullgraph=True)(x)
+        y.square().sum().backward()
+    assert strides == [(800, 1, 80, 8)]
+    model(x).square().sum().backward()
+    for (name, expected), got in zip(model.named_parameters(), other.parameters()):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-3, msg=name)
+    torch.testing.assert_close(dict(other.named_buffers()), dict(model.named_buffers()))

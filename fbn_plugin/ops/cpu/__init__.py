@@ -225,10 +225,10 @@ def _activation_gradient(
         if num_groups:
             mean, scale = (each.repeat_interleave(x.shape[1] // num_groups, 1) for each in (mean, scale))
         scale = scale if weight is None else scale * weight
-        per_channel = (*mean.shape, *[1] * (x.dim() - 2))
-        z = (x - mean.view(per_channel)).mul_(scale.view(per_channel))
+        spatial = (1,) * (x.dim() - 2)
+        z = (x - mean.view(*mean.shape, *spatial)).mul_(scale.view(*scale.shape, *spatial))
         if bias is not None:
-            z.add_(bias.view(per_channel[-x.dim() + 1 :]))
+            z.add_(bias.view(-1, *spatial))
         if other is not None:
             z.add_(other)
     wide = grad.to(z.dtype)
