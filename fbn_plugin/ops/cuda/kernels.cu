@@ -92,9 +92,10 @@ static_assert(THREADS % 32 == 0 && THREADS >= 32, "warps are whole");
 // A shift that lies so many variances from the mean eats digits. The sums around it are not good enough to be the kept
 // values' if those are summed anyway (STRICT), to be all values' moments (ROUGH), or even to draw the band (POOR).
 constexpr double STRICT = 0.25, ROUGH = 1, POOR = 8;
+constexpr int REPEATS = 3;  // of the kept values' sums: each brings the shift 2^23 times as near to a mean without spread
 constexpr int SLOTS = 8;    // partial sums of a member, four for each of two rounds in turn
 // Vectors that a thread loads before it uses the first: as many as registers allow.
-constexpr int LOADS = 4, LATER_LOADS = LAYOUT == 1 && DTYPE ? 2 : 4, GRADIENT_LOADS = 2;
+constexpr int LOADS = 4, LATER_LOADS = 2;
 constexpr int BLOCKS = (LAYOUT == 1 ? 512 : 1024) / THREADS;  // that a multiprocessor is to hold: bounds the registers
 constexpr int FLUSH = 16;   // vectors that it adds up before it adds the sum to the others: sums of sums are more exact
 constexpr bool FIRST = PHASES & 1, FILTERED = PHASES & 2, APPLY = PHASES & 4;
@@ -579,7 +580,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
     for (int j = 0; j < OWN; j++) shift[j] = center[own + j], lo[j] = lower[own + j], hi[j] = upper[own + j];
     
 #pragma unroll 1
-    for (bool repeated = false;; repeated = true) {
+    for (int repeated = 0;; repeated++) {
       float sums[3][OWN] = {};
 #pragma unroll 1
       for (int begin = 0; begin < steps; begin += FLUSH) {
@@ -611,7 +612,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
         for (int j = 0; j < OWN; j++) shifts[own + j] = shift[j];
       add_group<3, 3>(scratch, cut, place, a.partial, a.counters, ++round, sums);
       spread<WIDTH>([&](int c) {
-        if (moments_of<true>(total, shifts, c, set_channels, each).lost > STRICT && !repeated) atomicMax(&again[1], 1);
+        if (moments_of<true>(total, shifts, c, set_channels, each).lost > STRICT && repeated < REPEATS)
+          atomicMax(&again[1], 1);
         if (total[2][c] != 0) center[c] = (float)(shifts[c] + total[0][c] / total[2][c]);
       });
       __syncthreads();
@@ -744,9 +746,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
   }
 
   // A batch's gradients before the activation.
-  auto undo_activation = [&](int k, const Batch<GRADIENT_LOADS>& x, Batch<GRADIENT_LOADS>& grad) {
+  auto undo_activation = [&](int k, const Batch<LATER_LOADS>& x, Batch<LATER_LOADS>& grad) {
 #pragma unroll
-    for (int u = 0; u < GRADIENT_LOADS; u++) {
+    for (int u = 0; u < LATER_LOADS; u++) {
       if (!x.is[u]) continue;
       Vector other;
       if (a.other) other.word = *(const Word*)(a.other + values.offset(k + u));
@@ -767,12 +769,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
       float sum[OWN] = {}, product[OWN] = {};
       const int end = min(begin + FLUSH, steps);
 #pragma unroll 1
-      for (int k = begin; k < end; k += GRADIENT_LOADS) {
-        const Batch<GRADIENT_LOADS> x(values, k, end, a.x);
-        Batch<GRADIENT_LOADS> grad(values, k, end, a.grad);
+      for (int k = begin; k < end; k += LATER_LOADS) {
+        const Batch<LATER_LOADS> x(values, k, end, a.x);
+        Batch<LATER_LOADS> grad(values, k, end, a.grad);
         if (ACTIVATION) undo_activation(k, x, grad);
 #pragma unroll
-        for (int u = 0; u < GRADIENT_LOADS; u++) {
+        for (int u = 0; u < LATER_LOADS; u++) {
           if (!x.is[u]) continue;
           if (k + u < kept) {
             keep_x[(k + u) * THREADS + threadIdx.x] = x.v[u].word;
@@ -827,12 +829,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
     for (int j = 0; j < OWN; j++) subtract[j] = each_of[own + j], slope[j] = times[own + j];
     const T* source = ACTIVATION && a.dz ? a.dz : a.grad;  // of what was not kept
 #pragma unroll 1
-    for (int k = 0; k < steps; k += GRADIENT_LOADS) {
-      const Batch<GRADIENT_LOADS> x(values, k, steps, a.x, keep_x, kept);
-      Batch<GRADIENT_LOADS> grad(values, k, steps, source, keep_grad, kept);
+    for (int k = 0; k < steps; k += LATER_LOADS) {
+      const Batch<LATER_LOADS> x(values, k, steps, a.x, keep_x, kept);
+      Batch<LATER_LOADS> grad(values, k, steps, source, keep_grad, kept);
       if (ACTIVATION && !a.dz && k >= kept) undo_activation(k, x, grad);
 #pragma unroll
-      for (int u = 0; u < GRADIENT_LOADS; u++) {
+      for (int u = 0; u < LATER_LOADS; u++) {
         if (!x.is[u]) continue;
 #pragma unroll
         for (int i = 0; i < VECTOR; i++) {
@@ -919,8 +921,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_lines(const Forwar
     const double width = half_width(sums.moments, a.t_sigma, a.eps), middle_of = sums.moments.mean;
     const float lower = (float)(middle_of - width), upper = (float)(middle_of + width);
     if (!(sums.low >= lower && sums.high <= upper && sums.moments.lost <= ROUGH)) {
-      sums = sums_of(line, nullptr, vectors, (float)sums.moments.mean, lower, upper);
-      if (sums.moments.lost > STRICT) sums = sums_of(line, nullptr, vectors, (float)sums.moments.mean, lower, upper);
+      int repeated = 0;
+      do sums = sums_of(line, nullptr, vectors, (float)sums.moments.mean, lower, upper);
+      while (sums.moments.lost > STRICT && repeated++ < REPEATS);
     }
     Moments m = sums.moments;
     m.var /= a.kappa;
@@ -1125,7 +1128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(co
     if (repeated || !again[0]) break;
   }
   const float lo = lower[team], hi = upper[team];
-  for (bool repeated = false; outside; repeated = true) {
+  for (int repeated = 0; outside; repeated++) {
     float sums[3] = {};
     for_channel(cut, [&](int i) {
       const float v = up(x[i]);
@@ -1138,12 +1141,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(co
     add_team<3, 3>(of_warp, sums, total);
     if (leads) {
       m = moments_around(shift, total[0], total[1], total[2]);
-      if (m.lost > STRICT && !repeated) atomicMax(&again[1], 1);
+      if (m.lost > STRICT && repeated < REPEATS) atomicMax(&again[1], 1);
       center[team] = (float)m.mean;
     }
     __syncthreads();
     shift = center[team];
-    if (repeated || !again[1]) break;
+    if (!again[1]) break;
+    __syncthreads();  // all have seen it
+    if (threadIdx.x == 0) again[1] = 0;
   }
 
   if (leads) {
@@ -1204,8 +1209,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward_bundles(c
   }
   __syncthreads();
   {
-    Vector v[GRADIENT_LOADS], g[GRADIENT_LOADS], other[GRADIENT_LOADS];
-    for_vectors<GRADIENT_LOADS>(
+    Vector v[LATER_LOADS], g[LATER_LOADS], other[LATER_LOADS];
+    for_vectors<LATER_LOADS>(
         bundle,
         [&](int u, i64 offset) {
           v[u].word = *(const Word*)(a.x + offset), g[u].word = *(const Word*)(a.grad + offset);
