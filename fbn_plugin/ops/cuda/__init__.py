@@ -49,15 +49,12 @@ _own = _ThreadsOwn()
 class _Launch:
     """A kernel with its cut, on one device."""
 
-    def __init__(self, device: int, cut: plan.Cut, launches: int) -> None:
-        name = ("forward", "backward")[cut.variant.backward] + ("", "", "_lines", "_bundles")[cut.variant.layout]
-        self.kernel = driver.load(device, cut.variant.defines())[name]
-        self.grid, self.threads, self.dynamic = cut.grid, cut.variant.threads, cut.dynamic_shared
-        self.packed, self.floats, self.counters = cut.packed, cut.partial_floats, 2 + cut.groups
-        if cut.members > 1:
-            places = driver.card(device).resident(self.kernel, self.threads, self.dynamic)
-            if cut.members * launches > places:
-                raise RuntimeError(f"{launches} groups of {cut.members} blocks, but the card holds {places}")
+    __slots__ = "counters", "dynamic", "floats", "grid", "kernel", "packed", "threads"
+
+    def __init__(self, kernel: driver.Kernel, cut: plan.Cut) -> None:
+        self.kernel, self.grid, self.threads = kernel, cut.grid, cut.variant.threads
+        self.dynamic, self.packed = cut.dynamic_shared, cut.packed
+        self.floats, self.counters = cut.partial_floats, 2 + cut.groups
 
     def __call__(self, arguments: _Arguments, stream: int) -> None:
         arguments.memory[arguments.size :] = self.packed
@@ -67,16 +64,37 @@ class _Launch:
 class _Planned:
     """What a shape needs, ready to be launched."""
 
-    def __init__(self, device: int, shape: plan.Shape, made: plan.Plan, launches: int) -> None:
+    __slots__ = "backward", "device", "finish", "forward", "result", "shape", "stats", "sum_samples"
+
+    def __init__(self, device: int, shape: plan.Shape, made: plan.Plan) -> None:
         self.forward, self.backward, self.result = (
-            None if cut is None else _Launch(device, cut, launches) for cut in made[:3]
+            None if cut is None else _Launch(_kernels[device, cut.variant][0], cut) for cut in made[:3]
         )
         self.device, self.shape, self.sum_samples = device, shape, made.sum_samples
         self.stats = (shape.samples, shape.num_groups) if shape.num_groups else (shape.channels,)
-        if self.backward is not None:
-            self.finish = driver.load(device, made.backward.variant.defines())["finish_backward"]
+        self.finish = None if made.backward is None else _kernels[device, made.backward.variant][1]
 
 
+_NAMES = {plan.PLANES: "", plan.ROWS: "", plan.LINES: "_lines", plan.BUNDLES: "_bundles"}
+
+
+def _load(device: int, variant: plan.Variant) -> str | None:
+    """Put a variant's kernels into ``_kernels``, or tell why not."""
+    defines = variant.defines()
+    if reason := driver.reason(device, defines):
+        return reason
+    loaded = driver.load(device, defines)
+    kernel = loaded[("forward", "backward")[variant.backward] + _NAMES[variant.layout]]
+    card = driver.card(device)
+    room = plan.room_for(card, variant)
+    places = card.resident(kernel, variant.threads, room.shared)
+    if places < room.places:
+        return f"the card holds {places} blocks of a kernel, {room.places} are reckoned with"
+    _kernels[device, variant] = kernel, loaded.get("finish_backward")
+    return None
+
+
+_kernels: dict[tuple[int, plan.Variant], tuple[driver.Kernel, driver.Kernel | None]] = {}
 _planned: dict[tuple, _Planned | str] = {}
 _lock = threading.Lock()
 _workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -92,7 +110,7 @@ def describe() -> str:
 def forget() -> None:
     """Give up all plans and workspaces; they are made anew where they are needed."""
     with _lock:
-        for kept in (_planned, _workspaces, _streams, _launches):
+        for kept in (_planned, _kernels, _workspaces, _streams, _launches):
             kept.clear()
 
 
@@ -156,22 +174,20 @@ def _make(
         return "an activation after the group form is not in the kernels"
     positions, alignment = x.shape[2:].numel(), aligned & -aligned or 16
     shape = plan.Shape(x.shape[0], x.shape[1], positions, x.dtype, channels_last, num_groups, alignment)
-    if reason := plan.refuses(shape) or driver.reason(device, None):
+    if reason := plan.refuses(shape) or (driver.reason(device, None) if not _kernels else None):
         return reason
     made = plan.make(shape, driver.card(device), launches, activation, phases)
     if way == "forward":
         made = made._replace(backward=None, result=None)
     elif way == "backward":
         made = made._replace(forward=None)
-    variants = [cut.variant.defines() for cut in made[:3] if cut is not None]
-    driver.prepare(device, variants)
-    for defines in variants:
-        if reason := driver.reason(device, defines):
-            return reason
-    try:
-        return _Planned(device, shape, made, launches)
-    except RuntimeError as error:
-        return str(error)
+    missing = [cut.variant for cut in made[:3] if cut is not None and (device, cut.variant) not in _kernels]
+    if missing:
+        driver.prepare(device, [variant.defines() for variant in missing])
+        for variant in missing:
+            if reason := _load(device, variant):
+                return reason
+    return _Planned(device, shape, made)
 
 
 def refuses(x: Tensor, num_groups: int = 0, activation: str = "identity") -> str | None:

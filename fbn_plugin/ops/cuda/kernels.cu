@@ -96,7 +96,7 @@ constexpr int REPEATS = 3;  // of the kept values' sums: each brings the shift 2
 constexpr int SLOTS = 8;    // partial sums of a member, four for each of two rounds in turn
 // Vectors that a thread loads before it uses the first: as many as registers allow.
 constexpr int LOADS = 4, LATER_LOADS = 2;
-constexpr int BLOCKS = (LAYOUT == 1 ? 512 : 1024) / THREADS;  // that a multiprocessor is to hold: bounds the registers
+constexpr int BLOCKS = LAYOUT == 1 ? 512 / THREADS : THREADS < 128 ? 8 : 1024 / THREADS;  // that a multiprocessor is to hold: bounds the registers
 constexpr int FLUSH = 16;   // vectors that it adds up before it adds the sum to the others: sums of sums are more exact
 constexpr bool FIRST = PHASES & 1, FILTERED = PHASES & 2, APPLY = PHASES & 4;
 #define INFINITE __uint_as_float(0x7F800000u)

@@ -11,6 +11,7 @@ most ``places / launches``. One launch runs at a time on each stream; the number
 is counted, and four are always reckoned with.
 """
 
+import functools
 import math
 import struct
 from typing import NamedTuple
@@ -30,7 +31,8 @@ FINISH = struct.Struct("@5Pd5i")
 CUT = struct.Struct("@2q2i2Ii2I9i")
 
 SLOTS = 8  # partial sums of a member, kernels.cu
-_FORWARD_LOADS, _BACKWARD_LOADS = 4, 2  # what is kept is a multiple of these
+_LOADS = 4, 2  # forward and backward: what is kept is a multiple of these
+_ROUNDS = 2, 1  # forward and backward: how often what is not kept is read again, and members wait
 _LINE_THREADS, _LINE_SUMS = (256, 64), 24 << 10
 _MOST = 2**31 - 2**16  # vectors in a set: they are counted in 32 bits
 _BANDWIDTH = 22e3  # bytes that a multiprocessor moves in a microsecond: 132 of them 2.9 TB/s
@@ -54,9 +56,18 @@ class Variant(NamedTuple):
         return tuple(f"{name.upper()}={value}" for name, value in zip(self._fields, self))
 
     @property
+    def itemsize(self) -> int:
+        return 2 if self.dtype else 4
+
+    @property
     def blocks(self) -> int:
         """Blocks that a multiprocessor is to hold."""
-        return (512 if self.layout == ROWS else 1024) // self.threads
+        return 512 // self.threads if self.layout == ROWS else min(8, 1024 // self.threads)
+
+    @property
+    def step_shared(self) -> int:
+        """Shared memory in bytes for what each thread of a block keeps of one load: x, and backward the gradient."""
+        return self.threads * self.vector * self.itemsize * (2 if self.backward else 1)
 
     @property
     def static_shared(self) -> int:
@@ -120,62 +131,83 @@ class Cut(NamedTuple):
         return self.grid * SLOTS * self.variant.channels if self.members > 1 else 0
 
 
+class Room(NamedTuple):
+    """What a card has for a variant of the kernels."""
+
+    variant: Variant
+    places: int  # blocks that the whole card holds, each with all the shared memory that it may have
+    can_keep: int  # loads of each thread that find room there
+    shared: int  # bytes that a block may have for what it keeps
+    reach: float  # bytes that a block's multiprocessor moves in a microsecond
+    multiprocessors: int
+
+
+@functools.lru_cache(maxsize=2048)
+def room_for(card, variant: Variant) -> Room:
+    """What ``card``, a ``driver.Card``, has for ``variant``."""
+    blocks = max(1, min(variant.blocks, card.threads_per_multiprocessor // variant.threads))
+    shared = card.shared_per_multiprocessor // blocks // 128 * 128 - card.shared_reserved  # given out by 128 bytes
+    shared = min(shared, card.shared_per_block)
+    shared = max(0, shared - variant.static_shared)
+    loads = _LOADS[variant.backward]
+    can_keep = shared // variant.step_shared // loads * loads if variant.phases == ALL else 0
+    width = variant.channels * variant.itemsize if variant.layout == ROWS else 128
+    reach = _BANDWIDTH / (1.0 if width >= 64 else 1.05 if width >= 32 else 1.3)  # part of a sector is wasted
+    return Room(variant, card.multiprocessors * blocks, can_keep, shared, reach, card.multiprocessors)
+
+
 def refuses(shape: Shape) -> str | None:
     """Why no plan suits a shape; None if one does."""
-    if shape.layout == ROWS and shape.num_groups:
-        widest = 128 // shape.itemsize
-        if shape.set_channels > widest or not any(
-            width % shape.set_channels == 0 for width in _widths(shape, shape.vector(shape.channels))
+    if shape.num_groups:
+        layout = shape.layout
+        if layout == ROWS and not _widths(
+            shape.itemsize, shape.vector(shape.channels), shape.channels, shape.set_channels
         ):
             return f"groups of {shape.set_channels} channels, channels-last, fit into no block of channels"
+        if layout == LINES and 8 * shape.channels * _LINE_THREADS[-1] // 32 > _LINE_SUMS:
+            return f"{shape.channels} channels are more than a multiprocessor can add up"
     largest = shape.samples * shape.channels * shape.positions // shape.sets
     if largest > _MOST:
         return f"{largest} values with one mean are more than {_MOST}"
-    if shape.layout == LINES and 8 * shape.channels * _LINE_THREADS[-1] // 32 > _LINE_SUMS:
-        return f"{shape.channels} channels are more than a multiprocessor can add up"
     return None
 
 
-def _widths(shape: Shape, vector: int) -> list[int]:
-    """Channels that a block of threads may handle side by side, channels-last: 128 bytes at most, 16 at least."""
-    most = min(128 // shape.itemsize, vector * 32)
+@functools.lru_cache(maxsize=2048)
+def _widths(itemsize: int, vector: int, channels: int, set_channels: int) -> tuple[int, ...]:
+    """Channels that a block of threads may handle side by side, channels-last, the most first: of 16 to 128 bytes, if
+    there are so many, and whole sets."""
+    most = min(128 // itemsize, vector * 32)
     widths = [vector << i for i in range(6) if vector << i <= most]
-    needed = max(vector, min(16 // shape.itemsize, most))
+    needed = max(vector, min(16 // itemsize, most))
     enough = [width for width in widths if width >= needed] or widths[-1:]
-    covering = next((width for width in enough if width >= shape.channels), enough[-1])
-    return [width for width in reversed(enough) if width <= covering]
+    covering = next((width for width in enough if width >= channels), enough[-1])
+    return tuple(width for width in reversed(enough) if width <= covering and width % set_channels == 0)
 
 
-def _members(
-    card, variant: Variant, groups: int, steps: int, launches: int, copies: int, loads: int
-) -> tuple[int, int, int]:
-    """Members of a group, the vectors that each thread of them handles, and how many of these it keeps."""
-    blocks = max(1, min(variant.blocks, card.threads_per_multiprocessor // variant.threads))
-    room = min(card.shared_per_multiprocessor // blocks - card.shared_reserved, card.shared_per_block)
-    of_step = variant.threads * variant.vector * (4 if variant.dtype == 0 else 2) * copies
-    can_keep = max(0, room - variant.static_shared) // of_step // loads * loads
+@functools.lru_cache(maxsize=2048)
+def _rooms(card, itemsize: int, channels: int, set_channels: int, variant: Variant) -> tuple[Room, ...]:
+    """``variant`` with each width that suits, on ``card``."""
+    widths = _widths(itemsize, variant.vector, channels, set_channels)
+    return tuple(room_for(card, variant._replace(channels=width)) for width in widths)
+
+
+def _spread(room: Room, groups: int, steps: int, launches: int) -> tuple[int, int, int]:
+    """Members of a group whose sets take ``steps`` loads of a block, the loads of each member, and how many of these
+    it keeps."""
+    variant = room.variant
     if variant.phases == APPLY:  # nothing is added up, nothing is kept
         each = min(steps, 8)
         return -(-steps // each), each, 0
-    if variant.phases != ALL:
-        can_keep = 0
-    places = card.multiprocessors * blocks
+    can_keep = room.can_keep
     fitting = -(-steps // can_keep) if can_keep else 1
-    filling = min(-(-places // groups), -(-steps // 4))
-    members = max(1, min(max(fitting, filling), places // launches))
+    filling = min(-(-room.places // groups), -(-steps // 4))
+    members = max(1, min(max(fitting, filling), room.places // launches))
     each = -(-steps // members)
     if members > 1:
+        loads = _LOADS[variant.backward]
         each = -(-each // loads) * loads
         members = -(-steps // each)
     return members, each, min(each, can_keep)
-
-
-def _time(card, variant: Variant, blocks: int, moved: float, again: float, members: int, rounds: int) -> float:
-    """Microseconds that the model expects: ``moved`` and ``again`` in bytes."""
-    width = variant.channels * (4 if variant.dtype == 0 else 2) if variant.layout == ROWS else 128
-    sectors = 1.0 if width >= 64 else 1.05 if width >= 32 else 1.3
-    reach = min(card.multiprocessors, blocks) * _BANDWIDTH
-    return (moved + again) * sectors / reach + (_WAIT * rounds if members > 1 else 0)
 
 
 def _divisor(length: int) -> tuple[int, int]:
@@ -189,94 +221,89 @@ def _threads(vectors: int) -> int:
     return 512 if vectors > 1024 else 256 if vectors > 256 else 64
 
 
-def _planes(shape: Shape, card, launches: int, *, rows: bool, copies: int, loads: int, rounds: int, **variant) -> Cut:
+def _planes(shape: Shape, card, launches: int, variant: Variant, rows: bool) -> Cut:
     """Contiguous tensors. ``rows``: each channel of each sample by itself, whatever the form."""
-    n, c, s = shape.samples, shape.channels, shape.positions
-    vector = shape.vector(s)
-    if rows or shape.num_groups:
-        inside = 1 if rows else shape.set_channels
+    n, c, s, _, _, num_groups, _ = shape
+    set_channels = c // num_groups if num_groups else 1
+    inside = 1 if rows else set_channels  # channels of what is one set here
+    if rows or num_groups:
         groups, runs, set_stride, run_stride = n * c // inside, inside, inside * s, s
     else:
-        inside = 1
         groups, runs, set_stride, run_stride = c, n, s, c * s
+    vector = shape.vector(s)
     length = s // vector
     vectors = runs * length
-    kind = Variant(DTYPES[shape.dtype], PLANES, vector, threads=_threads(vectors), **variant)
-    kind = kind._replace(run_channels=int(inside > 1))
-    steps = -(-vectors // kind.threads)
-    members, each, kept = _members(card, kind, groups, steps, launches, copies, loads)
+    variant = variant._replace(vector=vector, threads=_threads(vectors), run_channels=int(inside > 1))
+    room = room_for(card, variant)
+    members, each, kept = _spread(room, groups, -(-vectors // variant.threads), launches)
     packed = CUT.pack(
         set_stride, run_stride, runs, length, *_divisor(length), 0, 0, 0, vectors, groups, members, each, kept, c,
-        shape.set_channels if rows or inside > 1 else 1, shape.sets, 1,
+        set_channels, shape.sets, 1,
     )  # fmt: skip
-    dynamic = kept * kind.threads * vector * shape.itemsize * copies
-    return Cut(kind, groups * members, members, groups, dynamic, packed)
+    return Cut(variant, groups * members, members, groups, kept * variant.step_shared, packed)
 
 
-def _rows(shape: Shape, card, launches: int, *, copies: int, loads: int, rounds: int, **variant) -> Cut:
+def _rows(shape: Shape, card, launches: int, variant: Variant) -> Cut:
     """Channels-last tensors: the width of a block of channels is the cheapest by the model."""
-    n, c, s = shape.samples, shape.channels, shape.positions
-    vector = shape.vector(c)
-    samples, rows = (n, s) if shape.num_groups else (1, n * s)
-    best = None
-    size = shape.samples * c * s * shape.itemsize
-    for width in _widths(shape, vector):
-        if width % shape.set_channels:
-            continue
-        kind = Variant(DTYPES[shape.dtype], ROWS, vector, width, 256, **variant)
-        per_step = kind.threads * vector // width
+    n, c, s, _, _, num_groups, _ = shape
+    set_channels = c // num_groups if num_groups else 1
+    samples, rows = (n, s) if num_groups else (1, n * s)
+    variant = variant._replace(vector=shape.vector(c), threads=256)
+    tensors, rounds = 2 if variant.backward else 1, _ROUNDS[variant.backward]
+    size = n * c * s * variant.itemsize
+    least = 0.0
+    for room in _rooms(card, variant.itemsize, c, set_channels, variant):
+        width = room.variant.channels
         blocks = -(-c // width)
-        groups, steps = samples * blocks, -(-rows // per_step)
-        members, each, kept = _members(card, kind, groups, steps, launches, copies, loads)
-        again = size * copies * (rounds if kind.phases == ALL else 0) * (1 - kept / each)
-        time = _time(card, kind, groups * members, size * (copies + 1), again, members, rounds)
-        if best is None or time < best[0]:
-            best = time, kind, blocks, groups, members, each, kept
-    _, kind, blocks, groups, members, each, kept = best
+        groups, steps = samples * blocks, -(-rows * width // (256 * variant.vector))
+        members, each, kept = _spread(room, groups, steps, launches)
+        moved = size * (tensors + 1 + (tensors * rounds * (each - kept) / each if room.can_keep else 0))
+        time = moved / (room.reach * min(room.multiprocessors, groups * members))
+        if members > 1:
+            time += _WAIT * rounds
+        if not least or time < least:
+            least, best = time, (room.variant, blocks, groups, members, each, kept)
+    variant, blocks, groups, members, each, kept = best
     packed = CUT.pack(
-        0, 0, rows, 1, 0, 0, 0, 0, 0, rows, groups, members, each, kept, c, shape.set_channels, shape.sets, blocks
-    )  # fmt: skip
-    dynamic = kept * kind.threads * vector * shape.itemsize * copies
-    return Cut(kind, groups * members, members, groups, dynamic, packed)
+        0, 0, rows, 1, 0, 0, 0, 0, 0, rows, groups, members, each, kept, c, set_channels, shape.sets, blocks
+    )
+    return Cut(variant, groups * members, members, groups, kept * variant.step_shared, packed)
 
 
-def _lines(shape: Shape, card, *, copies: int, backward: bool) -> Cut:
+def _lines(shape: Shape, card, variant: Variant) -> Cut:
     """One position a sample, group form: a warp for each line. Backward, each warp has sums for all channels."""
     vector = shape.vector(shape.set_channels)
     length = shape.set_channels // vector
-    sums = {threads: 8 * shape.channels * (threads // 32) if backward else 0 for threads in _LINE_THREADS}
-    threads = next((threads for threads in _LINE_THREADS if sums[threads] <= _LINE_SUMS), _LINE_THREADS[-1])
-    kind = Variant(DTYPES[shape.dtype], LINES, vector, threads=threads, backward=int(backward))
-    steps, of_step = -(-length // 32), threads * vector * shape.itemsize * copies
-    room = min(card.shared_per_multiprocessor // 2 - card.shared_reserved, card.shared_per_block) - sums[threads]
-    kept = steps if steps * of_step <= room else 0
-    grid = min(-(-shape.sets // (threads // 32)), card.multiprocessors * kind.blocks)
+    for threads in _LINE_THREADS:
+        sums = 8 * shape.channels * (threads // 32) if variant.backward else 0
+        if sums <= _LINE_SUMS:
+            break
+    variant = variant._replace(vector=vector, threads=threads)
+    room = room_for(card, variant)
+    steps = -(-length // 32)
+    kept = steps if steps * variant.step_shared + sums <= room.shared else 0
+    grid = min(-(-shape.sets // (threads // 32)), room.places)
     packed = CUT.pack(
         0, 0, 1, length, 0, 0, 0, 0, 0, length, grid, 1, steps, kept, shape.channels, shape.set_channels, shape.sets, 1
     )
-    return Cut(kind, grid, 1, grid, kept * of_step + sums[threads], packed)
+    return Cut(variant, grid, 1, grid, kept * variant.step_shared + sums, packed)
 
 
-def _bundles(shape: Shape, card, *, copies: int, **variant) -> Cut | None:
+def _bundles(shape: Shape, card, variant: Variant) -> Cut | None:
     """Contiguous tensors whose channels are small and of an odd size: as many channels in a block as are aligned
     together. None if that does not suit the shape."""
-    n, c, s, size = shape.samples, shape.channels, shape.positions, shape.itemsize
-    vector = min(16, shape.alignment) // size
+    n, c, s, _, _, num_groups, alignment = shape
+    vector = min(16, alignment) // variant.itemsize
     channels = vector // math.gcd(s, vector)
-    threads = 512 if n * s >= 1024 else 256
-    kind = Variant(DTYPES[shape.dtype], BUNDLES, vector, channels, threads, **variant)
-    kept = n * channels * s * size
-    room = min(card.shared_per_multiprocessor // kind.blocks - card.shared_reserved, card.shared_per_block)
-    if shape.num_groups or kind.phases != ALL or channels == 1 or c % channels or s < vector:
+    if num_groups or channels == 1 or c % channels or s < vector or variant.phases != ALL:
         return None
-    if kept * copies > room - kind.static_shared:
+    variant = variant._replace(layout=BUNDLES, vector=vector, channels=channels, threads=512 if n * s >= 1024 else 256)
+    kept = n * channels * s * variant.itemsize * (2 if variant.backward else 1)
+    if kept > room_for(card, variant).shared:
         return None
-    length = channels * s // vector
-    packed = CUT.pack(
-        0, c * s, n, length, *_divisor(length), s, *_divisor(s), n * length,
-        c // channels, 1, 1, 1, c, 1, c, 1,
-    )  # fmt: skip
-    return Cut(kind, c // channels, 1, c // channels, kept * copies, packed)
+    length, groups = channels * s // vector, c // channels
+    packed = CUT.pack(0, c * s, n, length, *_divisor(length), s, *_divisor(s), n * length, groups, 1, 1, 1, c, 1, c, 1)
+    return Cut(variant, groups, 1, groups, kept, packed)
 
 
 class Plan(NamedTuple):
@@ -298,20 +325,20 @@ def make(shape: Shape, card, launches: int, activation: int = 0, phases: int = A
         activation: 0 none, 1 ReLU or leaky ReLU, 2 SiLU.
         phases: of the kernels; all of them, or one of the steps of synchronized batch normalization.
     """
-    options = {"activation": activation, "phases": phases}
-    forward = {"copies": 1, "loads": _FORWARD_LOADS, "rounds": 2, **options}
-    backward = {"copies": 2, "loads": _BACKWARD_LOADS, "rounds": 1, "backward": 1, **options}
-    if shape.layout == LINES:
-        ahead, back = _lines(shape, card, copies=1, backward=False), _lines(shape, card, copies=2, backward=True)
-        return Plan(ahead, back, None, back.grid)
-    if shape.layout == ROWS:
-        samples = shape.samples if shape.num_groups else 0
-        return Plan(_rows(shape, card, launches, **forward), _rows(shape, card, launches, **backward), None, samples)
-    ahead = _bundles(shape, card, copies=1, **options) or _planes(shape, card, launches, rows=False, **forward)
-    samples = shape.samples if shape.num_groups else 0
+    layout, samples = shape.layout, shape.samples if shape.num_groups else 0
+    forward = Variant(DTYPES[shape.dtype], layout, 1, 1, 256, activation, 0, phases)
+    backward = forward._replace(backward=1)
+    if layout == LINES:
+        back = _lines(shape, card, backward)
+        return Plan(_lines(shape, card, forward), back, None, back.grid)
+    if layout == ROWS:
+        return Plan(_rows(shape, card, launches, forward), _rows(shape, card, launches, backward), None, samples)
+    ahead = _bundles(shape, card, forward) or _planes(shape, card, launches, forward, rows=False)
     if shape.set_channels == 1:
-        back = _bundles(shape, card, copies=2, backward=1, **options)
-        return Plan(ahead, back or _planes(shape, card, launches, rows=samples > 0, **backward), None, samples)
+        back = _bundles(shape, card, backward) or _planes(shape, card, launches, backward, rows=samples > 0)
+        return Plan(ahead, back, None, samples)
     # Weights differ within a set: each channel's sums first, then the gradient.
-    sums = _planes(shape, card, launches, rows=True, **{**backward, "phases": FIRST})
-    return Plan(ahead, sums, _planes(shape, card, launches, rows=True, **{**backward, "phases": APPLY}), samples)
+    sums, result = (
+        _planes(shape, card, launches, backward._replace(phases=phase), rows=True) for phase in (FIRST, APPLY)
+    )
+    return Plan(ahead, sums, result, samples)
