@@ -2,7 +2,7 @@
 // kept on the chip between the passes over them.
 //
 // A "set" is what shares a mean: a channel in the batch form, a sample's group of channels in the group form. Several
-// blocks of threads, the "members" of a "group", load a set (channels-last: CB neighbouring channels) into their shared
+// blocks of threads, the "members" of a "group", load a set (channels-last: CHANNELS neighbouring ones) into their shared
 // memory, exchange partial sums through global memory, and go on with what they have kept. x is read once and written
 // once forward; x and dL/dy are read once and dL/dx is written once backward. What does not fit is read again.
 //
@@ -87,7 +87,8 @@ static_assert(ROW_VECTORS <= 32 && (ROW_VECTORS & (ROW_VECTORS - 1)) == 0, "a wa
 #else
 constexpr int WIDTH = 1, OWN = 1, ROWS = 1;
 #endif
-constexpr int STRIPES = LAYOUT == 1 && THREADS > 4 * WIDTH ? THREADS / (4 * WIDTH) : 1;  // members added up side by side
+// Members whose partial sums are added up side by side.
+constexpr int STRIPES = LAYOUT == 1 && THREADS > 4 * WIDTH ? THREADS / (4 * WIDTH) : 1;
 static_assert(THREADS % 32 == 0 && THREADS >= 32, "warps are whole");
 // A shift that lies so many variances from the mean eats digits. The sums around it are not good enough to be the kept
 // values' if those are summed anyway (STRICT), to be all values' moments (ROUGH), or even to draw the band (POOR).
@@ -96,7 +97,8 @@ constexpr int REPEATS = 3;  // of the kept values' sums: each brings the shift 2
 constexpr int SLOTS = 8;    // partial sums of a member, four for each of two rounds in turn
 // Vectors that a thread loads before it uses the first: as many as registers allow.
 constexpr int LOADS = 4, LATER_LOADS = 2;
-constexpr int BLOCKS = LAYOUT == 1 ? 512 / THREADS : THREADS < 128 ? 8 : 1024 / THREADS;  // that a multiprocessor is to hold: bounds the registers
+// Blocks that a multiprocessor is to hold: what plan.py reckons with, and what bounds a thread's registers.
+constexpr int BLOCKS = LAYOUT == 1 ? 512 / THREADS : THREADS < 128 ? 8 : 1024 / THREADS;
 constexpr int FLUSH = 16;   // vectors that it adds up before it adds the sum to the others: sums of sums are more exact
 constexpr bool FIRST = PHASES & 1, FILTERED = PHASES & 2, APPLY = PHASES & 4;
 #define INFINITE __uint_as_float(0x7F800000u)
@@ -127,7 +129,7 @@ struct Forward {
   float *running_mean, *running_var; // (C,), or null
   i64* num_batches;                  // a scalar, or null
   float* moments;                    // (5, sets): mean, variance, lower and upper band edge, number of kept values
-  float* partial;                    // workspace (groups, members, 7, WIDTH)
+  float* partial;                    // workspace (groups, members, SLOTS, WIDTH)
   int* counters;                     // workspace (2 + groups), zero before and after a launch
   double t_sigma, eps, kappa, momentum;  // momentum < 0: 1 / num_batches, which then is not counted here
   float slope;                           // of leaky ReLU; 0 for ReLU
@@ -142,14 +144,13 @@ struct Backward {
   const float* moments;        // (5, sets)
   const float* coefficients;   // (2, sets) of APPLY alone: what is subtracted, and subtracted times xhat
   float* sums;                 // (2, N * C) or (2, C): of dL/dz, and of dL/dz times xhat
-  float* partial;              // workspace (groups, members, 2, WIDTH)
+  float* partial;              // workspace (groups, members, SLOTS, WIDTH)
   int* counters;
   double eps, kappa;
   float slope;
   int weight_type, bias_type, paper, output;
   Cut cut;
 };
-
 
 INLINE float parameter(const void* p, int type, int i, float otherwise) {
   if (!p) return otherwise;
@@ -514,7 +515,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
       for (int j = 0; j < OWN; j++)
         shift[j] = values.vectors ? middle(up(v[0].value[j]), up(v[1].value[j]), up(v[2].value[j])) : 0.f;
     }
-    
 #pragma unroll 1
     for (bool repeated = false;; repeated = true) {
       float sums[4][OWN];
@@ -554,7 +554,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
         const double width = half_width(m, a.t_sigma, a.eps);
         lower[c] = FILTERED ? (float)(m.mean - width) : -INFINITE;
         upper[c] = FILTERED ? (float)(m.mean + width) : INFINITE;
-        if (FILTERED && !(total[2][c] >= lower[c] && -total[3][c] <= upper[c] && m.lost <= ROUGH)) atomicMax(&outside, 1);
+        const bool all_inside = total[2][c] >= lower[c] && -total[3][c] <= upper[c];  // not if there is a NaN
+        if (FILTERED && !(all_inside && m.lost <= ROUGH)) atomicMax(&outside, 1);
         center[c] = (float)(shifts[c] + total[0][c] / each);  // what the next sums are taken around
       });
       __syncthreads();
@@ -578,7 +579,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
     float shift[OWN], lo[OWN], hi[OWN];
 #pragma unroll
     for (int j = 0; j < OWN; j++) shift[j] = center[own + j], lo[j] = lower[own + j], hi[j] = upper[own + j];
-    
 #pragma unroll 1
     for (int repeated = 0;; repeated++) {
       float sums[3][OWN] = {};
@@ -740,7 +740,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
     const bool is = exists(own + j);
     const int s = is ? set_of(own + j) : 0, channel = is ? first_channel + own + j : 0;
     mean[j] = a.moments[s], lower[j] = a.moments[2 * sets + s], upper[j] = a.moments[3 * sets + s];
-    rstd[j] = (float)(1 / sqrt(a.moments[sets + s] + a.eps));
+    rstd[j] = 1 / sqrtf(a.moments[sets + s] + (float)a.eps);  // not in double, which many cards are slow at
     weight[j] = rstd[j] * parameter(a.weight, a.weight_type, channel, 1.f);
     bias[j] = ACTIVATION ? parameter(a.bias, a.bias_type, channel, 0.f) : 0.f;
   }

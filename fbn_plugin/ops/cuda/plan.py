@@ -34,7 +34,7 @@ SLOTS = 8  # partial sums of a member, kernels.cu
 _LOADS = 4, 2  # forward and backward: what is kept is a multiple of these
 _ROUNDS = 2, 1  # forward and backward: how often what is not kept is read again, and members wait
 _LINE_THREADS, _LINE_SUMS = (256, 64), 24 << 10
-_MOST = 2**31 - 2**16  # vectors in a set: they are counted in 32 bits
+_MOST = 2**30  # values in a set: they are counted in 32 bits, and past the end by what blocks have too many
 _BANDWIDTH = 22e3  # bytes that a multiprocessor moves in a microsecond: 132 of them 2.9 TB/s
 _WAIT = 2.5  # microseconds until the last of a group's members has come
 
