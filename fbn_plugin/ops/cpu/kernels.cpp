@@ -35,8 +35,15 @@ struct Moments {  // one entry for each set
     }
 };
 
-constexpr int64_t TILE = 4096;  // values summed in float before they are added up in double
-constexpr double FAR = 8;       // squared distance of shift and mean, in variances, above which sums are taken again
+constexpr int64_t TILE = 4096;  // values of a tile
+
+// How many values are added in one lane in float before their sum is added to others in double. Each of them is rounded to
+// the digits of the sum so far, and products of gradients with far outliers differ most.
+constexpr int64_t CHAIN = 8, GRADIENT_CHAIN = 4;
+
+// The squared distance of shift and mean, in variances, above which sums are taken again: it is what is lost of their
+// digits, and what roundings of few values do not average out.
+static double far_from_mean(double count) { return count > 64 ? 2 : 0.25; }
 
 // Arrays of `n` each, one after the other, that start where a cache line does. Vectors that straddle two lines made the
 // passes that write 1.5 times as slow on AMD Zen 5, wherever the tensor came from the third cache or from memory.
