@@ -151,7 +151,8 @@ static int64_t measure_kept_columns(const typename T::scalar* x, int64_t rows, i
             const int64_t at = tile * c + m[i].at;
             for (int64_t j = 0; j < (WHOLE ? LANES : c); ++j) {
                 if (!m[i].wanted[j]) continue;
-                out.sum[at + j] = m[i].sum[j], out.square[at + j] = m[i].square[j], out.count[at + j] = m[i].count[j];
+                out.sum[at + j] = m[i].sum.lanes[j], out.square[at + j] = m[i].square.lanes[j];
+                out.count[at + j] = m[i].count[j];
             }
         }
         measured += n, n = 0;
@@ -211,7 +212,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                  *const offset = floats[4];
     float* const mean = lower;           // the band is not needed once the moments are known
     const Arrays<int32_t> again(1, all);  // columns whose sums are to be taken anew: all ones, the others zero
-    bool first_is_poor = false, kept_is_poor = false;
+    bool first_is_poor[PASSES] = {}, kept_is_poor[PASSES] = {};
 
     // The sums of set `j` of a block, from its tiles. Where they are poor: around the means that they give.
     auto total_of = [&](int64_t at, int64_t n) { return Total(sums + at, squares + at, counts + at, shift + at, n); };
@@ -242,7 +243,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
         };
         for (int64_t t = share.begin; t < share.end; ++t)
             measure_columns<T, WHOLE>(x + rows.first(t) * C, rows.count(t), C, shift + rows.part(t) * C, columns, t);
-        for (bool repeated = false;; repeated = true) {
+        for (int pass = 0;; ++pass) {
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < rows.parts * blocks.per_part; ++i) {
@@ -254,18 +255,18 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                     for (int64_t c = at; c < at + n; ++c) counts[c] = (double)rows.rows_per_part, again.first[c] = 0;
                     const Total t = total_of(at, n);
                     Set s;
-                    if (!repeated && t.is_poor()) {
+                    if (pass + 1 < PASSES && t.is_poor()) {
                         take_again(at, n);
                         s.lower = -INFINITY, s.upper = INFINITY;
 #pragma omp atomic write
-                        first_is_poor = true;
+                        first_is_poor[pass] = true;
                     } else {
                         set_band(s, t, o);
                     }
                     for (int64_t c = at; c < at + n; ++c) lower[c] = s.lower, upper[c] = s.upper;
                 }
             }
-            if (repeated || !first_is_poor) break;
+            if (!first_is_poor[pass]) break;
             measure_again();
         }
         int64_t measured = 0;
@@ -281,7 +282,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                               load_vector<Float32, WHOLE>(upper + part + at, C)));
                 });
         }
-        for (bool repeated = false;; repeated = true) {
+        for (int pass = 0;; ++pass) {
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < rows.parts * blocks.per_part; ++i) {
@@ -291,16 +292,14 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                 add_tiles(columns.count, rows, part, first, blocks.sets(i) * n, counts + part * C + first);
                 for (int64_t j = 0; j < blocks.sets(i); ++j) {
                     const int64_t at = part * C + first + j * n;
-                    if (repeated && !again.first[at]) continue;
+                    if (pass > 0 && !again.first[at]) continue;
                     const Total t = total_of(at, n);
-                    if (!repeated) {
-                        for (int64_t c = at; c < at + n; ++c) again.first[c] = 0;
-                        if (t.is_poor()) {
-                            take_again(at, n);
+                    for (int64_t c = at; c < at + n; ++c) again.first[c] = 0;
+                    if (pass + 1 < PASSES && t.is_poor()) {
+                        take_again(at, n);
 #pragma omp atomic write
-                            kept_is_poor = true;
-                            continue;
-                        }
+                        kept_is_poor[pass] = true;
+                        continue;
                     }
                     Set s;
                     s.lower = lower[at], s.upper = upper[at];
@@ -314,7 +313,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                     }
                 }
             }
-            if (repeated || !kept_is_poor) break;
+            if (!kept_is_poor[pass]) break;
             measure_again();
         }
         const bool mostly = 2 * measured > (share.end - share.begin) * vectors(C);
@@ -326,38 +325,31 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
     }
 }
 
-constexpr int64_t STRIP_ROWS = 64;
+// One vector of columns while the sums of its gradients are taken.
+struct Gradients {
+    vfloat mean, lower, upper;
+    WideVector sum, dot;
+};
 
-// Add the sums of V vectors of columns; the first `done` columns have theirs: where a vector overlaps the one before.
-template <class T, bool WHOLE, bool PAPER, int V>
-static inline void gradient_strip(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t c,
-                                  int64_t at, const float* mean, const float* lower, const float* upper, double* sums,
-                                  double* dots, int64_t done) {
-    vfloat m[V], lo[V], hi[V];
-    WideVector all_sum[V] = {}, all_dot[V] = {};
-    for (int v = 0; v < V; ++v) {
-        const int64_t i = at + v * LANES;
-        m[v] = load_vector<Float32, WHOLE>(mean + i, c);
-        if (PAPER) lo[v] = load_vector<Float32, WHOLE>(lower + i, c), hi[v] = load_vector<Float32, WHOLE>(upper + i, c);
-    }
-    for (int64_t r = 0; r < rows; r += GRADIENT_CHAIN) {
-        const int64_t end = r + GRADIENT_CHAIN < rows ? r + GRADIENT_CHAIN : rows;
-        vfloat sum[V] = {}, dot[V] = {};
-        for (int64_t j = r; j < end; ++j) {
+template <class T, bool WHOLE, bool PAPER, int ROWS>
+static inline void gradient_rows(const typename T::scalar* g, const typename T::scalar* x, int64_t c, int64_t first,
+                                 int64_t n, Gradients* of) {
+    constexpr int chain = ROWS < GRADIENT_CHAIN ? ROWS : GRADIENT_CHAIN;
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = start_of(first + i, c);
+        const vfloat mean = of[i].mean;
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) {
-                const int64_t i = j * c + at + v * LANES;
-                vfloat a = load_vector<T, WHOLE>(x + i, c), ga = load_vector<T, WHOLE>(g + i, c);
-                if (PAPER) ga = only((a >= lo[v]) & (a <= hi[v]), ga);
-                sum[v] += ga, dot[v] += ga * (a - m[v]);
+        for (int k = 0; k < ROWS; k += chain) {
+            vfloat sum{}, dot{};
+#pragma GCC unroll 8
+            for (int j = k; j < k + chain; ++j) {
+                prefetch<T>(x + (R + j) * c + at, i), prefetch<T>(g + (R + j) * c + at, i);
+                vfloat a = load_vector<T, WHOLE>(x + j * c + at, c), ga = load_vector<T, WHOLE>(g + j * c + at, c);
+                if (PAPER) ga = only((a >= of[i].lower) & (a <= of[i].upper), ga);
+                sum += ga, dot += ga * (a - mean);
             }
+            of[i].sum.add(sum), of[i].dot.add(dot);
         }
-        for (int v = 0; v < V; ++v) all_sum[v].add(sum[v]), all_dot[v].add(dot[v]);
-    }
-    for (int v = 0; v < V; ++v) {
-        const int64_t i = at + v * LANES;
-        all_sum[v].template add_to<WHOLE>(sums + i, c, done);
-        all_dot[v].template add_to<WHOLE>(dots + i, c, done);
     }
 }
 
@@ -365,20 +357,23 @@ template <class T, bool WHOLE, bool PAPER>
 static void gradient_columns(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t c,
                              const float* mean, const float* lower, const float* upper, const Columns& out,
                              int64_t tile) {
-    constexpr int wide = VECTOR_BYTES >= 64 && !PAPER ? 8 : 4;  // what the registers hold
-    double *sums = out.sum + tile * c, *dots = out.square + tile * c;
-    memset(sums, 0, c * sizeof(double)), memset(dots, 0, c * sizeof(double));
-    for (int64_t first = 0; first < rows; first += STRIP_ROWS) {
-        const int64_t n = rows - first < STRIP_ROWS ? rows - first : STRIP_ROWS;
-        const typename T::scalar *gr = g + first * c, *xr = x + first * c;
-        auto strip = [&](auto of, int64_t at, int64_t done) {
-            gradient_strip<T, WHOLE, PAPER, of.value>(gr, xr, n, c, at, mean, lower, upper, sums, dots, done);
-        };
-        int64_t at = 0;
-        for (; at + wide * LANES <= c; at += wide * LANES) strip(Constant<wide>{}, at, 0);
-        for (; at + 4 * LANES <= c; at += 4 * LANES) strip(Constant<4>{}, at, 0);
-        for (; at + LANES <= c; at += LANES) strip(Constant<1>{}, at, 0);
-        if (at < c) strip(Constant<1>{}, c < LANES ? 0 : c - LANES, c < LANES ? 0 : at + LANES - c);
+    for (int64_t first = 0; first < vectors(c); first += CHUNK) {
+        const int64_t n = vectors(c) - first < CHUNK ? vectors(c) - first : CHUNK;
+        Gradients of[CHUNK];
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = start_of(first + i, c);
+            of[i].mean = load_vector<Float32, WHOLE>(mean + at, c);
+            of[i].lower = load_vector<Float32, WHOLE>(lower + at, c);
+            of[i].upper = load_vector<Float32, WHOLE>(upper + at, c);
+        }
+#define STEP(ROWS) gradient_rows<T, WHOLE, PAPER, ROWS>(g + row, x + row, c, first, n, of);
+        FOR_ROWS(rows, c, STEP)
+#undef STEP
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = tile * c + start_of(first + i, c);
+            of[i].sum.template store<WHOLE>(out.sum + at, c);
+            of[i].dot.template store<WHOLE>(out.square + at, c);
+        }
     }
 }
 

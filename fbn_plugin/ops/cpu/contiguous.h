@@ -126,7 +126,7 @@ static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const
         return add_tiles(tiles, n, shift);
     };
     Total all = measure_all();
-    if (all.is_poor()) shift = (float)all.mean, all = measure_all();
+    for (int pass = 1; pass < PASSES && all.is_poor(); ++pass) shift = (float)all.mean, all = measure_all();
     Set s;
     set_band(s, all, o);
     auto measure_kept_where = [&](auto needed) {
@@ -138,7 +138,10 @@ static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const
         return add_tiles(tiles, n, shift);
     };
     Total kept = measure_kept_where([&](const Tile& t) { return !(t.low >= s.lower && t.high <= s.upper); });
-    if (kept.is_poor()) shift = (float)kept.mean, kept = measure_kept_where([](const Tile&) { return true; });
+    for (int pass = 1; pass < PASSES && kept.is_poor(); ++pass) {
+        shift = (float)kept.mean;
+        kept = measure_kept_where([](const Tile&) { return true; });
+    }
     set_moments(s, kept, o);
     return s;
 }

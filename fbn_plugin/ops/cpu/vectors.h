@@ -10,11 +10,6 @@ typedef uint16_t vbfloat __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 constexpr int64_t LANES = VECTOR_BYTES / sizeof(float);
 
-template <int N>
-struct Constant {
-    static constexpr int value = N;
-};
-
 static inline vfloat splat(float v) { return v - vfloat{}; }
 static inline vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
 static inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
@@ -42,24 +37,33 @@ static inline bool any_of(vint mask) {
     return any;
 }
 
+// As many doubles as a vector of floats has lanes; written as loops, which compilers turn into better code than
+// conversions of vectors.
+struct WideVector {
+    alignas(VECTOR_BYTES) double lanes[LANES] = {};
+    void add(vfloat v) {
+        float one[LANES];
+        memcpy(one, &v, sizeof v);
+        for (int i = 0; i < LANES; ++i) lanes[i] += one[i];
+    }
+    double total() const {
+        double even = 0, odd = 0;
+        for (int i = 0; i < LANES; i += 2) even += lanes[i], odd += lanes[i + 1];
+        return even + odd;
+    }
+    template <bool WHOLE>
+    void store(double* p, int64_t n) const {
+        memcpy(p, lanes, WHOLE ? sizeof lanes : n * sizeof(double));
+    }
+};
+
 // A sum in lanes: `a` and `b` are added to in float, a few values each, and then put into double, where rounding does
 // not show.
 struct Lanes {
     vfloat a{}, b{};
-    vdouble low{}, high{};
-    void flush() {
-        const vfloat both = a + b;
-        low += __builtin_convertvector(half<half_vfloat>(both, 0), vdouble);
-        high += __builtin_convertvector(half<half_vfloat>(both, 1), vdouble);
-        a = b = vfloat{};
-    }
-    double total() {
-        flush();
-        const vdouble sum = low + high;
-        double even = 0, odd = 0;
-        for (int i = 0; i < LANES / 2; i += 2) even += sum[i], odd += sum[i + 1];
-        return even + odd;
-    }
+    WideVector sum;
+    void flush() { sum.add(a + b), a = b = vfloat{}; }
+    double total() { return flush(), sum.total(); }
 };
 
 static inline float smallest(vfloat v) {
@@ -178,25 +182,3 @@ static inline V typical(int64_t n, F value) {
                               value(n * places[3 * i + 2] >> 16));
     return middle<V>(thirds[0], thirds[1], thirds[2]);
 }
-
-// As many doubles as a vector of floats has lanes.
-struct WideVector {
-    vdouble low, high;
-    void add(vfloat v) {
-        low += __builtin_convertvector(half<half_vfloat>(v, 0), vdouble);
-        high += __builtin_convertvector(half<half_vfloat>(v, 1), vdouble);
-    }
-    double operator[](int64_t i) const { return i < LANES / 2 ? low[i] : high[i - LANES / 2]; }
-    template <bool WHOLE>
-    void store(double* p, int64_t n) const {
-        if (WHOLE || n >= LANES)
-            memcpy(p, this, sizeof *this);
-        else
-            memcpy(p, this, n * sizeof(double));
-    }
-    // Add all but the first `done` to those in memory.
-    template <bool WHOLE>
-    void add_to(double* p, int64_t n, int64_t done) const {
-        for (int64_t i = done; i < (WHOLE || n >= LANES ? LANES : n); ++i) p[i] += (*this)[i];
-    }
-};
