@@ -335,6 +335,7 @@ template <class T, bool WHOLE, bool PAPER, int ROWS>
 static inline void gradient_rows(const typename T::scalar* g, const typename T::scalar* x, int64_t c, int64_t first,
                                  int64_t n, Gradients* of) {
     constexpr int chain = ROWS < GRADIENT_CHAIN ? ROWS : GRADIENT_CHAIN;
+    const int64_t ahead = R * c > 2048 ? R * c : 2048;  // what is asked for before it is needed
     for (int64_t i = 0; i < n; ++i) {
         const int64_t at = start_of(first + i, c);
         const vfloat mean = of[i].mean;
@@ -343,7 +344,7 @@ static inline void gradient_rows(const typename T::scalar* g, const typename T::
             vfloat sum{}, dot{};
 #pragma GCC unroll 8
             for (int j = k; j < k + chain; ++j) {
-                prefetch<T>(x + (R + j) * c + at, i), prefetch<T>(g + (R + j) * c + at, i);
+                prefetch<T>(x + j * c + at + ahead, i), prefetch<T>(g + j * c + at + ahead, i);
                 vfloat a = load_vector<T, WHOLE>(x + j * c + at, c), ga = load_vector<T, WHOLE>(g + j * c + at, c);
                 if (PAPER) ga = only((a >= of[i].lower) & (a <= of[i].upper), ga);
                 sum += ga, dot += ga * (a - mean);

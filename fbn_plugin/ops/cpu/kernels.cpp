@@ -42,9 +42,10 @@ constexpr int64_t TILE = 4096;  // values of a tile
 constexpr int64_t CHAIN = 8, GRADIENT_CHAIN = 4;
 
 // The squared distance of shift and mean, in variances, above which sums are taken again: it is what is lost of their
-// digits, and what roundings of few values do not average out.
-constexpr int PASSES = 4;  // at most; each leaves of the distance what its own rounding was
+// digits, and the roundings of few values do not average out.
 static double far_from_mean(double count) { return count > 64 ? 2 : 0.25; }
+
+constexpr int PASSES = 4;  // at most; each leaves of that distance what its own rounding was
 
 // Arrays of `n` each, one after the other, that start where a cache line does. Vectors that straddle two lines made the
 // passes that write 1.5 times as slow on AMD Zen 5, wherever the tensor came from the third cache or from memory.
