@@ -32,7 +32,7 @@ static Tile measure(const typename T::scalar* x, Runs r, float shift) {
     Lanes sum, square;
     int64_t added = 0;
     for (int64_t j = 0; j < r.runs; ++j, x += r.stride)
-        for_chains<CHAIN>(
+        for_chains<2 * CHAIN>(
             r.length, added,
             [&](int64_t i) {
                 vfloat a = T::load(x + i), b = T::load(x + i + LANES), da = a - k, db = b - k;
@@ -55,7 +55,7 @@ static Tile measure_kept(const typename T::scalar* x, Runs r, float shift, float
     Lanes sum, square, count;
     int64_t added = 0;
     for (int64_t j = 0; j < r.runs; ++j, x += r.stride)
-        for_chains<CHAIN>(
+        for_chains<2 * CHAIN>(
             r.length, added,
             [&](int64_t i) {
                 vfloat a = T::load(x + i), b = T::load(x + i + LANES);

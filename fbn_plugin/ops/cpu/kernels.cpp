@@ -39,7 +39,7 @@ constexpr int64_t TILE = 4096;  // values of a tile
 
 // How many values are added in one lane in float before their sum is added to others in double. Each of them is rounded to
 // the digits of the sum so far, and products of gradients with far outliers differ most.
-constexpr int64_t CHAIN = 8, GRADIENT_CHAIN = 4;
+constexpr int64_t CHAIN = 8, GRADIENT_CHAIN = 8;
 
 // The squared distance of shift and mean, in variances, above which sums are taken again: it is what is lost of their
 // digits, and the roundings of few values do not average out.

@@ -1,6 +1,6 @@
 // ---- rows: a single position a sample, as in layer normalization over channels; a set is a run of channels
 
-constexpr int64_t BLOCK = 256;  // rows whose gradients of weight and bias are summed in float
+constexpr int64_t BLOCK = 16;  // rows whose gradients of weight and bias are summed in float
 
 template <class T, bool WHOLE>
 static void forward_rows(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight,
