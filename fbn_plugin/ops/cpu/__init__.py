@@ -8,6 +8,7 @@ pointers.
 import ctypes
 import functools
 import importlib.machinery
+import math
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def library() -> ctypes.CDLL | str:
     kernels.fbn_instruction_set.restype = c_char_p
     kernels.fbn_forward.restype = kernels.fbn_backward.restype = None
     common = [POINTER(_Shape), POINTER(_Options), *[c_void_p] * 5]
-    kernels.fbn_forward.argtypes = [*common, *[c_void_p] * 2, c_double]
+    kernels.fbn_forward.argtypes = [*common, *[c_void_p] * 2, c_double, c_void_p]
     kernels.fbn_backward.argtypes = [*common, *[c_void_p] * 2]
     return kernels
 
@@ -146,19 +147,12 @@ def forward(
     shape, structure, _, stats = _arguments(x, options)
     y, weight, bias = torch.empty_like(x), _float(weight), _float(bias)
     moments = x.new_empty(stats, dtype=torch.float32)
-    mean = var = None
+    mean = var = num_batches = None
     momentum = 0.0
     if running is not None:
         mean, var, momentum, num_batches = running
-        if num_batches is None:
-            torch.autograd.graph.increment_version((mean, var))
-        else:
-            counter = c_int64.from_address(num_batches.data_ptr())
-            counter.value += 1
-            if momentum is None:
-                momentum = 1 / counter.value
-            torch.autograd.graph.increment_version((mean, var, num_batches))
-        mean, var = mean.data_ptr(), var.data_ptr()
+        momentum = math.nan if momentum is None else momentum
+        torch.autograd.graph.increment_version((mean, var) if num_batches is None else (mean, var, num_batches))
     library().fbn_forward(
         shape,
         structure,
@@ -167,9 +161,10 @@ def forward(
         _pointer(weight),
         _pointer(bias),
         moments.data_ptr(),
-        mean,
-        var,
+        _pointer(mean),
+        _pointer(var),
         momentum,
+        _pointer(num_batches),
     )
     if residual is not None:
         y.add_(residual)

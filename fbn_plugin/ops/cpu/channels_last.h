@@ -27,15 +27,17 @@ struct Share {
     }
 };
 
-// What is known of one tile's columns: arrays of C for each tile. A tile has so few rows that float can hold its sums.
+// What is known of one tile's columns: arrays of C for each tile.
 struct Columns {
-    Arrays<float> arrays;
-    float *sum = arrays[0], *square = arrays[1], *count = arrays[2], *low = arrays[3], *high = arrays[4];
-    explicit Columns(int64_t n) : arrays(5, n) {}
+    Arrays<double> sums;
+    Arrays<float> others;
+    double *sum = sums[0], *square = sums[1];
+    float *count = others[0], *low = others[1], *high = others[2];
+    explicit Columns(int64_t n) : sums(2, n), others(3, n) {}
 };
 
 constexpr int64_t CHUNK = 32;  // vectors of a row that are worked on together: their sums stay in the first cache
-constexpr int R = 8;           // rows that are read side by side
+constexpr int R = CHAIN;       // rows that are read side by side
 
 // Runs `STEP(number of rows, pointer offset)` over all rows of a tile, R at a time and the last ones singly.
 #define FOR_ROWS(rows, c, STEP)         \
@@ -53,7 +55,8 @@ constexpr int R = 8;           // rows that are read side by side
 
 // One vector of columns while its tile is read.
 struct Measured {
-    vfloat shift, sum, square, low, high;
+    vfloat shift, low, high;
+    WideVector sum, square;
 };
 
 template <class T, bool WHOLE, int ROWS>
@@ -67,7 +70,7 @@ static inline void measure_rows(const typename T::scalar* x, int64_t c, int64_t 
             vfloat a = load_vector<T, WHOLE>(x + j * c + at, c), d = a - k;
             s += d, q += d * d, lo = smaller(lo, a), hi = larger(hi, a);
         }
-        m[i].sum += s, m[i].square += q, m[i].low = lo, m[i].high = hi;
+        m[i].sum.add(s), m[i].square.add(q), m[i].low = lo, m[i].high = hi;
     }
 }
 
@@ -79,7 +82,7 @@ static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t c
         const int64_t n = vectors(c) - first < CHUNK ? vectors(c) - first : CHUNK;
         for (int64_t i = 0; i < n; ++i) {
             const int64_t at = start_of(first + i, c);
-            m[i].shift = load_vector<Float32, WHOLE>(shift + at, c), m[i].sum = m[i].square = vfloat{};
+            m[i].shift = load_vector<Float32, WHOLE>(shift + at, c), m[i].sum = m[i].square = WideVector{};
             m[i].low = m[i].high = load_vector<T, WHOLE>(x + at, c);
         }
 #define STEP(ROWS) measure_rows<T, WHOLE, ROWS>(x + row, c, first, n, m);
@@ -87,8 +90,8 @@ static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t c
 #undef STEP
         for (int64_t i = 0; i < n; ++i) {
             const int64_t at = tile * c + start_of(first + i, c);
-            store_vector<Float32, WHOLE>(out.sum + at, c, m[i].sum);
-            store_vector<Float32, WHOLE>(out.square + at, c, m[i].square);
+            m[i].sum.template store<WHOLE>(out.sum + at, c);
+            m[i].square.template store<WHOLE>(out.square + at, c);
             store_vector<Float32, WHOLE>(out.count + at, c, splat((float)rows));
             store_vector<Float32, WHOLE>(out.low + at, c, m[i].low);
             store_vector<Float32, WHOLE>(out.high + at, c, m[i].high);
@@ -97,7 +100,8 @@ static void measure_columns(const typename T::scalar* x, int64_t rows, int64_t c
 }
 
 struct Kept {
-    vfloat shift, lower, upper, sum, square, count;
+    vfloat shift, lower, upper, count;
+    WideVector sum, square;
     vint wanted;
     int64_t at;
 };
@@ -115,13 +119,8 @@ static inline void measure_kept_rows(const typename T::scalar* x, int64_t c, int
             vfloat d = only(kept, a - k);
             s += d, q += d * d, count += only(kept, splat(1.f));
         }
-        m[i].sum += s, m[i].square += q, m[i].count += count;
+        m[i].sum.add(s), m[i].square.add(q), m[i].count += count;
     }
-}
-
-template <bool WHOLE>
-static inline void store_wanted(float* p, int64_t c, vint wanted, vfloat v) {
-    store_vector<Float32, WHOLE>(p, c, wanted ? v : load_vector<Float32, WHOLE>(p, c));
 }
 
 // Sum the kept values of those columns that `wanted` names, given where a vector of columns starts; how many vectors
@@ -140,8 +139,8 @@ static int64_t measure_kept_columns(const typename T::scalar* x, int64_t rows, i
                       load_vector<Float32, WHOLE>(lower + at, c),
                       load_vector<Float32, WHOLE>(upper + at, c),
                       vfloat{},
-                      vfloat{},
-                      vfloat{},
+                      WideVector{},
+                      WideVector{},
                       lanes,
                       at};
         if (n < CHUNK && (v + 1 < vectors(c) || n == 0)) continue;
@@ -149,9 +148,12 @@ static int64_t measure_kept_columns(const typename T::scalar* x, int64_t rows, i
         FOR_ROWS(rows, c, STEP)
 #undef STEP
         for (int64_t i = 0; i < n; ++i) {
-            store_wanted<WHOLE>(out.sum + tile * c + m[i].at, c, m[i].wanted, m[i].sum);
-            store_wanted<WHOLE>(out.square + tile * c + m[i].at, c, m[i].wanted, m[i].square);
-            store_wanted<WHOLE>(out.count + tile * c + m[i].at, c, m[i].wanted, m[i].count);
+            const int64_t at = tile * c + m[i].at;
+            for (int64_t j = 0; j < (WHOLE ? LANES : c); ++j) {
+                if (!m[i].wanted[j]) continue;
+                out.sum[at + j] = m[i].sum.lanes[j], out.square[at + j] = m[i].square.lanes[j];
+                out.count[at + j] = m[i].count[j];
+            }
         }
         measured += n, n = 0;
     }
@@ -159,9 +161,10 @@ static int64_t measure_kept_columns(const typename T::scalar* x, int64_t rows, i
 }
 
 // Add the tiles of one part's column.
-static inline void add_tiles(const float* of, const Rows& rows, int64_t part, int64_t first, int64_t n, double* total) {
+template <class Number>
+static inline void add_tiles(const Number* of, const Rows& rows, int64_t part, int64_t first, int64_t n, double* total) {
     for (int64_t i = 0; i < n; ++i) total[i] = 0;
-    const float* p = of + part * rows.tiles_per_part * rows.c + first;
+    const Number* p = of + part * rows.tiles_per_part * rows.c + first;
     for (int64_t t = 0; t < rows.tiles_per_part; ++t, p += rows.c)
         for (int64_t i = 0; i < n; ++i) total[i] += p[i];
 }
@@ -209,7 +212,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                  *const offset = floats[4];
     float* const mean = lower;           // the band is not needed once the moments are known
     const Arrays<int32_t> again(1, all);  // columns whose sums are to be taken anew: all ones, the others zero
-    bool first_is_poor = false, kept_is_poor = false;
+    bool first_is_poor[PASSES] = {}, kept_is_poor[PASSES] = {};
 
     // The sums of set `j` of a block, from its tiles. Where they are poor: around the means that they give.
     auto total_of = [&](int64_t at, int64_t n) { return Total(sums + at, squares + at, counts + at, shift + at, n); };
@@ -240,7 +243,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
         };
         for (int64_t t = share.begin; t < share.end; ++t)
             measure_columns<T, WHOLE>(x + rows.first(t) * C, rows.count(t), C, shift + rows.part(t) * C, columns, t);
-        for (bool repeated = false;; repeated = true) {
+        for (int pass = 0;; ++pass) {
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < rows.parts * blocks.per_part; ++i) {
@@ -252,18 +255,18 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                     for (int64_t c = at; c < at + n; ++c) counts[c] = (double)rows.rows_per_part, again.first[c] = 0;
                     const Total t = total_of(at, n);
                     Set s;
-                    if (!repeated && t.is_poor()) {
+                    if (pass + 1 < PASSES && t.is_poor()) {
                         take_again(at, n);
                         s.lower = -INFINITY, s.upper = INFINITY;
 #pragma omp atomic write
-                        first_is_poor = true;
+                        first_is_poor[pass] = true;
                     } else {
                         set_band(s, t, o);
                     }
                     for (int64_t c = at; c < at + n; ++c) lower[c] = s.lower, upper[c] = s.upper;
                 }
             }
-            if (repeated || !first_is_poor) break;
+            if (!first_is_poor[pass]) break;
             measure_again();
         }
         int64_t measured = 0;
@@ -279,7 +282,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                               load_vector<Float32, WHOLE>(upper + part + at, C)));
                 });
         }
-        for (bool repeated = false;; repeated = true) {
+        for (int pass = 0;; ++pass) {
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < rows.parts * blocks.per_part; ++i) {
@@ -289,16 +292,14 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                 add_tiles(columns.count, rows, part, first, blocks.sets(i) * n, counts + part * C + first);
                 for (int64_t j = 0; j < blocks.sets(i); ++j) {
                     const int64_t at = part * C + first + j * n;
-                    if (repeated && !again.first[at]) continue;
+                    if (pass > 0 && !again.first[at]) continue;
                     const Total t = total_of(at, n);
-                    if (!repeated) {
-                        for (int64_t c = at; c < at + n; ++c) again.first[c] = 0;
-                        if (t.is_poor()) {
-                            take_again(at, n);
+                    for (int64_t c = at; c < at + n; ++c) again.first[c] = 0;
+                    if (pass + 1 < PASSES && t.is_poor()) {
+                        take_again(at, n);
 #pragma omp atomic write
-                            kept_is_poor = true;
-                            continue;
-                        }
+                        kept_is_poor[pass] = true;
+                        continue;
                     }
                     Set s;
                     s.lower = lower[at], s.upper = upper[at];
@@ -312,7 +313,7 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
                     }
                 }
             }
-            if (repeated || !kept_is_poor) break;
+            if (!kept_is_poor[pass]) break;
             measure_again();
         }
         const bool mostly = 2 * measured > (share.end - share.begin) * vectors(C);
@@ -324,36 +325,32 @@ static void forward_channels_last(const Shape& d, const Options& o, const void* 
     }
 }
 
-// Rows whose sums a strip of V vectors of columns keeps in registers.
-constexpr int64_t STRIP_ROWS = 64;
+// One vector of columns while the sums of its gradients are taken.
+struct Gradients {
+    vfloat mean, lower, upper;
+    WideVector sum, dot;
+};
 
-// Add these rows' sums of V vectors of columns, the first `done` of which have had them: where a vector overlaps the one
-// before. `first` is for the first rows of a tile.
-template <class T, bool WHOLE, bool PAPER, int V>
-static inline void gradient_strip(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t c,
-                                  int64_t at, const float* mean, const float* lower, const float* upper, float* sums,
-                                  float* dots, bool first, int64_t done) {
-    vfloat m[V], sum[V], dot[V], lo[V], hi[V];
-    for (int v = 0; v < V; ++v) {
-        const int64_t i = at + v * LANES;
-        m[v] = load_vector<Float32, WHOLE>(mean + i, c), sum[v] = dot[v] = vfloat{};
-        if (PAPER) lo[v] = load_vector<Float32, WHOLE>(lower + i, c), hi[v] = load_vector<Float32, WHOLE>(upper + i, c);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
+template <class T, bool WHOLE, bool PAPER, int ROWS>
+static inline void gradient_rows(const typename T::scalar* g, const typename T::scalar* x, int64_t c, int64_t first,
+                                 int64_t n, Gradients* of) {
+    constexpr int chain = ROWS < GRADIENT_CHAIN ? ROWS : GRADIENT_CHAIN;
+    const int64_t ahead = R * c > 2048 ? R * c : 2048;  // what is asked for before it is needed
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t at = start_of(first + i, c);
+        const vfloat mean = of[i].mean;
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) {
-            const int64_t i = r * c + at + v * LANES;
-            vfloat a = load_vector<T, WHOLE>(x + i, c), ga = load_vector<T, WHOLE>(g + i, c);
-            if (PAPER) ga = only((a >= lo[v]) & (a <= hi[v]), ga);
-            sum[v] += ga, dot[v] += ga * (a - m[v]);
+        for (int k = 0; k < ROWS; k += chain) {
+            vfloat sum{}, dot{};
+#pragma GCC unroll 8
+            for (int j = k; j < k + chain; ++j) {
+                prefetch<T>(x + j * c + at + ahead, i), prefetch<T>(g + j * c + at + ahead, i);
+                vfloat a = load_vector<T, WHOLE>(x + j * c + at, c), ga = load_vector<T, WHOLE>(g + j * c + at, c);
+                if (PAPER) ga = only((a >= of[i].lower) & (a <= of[i].upper), ga);
+                sum += ga, dot += ga * (a - mean);
+            }
+            of[i].sum.add(sum), of[i].dot.add(dot);
         }
-    }
-    const vint fresh = lane_numbers() >= (int32_t)done;
-    for (int v = 0; v < V; ++v) {
-        const int64_t i = at + v * LANES;
-        const vfloat s = load_vector<Float32, WHOLE>(sums + i, c), p = load_vector<Float32, WHOLE>(dots + i, c);
-        store_vector<Float32, WHOLE>(sums + i, c, fresh ? first ? sum[v] : s + sum[v] : s);
-        store_vector<Float32, WHOLE>(dots + i, c, fresh ? first ? dot[v] : p + dot[v] : p);
     }
 }
 
@@ -361,20 +358,23 @@ template <class T, bool WHOLE, bool PAPER>
 static void gradient_columns(const typename T::scalar* g, const typename T::scalar* x, int64_t rows, int64_t c,
                              const float* mean, const float* lower, const float* upper, const Columns& out,
                              int64_t tile) {
-    constexpr int wide = VECTOR_BYTES >= 64 && !PAPER ? 8 : 4;  // what the registers hold
-    float *sums = out.sum + tile * c, *dots = out.square + tile * c;
-    for (int64_t first = 0; first < rows; first += STRIP_ROWS) {
-        const int64_t n = rows - first < STRIP_ROWS ? rows - first : STRIP_ROWS;
-        const typename T::scalar *gr = g + first * c, *xr = x + first * c;
-        auto strip = [&](auto of, int64_t at, int64_t done) {
-            gradient_strip<T, WHOLE, PAPER, of.value>(gr, xr, n, c, at, mean, lower, upper, sums, dots, first == 0,
-                                                      done);
-        };
-        int64_t at = 0;
-        for (; at + wide * LANES <= c; at += wide * LANES) strip(Constant<wide>{}, at, 0);
-        for (; at + 4 * LANES <= c; at += 4 * LANES) strip(Constant<4>{}, at, 0);
-        for (; at + LANES <= c; at += LANES) strip(Constant<1>{}, at, 0);
-        if (at < c) strip(Constant<1>{}, c < LANES ? 0 : c - LANES, c < LANES ? 0 : at + LANES - c);
+    for (int64_t first = 0; first < vectors(c); first += CHUNK) {
+        const int64_t n = vectors(c) - first < CHUNK ? vectors(c) - first : CHUNK;
+        Gradients of[CHUNK];
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = start_of(first + i, c);
+            of[i].mean = load_vector<Float32, WHOLE>(mean + at, c);
+            of[i].lower = load_vector<Float32, WHOLE>(lower + at, c);
+            of[i].upper = load_vector<Float32, WHOLE>(upper + at, c);
+        }
+#define STEP(ROWS) gradient_rows<T, WHOLE, PAPER, ROWS>(g + row, x + row, c, first, n, of);
+        FOR_ROWS(rows, c, STEP)
+#undef STEP
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t at = tile * c + start_of(first + i, c);
+            of[i].sum.template store<WHOLE>(out.sum + at, c);
+            of[i].dot.template store<WHOLE>(out.square + at, c);
+        }
     }
 }
 

@@ -10,47 +10,68 @@ struct Runs {
     int64_t runs, stride, length;
 };
 
+// Calls `pair(i)` for two vectors from `i` on, `single(i)` for one that may be incomplete, and `flush()` each time that
+// `MOST` values have been added in a lane.
+template <int64_t MOST, class Pair, class Single, class Flush>
+static inline void for_chains(int64_t length, int64_t& added, Pair pair, Single single, Flush flush) {
+    int64_t i = 0;
+    while (i + 2 * LANES <= length) {
+        const int64_t left = (length - i) / (2 * LANES), n = left < MOST - added ? left : MOST - added;
+        for (int64_t end = i + n * 2 * LANES; i < end; i += 2 * LANES) pair(i);
+        if ((added += n) == MOST) flush(), added = 0;
+    }
+    for (; i < length; i += LANES) {
+        single(i);
+        if (++added == MOST) flush(), added = 0;
+    }
+}
+
 template <class T>
 static Tile measure(const typename T::scalar* x, Runs r, float shift) {
-    vfloat k = splat(shift), sum0{}, sum1{}, square0{}, square1{}, low = k, high = k;
-    for (int64_t j = 0; j < r.runs; ++j, x += r.stride) {
-        int64_t i = 0;
-        for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
-            vfloat a = T::load(x + i), b = T::load(x + i + LANES), da = a - k, db = b - k;
-            sum0 += da, sum1 += db;
-            square0 += da * da, square1 += db * db;
-            low = smaller(low, smaller(a, b)), high = larger(high, larger(a, b));
-        }
-        for (; i < r.length; i += LANES) {
-            vfloat a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, shift), da = a - k;
-            sum0 += da, square0 += da * da;
-            low = smaller(low, a), high = larger(high, a);
-        }
-    }
-    return {total(sum0 + sum1), total(square0 + square1), double(r.runs * r.length), smallest(low), -smallest(-high)};
+    vfloat k = splat(shift), low = k, high = k;
+    Lanes sum, square;
+    int64_t added = 0;
+    for (int64_t j = 0; j < r.runs; ++j, x += r.stride)
+        for_chains<2 * CHAIN>(
+            r.length, added,
+            [&](int64_t i) {
+                vfloat a = T::load(x + i), b = T::load(x + i + LANES), da = a - k, db = b - k;
+                sum.a += da, sum.b += db;
+                square.a += da * da, square.b += db * db;
+                low = smaller(low, smaller(a, b)), high = larger(high, larger(a, b));
+            },
+            [&](int64_t i) {
+                vfloat a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, shift), da = a - k;
+                sum.a += da, square.a += da * da;
+                low = smaller(low, a), high = larger(high, a);
+            },
+            [&] { sum.flush(), square.flush(); });
+    return {sum.total(), square.total(), double(r.runs * r.length), smallest(low), -smallest(-high)};
 }
 
 template <class T>
 static Tile measure_kept(const typename T::scalar* x, Runs r, float shift, float lower, float upper) {
     vfloat k = splat(shift), lo = splat(lower), hi = splat(upper), one = splat(1.f);
-    vfloat sum0{}, sum1{}, square0{}, square1{}, count0{}, count1{};
-    for (int64_t j = 0; j < r.runs; ++j, x += r.stride) {
-        int64_t i = 0;
-        for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
-            vfloat a = T::load(x + i), b = T::load(x + i + LANES);
-            vint kept_a = (a >= lo) & (a <= hi), kept_b = (b >= lo) & (b <= hi);
-            vfloat da = only(kept_a, a - k), db = only(kept_b, b - k);
-            sum0 += da, sum1 += db, square0 += da * da, square1 += db * db;
-            count0 += only(kept_a, one), count1 += only(kept_b, one);
-        }
-        for (; i < r.length; i += LANES) {
-            vfloat a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, NAN);
-            vint kept = (a >= lo) & (a <= hi);
-            vfloat d = only(kept, a - k);
-            sum0 += d, square0 += d * d, count0 += only(kept, one);
-        }
-    }
-    return {total(sum0 + sum1), total(square0 + square1), total(count0 + count1), 0, 0};
+    Lanes sum, square, count;
+    int64_t added = 0;
+    for (int64_t j = 0; j < r.runs; ++j, x += r.stride)
+        for_chains<2 * CHAIN>(
+            r.length, added,
+            [&](int64_t i) {
+                vfloat a = T::load(x + i), b = T::load(x + i + LANES);
+                vint kept_a = (a >= lo) & (a <= hi), kept_b = (b >= lo) & (b <= hi);
+                vfloat da = only(kept_a, a - k), db = only(kept_b, b - k);
+                sum.a += da, sum.b += db, square.a += da * da, square.b += db * db;
+                count.a += only(kept_a, one), count.b += only(kept_b, one);
+            },
+            [&](int64_t i) {
+                vfloat a = i + LANES <= r.length ? T::load(x + i) : load_rest<T>(x, i, r.length, NAN);
+                vint kept = (a >= lo) & (a <= hi);
+                vfloat d = only(kept, a - k);
+                sum.a += d, square.a += d * d, count.a += only(kept, one);
+            },
+            [&] { sum.flush(), square.flush(); });
+    return {sum.total(), square.total(), count.total(), 0, 0};
 }
 
 template <class T, bool WHOLE>
@@ -105,7 +126,7 @@ static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const
         return add_tiles(tiles, n, shift);
     };
     Total all = measure_all();
-    if (all.is_poor()) shift = (float)all.mean, all = measure_all();
+    for (int pass = 1; pass < PASSES && all.is_poor(); ++pass) shift = (float)all.mean, all = measure_all();
     Set s;
     set_band(s, all, o);
     auto measure_kept_where = [&](auto needed) {
@@ -117,7 +138,10 @@ static Set filtered_set(const typename T::scalar* x, const Tiling& tiling, const
         return add_tiles(tiles, n, shift);
     };
     Total kept = measure_kept_where([&](const Tile& t) { return !(t.low >= s.lower && t.high <= s.upper); });
-    if (kept.is_poor()) shift = (float)kept.mean, kept = measure_kept_where([](const Tile&) { return true; });
+    for (int pass = 1; pass < PASSES && kept.is_poor(); ++pass) {
+        shift = (float)kept.mean;
+        kept = measure_kept_where([](const Tile&) { return true; });
+    }
     set_moments(s, kept, o);
     return s;
 }
@@ -160,24 +184,27 @@ struct Sums {
 template <class T, bool PAPER>
 static Sums gradient_sums(const typename T::scalar* g, const typename T::scalar* x, Runs r, float mean, float lower,
                           float upper) {
-    vfloat m = splat(mean), lo = splat(lower), hi = splat(upper), sum0{}, sum1{}, dot0{}, dot1{};
-    for (int64_t j = 0; j < r.runs; ++j, x += r.stride, g += r.stride) {
-        int64_t i = 0;
-        for (; i + 2 * LANES <= r.length; i += 2 * LANES) {
-            vfloat a = T::load(x + i), b = T::load(x + i + LANES), ga = T::load(g + i), gb = T::load(g + i + LANES);
-            if (PAPER) ga = only((a >= lo) & (a <= hi), ga), gb = only((b >= lo) & (b <= hi), gb);
-            sum0 += ga, sum1 += gb;
-            dot0 += ga * (a - m), dot1 += gb * (b - m);
-        }
-        for (; i < r.length; i += LANES) {
-            bool whole = i + LANES <= r.length;
-            vfloat a = whole ? T::load(x + i) : load_rest<T>(x, i, r.length, mean);
-            vfloat ga = whole ? T::load(g + i) : load_rest<T>(g, i, r.length, 0.f);
-            if (PAPER) ga = only((a >= lo) & (a <= hi), ga);
-            sum0 += ga, dot0 += ga * (a - m);
-        }
-    }
-    return {total(sum0 + sum1), total(dot0 + dot1)};
+    vfloat m = splat(mean), lo = splat(lower), hi = splat(upper);
+    Lanes sum, dot;
+    int64_t added = 0;
+    for (int64_t j = 0; j < r.runs; ++j, x += r.stride, g += r.stride)
+        for_chains<GRADIENT_CHAIN>(
+            r.length, added,
+            [&](int64_t i) {
+                vfloat a = T::load(x + i), b = T::load(x + i + LANES), ga = T::load(g + i), gb = T::load(g + i + LANES);
+                if (PAPER) ga = only((a >= lo) & (a <= hi), ga), gb = only((b >= lo) & (b <= hi), gb);
+                sum.a += ga, sum.b += gb;
+                dot.a += ga * (a - m), dot.b += gb * (b - m);
+            },
+            [&](int64_t i) {
+                const bool whole = i + LANES <= r.length;
+                vfloat a = whole ? T::load(x + i) : load_rest<T>(x, i, r.length, mean);
+                vfloat ga = whole ? T::load(g + i) : load_rest<T>(g, i, r.length, 0.f);
+                if (PAPER) ga = only((a >= lo) & (a <= hi), ga);
+                sum.a += ga, dot.a += ga * (a - m);
+            },
+            [&] { sum.flush(), dot.flush(); });
+    return {sum.total(), dot.total()};
 }
 
 // dx = scale * g - f * (offset + slope * (x - mean)); in paper mode the offset is not masked.

@@ -35,8 +35,17 @@ struct Moments {  // one entry for each set
     }
 };
 
-constexpr int64_t TILE = 4096;  // values summed in float before they are added up in double
-constexpr double FAR = 8;       // squared distance of shift and mean, in variances, above which sums are taken again
+constexpr int64_t TILE = 4096;  // values of a tile
+
+// How many values are added in one lane in float before their sum is added to others in double. Each of them is rounded to
+// the digits of the sum so far, and products of gradients with far outliers differ most.
+constexpr int64_t CHAIN = 8, GRADIENT_CHAIN = 8;
+
+// The squared distance of shift and mean, in variances, above which sums are taken again: it is what is lost of their
+// digits, and the roundings of few values do not average out.
+static double far_from_mean(double count) { return count > 64 ? 2 : 0.25; }
+
+constexpr int PASSES = 4;  // at most; each leaves of that distance what its own rounding was
 
 // Arrays of `n` each, one after the other, that start where a cache line does. Vectors that straddle two lines made the
 // passes that write 1.5 times as slow on AMD Zen 5, wherever the tensor came from the third cache or from memory.
@@ -117,12 +126,15 @@ const char* fbn_instruction_set() {
 }
 
 // `moments` are five arrays, one after the other. Running statistics may be null; a channel whose moments are not
-// finite keeps its own.
+// finite keeps its own. `num_batches`, which may be null as well, counts the batches; where momentum is NaN the running
+// statistics are the average of all that it counts.
 void fbn_forward(const Shape* d, const Options* o, const void* x, void* y, const float* weight, const float* bias,
-                 float* moments, float* running_mean, float* running_var, double momentum) {
+                 float* moments, float* running_mean, float* running_var, double momentum, int64_t* num_batches) {
     const Moments m(*d, moments);
     DISPATCH(forward(*d, *o, x, y, weight, bias, m));
+    if (num_batches) ++*num_batches;
     if (!running_mean || !running_var) return;
+    if (momentum != momentum) momentum = 1.0 / (double)(num_batches ? *num_batches : 1);
     for (int64_t c = 0; c < d->c; ++c) {
         const double others = (double)m.count[c] - 1, unbiased = m.var[c] * (m.count[c] / (others > 1 ? others : 1));
         if (!std::isfinite(m.mean[c]) || !std::isfinite(unbiased)) continue;

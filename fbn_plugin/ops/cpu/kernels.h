@@ -7,11 +7,14 @@
 //   channels_last.h  sets that are columns of rows
 //   rows.h           sets that are a row, or a part of it
 //
-// A statistic is summed in lanes around a value of its own set ("shift"), so that a large mean costs no digits, for at
-// most a few thousand values (a "tile"), and the tiles are added up in double. Where the sums show that the shift lay far
-// from the mean, which costs the digits after all, they are taken again around that mean. The first pass also keeps each
-// tile's smallest and largest value: a tile that lies within the band has its sums already, and only the others are read
-// a second time, through the mask.
+// A statistic is summed in lanes around a value of its own set ("shift"), so that a large mean costs no digits: a few
+// values in float, the rest in double. Where the sums show that the shift lay far from the mean, which costs the digits
+// after all, they are taken again around that mean. The first pass also keeps the smallest and largest value of each few
+// thousand values (a "tile"): a tile that lies within the band has its sums already, and only the others are read a
+// second time, through the mask.
+//
+// Squares of float32 overflow where values lie more than 1.8e19 apart (the moments are NaN then), and vanish where they
+// differ by less than 1e-23: without eps, such a set has no deviation.
 
 #include "vectors.h"
 #include "moments.h"

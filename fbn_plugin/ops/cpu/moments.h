@@ -31,7 +31,7 @@ struct Total {
 
     // A variance that is small against the squares that it was computed from has lost its digits: they were taken
     // around a value that is no part of the bulk, such as an outlier that the filter has dropped since.
-    bool is_poor() const { return around_shift > (1 + FAR) * square; }
+    bool is_poor() const { return around_shift > (1 + far_from_mean(count)) * square; }
 
     double var() const { return square > 0 ? square / count : square == square ? 0 : square; }
 };

@@ -1,6 +1,6 @@
 // ---- rows: a single position a sample, as in layer normalization over channels; a set is a run of channels
 
-constexpr int64_t BLOCK = 256;  // rows whose gradients of weight and bias are summed in float
+constexpr int64_t BLOCK = 16;  // rows whose gradients of weight and bias are summed in float
 
 template <class T, bool WHOLE>
 static void forward_rows(const Shape& d, const Options& o, const void* x_, void* y_, const float* weight,
@@ -38,7 +38,8 @@ static void backward_row(const typename T::scalar* g, const typename T::scalar* 
                          float* d_weight) {
     const vfloat mean = splat(m.mean[set]), lo = splat(m.lower[set]), hi = splat(m.upper[set]),
                  rstd = splat((float)(1 / sqrt((double)m.var[set] + o.eps)));
-    vfloat sum{}, dot{};
+    Lanes sum, dot;
+    int64_t added = 0;
     for (int64_t i = 0; i < n; i += LANES) {
         const int64_t at = start_of(i / LANES, n);
         vfloat a = load_vector<T, WHOLE>(x + at, n), ga = load_vector<T, WHOLE>(g + at, n);
@@ -48,9 +49,10 @@ static void backward_row(const typename T::scalar* g, const typename T::scalar* 
         store_vector<Float32, WHOLE>(d_bias + at, n, load_vector<Float32, WHOLE>(d_bias + at, n) + ga);
         store_vector<Float32, WHOLE>(d_weight + at, n, load_vector<Float32, WHOLE>(d_weight + at, n) + gx * rstd);
         const vfloat w = weight ? load_vector<Float32, WHOLE>(weight + at, n) : splat(1.f);
-        sum += ga * w, dot += gx * w;
+        sum.a += ga * w, dot.a += gx * w;
+        if (++added == GRADIENT_CHAIN) sum.flush(), dot.flush(), added = 0;
     }
-    const Line l = line_of(m, set, total(sum), total(dot), o);
+    const Line l = line_of(m, set, sum.total(), dot.total(), o);
     const vfloat offset = splat(l.offset), slope = splat(l.slope);
     for_vectors(n, [=](int64_t at) {
         const vfloat scale = weight ? rstd * load_vector<Float32, WHOLE>(weight + at, n) : rstd;

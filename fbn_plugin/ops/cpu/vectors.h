@@ -10,11 +10,6 @@ typedef uint16_t vbfloat __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 constexpr int64_t LANES = VECTOR_BYTES / sizeof(float);
 
-template <int N>
-struct Constant {
-    static constexpr int value = N;
-};
-
 static inline vfloat splat(float v) { return v - vfloat{}; }
 static inline vfloat smaller(vfloat a, vfloat b) { return a < b ? a : b; }
 static inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
@@ -42,13 +37,34 @@ static inline bool any_of(vint mask) {
     return any;
 }
 
-static inline double total(vfloat v) {
-    vdouble wide = __builtin_convertvector(half<half_vfloat>(v, 0), vdouble) +
-                   __builtin_convertvector(half<half_vfloat>(v, 1), vdouble);
-    double even = 0, odd = 0;
-    for (int i = 0; i < LANES / 2; i += 2) even += wide[i], odd += wide[i + 1];
-    return even + odd;
-}
+// As many doubles as a vector of floats has lanes; written as loops, which compilers turn into better code than
+// conversions of vectors.
+struct WideVector {
+    alignas(VECTOR_BYTES) double lanes[LANES] = {};
+    void add(vfloat v) {
+        float one[LANES];
+        memcpy(one, &v, sizeof v);
+        for (int i = 0; i < LANES; ++i) lanes[i] += one[i];
+    }
+    double total() const {
+        double even = 0, odd = 0;
+        for (int i = 0; i < LANES; i += 2) even += lanes[i], odd += lanes[i + 1];
+        return even + odd;
+    }
+    template <bool WHOLE>
+    void store(double* p, int64_t n) const {
+        memcpy(p, lanes, WHOLE ? sizeof lanes : n * sizeof(double));
+    }
+};
+
+// A sum in lanes: `a` and `b` are added to in float, a few values each, and then put into double, where rounding does
+// not show.
+struct Lanes {
+    vfloat a{}, b{};
+    WideVector sum;
+    void flush() { sum.add(a + b), a = b = vfloat{}; }
+    double total() { return flush(), sum.total(); }
+};
 
 static inline float smallest(vfloat v) {
     half_vfloat a = half<half_vfloat>(v, 0), b = half<half_vfloat>(v, 1), c = a < b ? a : b;

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,7 @@ def test_other_instruction_sets_agree_too(capability, name):
         "-p",
         "no:cacheprovider",
         __file__,
+        str(Path(__file__).with_name("test_accuracy.py")),
         "-k",
         "reference or digits or twice",
     ]
