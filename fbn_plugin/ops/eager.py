@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fbn_plugin.ops import dispatch, library
+from fbn_plugin.ops import cuda, dispatch, library
 from fbn_plugin.ops.reference import SIGN_TELLS, Options, RunningStats
 
 # All names that are not public and that something here depends on.
@@ -109,10 +109,5 @@ normalize: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Runnin
 normalize = _Norm.apply
 
 
-def _public_stream(device_index: int) -> int:
-    return torch.cuda.current_stream(device_index).cuda_stream
-
-
-# device_index -> the address of the current stream of a GPU, to launch a kernel in. For backends, which import this
-# module, not this name: it imports them.
-raw_stream: Callable[[int], int] = _raw_stream or _public_stream
+# Backends that launch kernels are told, as they stand below this file.
+cuda.driver.use_for_current_stream(_raw_stream)

@@ -97,7 +97,7 @@ def _load(device: int, variant: plan.Variant) -> str | None:
 _kernels: dict[tuple[int, plan.Variant], tuple[driver.Kernel, driver.Kernel | None]] = {}
 _planned: dict[tuple, _Planned | str] = {}
 _lock = threading.Lock()
-_workspaces: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+_workspaces: dict[int, tuple[Tensor, Tensor]] = {}
 _streams: dict[int, set[int]] = {}
 _launches: dict[int, int] = {}
 
@@ -190,6 +190,15 @@ def _make(
     return _Planned(device, shape, made)
 
 
+def _stream(x: Tensor) -> int:
+    """The stream on which a launch for ``x`` goes. Its plan is to be found afterwards: a new stream makes groups smaller."""
+    device = x.device.index or 0
+    stream = driver.current_stream(device)
+    if stream and stream not in _streams.get(device, ()):
+        _note(device, stream)
+    return stream
+
+
 def refuses(x: Tensor, num_groups: int = 0, activation: str = "identity") -> str | None:
     """Why these kernels do not take ``x``; None if they do."""
     if x.device.type != driver.DEVICE_TYPE:
@@ -228,34 +237,38 @@ def precompile(inputs: Iterable[tuple], device: int | None = None) -> int:
 
 
 def _workspace(device: int, stream: int, launch: _Launch) -> tuple[Tensor | None, Tensor | None]:
-    """Partial sums and counters, which belong to one launch at a time, as those of a stream are. A graph that is
-    captured gets its own."""
+    """Partial sums and counters, which belong to one launch at a time, as those of the default stream are.
+
+    On other streams each launch has its own, which costs filling the counters: there CUDA graphs are captured, or
+    warmed up with a memory pool that nothing may be kept of.
+    """
     if not launch.floats:
         return None, None
-    if driver.capturing(device):
-        _note(device, stream)
+    if stream:
         return _new(device, launch.floats), _new(device, launch.counters, torch.int32)
-    found = _workspaces.get((device, stream))
+    found = _workspaces.get(device)
     if found is None or found[0].numel() < launch.floats or found[1].numel() < launch.counters:
         with _lock:
-            _note(device, stream)
             found = _new(device, 2 * launch.floats), _new(device, 2 * launch.counters, torch.int32)
-            _workspaces[device, stream] = found
+            _workspaces[device] = found
     return found
 
 
 def _new(device: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(size, dtype=dtype, device=torch.device(driver.DEVICE_TYPE, device))
+    make = torch.zeros if dtype is torch.int32 else torch.empty  # counters start at zero
+    return make(size, dtype=dtype, device=torch.device(driver.DEVICE_TYPE, device))
 
 
 def _note(device: int, stream: int) -> None:
-    """Reckon with another stream whose launches may run at the same time."""
-    streams = _streams.setdefault(device, set())
-    streams.add(stream)
-    if len(streams) > _launches.get(device, 4):
-        _launches[device] = 2 * _launches.get(device, 4)
-        if driver.DEVICE_TYPE == "cuda" and not driver.capturing(device):
-            torch.cuda.synchronize(device)  # until the larger groups are done
+    """Reckon with another stream, beside the default one, whose launches may run at the same time."""
+    with _lock:
+        streams = _streams.setdefault(device, set())
+        streams.add(stream)
+        grown = len(streams) + 1 > _launches.get(device, 4)
+        if grown:
+            _launches[device] = 2 * _launches.get(device, 4)
+    if grown and driver.DEVICE_TYPE == "cuda" and not driver.capturing(device):
+        torch.cuda.synchronize(device)  # until the larger groups are done
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -290,16 +303,17 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`fbn_plugin.ops.reference.forward`, for what :func:`refuses` does not refuse."""
     num_groups, t_sigma, eps, correction, _, activation, slope = options
+    stream = _stream(x)
     planned = _find(x, num_groups, _ACTIVATIONS[activation])
     y = torch.empty_like(x)
     moments = x.new_empty((5, *planned.stats), dtype=torch.float32)
     kappa = gaussian_kappa(t_sigma) if correction else 1.0
     slope = slope if activation == "leaky_relu" else 0.0
-    _forward(planned, x, y, weight, bias, residual, running, moments, t_sigma, eps, kappa, slope)
+    _forward(planned, stream, x, y, weight, bias, residual, running, moments, t_sigma, eps, kappa, slope)
     return y, moments
 
 
-def _forward(planned, x, y, weight, bias, residual, running, moments, t_sigma, eps, kappa, slope) -> None:
+def _forward(planned, stream, x, y, weight, bias, residual, running, moments, t_sigma, eps, kappa, slope) -> None:
     weight, weight_at, weight_type = _parameter(weight)
     bias, bias_at, bias_type = _parameter(bias)
     if residual is not None:
@@ -320,7 +334,6 @@ def _forward(planned, x, y, weight, bias, residual, running, moments, t_sigma, e
             torch.autograd.graph.increment_version(num_batches)
     device, launch = planned.device, planned.forward
     with driver.on(device):
-        stream = driver.current_stream(device)
         partial, counters = _workspace(device, stream, launch)
         arguments = _own.forward
         arguments.pack_into(
@@ -359,6 +372,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As :func:`fbn_plugin.ops.reference.backward`, for what :func:`refuses` does not refuse."""
     num_groups, t_sigma, eps, correction, grad_mode, activation, slope = options
+    stream = _stream(x)
     planned = _find(x, num_groups, _ACTIVATIONS[activation])
     shape = planned.shape
     dx, dz = torch.empty_like(x), None
@@ -373,17 +387,18 @@ def backward(
     coefficients = x.new_empty((2, *planned.stats), dtype=torch.float32) if planned.result is not None else None
     common = grad_mode == "paper", is_output, eps, kappa, slope
     arguments = _like(x, grad), x, other, dx, dz, weight, bias, moments, coefficients, sums
-    _backward(planned, planned.backward, *arguments, *common)
+    _backward(planned, planned.backward, stream, *arguments, *common)
     if samples:
-        _finish(planned, sums, weight, moments, coefficients, gradients, kappa)
+        _finish(planned, stream, sums, weight, moments, coefficients, gradients, kappa)
     if planned.result is not None:
-        _backward(planned, planned.result, *arguments, *common)
+        _backward(planned, planned.result, stream, *arguments, *common)
     return dx, gradients[1], gradients[0], dz
 
 
 def _backward(
     planned,
     launch,
+    stream,
     grad,
     x,
     other,
@@ -404,7 +419,6 @@ def _backward(
     bias, bias_at, bias_type = _parameter(bias)
     device = planned.device
     with driver.on(device):
-        stream = driver.current_stream(device)
         partial, counters = _workspace(device, stream, launch)
         arguments = _own.backward
         arguments.pack_into(
@@ -433,7 +447,7 @@ def _backward(
         launch(arguments, stream)
 
 
-def _finish(planned: _Planned, sums, weight, moments, coefficients, gradients, kappa) -> None:
+def _finish(planned: _Planned, stream: int, sums, weight, moments, coefficients, gradients, kappa) -> None:
     weight, weight_at, weight_type = _parameter(weight)
     shape, kernel = planned.shape, planned.finish
     threads = planned.backward.threads
@@ -456,7 +470,7 @@ def _finish(planned: _Planned, sums, weight, moments, coefficients, gradients, k
             shape.sets,
         )
         grid = -(-(2 * shape.channels + sets) // threads)
-        driver.launch(kernel, grid, threads, 0, arguments.parameters, driver.current_stream(planned.device))
+        driver.launch(kernel, grid, threads, 0, arguments.parameters, stream)
 
 
 # --- the single steps of a batch that is spread over processes --------------------------------------------------------
@@ -476,8 +490,9 @@ def measure_kept(x: Tensor, lower: Tensor, upper: Tensor, measured: Tensor) -> t
 
 
 def _step(x: Tensor, phase: int, moments: Tensor) -> Tensor:
+    stream = _stream(x)
     planned = _find(x, 0, phases=phase, way="forward")
-    _forward(planned, x, None, None, None, None, None, moments, 1.0, 0.0, 1.0, 0.0)
+    _forward(planned, stream, x, None, None, None, None, None, moments, 1.0, 0.0, 1.0, 0.0)
     return moments
 
 
@@ -485,18 +500,20 @@ def normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor, num_groups: int, eps: float
 ) -> Tensor:
     """As :func:`fbn_plugin.ops.reference.normalize`, for what :func:`refuses` does not refuse."""
-    planned, y = _find(x, num_groups, phases=plan.APPLY, way="forward"), torch.empty_like(x)
-    _forward(planned, x, y, weight, bias, None, None, moments, 1.0, eps, 1.0, 0.0)
+    stream, y = _stream(x), torch.empty_like(x)
+    planned = _find(x, num_groups, phases=plan.APPLY, way="forward")
+    _forward(planned, stream, x, y, weight, bias, None, None, moments, 1.0, eps, 1.0, 0.0)
     return y
 
 
 def gradient_sums(grad: Tensor, x: Tensor, moments: Tensor, eps: float, grad_mode: str) -> tuple[Tensor, Tensor]:
     """As :func:`fbn_plugin.ops.reference.gradient_sums`, for what :func:`refuses` does not refuse."""
+    stream = _stream(x)
     planned = _find(x, 0, phases=plan.FIRST, way="backward")
     sums = x.new_empty((2, x.shape[1]), dtype=torch.float32)
     common = grad_mode == "paper", False, eps, 1.0, 0.0
     arguments = _like(x, grad), x, None, None, None, None, None, moments, None, sums
-    _backward(planned, planned.backward, *arguments, *common)
+    _backward(planned, planned.backward, stream, *arguments, *common)
     return sums[1], sums[0]
 
 
@@ -511,11 +528,12 @@ def input_gradient(
     mean_g_xhat: Tensor,
 ) -> Tensor:
     """As :func:`fbn_plugin.ops.reference.input_gradient`, for what :func:`refuses` does not refuse."""
-    planned, dx = _find(x, 0, phases=plan.APPLY, way="backward"), torch.empty_like(x)
+    stream, dx = _stream(x), torch.empty_like(x)
+    planned = _find(x, 0, phases=plan.APPLY, way="backward")
     coefficients = torch.stack((mean_g, mean_g_xhat)).float()
     common = grad_mode == "paper", False, eps, 1.0, 0.0
     arguments = _like(x, grad), x, None, dx, None, weight, None, moments, coefficients, None
-    _backward(planned, planned.backward, *arguments, *common)
+    _backward(planned, planned.backward, stream, *arguments, *common)
     return dx
 
 

@@ -303,19 +303,18 @@ def test_layers_take_it(emulated, monkeypatch):
     assert set(emulated.launched) == {"forward", "backward", "finish_backward"}
 
 
-def test_a_stream_has_its_own_workspace_and_a_graph_another(emulated):
+def test_the_default_stream_has_a_workspace_and_each_launch_on_another_its_own(emulated):
     emulated = emulated.replace(card=ROOMY)
     x = inputs((2, 3, 63, 65), torch.float32, False)[0]
-    options = Options(0, 2.0, 1e-5, False, "exact")
+    launch = cuda._find(x, 0).forward
+    first = cuda._workspace(0, 0, launch)
+    assert cuda._workspace(0, 0, launch) is first and not first[1].any()
     for stream in (1, 2, 1):
         emulated.stream = stream
-        cuda.forward(x, None, None, None, None, options)
-    assert set(cuda._workspaces) == {(0, 1), (0, 2)}
-    emulated.stream, emulated.captures = 3, True
-    partial, counters = cuda._workspace(0, 3, cuda._find(x, 0).forward)
-    assert partial.data_ptr() != counters.data_ptr()
-    cuda.forward(x, None, None, None, None, options)
-    assert set(cuda._workspaces) == {(0, 1), (0, 2)} and cuda._streams[0] == {1, 2, 3}
+        other = cuda._workspace(0, cuda._stream(x), launch)
+        addresses = {tensor.data_ptr() for tensor in (*first, *other)}
+        assert len(addresses) == 4 and not other[1].any()
+    assert set(cuda._workspaces) == {0} and cuda._streams[0] == {1, 2}
 
 
 def test_more_streams_make_groups_smaller(emulated):
