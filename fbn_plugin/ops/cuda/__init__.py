@@ -191,7 +191,7 @@ def _make(
 
 
 def _stream(x: Tensor) -> int:
-    """The stream on which a launch for ``x`` goes. Its plan is to be found afterwards: a new stream makes groups smaller."""
+    """The stream of a launch for ``x``, whose plan is to be found afterwards: a new stream makes groups smaller."""
     device = x.device.index or 0
     stream = driver.current_stream(device)
     if stream and stream not in _streams.get(device, ()):
