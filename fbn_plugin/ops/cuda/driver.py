@@ -74,12 +74,12 @@ class Card(NamedTuple):
         """How many blocks of ``threads`` threads the whole card holds at a time: never too many, for groups wait for
         their members.
 
-        Registers are given out 256 at a time to each warp, in four parts of a multiprocessor of which a block's warps
-        take turns; shared memory by 128 bytes.
+        Registers are given out 256 at a time to each warp, in four parts of a multiprocessor over which warps are spread
+        evenly; shared memory by 128 bytes. (NVIDIA's ``cuda_occupancy.h`` counts in the same way.)
         """
         warps = -(-threads // 32)
         per_warp = -(-kernel.registers * 32 // 256) * 256
-        by_registers = self.registers_per_multiprocessor // 4 // per_warp * 4 // (-(-warps // 4) * 4)
+        by_registers = self.registers_per_multiprocessor // 4 // per_warp * 4 // warps
         shared = kernel.static_shared + dynamic_shared
         if shared > self.shared_per_block:
             return 0

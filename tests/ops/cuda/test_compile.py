@@ -136,12 +136,16 @@ def test_static_shared_memory(compiled, arch):
 
 @pytest.mark.parametrize("arch", CARDS)
 def test_the_card_holds_what_plans_count_with(compiled, arch):
-    """One member of a group can always start: the others of each launch, which wait, leave it a place."""
+    """One member of a group can always start: the others of each launch, which wait, leave it a place. A variant of
+    which the card holds fewer blocks than its plans count with is refused when it is loaded."""
     card, wrong = CARDS[arch], []
     for variant, name, r in each(compiled, arch):
         if name == "finish_backward":
             continue
         kernel = driver.Kernel(name, 0, 0, r.registers, r.static_shared, r.local)
+        room = plan.room_for(card, variant)
+        if (places := card.resident(kernel, variant.threads, room.shared)) < room.places:
+            wrong.append(f"{' '.join(variant.defines())} {name}: {r}, {places} places, refused")
         for cut in cuts(arch)[variant]:
             waiting = cut.members - 1 if variant.phases != plan.APPLY else 0
             places = card.resident(kernel, variant.threads, cut.dynamic_shared)

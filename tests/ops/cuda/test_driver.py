@@ -184,7 +184,8 @@ def test_card(fake):
         ("sm_90", 64, 0, 512, 0, 2),
         ("sm_90", 65, 0, 512, 0, 1),  # as 72
         ("sm_90", 128, 0, 512, 0, 1),
-        ("sm_90", 32, 0, 32, 0, 16),  # four parts of a multiprocessor: counted as if a block's warp took all four
+        ("sm_90", 32, 0, 32, 0, 32),  # blocks of a multiprocessor
+        ("sm_90", 78, 0, 64, 0, 12),  # 16384 / 2560 = 6 warps in each of four parts, of which a block takes two
         ("sm_90", 32, 1088, 512, 100_000, 2),  # shared memory
         ("sm_90", 32, 1088, 512, 115_712 - 1088, 2),  # to the byte: 2 (113 + 1) KB are 228 KB
         ("sm_90", 32, 1088, 512, 115_713 - 1088, 1),
