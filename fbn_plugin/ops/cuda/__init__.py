@@ -174,7 +174,7 @@ def _make(
         return "an activation after the group form is not in the kernels"
     positions, alignment = x.shape[2:].numel(), aligned & -aligned or 16
     shape = plan.Shape(x.shape[0], x.shape[1], positions, x.dtype, channels_last, num_groups, alignment)
-    if reason := plan.refuses(shape) or (driver.reason(device, None) if not _kernels else None):
+    if reason := plan.refuses(shape) or driver.reason(device, None):
         return reason
     made = plan.make(shape, driver.card(device), launches, activation, phases)
     if way == "forward":

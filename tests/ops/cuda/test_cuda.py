@@ -317,6 +317,14 @@ def test_the_default_stream_has_a_workspace_and_each_launch_on_another_its_own(e
     assert set(cuda._workspaces) == {0} and cuda._streams[0] == {1, 2}
 
 
+def test_another_card_that_cannot_be_used(emulated, monkeypatch):
+    """What the first card can says nothing of the second."""
+    x = torch.randn(2, 4, 8, 8)
+    assert cuda.refuses(x) is None
+    monkeypatch.setattr(emulated, "reason", lambda device, defines=None: "too old" if defines is None else None)
+    assert cuda.refuses(torch.randn(2, 4, 8, 9)) == "too old"
+
+
 def test_more_streams_make_groups_smaller(emulated):
     emulated = emulated.replace(card=Card("sm_90", 4, 60000, 160000, 256, 65536, 2048, 32, 1 << 20))
     x = torch.randn(1, 1, 127, 129)
