@@ -937,13 +937,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_lines(const Forwar
     const float mean = (float)m.mean, rstd = (float)root, rest = (float)((m.mean - mean) * root);
     const int channel = (int)(s % groups) * cut.set_channels;
     for (int k = 0; k * 32 + lane < vectors; k++) {
-      Vector v = line.at(k);
+      Vector v = line.at(k), r;
       const int at = (k * 32 + lane) * VECTOR;
+      if (a.residual) r.word = *(const Word*)(a.residual + s * cut.set_channels + at);
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
         const float w = parameter(a.weight, a.weight_type, channel + at + i, 1.f);
         const float b = parameter(a.bias, a.bias_type, channel + at + i, 0.f);
-        v.value[i] = down(((up(v.value[i]) - mean) * rstd - rest) * w + b);
+        float z = ((up(v.value[i]) - mean) * rstd - rest) * w + b;
+        if (a.residual) z += up(r.value[i]);
+        v.value[i] = down(z);
       }
       *(Word*)(a.y + s * cut.set_channels + at) = v.word;
     }

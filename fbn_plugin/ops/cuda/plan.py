@@ -8,7 +8,9 @@ wait for each other (`_WAIT`), and what does not stay on the chip is read again.
 The number of members of a group is bounded so that nobody waits for ever (see ``kernels.cu``): the sum over all
 launches that run at a time of ``members - 1`` stays below the number of blocks that the card holds, if groups are at
 most ``places / launches``. One launch runs at a time on each stream; the number of streams that have launched before
-is counted, and four are always reckoned with.
+is counted, and four are always reckoned with. Not reckoned with: more than four graphs that were captured on one stream
+and are replayed on as many at a time, and launches in a part of the card (a green context) that is smaller than a
+group.
 """
 
 import functools

@@ -157,6 +157,18 @@ def test_activation_and_residual(shape, channels_last, activation, add, emulated
             close(ours, truth, 2 * one_rounding + 2e-4, f"{name} {dtype}")
 
 
+@pytest.mark.parametrize("shape, channels_last", [((2, 4, 40, 64), False), ((2, 16, 9, 9), True), ((40, 24), False)])
+def test_residual_after_the_group_form(shape, channels_last, emulated):
+    emulated.replace(card=ROOMY)
+    x, _, weight, bias = inputs(shape, torch.float32, channels_last, 4)
+    residual = torch.empty_like(x).copy_(torch.randn(shape, generator=torch.Generator().manual_seed(5)))
+    options = Options(4, 2.0, 1e-5, False, "exact")
+    assert cuda.refuses(x, 4) is None
+    y, _ = cuda.forward(x, weight, bias, residual, None, options)
+    expected, _ = reference.forward(*(t.double() for t in (x, weight, bias, residual)), None, options)
+    close(y, expected, 1e-5, "y")
+
+
 @pytest.mark.parametrize(
     "shape, channels_last", [((2, 3, 63, 65), False), ((3, 16, 40, 41), True), ((3, 8, 7, 7), False)]
 )

@@ -5,6 +5,7 @@ import torch
 
 from fbn_plugin import ops
 from fbn_plugin.ops import cuda
+from fbn_plugin.ops.cuda import driver, plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -27,3 +28,22 @@ def test_graphs_of_compiled_training_steps():
         found = [gradient.clone() for gradient in torch.autograd.grad(compiled(x, weight), (x, weight))]
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_card_holds_as_many_blocks_as_the_driver_says():
+    """More than it holds, and a group might wait for a member that never starts."""
+    cuda.forget()
+    for shape in ((2, 8, 6, 6), (2, 8, 20, 20), (2, 16, 250, 250), (3, 8, 7, 7), (64, 32)):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(shape, device="cuda", dtype=dtype)
+            for form in (x, x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x):
+                for num_groups in (0, 4):
+                    assert cuda.refuses(form, num_groups) is None
+    card, rows = driver.card(0), []
+    for (device, variant), (kernel, _) in cuda._kernels.items():
+        shared = plan.room_for(card, variant).shared
+        with driver._context(device):
+            occupancy = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
+            truth = driver._call(occupancy, kernel.handle, variant.threads, shared) * card.multiprocessors
+        rows.append((card.resident(kernel, variant.threads, shared), truth, kernel, variant))
+    assert len(rows) > 10 and all(ours == truth for ours, truth, *_ in rows), rows
