@@ -36,7 +36,8 @@ SLOTS = 8  # partial sums of a member, kernels.cu
 _LOADS = 4, 2  # forward and backward: what is kept is a multiple of these
 _ROUNDS = 2, 1  # forward and backward: how often what is not kept is read again, and members wait
 _LINE_THREADS, _LINE_SUMS = (256, 64), 24 << 10
-_MOST = 2**30  # values in a set: they are counted in 32 bits, and past the end by what blocks have too many
+_MOST = 2**30  # values in a set, channels of samples: they are counted in 32 bits, and past the end by what blocks
+# have too many
 _BANDWIDTH = 22e3  # bytes that a multiprocessor moves in a microsecond: 132 of them 2.9 TB/s
 _WAIT = 2.5  # microseconds until the last of a group's members has come
 
@@ -168,6 +169,9 @@ def refuses(shape: Shape) -> str | None:
             return f"groups of {shape.set_channels} channels, channels-last, fit into no block of channels"
         if layout == LINES and 8 * shape.channels * _LINE_THREADS[-1] // 32 > _LINE_SUMS:
             return f"{shape.channels} channels are more than a multiprocessor can add up"
+        channels = shape.sets if layout == LINES else shape.samples * shape.channels
+        if channels > _MOST:
+            return f"{channels} channels of samples are more than {_MOST}"
     largest = shape.samples * shape.channels * shape.positions // shape.sets
     if largest > _MOST:
         return f"{largest} values with one mean are more than {_MOST}"

@@ -296,6 +296,10 @@ def test_what_is_refused(emulated):
     last = x.contiguous(memory_format=torch.channels_last)
     assert cuda.refuses(last, 2) == "groups of 3 channels, channels-last, fit into no block of channels"
     assert cuda.refuses(torch.randn(4, 40000), 1) == "40000 channels are more than a multiprocessor can add up"
+    large = plan.Shape(2**21, 2**10, 2, torch.float16, False, 2**10, 16)
+    assert plan.refuses(large) == f"{2**31} channels of samples are more than {2**30}"
+    large = large._replace(positions=1, num_groups=1)
+    assert plan.refuses(large) is None and plan.make(large, ROOMY, 4).forward.members == 1
 
 
 def test_layers_take_it(emulated, monkeypatch):
