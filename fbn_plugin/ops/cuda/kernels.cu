@@ -42,12 +42,18 @@ INLINE u16 to_bfloat16(float f) { u32 u = __float_as_uint(f); return f != f ? 0x
 INLINE u16 to_half(float f) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(f)); return r; }
 INLINE float from_half(u16 v) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f; }
 INLINE void add_release(int* p, int v) { asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+INLINE int add_acquire_release(int* p, int v) {
+  int old;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
+  return old;
+}
 INLINE int load_acquire(const int* p) { int v; asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
 #else  // the same on the CPU
 inline u16 to_bfloat16(float f) { u32 u = __float_as_uint(f); return f != f ? 0x7FFF : (u + 0x7FFF + (u >> 16 & 1)) >> 16; }
 inline u16 to_half(float f) { _Float16 h = f; u16 r; memcpy(&r, &h, 2); return f != f ? 0x7FFF : r; }
 inline float from_half(u16 v) { _Float16 h; memcpy(&h, &v, 2); return h; }
 inline void add_release(int* p, int v) { cuda_on_cpu::atomic<__ATOMIC_RELEASE>(p, [=](int old) { return old + v; }); }
+inline int add_acquire_release(int* p, int v) { return cuda_on_cpu::atomic<__ATOMIC_ACQ_REL>(p, [=](int old) { return old + v; }); }
 inline int load_acquire(const int* p) { return cuda_on_cpu::poll(p); }
 #endif
 INLINE float from_bfloat16(u16 v) { return __uint_as_float((u32)v << 16); }
@@ -189,15 +195,13 @@ INLINE void meet(int* counter, int members, int round) {
   __syncthreads();
 }
 
-// The last block of a launch leaves all counters at zero.
+// The last block of a launch leaves all counters at zero. (An atomic that acquires and releases, as __threadfence is a
+// fence of sequential consistency, the dearest that there is, and each block would end with it.)
 template <bool MEETS> INLINE void leave(const Cut& c, int* counters) {
   if (MEETS && c.members > 1) {
     __shared__ int last;
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicAdd(counters + 1, 1) == c.groups * c.members - 1;
-    }
+    if (threadIdx.x == 0) last = add_acquire_release(counters + 1, 1) == c.groups * c.members - 1;
     __syncthreads();
     if (last)
       for (int i = threadIdx.x; i < 2 + c.groups; i += THREADS) counters[i] = 0;
