@@ -74,8 +74,8 @@ class Card(NamedTuple):
         """How many blocks of ``threads`` threads the whole card holds at a time: never too many, for groups wait for
         their members.
 
-        Registers are given out 256 at a time to each warp, in four parts of a multiprocessor over which warps are spread
-        evenly; shared memory by 128 bytes. (NVIDIA's ``cuda_occupancy.h`` counts in the same way.)
+        Registers are given out 256 at a time to each warp, in four parts of a multiprocessor over which warps are
+        spread evenly; shared memory by 128 bytes. (NVIDIA's ``cuda_occupancy.h`` counts in the same way.)
         """
         warps = -(-threads // 32)
         per_warp = -(-kernel.registers * 32 // 256) * 256
@@ -291,8 +291,7 @@ def launch(
 
     Arguments:
         params: address of an array of pointers, one to each argument of the kernel. The driver reads them during the
-        call, in which
-            Python's lock is free: another thread must not write there meanwhile.
+            call, in which Python's lock is free: another thread must not write there meanwhile.
         cooperative: all blocks are resident at a time, or the launch fails.
     """
     if cooperative:
