@@ -148,3 +148,7 @@ class InputNorm2d(BatchNormMixin, nn.BatchNorm2d):
         scale = RECTIFIED_STD * check_gamma_init(gamma_init)
         super().__init__(num_channels, eps, momentum, gamma_init=scale, device=device, dtype=dtype)
         self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        nn.init.constant_(self.weight, self.gamma_init)  # the base class of PyTorch 2.6 wants a bias, too

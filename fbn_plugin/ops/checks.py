@@ -10,6 +10,7 @@ from torch import Tensor
 from fbn_plugin.ops.reference import ACTIVATIONS
 
 GRAD_MODES = ("exact", "paper")
+_LARGEST = sys.float_info.max  # looked up here, as the compiler of PyTorch 2.6 cannot see into sys
 
 
 def check_filter(t_sigma: float, grad_mode: str = "exact") -> float:
@@ -21,7 +22,7 @@ def check_filter(t_sigma: float, grad_mode: str = "exact") -> float:
         raise ValueError(f"t_sigma must be a number greater than 1 (inf filters nothing), got {t_sigma!r}")
     if grad_mode not in GRAD_MODES:
         raise ValueError(f"grad_mode must be one of {', '.join(map(repr, GRAD_MODES))}, got {grad_mode!r}")
-    return float(min(t_sigma, sys.float_info.max)) if t_sigma != math.inf else math.inf
+    return float(min(t_sigma, _LARGEST)) if t_sigma != math.inf else math.inf
 
 
 def check_activation(activation: str, negative_slope: float) -> None:

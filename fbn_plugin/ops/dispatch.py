@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fbn_plugin.ops import cpu, cuda, reference, triton
+from fbn_plugin.ops.checks import check_channels
 from fbn_plugin.ops.reference import Options, RunningStats
 
 
@@ -140,7 +141,17 @@ def backends() -> dict[str, str]:
 
 def explain(x: Tensor, num_groups: int = 0) -> str:
     """Which backend filters ``x`` in training, and why not one of those before it; ``num_groups`` as in
-    :func:`fbn_plugin.ops.filtered_group_norm`, 0 is the batch form."""
+    :func:`fbn_plugin.ops.filtered_group_norm`, 0 is the batch form.
+
+    Raises:
+        ValueError: what the filters take no tensor of: not floating point of shape (N, C, ...), or groups that do not
+        divide the channels.
+    """
+    check_channels(x)
+    if num_groups < 0 or (num_groups and x.shape[1] % num_groups):
+        raise ValueError(
+            f"num_groups must divide the number of channels, or be 0, got {num_groups} for {x.shape[1]} channels"
+        )
     refused = {}
     for name, backend in BACKENDS.items():
         reason = backend.refuses(x, num_groups)

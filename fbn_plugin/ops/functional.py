@@ -98,7 +98,9 @@ def _batch_norm(
         num_batches.add_(1)
     if (residual is None and options.activation == "identity") or _fuses(x, residual, options.activation):
         return _normalize(x, weight, bias, residual, running, options)
-    return _activate(_normalize(x, weight, bias, None, running, Options(*options[:5])), residual, options)
+    num_groups, t_sigma, eps, gaussian_correction, grad_mode, _, _ = options  # PyTorch 2.6 compiles no slice of it
+    plain = Options(num_groups, t_sigma, eps, gaussian_correction, grad_mode)
+    return _activate(_normalize(x, weight, bias, None, running, plain), residual, options)
 
 
 def _fuses(x: Tensor, residual: Tensor | None, activation: str) -> bool:

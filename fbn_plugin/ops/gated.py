@@ -31,11 +31,11 @@ def _per_image(t: Tensor, like: Tensor) -> Tensor:
     return t.reshape(-1, like.shape[1], *[1] * (like.dim() - 2))
 
 
-def _sums(grad: Tensor, x: Tensor, mean: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+def _sums(grad: Tensor, x: Tensor, mean: Tensor, root: Tensor, contiguous: bool) -> tuple[Tensor, Tensor]:
     """Sums of ``g`` and of ``g xhat`` over each image and channel: two parameters' gradients of PyTorch's batch
     normalization, were each image a batch. It stores no product."""
     shape = x.shape[:2]
-    if grad.is_contiguous() and x.is_contiguous():  # then all images and channels are the channels of one
+    if contiguous:  # then all images and channels are the channels of one
         batches = [(grad.reshape(1, shape.numel(), -1), x.reshape(1, shape.numel(), -1))]
         mean, root = mean.repeat(shape[0]), root.repeat(shape[0])
     else:
@@ -66,6 +66,7 @@ class _GatedNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(mean, var)
         ctx.save_for_backward(x, gate_weight, mean, root, pooled, gate, scale)
         ctx.pool_input = pool_input
+        ctx.contiguous = x.is_contiguous()  # the compiler of PyTorch 2.6 does not let the backward pass ask
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, gate_weight, gate_bias)]
         return y.to(x.dtype), mean, var
 
@@ -74,7 +75,7 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx, grad, *_):
         x, gate_weight, mean, root, pooled, gate, scale = ctx.saved_tensors
         grad, values = grad.to(mean.dtype), x.to(mean.dtype)
-        sum_g, sum_gx = _sums(grad, values, mean, root)
+        sum_g, sum_gx = _sums(grad, values, mean, root, ctx.contiguous)
         scaled = scale * sum_gx
         d_gate = scaled * (1 - gate)  # of the sigmoid's argument
         d_gate_weight, d_gate_bias = (d_gate * pooled).sum(0), d_gate.sum(0)

@@ -14,11 +14,12 @@ from fbn_plugin.ops.reference import FilteredMoments, Options
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def batch(shape, dtype, channels_last, seed, t_sigma=2.0, num_groups=0):
+def batch(shape, dtype, channels_last, seed, t_sigma=2.0, num_groups=0, device="cpu"):
     """Input with a mean per channel and outliers, no value of which lies near the edges of a band."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     per_channel = (1, shape[1], *[1] * (len(shape) - 2))
-    x = torch.randn(shape, generator=generator) * 2 + torch.randn(per_channel, generator=generator) * 5
+    x, means = (torch.randn(each, generator=generator, device=device) for each in (shape, per_channel))
+    x = x * 2 + means * 5
     x.flatten()[seed % 7 :: 61] *= 20
     x = x.to(dtype)
     # Where the band ends exactly is a matter of rounding; values there are moved to the middle of their set.

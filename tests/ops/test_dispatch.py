@@ -54,6 +54,18 @@ def test_the_next_backend_takes_over_and_explain_says_why(monkeypatch):
     }
 
 
+@pytest.mark.parametrize("num_groups", [3, -1, 9])
+def test_explain_of_groups_that_do_not_divide_the_channels(num_groups):
+    with pytest.raises(ValueError, match=f"num_groups .* got {num_groups} for 8 channels"):
+        ops.explain(torch.randn(2, 8, 3), num_groups)
+
+
+def test_explain_of_what_no_filter_takes():
+    for x in (torch.randn(3), torch.ones(2, 3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"floating point of shape \(N, C, \.\.\.\), got torch"):
+            ops.explain(x)
+
+
 def test_who_fuses(monkeypatch):
     x = torch.randn(2, 3)
     monkeypatch.setattr(dispatch, "BACKENDS", {"cpu": Fake(None), "triton": Fake(None)})

@@ -41,6 +41,11 @@ def _nvrtc():
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
+        if getattr(error, "name", None) in ("cuda", "cuda.bindings"):
+            raise Unavailable(
+                "the package cuda-bindings is not installed: PyTorch brings it on Linux, elsewhere pip install "
+                "cuda-bindings does, 12.8 or later"
+            ) from error
         raise Unavailable(
             f"the package cuda-bindings, 12.8 or later, is not installed or has no cuda.bindings.nvrtc: {error}"
         ) from error

@@ -105,6 +105,8 @@ def _api():
         return _cu
     if sentence := compiler.missing():
         raise Unavailable(sentence)
+    if torch.version.cuda is None:
+        raise Unavailable("this PyTorch is built without CUDA")
     try:
         from cuda.bindings import driver
     except Exception as error:
@@ -113,8 +115,10 @@ def _api():
         (error,) = driver.cuInit(0)
         got, version = driver.cuDriverGetVersion() if not int(error) else (error, 0)
     except Exception as error:  # libcuda.so.1 is not there, or lacks a function
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Unavailable(f"NVIDIA's driver cannot be loaded: {first}") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+        raise Unavailable(f"NVIDIA's driver is not installed or cannot be loaded: {first}") from error
+    if int(error) and error.name == "CUDA_ERROR_NO_DEVICE":
+        raise Unavailable("NVIDIA's driver sees no GPU (CUDA_ERROR_NO_DEVICE)")
     if int(error) or int(got):
         raise Unavailable(f"NVIDIA's driver does not start: {(error if int(error) else got).name}")
     needed = compiler.version()

@@ -8,13 +8,25 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import batch, check_as_exact_as_plain, close, hard_inputs, run
+from oracle import check_as_exact_as_plain, close, hard_inputs, run
+from suite import (
+    DTYPES,
+    check_activation,
+    check_agrees,
+    check_non_finite,
+    check_odd_address,
+    check_running_statistics,
+    check_steps,
+    inputs,
+    results_of,
+    same_bits,
+)
 
 from fbn_plugin import ops
 from fbn_plugin.ops import cuda, reference
 from fbn_plugin.ops.cuda import plan
 from fbn_plugin.ops.cuda.driver import Card
-from fbn_plugin.ops.reference import SIGN_TELLS, FilteredMoments, Options, RunningStats
+from fbn_plugin.ops.reference import Options
 
 # Multiprocessors that small tensors fill, so that sets are spread over blocks; with room for all of what is kept, for
 # some, and for nothing.
@@ -27,15 +39,6 @@ CARDS = {"roomy": ROOMY, "tight": TIGHT, "bare": BARE, "few": FEW}
 PLANES = [(2, 3, 63, 65), (2, 4, 40, 64), (2, 6, 1, 300)]
 BUNDLES = [(3, 8, 7, 7), (2, 16, 5, 5, 3), (9, 8, 13, 11)]
 ROWS = [(3, 16, 40, 41), (2, 20, 9, 9), (600, 20), (5, 6, 3, 3)]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def inputs(shape, dtype, channels_last, num_groups=0, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    x = batch(shape, dtype, channels_last and len(shape) in (4, 5), seed, 2.0, num_groups)
-    grad = torch.randn(shape, generator=generator).to(dtype)
-    weight, bias = torch.rand(shape[1], generator=generator) + 0.5, torch.randn(shape[1], generator=generator)
-    return x, grad, weight, bias
 
 
 def cuts(x, num_groups=0, activation=0):
@@ -47,24 +50,6 @@ def cuts(x, num_groups=0, activation=0):
         *_, members, steps, kept, _, _, _, _ = plan.CUT.unpack(launch.packed)
         found.append((launch.kernel.name, members, steps, kept))
     return found
-
-
-def compare(x, grad, weight, bias, num_groups, correction, mode):
-    """One pass each way against the reference; the arithmetic's own tolerances."""
-    assert cuda.refuses(x, num_groups) is None
-    y, moments, (dx, d_weight, d_bias) = run(cuda, x, grad, weight, bias, num_groups, 2.0, correction, mode)
-    double = [None if t is None else t.double() for t in (x, grad, weight, bias)]
-    y_ref, ref, gradients_ref = run(reference, *double, num_groups, 2.0, correction, mode)
-    assert y.stride() == x.stride() and dx.stride() == x.stride() and y.dtype == dx.dtype == x.dtype
-    assert torch.equal(moments.count.double(), ref.count), "the mask is the same to the last value"
-    one_rounding = torch.finfo(x.dtype).eps
-    for name, ours, truth in zip(FilteredMoments._fields[:4], moments, ref):
-        close(ours, truth, 1e-5, name)
-    close(y, y_ref, one_rounding + 1e-5, "y")
-    close(d_weight, gradients_ref[1], 2e-4, "d_weight")
-    close(d_bias, gradients_ref[2], 1e-4, "d_bias")
-    if ref.count.min() > 4:  # with a few values, dx is what is left of sums that cancel
-        close(dx, gradients_ref[0], one_rounding + 1e-4, "dx")
 
 
 CASES = [
@@ -90,8 +75,8 @@ def test_agrees_with_the_reference(case, card, emulated):
         if reason := cuda.refuses(x, num_groups):
             assert "fit into no block" in reason
             continue
-        compare(x, grad, weight, bias if number % 3 else None, num_groups, mode == "paper", mode)
-        compare(x, grad, None, None, num_groups, False, "exact")
+        check_agrees(cuda, x, grad, weight, bias if number % 3 else None, num_groups, mode == "paper", mode)
+        check_agrees(cuda, x, grad, None, None, num_groups, False, "exact")
     assert set(driver.launched) <= {
         "forward", "backward", "forward_bundles", "backward_bundles", "forward_lines", "backward_lines",
         "finish_backward",
@@ -131,30 +116,7 @@ def test_activation_and_residual(shape, channels_last, activation, add, emulated
         emulated.replace(card=card, seed=1)
         x, grad, weight, bias = inputs(shape, dtype, channels_last)
         residual = torch.empty_like(x).copy_(torch.randn(shape, generator=torch.Generator().manual_seed(5)))
-        residual = residual if add else None
-        options = Options(0, 2.0, 1e-5, False, mode, activation, 0.1)
-        results = []
-        for backend, cast in ((cuda, lambda t: t), (reference, torch.Tensor.double)):
-            x_, grad_, weight_, bias_ = map(cast, (x, grad, weight, bias))
-            residual_ = None if residual is None else cast(residual)
-            y, moments = backend.forward(x_, weight_, bias_, residual_, None, options)
-            # The derivative jumps at 0: the reference decides by what the kernels gave out.
-            ours = results[0][0] if results else y
-            other = (
-                None if activation == "identity" or not add else cast(ours) if activation in SIGN_TELLS else residual_
-            )
-            results.append((y, *backend.backward(grad_, x_, weight_, bias_, other, moments, options)))
-        one_rounding = torch.finfo(dtype).eps
-        near_zero = torch.zeros_like(x, dtype=torch.bool)
-        if activation in SIGN_TELLS and not add:
-            near_zero = results[1][0].abs() < 1e-3
-        for name, ours, truth in zip(("y", "dx", "d_weight", "d_bias", "d_residual"), *results):
-            assert (ours is None) == (truth is None), name
-            if ours is None:
-                continue
-            if ours.shape == x.shape:
-                ours, truth = ours.masked_fill(near_zero, 0), truth.masked_fill(near_zero, 0)
-            close(ours, truth, 2 * one_rounding + 2e-4, f"{name} {dtype}")
+        check_activation(cuda, x, grad, weight, bias, residual if add else None, activation, mode)
 
 
 @pytest.mark.parametrize("shape, channels_last", [((2, 4, 40, 64), False), ((2, 16, 9, 9), True), ((40, 24), False)])
@@ -175,23 +137,8 @@ def test_residual_after_the_group_form(shape, channels_last, emulated):
 def test_running_statistics(shape, channels_last, emulated):
     emulated.replace(card=ROOMY)
     x, _, weight, bias = inputs(shape, torch.float32, channels_last)
-    c = shape[1]
     for momentum, counted in ((0.1, 7), (None, 3), (0.25, None)):
-        stats = []
-        for backend, dtype in ((cuda, torch.float32), (reference, torch.float64)):
-            generator = torch.Generator().manual_seed(0)
-            mean, var = torch.randn(c, generator=generator).to(dtype), torch.rand(c, generator=generator).to(dtype)
-            count = None if counted is None else torch.tensor(counted)
-            version = mean._version
-            running = RunningStats(mean, var, momentum, count)
-            backend.forward(
-                x.to(dtype), weight.to(dtype), bias.to(dtype), None, running, Options(0, 2.0, 1e-5, False, "exact")
-            )
-            assert mean._version > version and var._version > version
-            stats.append((mean, var, count))
-        close(stats[0][0], stats[1][0], 1e-5, "mean")
-        close(stats[0][1], stats[1][1], 1e-5, "var")
-        assert stats[0][2] == stats[1][2] == (None if counted is None else counted + 1)
+        check_running_statistics(cuda, x, weight, bias, momentum, counted)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -201,17 +148,7 @@ def test_running_statistics(shape, channels_last, emulated):
 def test_non_finite_input_is_loud_in_its_channel_and_absent_elsewhere(shape, channels_last, bad, emulated):
     emulated.replace(card=TIGHT)
     x, grad, *_ = inputs(shape, torch.float16, channels_last)
-    options = Options(0, 2.0, 1e-5, False, "exact")
-    clean, _ = cuda.forward(x, None, None, None, None, options)
-    x[1, 1, 2, 2] = bad
-    mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
-    y, moments = cuda.forward(x, None, None, None, RunningStats(mean, var, 0.1, None), options)
-    others = [c for c in range(shape[1]) if c != 1]
-    assert y[:, 1].isnan().all() and torch.equal(y[:, others], clean[:, others])
-    dx = cuda.backward(grad, x, None, None, None, moments, options)[0]
-    assert dx[:, 1].isnan().all() and dx[:, others].isfinite().all()
-    assert (mean[1].item(), var[1].item()) == (0.0, 1.0)
-    assert mean[others].ne(0).all() and var.isfinite().all()
+    check_non_finite(cuda, x, grad, bad)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +170,9 @@ def test_results_repeat_bit_for_bit_over_schedules(shape, channels_last, emulate
     first = None
     for seed, places in ((0, None), (0, 8), (1, None), (2, 9), (3, 40)):
         emulated.seed, emulated.places = seed, places
-        y, moments, gradients = run(cuda, x, grad, weight, bias, 0, 2.0, False, "exact")
-        results = (y, *moments, *gradients)
+        results = results_of(cuda, x, grad, weight, bias)
         first = first or results
-        assert all(torch.equal(a, b) for a, b in zip(first, results))
+        assert same_bits(first, results)
     assert all(not counters.any() for _, counters in cuda._workspaces.values()), "counters are left at zero"
 
 
@@ -244,21 +180,13 @@ def test_results_repeat_bit_for_bit_over_schedules(shape, channels_last, emulate
 def test_weights_of_any_dtype(kind, emulated):
     emulated.replace(card=ROOMY)
     x, grad, weight, bias = inputs((3, 8, 7, 7), torch.float32, False)
-    compare(x, grad, weight.to(kind), bias.to(kind), 0, False, "exact")
+    check_agrees(cuda, x, grad, weight.to(kind), bias.to(kind), 0, False, "exact")
 
 
 def test_views_at_odd_addresses_and_expanded_gradients(emulated):
     emulated.replace(card=ROOMY)
     x, _, weight, bias = inputs((2, 4, 40, 64), torch.float32, False)
-    odd = torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
-    assert odd.data_ptr() % 8 == 4
-    options = Options(0, 2.0, 1e-5, False, "exact")
-    expected, moments = cuda.forward(x, weight, bias, None, None, options)
-    y, _ = cuda.forward(odd, weight, bias, None, None, options)
-    close(y, expected.double(), 1e-6, "y")
-    grad = torch.ones(()).expand(x.shape)
-    dx = cuda.backward(grad, odd, weight, bias, None, moments, options)[0]
-    close(dx, cuda.backward(grad.contiguous(), x, weight, bias, None, moments, options)[0].double(), 1e-6, "dx")
+    check_odd_address(cuda, x, weight, bias)
 
 
 def test_the_steps_of_synchronized_batch_norm(emulated):
@@ -266,22 +194,7 @@ def test_the_steps_of_synchronized_batch_norm(emulated):
     emulated.replace(card=ROOMY)
     for channels_last, mode in ((False, "exact"), (True, "paper")):
         x, grad, weight, bias = inputs((3, 16, 20, 21), torch.float32, channels_last)
-        options = Options(0, 2.0, 1e-5, False, mode)
-        y, moments = cuda.forward(x, weight, bias, None, None, options)
-        dx, d_weight, d_bias, _ = cuda.backward(grad, x, weight, bias, None, moments, options)
-        mean, var, measured = cuda.measure(x)
-        lower, upper = reference.band(mean, var, 2.0, 1e-5)
-        close(lower, moments[2].double(), 1e-5, "lower")
-        kept = cuda.measure_kept(x, lower, upper, measured)
-        for ours, row in zip(kept, (moments[0], moments[1], moments[4])):
-            close(ours, row.double(), 1e-5, "kept")
-        together = torch.stack((kept[0], kept[1], lower, upper, kept[2]))
-        close(cuda.normalize(x, weight, bias, together, 0, 1e-5), y.double(), 1e-5, "y")
-        sums = cuda.gradient_sums(grad, x, together, 1e-5, mode)
-        close(sums[0], d_weight.double(), 1e-4, "d_weight")
-        close(sums[1], d_bias.double(), 1e-4, "d_bias")
-        means = (weight * sums[1] / kept[2], weight * sums[0] / kept[2])
-        close(cuda.input_gradient(grad, x, weight, together, 1e-5, mode, *means), dx.double(), 1e-4, "dx")
+        check_steps(cuda, x, grad, weight, bias, mode)
 
 
 def test_what_is_refused(emulated):

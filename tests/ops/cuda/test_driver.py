@@ -152,6 +152,7 @@ def fake(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", packages)
     monkeypatch.setattr(driver, "_cu", None)
+    monkeypatch.setattr(compiler.torch.version, "cuda", "13.0")
     for name in ("_cards", "_contexts", "_loaded", "_reasons"):
         monkeypatch.setattr(driver, name, {})
     monkeypatch.setattr(driver, "source", lambda: SOURCE)
@@ -270,21 +271,32 @@ def test_all_is_well(fake):
 
 def test_driver_missing(fake):
     def cuInit(flags):
-        raise RuntimeError("Failure finding libcuda.so.1\nlong story")
+        raise RuntimeError("Failure finding libcuda.so.1. Ensure this and that.\nlong story")
 
     fake.cuInit = cuInit
-    sentence = "NVIDIA's driver cannot be loaded: Failure finding libcuda.so.1"
+    sentence = "NVIDIA's driver is not installed or cannot be loaded: Failure finding libcuda.so.1"
     assert driver.reason(0) == driver.reason(0, DEFINES) == driver.describe() == sentence
 
 
 def test_package_missing(fake, monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    assert "cuda-bindings" in driver.reason(0) and "cuda-bindings" in driver.describe()
+    assert driver.reason(0) == driver.describe()
+    assert driver.reason(0).startswith("the package cuda-bindings is not installed: ") and "12.8" in driver.reason(0)
+
+
+def test_pytorch_without_cuda(fake, monkeypatch):
+    monkeypatch.setattr(compiler.torch.version, "cuda", None)
+    assert driver.reason(0) == driver.describe() == "this PyTorch is built without CUDA"
 
 
 def test_no_device(fake):
     fake.fails["cuInit"] = [Result.CUDA_ERROR_NO_DEVICE]
-    assert driver.reason(0) == "NVIDIA's driver does not start: CUDA_ERROR_NO_DEVICE"
+    assert driver.reason(0) == "NVIDIA's driver sees no GPU (CUDA_ERROR_NO_DEVICE)"
+
+
+def test_driver_that_does_not_start(fake):
+    fake.fails["cuInit"] = [Result.CUDA_ERROR_UNKNOWN]
+    assert driver.reason(0) == "NVIDIA's driver does not start: CUDA_ERROR_UNKNOWN"
 
 
 def test_driver_too_old(fake):
@@ -342,6 +354,7 @@ CALLS = """
 import ctypes
 from fbn_plugin.ops.cuda import compiler, driver
 
+compiler.torch.version.cuda = "13.0"
 assert driver.reason(0) is None, driver.reason(0)
 assert tuple(driver.card(0)) == tuple({card!r}), driver.card(0)
 compiler.compile_cubin = lambda *arguments: b"\\x7fELF and the rest"

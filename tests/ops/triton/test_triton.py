@@ -16,6 +16,9 @@ installed = pytest.mark.skipif(triton.missing() is not None, reason=f"no Triton 
 
 
 @installed
+@pytest.mark.skipif(
+    (triton.version() or "").startswith("3.2."), reason="Triton 3.2's interpreter ignores the mask of a single value"
+)
 @pytest.mark.parametrize("name", ["triton_in_interpreter.py", "accuracy_in_interpreter.py"])
 def test_kernels_in_the_interpreter(name):
     file = Path(__file__).with_name(name)

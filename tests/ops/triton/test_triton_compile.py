@@ -15,7 +15,7 @@ from fbn_plugin.ops.reference import Options, RunningStats
 compiler = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
     pytest.mark.skipif(triton.missing() is not None, reason=f"no Triton here: {triton.missing()}"),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="test_triton_cuda.py compiles the kernels on the GPU"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py compiles the kernels on the GPU"),
     pytest.mark.skipif(
         not hasattr(compiler.runtime.driver, "set_active") or not hasattr(compiler.runtime.JITFunction, "warmup"),
         reason=f"Triton {triton.version()} cannot compile for a GPU that is not there",
