@@ -20,7 +20,7 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt fbn_plugin/ops/cpu/ke
 	touch $@
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python tools/demo.py --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)

@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "fbn_plugin" / "__init__.p
 CLASSIFICATION = ["timm>=1.0.20", "torchvision>=0.21", "scikit-learn", "tensorboard", "tqdm"]
 DETECTION = ["torchvision>=0.21", "pycocotools", "iopath", "tensorboard", "tqdm", "matplotlib"]
 DEMO = [*DETECTION, "scikit-learn"]
-TEST = ["pytest", "hypothesis", "ruff", "onnx", "onnxscript", "onnxruntime"]
+TEST = ["pytest", "pytest-xdist", "hypothesis", "ruff", "onnx", "onnxscript", "onnxruntime"]
 
 # Not a Python module: a library that fbn_plugin/ops/cpu/ loads. Without a compiler the package installs all the same.
 # It is not linked to an OpenMP runtime, so that it uses the one that PyTorch brings.

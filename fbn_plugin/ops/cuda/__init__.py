@@ -267,8 +267,10 @@ def _note(device: int, stream: int) -> None:
         grown = len(streams) + 1 > _launches.get(device, 4)
         if grown:
             _launches[device] = 2 * _launches.get(device, 4)
-    if grown and driver.DEVICE_TYPE == "cuda" and not driver.capturing(device):
-        torch.cuda.synchronize(device)  # until the larger groups are done
+    if grown and driver.DEVICE_TYPE == "cuda":
+        with driver.on(device):
+            if not driver.capturing(device):
+                torch.cuda.synchronize(device)  # until the larger groups are done
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -305,6 +307,8 @@ def forward(
     num_groups, t_sigma, eps, correction, _, activation, slope = options
     stream = _stream(x)
     planned = _find(x, num_groups, _ACTIVATIONS[activation])
+    if isinstance(planned, str):  # since it was asked, the card has become full
+        raise RuntimeError(planned)
     y = torch.empty_like(x)
     moments = x.new_empty((5, *planned.stats), dtype=torch.float32)
     kappa = gaussian_kappa(t_sigma) if correction else 1.0
@@ -374,6 +378,8 @@ def backward(
     num_groups, t_sigma, eps, correction, grad_mode, activation, slope = options
     stream = _stream(x)
     planned = _find(x, num_groups, _ACTIVATIONS[activation])
+    if isinstance(planned, str):  # since it was asked, the card has become full
+        raise RuntimeError(planned)
     shape = planned.shape
     dx, dz = torch.empty_like(x), None
     if other is not None:

@@ -68,7 +68,6 @@ class Card(NamedTuple):
     registers_per_multiprocessor: int
     threads_per_multiprocessor: int
     blocks_per_multiprocessor: int
-    l2_bytes: int
 
     def resident(self, kernel: Kernel, threads: int, dynamic_shared: int) -> int:
         """How many blocks of ``threads`` threads the whole card holds at a time: never too many, for groups wait for
@@ -178,7 +177,6 @@ def card(device: int) -> Card:
         "MAX_REGISTERS_PER_MULTIPROCESSOR",
         "MAX_THREADS_PER_MULTIPROCESSOR",
         "MAX_BLOCKS_PER_MULTIPROCESSOR",
-        "L2_CACHE_SIZE",
     )
     _cards[device] = Card(arch, *map(ask, names))
     return _cards[device]
@@ -289,27 +287,21 @@ def launch(
     dynamic_shared: int,
     params: int,
     stream: int,
-    cooperative: bool = False,
 ) -> None:
     """Queue ``grid`` blocks of ``threads`` threads on ``stream``. Raises ``DriverError``.
 
     Arguments:
         params: address of an array of pointers, one to each argument of the kernel. The driver reads them during the
             call, in which Python's lock is free: another thread must not write there meanwhile.
-        cooperative: all blocks are resident at a time, or the launch fails.
     """
-    if cooperative:
-        name, arguments = "cuLaunchCooperativeKernel", (grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params)
-        (error,) = _cu.cuLaunchCooperativeKernel(kernel.handle, *arguments)
-    else:
-        name, arguments = "cuLaunchKernel", (grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params, 0)
-        (error,) = _cu.cuLaunchKernel(kernel.handle, *arguments)
+    arguments = kernel.handle, grid, 1, 1, threads, 1, 1, dynamic_shared, stream, params, 0
+    (error,) = _cu.cuLaunchKernel(*arguments)
     if error:
         if error.name not in _ELSEWHERE:
-            raise DriverError(name, error.name)
+            raise DriverError("cuLaunchKernel", error.name)
         # A thread that PyTorch has not yet given a context, or one whose current device is another.
         with _context(kernel.device):
-            _call(name, kernel.handle, *arguments)
+            _call("cuLaunchKernel", *arguments)
 
 
 def prepare(device: int, variants: list[tuple[str, ...]]) -> None:

@@ -35,9 +35,9 @@ SANITIZERS = {  # libraries that the test's own process must have been started w
     "undefined": ("", ("-fsanitize=undefined", "-fno-sanitize-recover=all", "-static-libubsan", "-g1")),
 }
 
-H100 = Card("sm_90", 132, 232448, 233472, 1024, 65536, 2048, 32, 50 << 20)
+H100 = Card("sm_90", 132, 232448, 233472, 1024, 65536, 2048, 32)
 # Small tensors fill it: groups of several blocks, of which not all are resident, and tiles that are kept in part.
-TINY = Card("sm_90", 8, 24 << 10, 48 << 10, 1024, 65536, 2048, 32, 1 << 20)
+TINY = Card("sm_90", 8, 24 << 10, 48 << 10, 1024, 65536, 2048, 32)
 
 _one_runs = threading.Lock()  # threads may launch at the same time
 _ENQUEUE = (ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int)

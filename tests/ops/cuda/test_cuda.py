@@ -30,10 +30,10 @@ from fbn_plugin.ops.reference import Options
 
 # Multiprocessors that small tensors fill, so that sets are spread over blocks; with room for all of what is kept, for
 # some, and for nothing.
-ROOMY = Card("sm_90", 16, 60000, 160000, 256, 65536, 2048, 32, 1 << 20)
-TIGHT = Card("sm_90", 16, 40000, 40000, 256, 65536, 2048, 32, 1 << 20)
-BARE = Card("sm_90", 16, 16000, 16000, 256, 65536, 2048, 32, 1 << 20)
-FEW = Card("sm_90", 2, 60000, 160000, 256, 65536, 2048, 32, 1 << 20)
+ROOMY = Card("sm_90", 16, 60000, 160000, 256, 65536, 2048, 32)
+TIGHT = Card("sm_90", 16, 40000, 40000, 256, 65536, 2048, 32)
+BARE = Card("sm_90", 16, 16000, 16000, 256, 65536, 2048, 32)
+FEW = Card("sm_90", 2, 60000, 160000, 256, 65536, 2048, 32)
 CARDS = {"roomy": ROOMY, "tight": TIGHT, "bare": BARE, "few": FEW}
 
 PLANES = [(2, 3, 63, 65), (2, 4, 40, 64), (2, 6, 1, 300)]
@@ -255,7 +255,7 @@ def test_another_card_that_cannot_be_used(emulated, monkeypatch):
 
 
 def test_more_streams_make_groups_smaller(emulated):
-    emulated = emulated.replace(card=Card("sm_90", 4, 60000, 160000, 256, 65536, 2048, 32, 1 << 20))
+    emulated = emulated.replace(card=Card("sm_90", 4, 60000, 160000, 256, 65536, 2048, 32))
     x = torch.randn(1, 1, 127, 129)
     options = Options(0, 2.0, 1e-5, False, "exact")
     expected = None

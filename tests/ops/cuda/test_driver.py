@@ -39,7 +39,6 @@ H100 = {
     "MAX_REGISTERS_PER_MULTIPROCESSOR": 65536,
     "MAX_THREADS_PER_MULTIPROCESSOR": 2048,
     "MAX_BLOCKS_PER_MULTIPROCESSOR": 32,
-    "L2_CACHE_SIZE": 52428800,
 }
 FUNCTION = {"SHARED_SIZE_BYTES": 1088, "NUM_REGS": 60, "LOCAL_SIZE_BYTES": 0}
 
@@ -237,8 +236,6 @@ def test_launch(fake):
     kernel = driver.load(0, DEFINES)["forward"]
     driver.launch(kernel, 1000, 512, 4096, 0xABC, 0xDEF)
     assert fake.calls[-1] == ("cuLaunchKernel", 7000, 1000, 1, 1, 512, 1, 1, 4096, 0xDEF, 0xABC, 0)
-    driver.launch(kernel, 10, 512, 4096, 0xABC, 0xDEF, cooperative=True)
-    assert fake.calls[-1] == ("cuLaunchCooperativeKernel", 7000, 10, 1, 1, 512, 1, 1, 4096, 0xDEF, 0xABC)
 
 
 def test_launch_that_fails(fake):
@@ -364,8 +361,7 @@ assert kernels == {{"forward": driver.Kernel("forward", 0, 0x7FFFF0003000, 60, 1
 value = ctypes.c_int(77)
 params = (ctypes.c_void_p * 1)(ctypes.addressof(value))
 for stream in (0x4000, 0x7FFFF0005000):  # the first wants a context
-    for cooperative in (False, True):
-        driver.launch(kernels["forward"], 2**31 - 1, 512, 4096, ctypes.addressof(params), stream, cooperative)
+    driver.launch(kernels["forward"], 2**31 - 1, 512, 4096, ctypes.addressof(params), stream)
 try:
     driver.launch(kernels["forward"], 1, 512, 4096, ctypes.addressof(params), 0)
 except driver.DriverError as error:
