@@ -12,12 +12,12 @@ from torch import nn
 
 import fbn_plugin
 from fbn_plugin import NORMS
-from fbn_plugin.engine import checkpoint
-from fbn_plugin.engine.classification import ClassificationTrainer, classification_config
-from fbn_plugin.engine.config import CfgNode, load_config
-from fbn_plugin.engine.demo_data import make_digits_on_photos
-from fbn_plugin.engine.detection import DetectionTrainer, build_model, load_detection_config
-from fbn_plugin.engine.logging import read_metrics
+from fbn_plugin.engine.classification.trainer import ClassificationTrainer, classification_config
+from fbn_plugin.engine.data.demo_data import make_digits_on_photos
+from fbn_plugin.engine.run import checkpoint
+from fbn_plugin.engine.run.config import CfgNode, load_config
+from fbn_plugin.engine.run.logging import read_metrics
+from fbn_plugin.engine.torchvision.trainer import DetectionTrainer, build_model, load_detection_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

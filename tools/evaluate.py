@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.cli import check_outputs, format_table, user_errors
+from fbn_plugin.engine.run.cli import check_outputs, format_table, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         if not args.run_dir and not (args.results and args.dataset):
             raise ValueError("RUN_DIR is needed, or both --results and --dataset")
 
-        from fbn_plugin.engine.coco_data import resolve_dataset
-        from fbn_plugin.engine.evaluation import (
+        from fbn_plugin.engine.data.coco_data import resolve_dataset
+        from fbn_plugin.engine.reports.evaluation import (
             averages_note,
             evaluate_weights,
             flat_metrics,
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             read_detections,
             score_detections,
         )
-        from fbn_plugin.engine.run_folder import read_run
-        from fbn_plugin.engine.run_info import hardware, write_evaluation
+        from fbn_plugin.engine.run.run_folder import read_run
+        from fbn_plugin.engine.run.run_info import hardware, write_evaluation
 
         run = read_run(args.run_dir) if args.run_dir else None
         names = list(dict.fromkeys(args.dataset or run.test_sets))

@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin.convert import build_like, make_plain, register_converter
-from fbn_plugin.fold import register_layer
-from fbn_plugin.fuse import fused, register_fuser
-from fbn_plugin.gamma_init import apply_gamma_init
-from fbn_plugin.input_norm import Builder, normalize_images, prepend_input_norm, register_prepender
 from fbn_plugin.layers import ScaledBatchNormA1, ScaledBatchNormA2
-from fbn_plugin.param_groups import param_groups, register_norm_type
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
+from fbn_plugin.surgery.convert import build_like, make_plain, register_converter
+from fbn_plugin.surgery.fold import register_layer
+from fbn_plugin.surgery.fuse import fused, register_fuser
+from fbn_plugin.surgery.input_norm import Builder, normalize_images, prepend_input_norm, register_prepender
+from fbn_plugin.training.gamma_initialization import apply_gamma_init
+from fbn_plugin.training.parameter_groups import param_groups, register_norm_type
 
 DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 

@@ -27,11 +27,11 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from fbn_plugin import layers
-from fbn_plugin.convert import build_like, make_plain, register_converter
-from fbn_plugin.fuse import fuse_block, fuse_children, register_fuser
-from fbn_plugin.gamma_init import apply_gamma_init
-from fbn_plugin.input_norm import Builder, normalize_images, register_prepender
 from fbn_plugin.registry import norm_factory
+from fbn_plugin.surgery.convert import build_like, make_plain, register_converter
+from fbn_plugin.surgery.fuse import fuse_block, fuse_children, register_fuser
+from fbn_plugin.surgery.input_norm import Builder, normalize_images, register_prepender
+from fbn_plugin.training.gamma_initialization import apply_gamma_init
 
 BACKBONES = (
     "resnet18",

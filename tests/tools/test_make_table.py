@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fbn_plugin.engine.detection_config import load_detection_config
-from fbn_plugin.engine.table import PAPER_AP
+from fbn_plugin.engine.reports.table import PAPER_AP
+from fbn_plugin.engine.torchvision.config import load_detection_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "COCO-InstanceSegmentation" / "mask_rcnn_X_101_32x8d_FPN_FBN.yaml"

@@ -20,9 +20,6 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 import fbn_plugin
-from fbn_plugin.engine.checkpoint import load_file
-from fbn_plugin.engine.config import refuse_changes
-from fbn_plugin.engine.detection_config import MAY_CHANGE
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.detectron2.data import (
     check_annotation_files,
@@ -31,6 +28,9 @@ from fbn_plugin.engine.detectron2.data import (
     metric_names,
     register_datasets,
 )
+from fbn_plugin.engine.run.checkpoint import load_file
+from fbn_plugin.engine.run.config import refuse_changes
+from fbn_plugin.engine.torchvision.config import MAY_CHANGE
 from fbn_plugin.frameworks.detectron2 import add_config, build_model, build_optimizer, check_norm
 
 __all__ = ["load_config", "prepare"]
