@@ -44,7 +44,8 @@ from fbn_plugin.surgery.fold import fold_norms
 from fbn_plugin.surgery.fuse import fuse_norm_act
 from fbn_plugin.surgery.input_norm import prepend_input_norm
 from fbn_plugin.surgery.norm_report import NormReport
-from fbn_plugin.training.balanced_batches import BalancedBatchSampler, batch_moments, evaluate_balanced, self_label
+from fbn_plugin.training.balanced_batches import BalancedBatchSampler, evaluate_balanced, self_label
+from fbn_plugin.training.evaluation_modes import batch_moments
 from fbn_plugin.training.gamma_initialization import apply_gamma_init
 from fbn_plugin.training.parameter_groups import param_groups
 from fbn_plugin.training.population_statistics import update_population_stats

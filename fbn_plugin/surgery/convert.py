@@ -17,7 +17,7 @@ from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
 from fbn_plugin.registry import NormFactory, NormSpec, norm_factory, norm_options
 from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
 from fbn_plugin.surgery.refit import refit_norms
-from fbn_plugin.training.balanced_batches import evaluation_mode
+from fbn_plugin.training.evaluation_modes import evaluation_mode
 from fbn_plugin.training.population_statistics import update_population_stats
 
 Converter = Callable[[nn.Module, NormFactory], nn.Module]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fbn_plugin.layers import LearnedStatsNorm2d
-from fbn_plugin.training.balanced_batches import device_of, evaluation_mode
+from fbn_plugin.training.evaluation_modes import device_of, evaluation_mode
 from fbn_plugin.training.population_statistics import forward_batch
 
 

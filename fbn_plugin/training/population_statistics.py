@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.ops import reference
-from fbn_plugin.training.balanced_batches import batch_moments, evaluation_mode
+from fbn_plugin.training.evaluation_modes import batch_moments, evaluation_mode
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from fbn_plugin import FilteredBatchNorm1d, FilteredBatchNorm2d, FilteredBatchNormAct2d, update_population_stats
 
-sys.path.append(str(Path(__file__).parent / "ops"))
+sys.path.append(str(Path(__file__).parents[1] / "ops"))
 from paper_equations import forward as paper_forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
