@@ -12,6 +12,7 @@ nothing else is touched.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             weights = run.weights(args.weights)
             device = hardware("cpu" if run.config.get("MODEL.DEVICE") == "cpu" else None)
             note = averages_note(run, weights)
-            metrics, iteration = evaluate_weights(run, weights, names, Path(__file__).with_name("train_net.py"))
+            if run.engine == "detectron2":
+                from fbn_plugin.engine.detectron2.evaluation import evaluate_run
+
+                evaluate_run = functools.partial(evaluate_run, train_net=Path(__file__).with_name("train_net.py"))
+            else:
+                from fbn_plugin.engine.torchvision.evaluation import evaluate_run
+            metrics, iteration = evaluate_weights(run, weights, names, evaluate_run)
             source = str(weights) if iteration is None else f"{weights}, {iteration + 1} iterations"
         if output:
             write_evaluation(output, iteration, weights, list(metrics), flat_metrics(metrics), device, args.results)

@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with user_errors():
         from fbn_plugin.engine.run import distributed
         from fbn_plugin.engine.run.logging import setup_logging
-        from fbn_plugin.engine.torchvision.trainer import DetectionTrainer, load_detection_config
+        from fbn_plugin.engine.torchvision.config import load_detection_config
+        from fbn_plugin.engine.torchvision.trainer import DetectionTrainer
 
         setup_logging()
         cfg = load_detection_config(args.config_file, args.overrides)

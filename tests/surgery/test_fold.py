@@ -98,7 +98,7 @@ def test_frameworks_models_in_single_precision(name):
 
 
 def test_a_detector_that_cannot_be_traced_as_a_whole():
-    from fbn_plugin.frameworks.torchvision import mask_rcnn_fpn
+    from fbn_plugin.models.mask_rcnn import mask_rcnn_fpn
 
     model = trained(mask_rcnn_fpn(norm="FBN", norm_fpn="FBN", norm_mask_head="FBN", min_size=64, max_size=64))
     images = [torch.rand(3, 64, 64)]

@@ -12,8 +12,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
 from fbn_plugin import InputNorm2d, convert_norm, prepend_input_norm
-from fbn_plugin.engine.torchvision.trainer import DetectionTransform
-from fbn_plugin.frameworks.torchvision import mask_rcnn_fpn
+from fbn_plugin.engine.torchvision.model import DetectionTransform
+from fbn_plugin.models.mask_rcnn import mask_rcnn_fpn
 from fbn_plugin.surgery.input_norm import normalize_images
 
 SIZES = ((20, 30), (36, 24))

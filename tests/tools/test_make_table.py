@@ -166,7 +166,7 @@ def test_what_does_not_matter(tool, write_run):
 @pytest.mark.parametrize("norm", ["BN", "FBN"])
 def test_the_configs_of_table_one_as_detectron2_reads_them(tool, write_run, norm):
     config = pytest.importorskip("detectron2.config", reason="detectron2 is not installed")
-    from fbn_plugin.frameworks.detectron2 import add_config
+    from fbn_plugin.engine.detectron2.config import add_config
 
     cfg = config.get_cfg()
     add_config(cfg)

@@ -340,7 +340,7 @@ def test_records_are_detectron2s(tool, monkeypatch, name):
 def test_configs_differ_in_the_norm_alone(tool, model):
     from detectron2.config import get_cfg
 
-    from fbn_plugin.frameworks.detectron2 import add_config
+    from fbn_plugin.engine.detectron2.config import add_config
 
     configs = []
     for norm in ("BN", "FBN"):

@@ -4,15 +4,12 @@ whoever made it. The figures come from ``coco_eval`` in every case."""
 import json
 import math
 import os
-import re
-import subprocess
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
+from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.coco_eval import evaluate_coco
 from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.run_folder import METRICS, Run
@@ -28,7 +25,10 @@ __all__ = [
 
 
 def evaluate_weights(
-    run: Run, weights: Path, datasets: Sequence[str], train_net: Path
+    run: Run,
+    weights: Path,
+    datasets: Sequence[str],
+    evaluate: Callable[[Run, str, Sequence[str], Path], dict[str, float]],
 ) -> tuple[dict[str, dict[str, float]], int | None]:
     """Detect with a run's model and score it; nothing is written into the run's folder.
 
@@ -36,15 +36,15 @@ def evaluate_weights(
         run: whose ``config.yaml`` describes the model.
         weights: a checkpoint of that model.
         datasets: names, see ``resolve_dataset``.
-        train_net: ``tools/train_net.py``, which evaluates detectron2's models in a process of its own.
+        evaluate: the run's engine: given the run, a data set's name, overrides of the run's config and a folder for
+            what it writes, it returns the AP.
 
     Returns:
         name of each set -> its AP in percent, see ``evaluate_coco``; and the last iteration, from 0, that the weights
         have behind them, None where they do not tell.
 
     Raises:
-        FileNotFoundError, ValueError: the weights are not of this model, a set is not there or has other classes, or
-            the run is detectron2's, and that is not installed.
+        FileNotFoundError, ValueError: the weights are not of this model, or a set is not there or has other classes.
     """
     iteration = load_file(weights).get("iteration")
     metrics = {}
@@ -52,10 +52,7 @@ def evaluate_weights(
         with tempfile.TemporaryDirectory() as folder:
             overrides = ["OUTPUT_DIR", folder, "MODEL.WEIGHTS", os.path.abspath(weights)]
             overrides += ["DATASETS.TEST", repr((name,))]
-            if run.engine == "detectron2":
-                metrics[name] = _evaluate_detectron2(run, name, overrides, Path(folder), train_net)
-            else:
-                metrics[name] = _evaluate_torchvision(run, overrides)
+            metrics[name] = evaluate(run, name, overrides, Path(folder))
     return metrics, iteration
 
 
@@ -85,30 +82,6 @@ def averages_note(run: Run, weights: Path) -> str | None:
         f"metrics.json has no evaluation after {iteration + 1} iterations, so these weights hold the running averages "
         "of training, not the population statistics that the run's own evaluations use (TEST.PRECISE_BN)."
     )
-
-
-def _evaluate_torchvision(run: Run, overrides: Sequence[str]) -> dict[str, float]:
-    from fbn_plugin.engine.run.logging import setup_logging
-    from fbn_plugin.engine.torchvision.trainer import DetectionTrainer, load_detection_config
-
-    cfg = load_detection_config(os.fspath(run.folder / "config.yaml"), overrides)
-    metrics = DetectionTrainer(cfg, eval_only=True).evaluate()
-    setup_logging()  # lets go of the log file in OUTPUT_DIR
-    return metrics
-
-
-def _evaluate_detectron2(
-    run: Run, name: str, overrides: Sequence[str], folder: Path, train_net: Path
-) -> dict[str, float]:
-    data = resolve_dataset(name)
-    command = [sys.executable, os.fspath(train_net), "--config-file", os.fspath(run.folder / "config.yaml")]
-    done = subprocess.run([*command, "--eval-only", *overrides], stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        sentence = re.search(r"^error: (.*)", done.stderr, re.MULTILINE)
-        if done.returncode == 2 and sentence:
-            raise ValueError(sentence[1])
-        raise RuntimeError(f"{train_net} ended with code {done.returncode}:\n{done.stderr}")
-    return score_detections(data, read_detections(folder / "inference" / "coco_instances_results.json", data), run)
 
 
 def read_detections(path: str | os.PathLike, data: CocoDataset) -> list[dict[str, Any]]:

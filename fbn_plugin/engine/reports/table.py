@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fbn_plugin.engine.run.detection_keys import detection_config
 from fbn_plugin.engine.run.run_folder import METRICS, NORM_KEYS, Run, norm_label
-from fbn_plugin.engine.torchvision.config import detection_config
 from fbn_plugin.registry import NORMS
 
 __all__ = ["PAPER_AP", "PAPER_SOURCE", "Column", "Table", "build_tables", "paper_table"]

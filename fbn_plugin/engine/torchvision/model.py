@@ -23,11 +23,10 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from fbn_plugin import param_groups, prepend_input_norm
 from fbn_plugin.engine.data.coco_data import scaled_size
 from fbn_plugin.engine.run.config import CfgNode
-from fbn_plugin.frameworks.torchvision import mask_rcnn_fpn
-from fbn_plugin.surgery.input_norm import prepend_input_norm
-from fbn_plugin.training.parameter_groups import param_groups
+from fbn_plugin.models.mask_rcnn import mask_rcnn_fpn
 
 __all__ = ["DetectionTransform", "build_model", "build_optimizer", "build_scheduler"]
 

@@ -35,31 +35,19 @@ from fbn_plugin.engine.run.checkpoint import (
 )
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode, check_resume, save_config
+from fbn_plugin.engine.run.detection_keys import MAY_CHANGE, detection_config
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, read_metrics, setup_logging
 from fbn_plugin.engine.run.norm_stats import FilterMeter
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.weights import loading_report, refuse_foreign, refuse_misfit
 from fbn_plugin.engine.torchvision import detectron2_weights
-from fbn_plugin.engine.torchvision.config import (
-    MAY_CHANGE,
-    detection_config,
-    load_detection_config,
-    scale_to_processes,
-)
-from fbn_plugin.engine.torchvision.model import DetectionTransform, build_model, build_optimizer, build_scheduler
-from fbn_plugin.frameworks.torchvision import load_backbone
+from fbn_plugin.engine.torchvision.config import scale_to_processes
+from fbn_plugin.engine.torchvision.model import build_model, build_optimizer, build_scheduler
+from fbn_plugin.models.mask_rcnn import load_backbone
 from fbn_plugin.registry import parse_spec
 from fbn_plugin.training.population_statistics import update_population_stats
 
-__all__ = [
-    "DetectionTrainer",
-    "DetectionTransform",
-    "build_model",
-    "build_optimizer",
-    "build_scheduler",
-    "detection_config",
-    "load_detection_config",
-]
+__all__ = ["DetectionTrainer"]
 
 logger = logging.getLogger(__name__)
 

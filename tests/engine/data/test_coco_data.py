@@ -16,7 +16,7 @@ from fbn_plugin.engine.run.cli import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DATA = Path(__file__).parents[2] / "../shared/data"
+DATA = Path(__file__).parents[3] / "../shared/data"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from PIL import Image
 from fbn_plugin.engine.data.image_data import Images, find_root, load_image_data, read_idx
 from fbn_plugin.engine.run.cli import UserError
 
-DATA = Path(__file__).parents[2] / "../shared/data"
+DATA = Path(__file__).parents[3] / "../shared/data"
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

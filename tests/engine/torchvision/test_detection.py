@@ -18,19 +18,14 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from fbn_plugin import SyncFilteredBatchNorm
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.detection_keys import detection_config
 from fbn_plugin.engine.run.run_info import read_run_info
 from fbn_plugin.engine.torchvision import trainer as detection
-from fbn_plugin.engine.torchvision.config import scale_to_processes
-from fbn_plugin.engine.torchvision.trainer import (
-    DetectionTrainer,
-    build_model,
-    build_optimizer,
-    build_scheduler,
-    detection_config,
-    load_detection_config,
-)
+from fbn_plugin.engine.torchvision.config import load_detection_config, scale_to_processes
+from fbn_plugin.engine.torchvision.model import build_model, build_optimizer, build_scheduler
+from fbn_plugin.engine.torchvision.trainer import DetectionTrainer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

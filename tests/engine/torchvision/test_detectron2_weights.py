@@ -9,9 +9,10 @@ import torch
 from torchvision.models import resnet18, resnet50
 
 from fbn_plugin.engine.torchvision import detectron2_weights
+from fbn_plugin.engine.torchvision.config import load_detection_config
 from fbn_plugin.engine.torchvision.detectron2_weights import local_path, read_backbone
-from fbn_plugin.engine.torchvision.trainer import build_model, load_detection_config
-from fbn_plugin.frameworks.torchvision import load_backbone
+from fbn_plugin.engine.torchvision.model import build_model
+from fbn_plugin.models.mask_rcnn import load_backbone
 
 ENTRIES = ("weight", "bias", "running_mean", "running_var")
 
