@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     add_config_arguments(parser)
     args = parser.parse_args(argv)
     with user_errors():
-        from fbn_plugin.engine.classification.trainer import ClassificationTrainer, classification_config
+        from fbn_plugin.engine.classification.config import classification_config
+        from fbn_plugin.engine.classification.trainer import ClassificationTrainer
         from fbn_plugin.engine.run import distributed
         from fbn_plugin.engine.run.config import load_config
         from fbn_plugin.engine.run.logging import setup_logging

@@ -1,263 +1,45 @@
-"""Image classification with timm: models, transforms, optimizers and schedulers are timm's, the norm is a spec string,
-and the configuration speaks detectron2's vocabulary where it has a word.
+"""Training and evaluation of image classifiers with timm: models, transforms, optimizers and schedulers are timm's, the
+norm is a spec string.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 from fvcore.common.config import CfgNode
-from timm.data import Mixup, create_loader, create_transform
-from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.transforms import str_to_interp_mode
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.data import Mixup
+from timm.data.loader import PrefetchLoader
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose, RandomCrop, Resize
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fbn_plugin import apply_gamma_init, convert_norm, parse_spec, prepend_input_norm, revised_init
+from fbn_plugin import prepend_input_norm, revised_init
+from fbn_plugin.engine.classification.config import MAY_CHANGE, check_config, classification_config
+from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
+from fbn_plugin.engine.classification.model import create_model
 from fbn_plugin.engine.data.image_data import load_image_data
-from fbn_plugin.engine.data.sampling import BalancedSampler, InfiniteSampler, SeededDataset
+from fbn_plugin.engine.data.sampling import BalancedSampler
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write
 from fbn_plugin.engine.run.config import check_resume, save_config
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
-from fbn_plugin.frameworks import timm_models
 from fbn_plugin.frameworks.timm import param_groups
 
-__all__ = ["ClassificationTrainer", "classification_config", "create_model", "evaluate"]
+__all__ = ["ClassificationTrainer", "evaluate"]
 
 logger = logging.getLogger(__name__)
-
-SCHEDULERS = ("constant", "cosine", "multistep", "poly", "tanh")
-TRAIN_CROPS = ("none", "padded", "random_resized")
-
-# What a resumed run may have otherwise; the learning rate's schedule is computed anew.
-_MAY_CHANGE = (
-    "MODEL.DEVICE",
-    "DATALOADER.NUM_WORKERS",
-    "SOLVER.MAX_EPOCH",
-    "SOLVER.MAX_ITER",
-    "SOLVER.BASE_LR",
-    "SOLVER.MIN_LR",
-    "SOLVER.STEPS",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.*",
-    "OUTPUT_DIR",
-)
-
-
-def classification_config() -> CfgNode:
-    """Every key of `tools/train_classification.py` with its default."""
-    cfg = CfgNode()
-
-    cfg.MODEL = CfgNode()
-    cfg.MODEL.NAME = "resnet50"  # a timm model, or one of fbn_plugin.models
-    cfg.MODEL.NORM = ""  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
-    cfg.MODEL.PRETRAINED = False  # start from timm's weights
-    cfg.MODEL.WEIGHTS = ""  # start from, or with --eval-only evaluate, this checkpoint or state dict
-    cfg.MODEL.REVISED_INIT = False  # convolutions and linear layers start as Davis and Frank (2022) have them
-    cfg.MODEL.DROP_RATE = 0.0  # dropout before the classifier
-    cfg.MODEL.DEVICE = "cuda"  # where there is no GPU: cpu
-    cfg.MODEL.PIXEL_MEAN = (123.675, 116.28, 103.53)  # of the channels of INPUT.FORMAT, in 0..255
-    cfg.MODEL.PIXEL_STD = (58.395, 57.12, 57.375)
-
-    cfg.INPUT = CfgNode()
-    cfg.INPUT.FORMAT = "RGB"  # or "L", grey
-    cfg.INPUT.SIZE = 224  # height and width that the model sees, in pixels
-    cfg.INPUT.INTERPOLATION = "bilinear"
-    cfg.INPUT.CROP_PCT = 0.875  # evaluation: resize the short side to SIZE / CROP_PCT, take the centre
-    # Training: "random_resized" crops of SCALE (share of the area) and RATIO; "padded": SIZE, PADDING zeros on each
-    # side, a random crop; "none": resize and centre crop, and no augmentation at all.
-    cfg.INPUT.TRAIN_CROP = "random_resized"
-    cfg.INPUT.SCALE = (0.08, 1.0)
-    cfg.INPUT.RATIO = (3 / 4, 4 / 3)
-    cfg.INPUT.PADDING = 4
-    cfg.INPUT.HFLIP = 0.5  # probability
-    cfg.INPUT.COLOR_JITTER = 0.0
-    cfg.INPUT.AUTO_AUGMENT = ""  # timm's policy string, such as "rand-m9-mstd0.5"
-    # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
-    cfg.INPUT.NORM_GAMMA_INIT = 0.0
-    cfg.INPUT.MIXUP = 0.0  # alpha
-    cfg.INPUT.CUTMIX = 0.0  # alpha
-
-    cfg.DATASETS = CfgNode()
-    cfg.DATASETS.NAME = "image_folder"  # how the images are stored, see image_data.load_image_data
-    cfg.DATASETS.ROOT = "imagenet"  # folder, as it is or below $DETECTRON2_DATASETS
-
-    cfg.DATALOADER = CfgNode()
-    cfg.DATALOADER.NUM_WORKERS = 4
-    # Above 0: every batch holds so many images of each class (Hajaj and Gillies 2018: 1), in each process.
-    cfg.DATALOADER.IMAGES_PER_CLASS = 0
-
-    cfg.SOLVER = CfgNode()
-    cfg.SOLVER.MAX_EPOCH = 100
-    cfg.SOLVER.MAX_ITER = 0  # stop early after so many iterations, on the schedule of MAX_EPOCH; 0: do not
-    cfg.SOLVER.IMS_PER_BATCH = 256  # over all processes
-    cfg.SOLVER.OPTIMIZER = "momentum"  # timm's names: "momentum" is SGD, "sgd" is SGD with Nesterov's momentum
-    cfg.SOLVER.BASE_LR = 0.1
-    cfg.SOLVER.MOMENTUM = 0.9
-    cfg.SOLVER.WEIGHT_DECAY = 1e-4
-    cfg.SOLVER.FILTER_BIAS_AND_BN = True  # no weight decay on biases and norms
-    # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100), and norms and biases are told
-    # by their types, not by their shapes; 1 is all at one rate. 0: timm's groups.
-    cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
-    cfg.SOLVER.LR_SCHEDULER_NAME = "cosine"  # constant, cosine, multistep, poly or tanh, stepped each iteration
-    cfg.SOLVER.STEPS = (30, 60, 90)  # multistep: epochs at which the rate is multiplied with GAMMA
-    cfg.SOLVER.GAMMA = 0.1  # of multistep; the power of poly
-    cfg.SOLVER.MIN_LR = 0.0  # of cosine, poly and tanh
-    cfg.SOLVER.WARMUP_EPOCHS = 0
-    cfg.SOLVER.WARMUP_FACTOR = 0.001  # share of BASE_LR that warm-up starts from
-    cfg.SOLVER.LABEL_SMOOTHING = 0.0
-    cfg.SOLVER.CHECKPOINT_PERIOD = 0  # iterations; 0: an epoch
-    cfg.SOLVER.AMP = CfgNode()
-    cfg.SOLVER.AMP.ENABLED = False  # float16 on a GPU, bfloat16 on a CPU
-
-    cfg.TEST = CfgNode()
-    cfg.TEST.EVAL_PERIOD = 1  # epochs; 0: only at the end
-    cfg.TEST.IMS_PER_BATCH = 256
-
-    cfg.SEED = 0
-    cfg.OUTPUT_DIR = "./output"
-    return cfg
-
-
-def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
-    """Build a timm model whose batch normalization is replaced by another norm; initial and loaded weights are kept.
-
-    The model is built first and converted then, which works alike for models that take a `norm_layer`, for those
-    that do not, and for norms with an activation.
-
-    Args:
-        name: a timm model name, or that of one of the papers' networks.
-        norm: spec string such as "FBN(t_sigma=4)"; "" for the model's own norm.
-        **kwargs: for `timm.create_model`: num_classes, in_chans, pretrained, drop_rate, ...
-
-    Raises:
-        ValueError: unknown model, bad spec, a model without batch normalization, or with one that cannot be replaced.
-    """
-    timm_models.register()
-    try:
-        model = timm.create_model(name, **kwargs)
-    except RuntimeError as error:  # timm: unknown name, unknown tag, or no such pretrained weights
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest and nearest[0] != name else ""
-        raise ValueError(f"timm cannot build {name!r}: {str(error).rstrip('.')}{hint}") from error
-    if not norm:
-        return model
-    old = {module for module in model.modules() if isinstance(module, _BatchNorm)}
-    if not old:
-        raise ValueError(f"{name} has no batch normalization that {norm} could replace")
-    model = convert_norm(model, norm)
-    if left := [type(module).__name__ for module in model.modules() if module in old]:
-        raise ValueError(f"{len(left)} norms of {name} cannot be replaced by {norm}, the first is a {left[0]}")
-    return model if kwargs.get("pretrained") else apply_gamma_init(model)
-
-
-def _pixel_statistics(cfg: CfgNode) -> dict[str, tuple[float, ...]]:
-    """Mean and standard deviation of the channels in timm's scale, 0..1: 0 and 1 for an input norm."""
-    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-    channels = len(cfg.INPUT.FORMAT) if cfg.INPUT.FORMAT in ("RGB", "L") else None
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(
-            f"MODEL.PIXEL_MEAN {mean} and PIXEL_STD {std} need one value for each channel of INPUT.FORMAT "
-            f"{cfg.INPUT.FORMAT!r}, which is 'RGB' or 'L'"
-        )
-    if cfg.INPUT.NORM_GAMMA_INIT:
-        return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
-    return {"mean": tuple(x / 255 for x in mean), "std": tuple(x / 255 for x in std)}
-
-
-def build_train_transform(cfg: CfgNode, prefetch: bool) -> Callable:
-    """timm's training transform, with INPUT.TRAIN_CROP as its crop.
-
-    Args:
-        prefetch: leave the scaling and normalization to timm's PrefetchLoader.
-    """
-    crop, size = cfg.INPUT.TRAIN_CROP, cfg.INPUT.SIZE
-    try:
-        transform = create_transform(
-            size,
-            is_training=True,
-            no_aug=crop == "none",
-            scale=cfg.INPUT.SCALE,
-            ratio=cfg.INPUT.RATIO,
-            hflip=cfg.INPUT.HFLIP,
-            color_jitter=cfg.INPUT.COLOR_JITTER or None,
-            auto_augment=cfg.INPUT.AUTO_AUGMENT or None,
-            interpolation=cfg.INPUT.INTERPOLATION,
-            use_prefetcher=prefetch,
-            **_pixel_statistics(cfg),
-        )
-    except AssertionError:
-        raise ValueError(f"INPUT.AUTO_AUGMENT {cfg.INPUT.AUTO_AUGMENT!r} is not a policy that timm knows") from None
-    if crop == "padded":  # timm has no crop of a padded image; it stands where timm has its random resized crop
-        resize = Resize(size, str_to_interp_mode(cfg.INPUT.INTERPOLATION))
-        transform.transforms[0] = Compose([resize, RandomCrop(size, cfg.INPUT.PADDING)])
-    return transform
-
-
-def build_train_loader(
-    cfg: CfgNode, dataset: Dataset, device: torch.device, start: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The endless batches of this process, from iteration `start` on: images (N, C, H, W) and class indices (N,).
-
-    The transforms, and on a GPU the prefetching, are timm's. The order and the augmentation of a sample depend on the
-    seed and its place in the stream alone (timm's own train loader draws them from the state of each worker process),
-    so that a run may be interrupted at any iteration.
-    """
-    prefetch = device.type == "cuda"
-    dataset.transform = build_train_transform(cfg, prefetch)
-    rank, world_size = distributed.rank(), distributed.world_size()
-    batch_size = cfg.SOLVER.IMS_PER_BATCH // world_size
-    if cfg.DATALOADER.IMAGES_PER_CLASS:
-        sampler = BalancedSampler(dataset, cfg.DATALOADER.IMAGES_PER_CLASS, cfg.SEED, rank, world_size, start)
-    else:
-        sampler = InfiniteSampler(len(dataset), cfg.SEED, rank, world_size, start * batch_size)
-    loader = DataLoader(
-        SeededDataset(dataset, cfg.SEED),
-        batch_size,
-        sampler=sampler,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        collate_fn=fast_collate if prefetch else None,
-        pin_memory=prefetch,
-    )
-    if prefetch:
-        loader = PrefetchLoader(loader, channels=len(cfg.INPUT.FORMAT), device=device, **_pixel_statistics(cfg))
-    return iter(loader)
-
-
-def build_val_loader(cfg: CfgNode, dataset: Dataset, device: torch.device) -> DataLoader | PrefetchLoader:
-    """timm's evaluation loader over this process's share of `dataset`."""
-    prefetch = device.type == "cuda"
-    return create_loader(
-        dataset,
-        cfg.INPUT.SIZE,
-        max(1, cfg.TEST.IMS_PER_BATCH // distributed.world_size()),
-        crop_pct=cfg.INPUT.CROP_PCT,
-        interpolation=cfg.INPUT.INTERPOLATION,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        distributed=distributed.world_size() > 1,
-        use_prefetcher=prefetch,
-        pin_memory=prefetch,
-        persistent_workers=False,
-        device=device,
-        **_pixel_statistics(cfg),
-    )
 
 
 @torch.no_grad()
@@ -291,82 +73,6 @@ def evaluate(
     return {name: sum(each[name] for each in everyones) / size for name in sums}
 
 
-def _check(cfg: CfgNode) -> None:
-    """Refuse values that would fail later, or do something else than they say."""
-
-    def need(condition: bool, sentence: str) -> None:
-        if not condition:
-            raise ValueError(sentence)
-
-    solver, world_size = cfg.SOLVER, distributed.world_size()
-    for key, value, least in (
-        ("SOLVER.MAX_EPOCH", solver.MAX_EPOCH, 1),
-        ("SOLVER.MAX_ITER", solver.MAX_ITER, 0),
-        ("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, 1),
-        ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, 0),
-        ("DATALOADER.IMAGES_PER_CLASS", cfg.DATALOADER.IMAGES_PER_CLASS, 0),
-        ("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, 1),
-        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 0),
-        ("INPUT.SIZE", cfg.INPUT.SIZE, 1),
-        ("INPUT.PADDING", cfg.INPUT.PADDING, 0),
-        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
-        ("SEED", cfg.SEED, 0),
-    ):
-        need(value >= least, f"{key} must be at least {least}, got {value}")
-    for key, value, low, high in (
-        ("MODEL.DROP_RATE", cfg.MODEL.DROP_RATE, 0, 1),
-        ("SOLVER.LABEL_SMOOTHING", solver.LABEL_SMOOTHING, 0, 1),
-        ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY, 0, math.inf),
-        ("SOLVER.SCALE_LR_DIVISOR", solver.SCALE_LR_DIVISOR, 0, math.inf),
-        ("INPUT.HFLIP", cfg.INPUT.HFLIP, 0, 1),
-        ("INPUT.NORM_GAMMA_INIT", cfg.INPUT.NORM_GAMMA_INIT, 0, 1),
-        ("INPUT.MIXUP", cfg.INPUT.MIXUP, 0, math.inf),
-        ("INPUT.CUTMIX", cfg.INPUT.CUTMIX, 0, math.inf),
-    ):
-        need(low <= value <= high, f"{key} must lie between {low} and {high}, got {value}")
-    need(
-        not (cfg.MODEL.REVISED_INIT and cfg.MODEL.PRETRAINED),
-        "MODEL.REVISED_INIT would replace the weights that MODEL.PRETRAINED loads",
-    )
-    need(
-        solver.FILTER_BIAS_AND_BN or not solver.SCALE_LR_DIVISOR,
-        "SOLVER.SCALE_LR_DIVISOR sets the decay of norms and biases to 0: it wants FILTER_BIAS_AND_BN True",
-    )
-    need(solver.BASE_LR > 0, f"SOLVER.BASE_LR must be above 0, got {solver.BASE_LR}")
-    scale = cfg.INPUT.SCALE
-    need(
-        len(scale) == 2 and 0 < scale[0] <= scale[1],
-        f"INPUT.SCALE takes two shares of the image's area, the smaller first, got {scale}",
-    )
-    if cfg.MODEL.NORM:
-        try:
-            parse_spec(cfg.MODEL.NORM)
-        except ValueError as error:
-            raise ValueError(f"MODEL.NORM: {error}") from None
-    need(
-        solver.IMS_PER_BATCH % world_size == 0,
-        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of the number of processes, {world_size}",
-    )
-    need(
-        0 <= solver.WARMUP_EPOCHS < solver.MAX_EPOCH,
-        f"SOLVER.WARMUP_EPOCHS must be from 0 to less than MAX_EPOCH {solver.MAX_EPOCH}, got {solver.WARMUP_EPOCHS}",
-    )
-    need(min(cfg.MODEL.PIXEL_STD) > 0, f"MODEL.PIXEL_STD must be positive, got {cfg.MODEL.PIXEL_STD}")
-    need(0 < cfg.INPUT.CROP_PCT <= 1, f"INPUT.CROP_PCT must be in (0, 1], got {cfg.INPUT.CROP_PCT}")
-    need(
-        not (cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX) or solver.IMS_PER_BATCH // world_size % 2 == 0,
-        f"INPUT.MIXUP and CUTMIX need an even batch in each process, got {solver.IMS_PER_BATCH // world_size}",
-    )
-    for key, value, accepted in (
-        ("INPUT.TRAIN_CROP", cfg.INPUT.TRAIN_CROP, TRAIN_CROPS),
-        ("INPUT.INTERPOLATION", cfg.INPUT.INTERPOLATION, ("bilinear", "bicubic", "nearest")),
-        ("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, SCHEDULERS),
-        ("SOLVER.OPTIMIZER", solver.OPTIMIZER, list_optimizers()),
-    ):
-        need(value in accepted, f"{key} {value!r} is not known; accepted are {', '.join(accepted)}")
-    build_train_transform(cfg, prefetch=False)
-
-
 class ClassificationTrainer:
     """Trains and evaluates what a config describes. Building it checks all input and writes nothing.
 
@@ -383,7 +89,7 @@ class ClassificationTrainer:
     def __init__(self, cfg: CfgNode, resume: bool = False, eval_only: bool = False):
         self.cfg, solver = cfg, cfg.SOLVER
         self.device = distributed.init(cfg.MODEL.DEVICE)
-        _check(cfg)
+        check_config(cfg)
         if self.device.type == "cpu" and cfg.MODEL.NORM.startswith("SyncBN"):
             raise ValueError(
                 "SyncBN runs on GPUs only; use BN or, over several processes, SyncFBN(t_sigma=inf) on the CPU"
@@ -398,7 +104,7 @@ class ClassificationTrainer:
         if previous and not (resume or eval_only):
             raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run; add --resume to continue it, or choose another")
         if previous and resume and not eval_only:
-            check_resume(cfg, classification_config(), _MAY_CHANGE)
+            check_resume(cfg, classification_config(), MAY_CHANGE)
         self.data = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
         if not eval_only and len(self.data.train) < solver.IMS_PER_BATCH:
             raise ValueError(

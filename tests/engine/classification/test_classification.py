@@ -15,16 +15,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from fbn_plugin import SyncFilteredBatchNorm
-from fbn_plugin.engine.classification import trainer as classification
-from fbn_plugin.engine.classification.trainer import (
-    ClassificationTrainer,
+from fbn_plugin.engine.classification import trainer
+from fbn_plugin.engine.classification.config import check_config, classification_config
+from fbn_plugin.engine.classification.data import (
     build_train_loader,
     build_train_transform,
     build_val_loader,
-    classification_config,
-    create_model,
-    evaluate,
+    pixel_statistics,
 )
+from fbn_plugin.engine.classification.model import create_model
+from fbn_plugin.engine.classification.trainer import ClassificationTrainer, evaluate
 from fbn_plugin.engine.data.image_data import Images, load_image_data
 from fbn_plugin.engine.data.sampling import InfiniteSampler, SeededDataset
 from fbn_plugin.engine.run import distributed
@@ -33,7 +33,7 @@ from fbn_plugin.engine.run.config import load_config
 from fbn_plugin.engine.run.logging import TrainingLog, read_metrics
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 FOLDERS = ("CIFAR10", "Digits", "ImageNet", "MNIST", "TinyImageNet20")
 CPU = torch.device("cpu")
 
@@ -111,7 +111,7 @@ def test_unknown_models_and_norms():
 def test_configs_name_models_that_can_be_built(folder):
     for file in sorted((CONFIGS / folder).glob("[!B]*.yaml")):
         cfg = load_config(classification_config(), file)
-        classification._check(cfg)
+        check_config(cfg)
         with torch.device("meta"):
             create_model(cfg.MODEL.NAME, cfg.MODEL.NORM, in_chans=len(cfg.INPUT.FORMAT))
 
@@ -204,7 +204,7 @@ def test_what_a_gpu_normalizes_is_the_same_image(crop):
         data.transform = build_train_transform(cfg, prefetch)
         loader = DataLoader(SeededDataset(data, 0), **stream, collate_fn=fast_collate if prefetch else None)
         if prefetch:
-            loader = PrefetchLoader(loader, **classification._pixel_statistics(cfg), device=CPU)
+            loader = PrefetchLoader(loader, **pixel_statistics(cfg), device=CPU)
         batches.append(next(iter(loader)))
     torch.testing.assert_close(batches[0][0], batches[1][0], rtol=0, atol=1e-5)
     assert torch.equal(batches[0][1], batches[1][1])
@@ -361,9 +361,9 @@ def test_stopping_early_keeps_the_schedule(tmp_path):
 def rates(tmp_path, monkeypatch, **overrides) -> list[float]:
     seen = []
     monkeypatch.setattr(TrainingLog, "step", lambda self, iteration, **values: seen.append(values["lr"]))
-    monkeypatch.setattr(classification, "evaluate", lambda *args: {"top1": 0.0, "loss": 0.0})
+    monkeypatch.setattr(trainer, "evaluate", lambda *args: {"top1": 0.0, "loss": 0.0})
     linear = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10))
-    monkeypatch.setattr(classification, "create_model", lambda *args, **kwargs: linear)
+    monkeypatch.setattr(trainer, "create_model", lambda *args, **kwargs: linear)
     ClassificationTrainer(config(tmp_path, SOLVER__IMS_PER_BATCH=400, SOLVER__BASE_LR=0.8, **overrides)).train()
     return seen
 
@@ -432,7 +432,7 @@ def test_the_papers_training(tmp_path, monkeypatch):
 def test_pretrained_scales_are_kept(monkeypatch):
     trained = timm.create_model("test_resnet", num_classes=3)
     torch.nn.init.constant_(trained.bn1.weight, 0.75)
-    monkeypatch.setattr(classification.timm, "create_model", lambda *args, **kwargs: trained)
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: trained)
     model = create_model("test_resnet", "ScaledBN(gamma_init=0.25)", pretrained=True)
     assert (model.bn1.weight == 0.75).all()
     assert (create_model("test_resnet", "ScaledBN(gamma_init=0.25)").bn1.weight == 0.25).all()
