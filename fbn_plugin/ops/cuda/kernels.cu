@@ -132,9 +132,9 @@ constexpr int REPEATS = 3;  // of the kept values' sums: each brings the shift 2
 constexpr int SLOTS = 8;    // partial sums of a member, four for each of two rounds in turn
 // Vectors that a thread loads before it uses the first: as many as registers allow.
 constexpr int LOADS = BACKWARD && ACTIVATION ? 1 : BACKWARD || LAYOUT == 1 ? 2 : 4;
-constexpr int LATER_LOADS = LOADS < 2 ? LOADS : 2;
+constexpr int LATER_LOADS = LOADS < 2 || (BACKWARD && DTYPE == 1 && LAYOUT == 0) || (!BACKWARD && LAYOUT == 1) ? 1 : 2;
 constexpr int SEARCH_LOADS = LAYOUT == 1 ? 1 : 2;  // where values are compared with the band, too
-constexpr int AHEAD = (BACKWARD ? 6 : 12) / LOADS;  // so many times LOADS are on their way while others are added up
+constexpr int AHEAD = (BACKWARD ? 4 : 8) / LOADS;  // so many times LOADS are on their way while others are added up
 // Blocks that a multiprocessor is to hold: what plan.py reckons with, and what bounds a thread's registers.
 constexpr int BLOCKS = LAYOUT == 1 ? 512 / THREADS : THREADS < 128 ? 8 : 1024 / THREADS;
 constexpr int FLUSH = 16;   // vectors that it adds up before it adds the sum to the others: sums of sums are more exact
@@ -496,41 +496,106 @@ template <int SIZE, class Body> INLINE void for_vectors(int begin, int end, Body
     for (; k < end; k++) body(Number<1>(), k);
 }
 
-// The N vectors of a thread from k on, from where they are: `kept` of them in shared memory.
-template <int N> INLINE void load(Vector (&v)[N], const Values& values, int k, const T* x, const Word* keep, int kept) {
-  if (k < kept) {
-#pragma unroll
-    for (int u = 0; u < N; u++) v[u].word = keep[(k + u) * THREADS + threadIdx.x];
-  } else {
-#pragma unroll
-    for (int u = 0; u < N; u++) v[u].word = *(const Word*)(x + values.at(k + u));
-  }
-}
-
-// Begins to copy a thread's vectors from k on, LOADS of them or as many as `kept` leaves, to where they are kept.
-INLINE void fetch(const Values& values, int k, int kept, const T* x, Word* keep) {
-  keep += k * THREADS + threadIdx.x;
-  if (k + LOADS <= kept) {
-#if ASYNC
-#pragma unroll
-    for (int u = 0; u < LOADS; u++) copy_later<sizeof(Word)>(keep + u * THREADS, x + values.at(k + u));
-#else
-    Word v[LOADS];
-#pragma unroll
-    for (int u = 0; u < LOADS; u++) v[u] = *(const Word*)(x + values.at(k + u));
-#pragma unroll
-    for (int u = 0; u < LOADS; u++) keep[u * THREADS] = v[u];
-#endif
-  } else {
-#pragma unroll 1
-    for (int u = 0; k + u < kept; u++) keep[u * THREADS] = *(const Word*)(x + values.at(k + u));
-  }
-}
-
 #if !ASYNC
 INLINE void end_group() {}
 template <int N> INLINE void wait_copies() {}
 #endif
+INLINE void copy(Word* to, const T* from) {
+#if ASYNC
+  copy_later<sizeof(Word)>(to, from);
+#else
+  *to = *(const Word*)from;
+#endif
+}
+
+// A thread's place in what its block keeps in shared memory: the k-th of its `count` vectors in slot k % slots, so that in
+// the end those from `first` on are there.
+struct Ring {
+  Word* words;
+  int slots, count, first;
+
+  INLINE Ring(Word* keep, int slots, int count)
+      : words(keep + threadIdx.x), slots(slots), count(count), first(max(0, count - slots)) {}
+  INLINE int wrap(int slot) const { return slot >= slots ? slot - slots : slot; }
+  INLINE Word& operator[](int slot) const { return words[slot * THREADS]; }
+
+  // Whether there is room to copy AHEAD times LOADS vectors while others are used, or for all.
+  INLINE bool roomy(const Cut& c) const { return slots >= c.steps || slots >= (AHEAD + 1) * LOADS; }
+  // Begins to copy the vectors from k on, LOADS of them or as many as there are.
+  INLINE void fetch(const Values& values, int k, int slot, const T* x) const {
+    if (k + LOADS <= count) {
+#if ASYNC
+#pragma unroll
+      for (int u = 0; u < LOADS; u++) copy_later<sizeof(Word)>(&(*this)[slot + u], x + values.at(k + u));
+#else
+      Word v[LOADS];
+#pragma unroll
+      for (int u = 0; u < LOADS; u++) v[u] = *(const Word*)(x + values.at(k + u));
+#pragma unroll
+      for (int u = 0; u < LOADS; u++) (*this)[slot + u] = v[u];
+#endif
+    } else {
+#pragma unroll 1
+      for (; k < count; k++, slot++) (*this)[slot] = *(const Word*)(x + values.at(k));
+    }
+  }
+  // The k-th vector and the next ones, from where they are: all before `first` or none.
+  template <int N> INLINE void load(Vector (&v)[N], const Values& values, int k, const T* x) const {
+    if (k >= first) {
+      const int slot = k % slots;
+#pragma unroll
+      for (int u = 0; u < N; u++) v[u].word = (*this)[wrap(slot + u)];
+    } else {
+#pragma unroll
+      for (int u = 0; u < N; u++) v[u].word = *(const Word*)(x + values.at(k + u));
+    }
+  }
+};
+
+// Calls body(size, k) for all vectors of a thread, SIZE of them where so many lie in the same memory.
+template <int SIZE, class Body> INLINE void for_all(const Ring& ring, Body body) {
+  for_vectors<SIZE>(0, ring.first, body);
+  for_vectors<SIZE>(ring.first, ring.count, body);
+}
+
+// Calls body(size, k, rings' vectors) for all vectors of a thread once more: first for those that its rings still have,
+// then for the others, the latest read first; if `copies`, these are copied, in time, to where the first ones were.
+template <int RINGS, class Body>
+INLINE void for_all_again(const Ring (&rings)[RINGS], const Values& values, const T* const (&from)[RINGS], bool copies, Body body) {
+  const int count = rings[0].count, slots = rings[0].slots, first = rings[0].first, kept = count - first;
+  constexpr int BATCHES = AHEAD * LOADS / LATER_LOADS, DISTANCE = BATCHES * LATER_LOADS;
+  copies = copies && first > 0 && slots >= DISTANCE + LATER_LOADS;
+  int slot = slots ? first % slots : 0;
+  auto number = [&](int i) { return i < kept ? first + i : count - 1 - i; };
+  auto some = [&](auto size, int i) {
+    constexpr int N = decltype(size)::value;
+    Vector v[RINGS][N];
+    int k[N];
+#pragma unroll
+    for (int u = 0; u < N; u++) k[u] = number(i + u);
+    if (copies) {
+#pragma unroll
+      for (int u = 0; u < N; u++) {
+        const int later = i + DISTANCE + u;
+#pragma unroll
+        for (int r = 0; r < RINGS; r++)
+          if (later >= kept && later < count) copy(&rings[r][rings[r].wrap(slot + DISTANCE + u)], from[r] + values.at(number(later)));
+      }
+      end_group();
+      if (N == LATER_LOADS) wait_copies<BATCHES>();
+      else wait_copies<0>();
+    }
+#pragma unroll
+    for (int u = 0; u < N; u++)
+#pragma unroll
+      for (int r = 0; r < RINGS; r++)
+        v[r][u].word = copies || i + u < kept ? rings[r][rings[r].wrap(slot + u)] : *(const Word*)(from[r] + values.at(k[u]));
+    body(size, k, v);
+    slot += N;
+    if (slot >= slots) slot -= slots;
+  };
+  for_vectors<LATER_LOADS>(0, count, some);
+}
 
 INLINE float middle(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
 
@@ -639,7 +704,6 @@ INLINE void shift_of(const Cut& cut, const Values& values, const T* x, float (&s
 #if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forward a) {
   extern __shared__ __align__(16) char smem[];
-  Word* keep = (Word*)smem;
   __shared__ Scratch scratch;
   __shared__ double whole[2][WIDTH];  // sums of all values
   __shared__ float shifts[WIDTH], lower[WIDTH], upper[WIDTH], center[WIDTH], scale[WIDTH], lift[WIDTH];
@@ -655,24 +719,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
   const int first_channel = values.channel - threadIdx.x % ROW_VECTORS * VECTOR;  // of the group
   const int first_set = place.group / cut.blocks * (cut.channels / cut.set_channels);
   const int set_channels = cut.set_channels, own = values.channel - first_channel;
-  const double each = cut.runs;
+  const int each = cut.runs;
 #else
   const Values values(cut, place, (int)((u32)(place.group * cut.set_channels) % (u32)cut.channels));
   const int first_channel = values.channel, first_set = place.group;
   const int set_channels = 1, own = 0;
-  const double each = (double)cut.vectors * VECTOR;
+  const int each = cut.vectors * VECTOR;
 #endif
   // the statistic of a group's c-th channel
   auto set_of = [&](int c) { return LAYOUT == 1 ? first_set + (first_channel + c) / set_channels : first_set; };
   auto exists = [&](int c) { return LAYOUT != 1 || first_channel + c < cut.channels; };
-  const int count = values.count, kept = min(cut.kept, count), sets = cut.sets;
+  const Ring ring((Word*)smem, cut.kept, values.count);
+  const int count = values.count, sets = cut.sets;
   const T* const x = a.x;
   int round = 0;
 
   float shift[OWN], big[OWN];  // what sums are taken around, and how far from it a thread's values reach
   if (FIRST) {
+    const bool roomy = ring.roomy(cut);
+    if (roomy)
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) fetch(values, i * LOADS, kept, x, keep), end_group();
+      for (int i = 0; i < AHEAD; i++) ring.fetch(values, i * LOADS, i * LOADS, x), end_group();
     shift_of(cut, values, a.x, shift);
 #pragma unroll 1
     for (bool repeated = false;; repeated = true) {
@@ -696,35 +763,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
 #pragma unroll
         for (int j = 0; j < OWN; j++) sum[j] += part[j], square[j] += squares[j];
       };
+      int filled = 0;
+      auto filling = [&](int vectors) {
+        if ((filled += vectors) >= FLUSH) flush(), filled = 0;
+      };
+      if (ring.slots && !repeated) {
+        int to = roomy ? AHEAD * LOADS : 0, from = 0;  // slots
+        const int ahead = to;
+        to = ring.wrap(to);
 #pragma unroll 1
-      for (int k = 0; k < kept; k += LOADS) {
-        if (!repeated) {
-          fetch(values, k + AHEAD * LOADS, kept, x, keep), end_group();
-          wait_copies<AHEAD>();
-        }
-        if (k + LOADS <= kept) {
-          Vector v[LOADS];
-          load(v, values, k, x, keep, kept);
+        for (int k = 0; k < count; k += LOADS) {
+          ring.fetch(values, k + ahead, to, x), end_group();
+          if (roomy) wait_copies<AHEAD>();
+          else wait_copies<0>();
+          if (k + LOADS <= count) {
+            Vector v[LOADS];
 #pragma unroll
-          for (int u = 0; u < LOADS; u++) add(v[u]);
-        } else {
+            for (int u = 0; u < LOADS; u++) v[u].word = ring[from + u];
+#pragma unroll
+            for (int u = 0; u < LOADS; u++) add(v[u]);
+          } else {
 #pragma unroll 1
-          for (int u = k; u < kept; u++) {
-            Vector v[1];
-            load(v, values, u, x, keep, kept);
-            add(v[0]);
+            for (int u = 0; k + u < count; u++) {
+              Vector v;
+              v.word = ring[from + u];
+              add(v);
+            }
           }
+          to = ring.wrap(to + LOADS), from = ring.wrap(from + LOADS);
+          filling(LOADS);
         }
-        if (!((k + LOADS) & (FLUSH - 1))) flush();
-      }
-      for_vectors<LOADS>(kept, count, [&](auto size, int k) {
-        constexpr int N = decltype(size)::value;
-        Vector v[N];
-        load(v, values, k, x, keep, 0);
+      } else {
+        for_all<LOADS>(ring, [&](auto size, int k) {
+          constexpr int N = decltype(size)::value;
+          Vector v[N];
+          ring.load(v, values, k, x);
 #pragma unroll
-        for (int u = 0; u < N; u++) add(v[u]);
-        if (!((k + N) & (FLUSH - 1))) flush();
-      });
+          for (int u = 0; u < N; u++) add(v[u]);
+          filling(N);
+        });
+      }
       flush();
 #pragma unroll
       for (int j = 0; j < OWN; j++) sums[2][j] = -big[j];
@@ -769,14 +847,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
     for (int j = 0; j < OWN; j++) none = none && big[j] <= reach[own + j];
     float sums[3][OWN] = {};
     if (!none) {
-      float lo[OWN], hi[OWN], from[OWN];
+      float lo[OWN], hi[OWN];
+      const volatile float* from = shifts + own;  // registers are for what every value needs
 #pragma unroll
-      for (int j = 0; j < OWN; j++) lo[j] = lower[own + j], hi[j] = upper[own + j], from[j] = shifts[own + j];
+      for (int j = 0; j < OWN; j++) lo[j] = lower[own + j], hi[j] = upper[own + j];
       float sum[OWN] = {}, square[OWN] = {};
-      for_vectors<SEARCH_LOADS>(0, count, [&](auto size, int k) {
+      int filled = 0;
+      auto flush = [&] {
+#pragma unroll
+        for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sum[j] = square[j] = 0;
+      };
+      for_all<SEARCH_LOADS>(ring, [&](auto size, int k) {
         constexpr int N = decltype(size)::value;
         Vector v[N];
-        load(v, values, k, x, keep, kept);
+        ring.load(v, values, k, x);
 #pragma unroll
         for (int u = 0; u < N; u++)
 #pragma unroll
@@ -788,12 +872,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
               sum[j] += d, square[j] += d * d, sums[2][j] += 1;
             }
           }
-        if (!((k + N) & (FLUSH - 1)))
-#pragma unroll
-          for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sum[j] = square[j] = 0;
+        if ((filled += N) >= FLUSH) flush(), filled = 0;
       });
-#pragma unroll
-      for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j];
+      flush();
     }
     add_group<3, 3>(scratch, cut, place, a.partial, a.counters, ++round, sums);
     spread<WIDTH>([&](int c) {  // from here on of the kept
@@ -817,14 +898,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
     for (int repeated = 0;; repeated++) {
       float sums[3][OWN] = {};
       float sum[OWN] = {}, square[OWN] = {};
+      int filled = 0;
       auto flush = [&] {
 #pragma unroll
         for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sum[j] = square[j] = 0;
       };
-      for_vectors<SEARCH_LOADS>(0, count, [&](auto size, int k) {
+      for_all<SEARCH_LOADS>(ring, [&](auto size, int k) {
         constexpr int N = decltype(size)::value;
         Vector v[N];
-        load(v, values, k, x, keep, kept);
+        ring.load(v, values, k, x);
 #pragma unroll
         for (int u = 0; u < N; u++)
 #pragma unroll
@@ -836,7 +918,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
               sum[j] += d, square[j] += d * d, sums[2][j] += 1;
             }
           }
-        if (!((k + N) & (FLUSH - 1))) flush();
+        if ((filled += N) >= FLUSH) flush(), filled = 0;
       });
       flush();
       if (threadIdx.x == 0) again[1] = 0;
@@ -896,17 +978,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
     float middle_of[OWN], by[OWN], plus[OWN];
 #pragma unroll
     for (int j = 0; j < OWN; j++) middle_of[j] = center[own + j], by[j] = scale[own + j], plus[j] = lift[own + j];
-    for_vectors<LATER_LOADS>(0, count, [&](auto size, int k) {
+    const Ring rings[1] = {ring};
+    const T* const from[1] = {x};
+    for_all_again(rings, values, from, true, [&](auto size, const int* k, auto& read) {
       constexpr int N = decltype(size)::value;
-      Vector v[N], r[N];
+      Vector(&v)[N] = read[0], r[N];
       Offset offset[N];
       int run[N];
 #pragma unroll
-      for (int u = 0; u < N; u++) offset[u] = values.at(k + u, run[u]);
+      for (int u = 0; u < N; u++) offset[u] = values.at(k[u], run[u]);
       if (a.residual)
 #pragma unroll
         for (int u = 0; u < N; u++) r[u].word = *(const Word*)(a.residual + offset[u]);
-      load(v, values, k, x, keep, kept);
 #pragma unroll
       for (int u = 0; u < N; u++) {
         float w = by[0], rest = plus[0];
@@ -956,10 +1039,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
   __shared__ float each_of[WIDTH], times[WIDTH];  // what is subtracted where a value is kept, and subtracted times x - mean
   __shared__ float lower[WIDTH], upper[WIDTH];
   const Cut& cut = a.cut;
-  Word *keep_x = (Word*)smem, *keep_grad = keep_x + cut.kept * THREADS;
   const Place place = take_place<FIRST>(cut, a.counters);
   const Values values(cut, place, (int)((u32)place.group % (u32)cut.channels));
-  const int count = values.count, kept = min(cut.kept, count), sets = cut.sets;
+  const Ring rings[2] = {{(Word*)smem, cut.kept, values.count}, {(Word*)smem + cut.kept * THREADS, cut.kept, values.count}};
+  const Ring &ring = rings[0], &ring_grad = rings[1];
+  const int count = values.count, sets = cut.sets;
 #if LAYOUT == 1
   const int first_channel = values.channel - threadIdx.x % ROW_VECTORS * VECTOR, own = values.channel - first_channel;
   const int sample = place.group / cut.blocks, first_set = sample * (cut.channels / cut.set_channels);
@@ -973,13 +1057,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
 #endif
   const T *const x = a.x, *const grad = a.grad;
 
-  auto fetch_both = [&](int k) {
-    fetch(values, k, kept, x, keep_x), fetch(values, k, kept, grad, keep_grad);
+  const bool roomy = ring.roomy(cut);
+  auto fetch_both = [&](int k, int slot) {
+    ring.fetch(values, k, slot, x), ring_grad.fetch(values, k, slot, grad);
     end_group();
   };
-  if (FIRST)
+  if (FIRST && roomy)
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) fetch_both(i * LOADS);
+    for (int i = 0; i < AHEAD; i++) fetch_both(i * LOADS, i * LOADS);
 
   float mean[OWN], weight[OWN], bias[OWN];
 #pragma unroll
@@ -998,12 +1083,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
   __syncthreads();
 
   // Gradients before the activation.
-  auto undo_activation = [&](auto size, int k, const Vector* v, Vector* g) {
+  auto undo_activation = [&](auto size, const Offset* offset, const Vector* v, Vector* g) {
     constexpr int N = decltype(size)::value;
     Vector o[N];
     if (a.other)
 #pragma unroll
-      for (int u = 0; u < N; u++) o[u].word = *(const Word*)(a.other + values.at(k + u));
+      for (int u = 0; u < N; u++) o[u].word = *(const Word*)(a.other + offset[u]);
 #pragma unroll
     for (int u = 0; u < N; u++)
 #pragma unroll
@@ -1021,14 +1106,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
 #pragma unroll
       for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += product[j], sum[j] = product[j] = 0;
     };
-    auto add = [&](auto size, int k, Vector* v, Vector* g) {
+    int filled = 0;
+    auto add = [&](auto size, int k, int slot, Vector* v, Vector* g) {  // slot: where they are kept, or -1
       constexpr int N = decltype(size)::value;
       if (ACTIVATION) {
-        undo_activation(size, k, v, g);
+        Offset offset[N];
+#pragma unroll
+        for (int u = 0; u < N; u++) offset[u] = values.at(k + u);
+        undo_activation(size, offset, v, g);
 #pragma unroll
         for (int u = 0; u < N; u++) {
-          if (k < kept) keep_grad[(k + u) * THREADS + threadIdx.x] = g[u].word;
-          if (a.dz) put(a.dz + values.at(k + u), g[u].word);
+          if (slot >= 0) ring_grad[slot + u] = g[u].word;
+          if (a.dz) put(a.dz + offset[u], g[u].word);
         }
       }
 #pragma unroll
@@ -1045,25 +1134,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
 #pragma unroll
         for (int j = 0; j < OWN; j++) sum[j] += part[j], product[j] += products[j];
       }
-      if (!((k + N) & (FLUSH - 1))) flush();
+      if ((filled += N) >= FLUSH) flush(), filled = 0;
     };
+    if (ring.slots) {
+      const int ahead = roomy ? AHEAD * LOADS : 0;
+      int to = ring.wrap(ahead), slot = 0;
 #pragma unroll 1
-    for (int k = 0; k < kept; k += LOADS) {
-      fetch_both(k + AHEAD * LOADS);
-      wait_copies<AHEAD>();
-      for_vectors<LOADS>(k, min(k + LOADS, kept), [&](auto size, int i) {
+      for (int k = 0; k < count; k += LOADS) {
+        fetch_both(k + ahead, to);
+        if (roomy) wait_copies<AHEAD>();
+        else wait_copies<0>();
+        for_vectors<LOADS>(k, min(k + LOADS, count), [&](auto size, int i) {
+          constexpr int N = decltype(size)::value;
+          Vector v[N], g[N];
+#pragma unroll
+          for (int u = 0; u < N; u++) v[u].word = ring[slot + i - k + u], g[u].word = ring_grad[slot + i - k + u];
+          add(size, i, slot + i - k, v, g);
+        });
+        to = ring.wrap(to + LOADS), slot = ring.wrap(slot + LOADS);
+      }
+    } else {
+      for_vectors<LATER_LOADS>(0, count, [&](auto size, int k) {
         constexpr int N = decltype(size)::value;
         Vector v[N], g[N];
-        load(v, values, i, x, keep_x, kept), load(g, values, i, grad, keep_grad, kept);
-        add(size, i, v, g);
+#pragma unroll
+        for (int u = 0; u < N; u++)
+          v[u].word = *(const Word*)(x + values.at(k + u)), g[u].word = *(const Word*)(grad + values.at(k + u));
+        add(size, k, -1, v, g);
       });
     }
-    for_vectors<LATER_LOADS>(kept, count, [&](auto size, int k) {
-      constexpr int N = decltype(size)::value;
-      Vector v[N], g[N];
-      load(v, values, k, x, keep_x, 0), load(g, values, k, grad, keep_grad, 0);
-      add(size, k, v, g);
-    });
     flush();
     add_group<2, 2>(scratch, cut, place, a.partial, a.counters, 1, sums);
   }
@@ -1107,12 +1206,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
       subtract[j] = each_of[own + j], slope[j] = times[own + j];
       reach[j] = a.paper ? -1.f : (1 - 1e-6f) * fminf(upper[own + j] - mean[j], mean[j] - lower[own + j]);
     }
-    const T* source = ACTIVATION && a.dz ? a.dz : grad;  // of what was not kept
-    for_vectors<LATER_LOADS>(0, count, [&](auto size, int k) {
+    // Of what was not kept. What this thread has stored, and what is still to be computed, is not copied ahead.
+    const T* const from[2] = {x, ACTIVATION && a.dz ? a.dz : grad};
+    for_all_again(rings, values, from, !ACTIVATION, [&](auto size, const int* k, auto& read) {
       constexpr int N = decltype(size)::value;
-      Vector v[N], g[N];
-      load(v, values, k, x, keep_x, kept), load(g, values, k, source, keep_grad, kept);
-      if (ACTIVATION && !a.dz && k >= kept) undo_activation(size, k, v, g);
+      Vector(&v)[N] = read[0], (&g)[N] = read[1];
+      Offset offset[N];
+#pragma unroll
+      for (int u = 0; u < N; u++) offset[u] = values.at(k[u]);
+      if (ACTIVATION && !a.dz && k[0] < ring.first) undo_activation(size, offset, v, g);
 #pragma unroll
       for (int u = 0; u < N; u++) {
         bool near = true;
@@ -1134,7 +1236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
                 input_gradient(up(g[u].value[i]), w - mean[j], inside, a.paper, weight[j], subtract[j], slope[j]));
           }
         }
-        put(a.dx + values.at(k + u), result.word);
+        put(a.dx + offset[u], result.word);
       }
     });
   }
@@ -1346,13 +1448,6 @@ template <int SIZE, class Load, class Use> INLINE void for_vectors(const Bundle&
 }
 
 // Copies all vectors to shared memory: copy(i, offset) begins it for one. All have come when it returns.
-INLINE void copy(Word* to, const T* from) {
-#if ASYNC
-  copy_later<sizeof(Word)>(to, from);
-#else
-  *to = *(const Word*)from;
-#endif
-}
 template <class Copy> INLINE void for_copies(const Bundle& bundle, Copy copy) {
 #pragma unroll 4
   for (int i = threadIdx.x; i < bundle.cut.vectors; i += THREADS) {
@@ -1363,16 +1458,20 @@ template <class Copy> INLINE void for_copies(const Bundle& bundle, Copy copy) {
   wait_copies<0>();
 }
 
-// Calls f(index) for the thread's share of its team's channel, which lies in shared memory with the others of a sample.
+// Calls f(index, which) for the thread's share of its team's channel, which lies in shared memory with the others of a
+// sample; `which` is 0 and 1 in turn, for sums of half as many terms.
 template <class F> INLINE void for_channel(const Cut& cut, F f) {
-  const int own = threadIdx.x % TEAM, s = cut.positions, sample = CHANNELS * s;
+  const int own = threadIdx.x % TEAM, s = cut.positions, sample = CHANNELS * s, all = cut.runs * s;
   const int skip = TEAM / s, step = TEAM - skip * s;
   int position = own % s, at = own / s * sample + threadIdx.x / TEAM * s + position;
-#pragma unroll 2
-  for (int v = own; v < cut.runs * s; v += TEAM) {
-    f(at);
+  auto advance = [&] {
     position += step, at += skip * sample + step;
     if (position >= s) position -= s, at += sample - s;
+  };
+#pragma unroll 1
+  for (int v = own; v < all; v += 2 * TEAM) {
+    f(at, 0), advance();
+    if (v + TEAM < all) f(at, 1), advance();
   }
 }
 
@@ -1419,13 +1518,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(co
   Moments m;
   double whole[2];
   for (bool repeated = false;; repeated = true) {
-    float sums[3] = {};
+    float sum[2] = {}, square[2] = {};
     big = 0;
-    for_channel(cut, [&](int i) {
+    for_channel(cut, [&](int i, int which) {
       const float d = up(x[i]) - shift;
-      sums[0] += d, sums[1] += d * d, big = fmaxf(big, fabsf(d));
+      sum[which] += d, square[which] += d * d, big = fmaxf(big, fabsf(d));
     });
-    sums[2] = -big;
+    const float sums[3] = {sum[0] + sum[1], square[0] + square[1], -big};
     double total[3];
     add_team<3, 2>(of_warp, sums, total);
     if (leads) {
@@ -1446,7 +1545,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(co
   if (outside && !apart) {  // all values' sums less those of the values outside, which few threads have
     float sums[3] = {};
     if (!(big <= reach[team]))
-      for_channel(cut, [&](int i) {
+      for_channel(cut, [&](int i, int) {
         const float v = up(x[i]);
         if (!(v >= lo && v <= hi)) {
           const float d = v - shift;
@@ -1465,14 +1564,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(co
   }
   if (apart) shift = center[team];
   for (int repeated = 0; apart; repeated++) {
-    float sums[3] = {};
-    for_channel(cut, [&](int i) {
+    float sum[2] = {}, square[2] = {}, kept = 0;
+    for_channel(cut, [&](int i, int which) {
       const float v = up(x[i]);
       if (v >= lo && v <= hi) {
         const float d = v - shift;
-        sums[0] += d, sums[1] += d * d, sums[2] += 1;
+        sum[which] += d, square[which] += d * d, kept += 1;
       }
     });
+    const float sums[3] = {sum[0] + sum[1], square[0] + square[1], kept};
     double total[3];
     add_team<3, 3>(of_warp, sums, total);
     if (leads) {
@@ -1572,11 +1672,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward_bundles(c
   }
   __syncthreads();
   const Channel own = channels[team];
-  float sums[2] = {};
-  for_channel(cut, [&](int i) {
-    const float v = up(x[i]), g = up(grad[i]);
-    if (!a.paper || (v >= own.lower && v <= own.upper)) sums[0] += g, sums[1] += g * (v - own.mean);
+  float sum[2] = {}, product[2] = {};
+  for_channel(cut, [&](int i, int which) {
+    const float v = up(x[i]);
+    float g = up(grad[i]);
+    if (a.paper && !(v >= own.lower && v <= own.upper)) g = 0;
+    sum[which] += g, product[which] += g * (v - own.mean);
   });
+  const float sums[2] = {sum[0] + sum[1], product[0] + product[1]};
   double total[2];
   add_team<2, 2>(of_warp, sums, total);
   if (leads) {

@@ -39,11 +39,11 @@ _LINE_THREADS, _LINE_SUMS = (256, 64), 24 << 10
 _MOST = 2**30  # values in a set, channels of samples: they are counted in 32 bits, and past the end by what blocks
 # have too many
 # Fitted to times of 400 plans on an H200.
-_BANDWIDTH = 25e3  # bytes that a multiprocessor moves in a microsecond: 132 of them 3.3 TB/s
-_START, _STEP = 5.9, 0.12  # microseconds of a block, and of each of its loads, besides
-_WAIT = 4.6  # microseconds until a group's members know their sums
-_AGAIN = 0.68  # of a byte that is read again
-_NEXT = 0.41  # of a block's microseconds that the next in its place cannot hide behind others'
+_BANDWIDTH = 42e3  # bytes that a multiprocessor moves in a microsecond, were there nothing else
+_START, _STEP = 8.5, 0.35  # microseconds of a block, and of each of its loads, besides
+_WAIT = 5.0  # microseconds until a group's members know their sums
+_AGAIN = 0.8  # of a byte that is read again
+_NEXT = 0.4  # of a block's microseconds that the next in its place cannot hide behind others'
 
 
 class Variant(NamedTuple):
@@ -166,7 +166,7 @@ def room_for(card, variant: Variant) -> Room:
     can_keep = shared // variant.step_shared // loads * loads if variant.phases == ALL else 0
     width = variant.channels * variant.itemsize if variant.layout == ROWS else 128
     # Rows of few bytes: parts of sectors, and of what memory delivers at once, are wasted.
-    reach = _BANDWIDTH / (1.0 if width >= 128 else 1.13 if width >= 64 else 1.64 if width >= 32 else 3.0)
+    reach = _BANDWIDTH / (1.0 if width >= 128 else 1.6 if width >= 64 else 2.2 if width >= 32 else 4.0)
     return Room(variant, card.multiprocessors * blocks, can_keep, shared, reach, card.multiprocessors)
 
 
@@ -191,11 +191,11 @@ def refuses(shape: Shape) -> str | None:
 
 @functools.lru_cache(maxsize=2048)
 def _widths(itemsize: int, vector: int, channels: int, set_channels: int) -> tuple[int, ...]:
-    """Channels that a block of threads may handle side by side, channels-last, the most first: of 16 to 128 bytes, if
+    """Channels that a block of threads may handle side by side, channels-last, the most first: of 32 to 128 bytes, if
     there are so many, and whole sets."""
     most = min(128 // itemsize, vector * 32)
     widths = [vector << i for i in range(6) if vector << i <= most]
-    needed = max(vector, min(16 // itemsize, most))
+    needed = max(vector, min(32 // itemsize, most))
     enough = [width for width in widths if width >= needed] or widths[-1:]
     covering = next((width for width in enough if width >= channels), enough[-1])
     return tuple(width for width in reversed(enough) if width <= covering and width % set_channels == 0)
@@ -244,8 +244,13 @@ def _divisor(length: int) -> tuple[int, int]:
 
 
 def _threads(vectors: int) -> tuple[int, ...]:
-    """Threads that a block may have for a set of so many vectors: each is to have four, if there are as many."""
-    return (256, 512) if vectors > 1024 else (256,) if vectors > 256 else (64,)
+    """Threads that a block may have for a set of so many vectors: each is to have four or more, if there are as
+    many."""
+    return tuple(
+        threads
+        for threads in (64, 128, 256, 512)
+        if (threads == 64 or vectors > 3 * threads) and (threads >= 256 or vectors <= 32 * threads)
+    )
 
 
 def _planes(shape: Shape, card, launches: int, variant: Variant, rows: bool) -> Cut:
@@ -320,7 +325,7 @@ def _bundles(shape: Shape, card, variant: Variant) -> Cut | None:
     n, c, s, _, _, num_groups, alignment = shape
     vector = min(16, alignment) // variant.itemsize
     channels = vector // math.gcd(s, vector)
-    if num_groups or channels == 1 or c % channels or s < vector or variant.phases != ALL:
+    if num_groups or shape.vector(s) > 1 or channels == 1 or c % channels or s < vector or variant.phases != ALL:
         return None
     variant = variant._replace(layout=BUNDLES, vector=vector, channels=channels, threads=512 if n * s >= 1024 else 256)
     kept = n * channels * s * variant.itemsize * (2 if variant.backward else 1)

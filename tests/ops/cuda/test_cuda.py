@@ -34,6 +34,7 @@ ROOMY = Card("sm_90", 16, 60000, 160000, 256, 65536, 2048, 32)
 TIGHT = Card("sm_90", 16, 40000, 40000, 256, 65536, 2048, 32)
 BARE = Card("sm_90", 16, 16000, 16000, 256, 65536, 2048, 32)
 FEW = Card("sm_90", 2, 60000, 160000, 256, 65536, 2048, 32)
+LARGE = Card("sm_90", 2, 200000, 220000, 1024, 65536, 2048, 32)
 CARDS = {"roomy": ROOMY, "tight": TIGHT, "bare": BARE, "few": FEW}
 
 PLANES = [(2, 3, 63, 65), (2, 4, 40, 64), (2, 6, 1, 300)]
@@ -97,6 +98,21 @@ def test_the_cases_reach_every_way(emulated):
                 kinds.add((way, members > 1, "all" if kept == steps else "some" if kept else "none"))
     assert kinds == set(itertools.product(("forward", "backward"), (False, True), ("all", "some", "none"))), kinds
     assert len(kernels) == 6
+
+
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+@pytest.mark.parametrize(
+    "shape, last, dtype", [((2, 8, 104, 128), False, torch.float32), ((2, 40, 50, 60), True, torch.bfloat16)]
+)
+def test_copies_ahead_of_their_use(shape, last, dtype, mode, emulated):
+    """Threads with several times as many vectors as they keep: what they have used makes room for what comes."""
+    emulated.replace(card=LARGE, seed=mode == "paper")
+    x, grad, weight, bias = inputs(shape, dtype, last)
+    for _, members, steps, kept in cuts(x):
+        assert members == 1 and steps > kept >= 6
+    check_agrees(cuda, x, grad, weight, bias, 0, mode == "paper", mode)
+    residual = torch.empty_like(x).copy_(torch.randn(shape, generator=torch.Generator().manual_seed(5)))
+    check_activation(cuda, x, grad, weight, bias, residual if mode == "paper" else None, "silu", mode)
 
 
 def test_one_launch_each_way(emulated):
