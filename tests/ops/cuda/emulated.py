@@ -160,7 +160,9 @@ class EmulatedDriver:
         stream: what ``current_stream`` gives. Launches of one stream run one after the other.
         captures: what ``capturing`` gives.
         launched: names of the kernels launched so far.
-        from_cpp: how many of them ``host.cpp`` launched.
+        from_cpp: how many of them ``host.cpp`` launched, each in a context of ``launched_in``, the last of
+            ``contexts``.
+        fails: codes that launches of ``host.cpp`` give instead of running, one each.
     """
 
     DEVICE_TYPE = "cpu"
@@ -180,14 +182,14 @@ class EmulatedDriver:
         self._card, self.places, self.seed = card, places, seed
         self.registers, self.static_shared, self.stream = registers, static_shared, 0
         self.captures = False
-        self.fails: list[int] = []  # codes that launches of host.cpp give instead of running, one each
+        self.fails: list[int] = []
         self._source, self._hosted = source, hosted
         self._sanitizer = os.environ.get("CUDA_ON_CPU_SANITIZER", "") if sanitizer is None else sanitizer
         self._loaded: dict[tuple[str, ...], dict[str, Kernel]] = {}
         self._functions: list[tuple[ctypes.CDLL, Callable, Kernel]] = []  # a kernel's handle is its index here
         self._together: list[tuple[ctypes.CDLL, int]] | None = None  # libraries and places of the launches that wait
         self.launched: list[str] = []
-        self.from_cpp = 0
+        self.from_cpp, self.contexts, self.launched_in = 0, [], []
 
     # --- the face of the driver ---
 
@@ -269,6 +271,7 @@ class EmulatedDriver:
         def launch(handle, gx, gy, gz, bx, by, bz, shared, stream, params, extra):
             if self.fails:
                 return self.fails.pop(0)
+            self.launched_in.append(self.contexts[-1] if self.contexts else None)
             self.from_cpp += 1
             try:
                 self.launch(self._functions[handle or 0][2], gx, bx, shared, params, stream or 0)
@@ -277,11 +280,32 @@ class EmulatedDriver:
                 return 999
             return 0
 
-        unsigned = (ctypes.c_uint,) * 7
-        self._entry = ctypes.CFUNCTYPE(
-            ctypes.c_int, ctypes.c_void_p, *unsigned, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
-        )(launch)  # as cuLaunchKernel
-        return ctypes.cast(self._entry, ctypes.c_void_p).value, 0, 0, 0, 0, 0
+        def get_context(where):
+            where[0] = self.contexts[-1] if self.contexts else None
+            return 0
+
+        def set_context(context):
+            self.contexts[-1:] = [context]
+            return 0
+
+        def pop_context(where):
+            where[0] = self.contexts.pop()
+            return 0
+
+        def push_context(context):
+            self.contexts.append(context)
+            return 0
+
+        pointer, places = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
+        kinds = {
+            launch: (pointer, *(ctypes.c_uint,) * 7, pointer, pointer, pointer),
+            get_context: (places,),
+            set_context: (pointer,),
+            push_context: (pointer,),
+            pop_context: (places,),
+        }
+        self._entries = [ctypes.CFUNCTYPE(ctypes.c_int, *kind)(function) for function, kind in kinds.items()]
+        return *(ctypes.cast(entry, pointer).value for entry in self._entries), 0
 
     # --- what only the emulation has ---
 
