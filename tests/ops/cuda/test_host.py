@@ -2,8 +2,11 @@
 knows, and leaves to Python what is Python's."""
 
 import copy
+import ctypes
 import gc
+import subprocess
 import sys
+import sysconfig
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +14,7 @@ import emulated as emulation
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 from fbn_plugin import FilteredBatchNorm2d, FilteredBatchNormAct2d
 from fbn_plugin.ops import (
@@ -377,6 +381,42 @@ def test_compiled_autograd(driver):
     with enable(lambda graph: torch.compile(graph, backend="eager")):
         call().backward(grad)
     assert same([t.grad for t in (x, weight, bias, residual)], expected)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_checkpoints(warm, driver):
+    """A forward pass of Python's may be gone through again by C++."""
+    x, weight, bias, _, grad = inputs()
+    expected = torch.autograd.grad(norm(x, weight, bias), [x, weight, bias], grad)
+    if not warm:
+        cuda.hosted.clear()
+        driver = driver.replace(card=CARD, hosted=True)
+    y = checkpoint(norm, x, weight, bias, use_reentrant=False)
+    assert same(torch.autograd.grad(y, [x, weight, bias], grad), expected)
+    assert driver.from_cpp == (3 if warm else 1)
+
+
+LOCK = """
+#include <Python.h>
+static int launches = 0, locked = 0;
+extern "C" int launch() { return launches++, locked += PyGILState_Check(), 0; }
+extern "C" int counted(int which) { return which ? locked : launches; }
+"""
+
+
+def test_launches_do_not_hold_the_lock(driver, tmp_path, monkeypatch):
+    """Nor does autograd's thread take it for a backward pass."""
+    (tmp_path / "lock.cpp").write_text(LOCK)
+    include = sysconfig.get_paths()["include"]
+    command = [emulation.COMPILER, "-shared", "-fPIC", "-w", f"-I{include}", "lock.cpp", "-o", "lock.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    stub = ctypes.CDLL(str(tmp_path / "lock.so"))
+    address = ctypes.cast(stub.launch, ctypes.c_void_p).value
+    monkeypatch.setattr(driver, "addresses", lambda: (address, 0, 0, 0, 0, 0))
+    x, weight, bias, _, grad = inputs()
+    for _ in range(2):  # first from Python
+        norm(x, weight, bias).backward(grad)
+    assert stub.counted(0) == 2 and stub.counted(1) == 0
 
 
 def test_threads(driver):
