@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     ext_modules=[KERNELS],
     packages=find_packages(include=["fbn_plugin", "fbn_plugin.*"]),
-    package_data={"fbn_plugin.ops.cuda": ["*.cu"]},  # compiled at run time
+    package_data={"fbn_plugin.ops.cuda": ["*.cu", "*.cpp"]},  # compiled at run time
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy", "fvcore", "yacs", "pyyaml"],
     extras_require={

@@ -29,6 +29,7 @@ def emulated(monkeypatch):
         for name, value in list(vars(backend).items()):  # what it remembers of plans and streams belongs to a driver
             if isinstance(value, dict) and name.startswith("_") and name.islower() and not name.startswith("__"):
                 monkeypatch.setattr(backend, name, {})
+        monkeypatch.setattr(backend, "hosted", {})
         driver.replace = install
         return driver
 
