@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fbn_plugin import layers
+from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers.batch_norm import BatchNormMixin, FoldedBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin, FilterMixin
 from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
@@ -288,6 +289,7 @@ def convert_norm(
 
     Forward hooks of the old norms are not carried over.
     """
+    load_adapters()
     sources = (sources,) if isinstance(sources, str) else tuple(sources)
     for source in sources:
         if source not in FAMILIES:
@@ -364,6 +366,7 @@ def convert_sync(model: nn.Module, process_group=None, report: NormReport | None
         UserWarning: batch norms were left that still take the moments of each process's own batch; or there is no
             batch norm at all.
     """
+    load_adapters()
     report = NormReport() if report is None else report
     replaced: dict[nn.Module, nn.Module] = {}
     local: dict[str, str] = {}

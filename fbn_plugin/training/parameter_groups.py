@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fbn_plugin import layers
+from fbn_plugin.adapters import load_adapters
 
 _NORMS = {_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 _NORMS |= {cls for cls in vars(layers).values() if isinstance(cls, type) and issubclass(cls, nn.Module)}
@@ -51,6 +52,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divi
     Raises:
         ValueError: a value out of range.
     """
+    load_adapters()
     for name, value in (("lr", lr), ("scale_lr_divisor", scale_lr_divisor)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
