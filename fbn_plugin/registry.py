@@ -19,6 +19,7 @@ from torch import nn
 
 from fbn_plugin import layers
 from fbn_plugin.layers.batch_norm import check_gamma_init
+from fbn_plugin.layers.description import NormDescription, describe_class, describe_type
 from fbn_plugin.ops.checks import check_filter
 
 _BOUNDS = {"eps": (0, 1), "momentum": (0, 1), "num_groups": (1, math.inf)}
@@ -41,17 +42,45 @@ class NormRegistry(Registry):
             ...
 
     A class is called with the number of channels, ``device``, ``dtype`` and the options, for any number of dimensions.
+    What it is, :class:`fbn_plugin.layers.description.NormDescription` says, as its attribute ``description``. A class
+    without one is what the norm is that it derives from; if it derives from none, it is a family of its own, under the
+    name that it is registered by, whose evaluation is known if it has a method ``eval_affine()``.
     """
 
     def register(self, obj: Callable[..., nn.Module] | None = None) -> Callable[..., nn.Module]:
         """Register a builder or a class under its name; without an argument, a decorator that does."""
         if obj is None:
             return self.register
-        super().register(_builder(obj.__name__, obj) if isinstance(obj, type) else obj)
+        if isinstance(obj, type):
+            _introduce(obj, obj.__name__)
+        super().register(class_builder(obj.__name__, obj) if isinstance(obj, type) else obj)
         return obj
 
 
-def _builder(name: str, *classes: type[nn.Module] | None, **defaults) -> Callable[..., nn.Module]:
+_NAMES: dict[type[nn.Module], str] = {}  # what a class was registered as, first
+
+
+def _introduce(cls: type[nn.Module], name: str) -> None:
+    """Remember that a registered norm is of this class. PyTorch's own classes are known, and its containers no norm."""
+    if cls.__module__.startswith("torch."):
+        return
+    _NAMES.setdefault(cls, name)
+    if describe_type(cls) is None:
+        evaluation = "channel" if hasattr(cls, "eval_affine") else "sample"
+        describe_class(NormDescription(name, evaluation), cls)
+
+
+def registered_name(cls: type[nn.Module]) -> str | None:
+    """The name that builds modules of a class, as far as one did; None for PyTorch's own classes and for others."""
+    return _NAMES.get(cls)
+
+
+def registered_classes() -> list[type[nn.Module]]:
+    """The classes of the registered norms, but for PyTorch's own; those that a function returns once it has done so."""
+    return list(_NAMES)
+
+
+def class_builder(name: str, *classes: type[nn.Module] | None, **defaults) -> Callable[..., nn.Module]:
     """A builder of module classes: one for 1, 2 and 3 spatial dimensions each, None where there is none, or a single
     one for any number.
 
@@ -82,7 +111,9 @@ NORMS = NormRegistry("NORM")
 
 
 def _register(name: str, *classes: type[nn.Module] | None, **defaults) -> None:
-    NORMS.register(_builder(name, *classes, **defaults))
+    for cls in filter(None, classes):
+        _introduce(cls, name)
+    NORMS.register(class_builder(name, *classes, **defaults))
 
 
 _register("BN", nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -217,7 +248,9 @@ class NormFactory(functools.partial):
     def __call__(self, *args, **kwargs) -> nn.Module:
         if "num_features" in kwargs:  # some models name the argument as nn.BatchNorm2d does
             kwargs["num_channels"] = kwargs.pop("num_features")
-        return super().__call__(*args, **kwargs)
+        norm = super().__call__(*args, **kwargs)
+        _introduce(type(norm), self.spec.name)
+        return norm
 
     def __reduce__(self):
         return norm_factory, (str(self.spec), self.keywords["dims"])

@@ -6,10 +6,10 @@ Source of ``gamma_init``: Davis and Frank, "Revisiting Batch Norm Initialization
 
 import numbers
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.ops.checks import check_eps
 
 
@@ -101,17 +101,12 @@ class FoldedBatchNormMixin(BatchNormMixin):
         that this one equals."""
         raise NotImplementedError
 
-    def eval_affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, ``(C,)`` each, of the input in evaluation, where the output is ``scale * input + shift``."""
-        scale, shift = self.affine_terms()
-        root = torch.rsqrt(self.running_var + self.eps)
-        scale = root if scale is None else scale * root
-        moved = -self.running_mean * scale
-        return scale, moved if shift is None else shift + moved
-
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.affine_terms()
         return F.batch_norm(input, **{**self._norm_arguments(input), "weight": weight, "bias": bias})
+
+
+FOLDED = NormDescription("BN", "channel", affine_terms=lambda norm: norm.affine_terms())
 
 
 class AnyDimsMixin:

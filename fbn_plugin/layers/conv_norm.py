@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.ops.checks import check_eps
 from fbn_plugin.ops.reference import RunningStats, accumulate_dtype, plain_moments, update_running_stats
 
@@ -227,6 +228,8 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
     ask the model alone for such a method, and decay whatever has more than one dimension.
     """
 
+    description = NormDescription("BN", "channel", 2)
+
     def __init__(
         self,
         num_features: int,
@@ -394,6 +397,8 @@ class LearnedStatsNorm2d(nn.Module):
     nothing; statistics are computed without autocasting. A statistic's gradient sums over a whole image: at the
     learning rates of batch normalization a network may fail to train.
     """
+
+    description = NormDescription("LearnedNorm", owns_children=True)
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ Normalization" (2020), which names it as a host of the filter and leaves the fil
 import torch
 from torch import Tensor, nn
 
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.ops.checks import check_eps
 from fbn_plugin.ops.reference import accumulate_dtype, gaussian_kappa
@@ -35,6 +36,10 @@ class FilterResponseNorm2d(nn.Module):
     Raises:
         ValueError: in ``forward``, an input of another rank or number of channels.
     """
+
+    description = NormDescription(
+        "FRN", why_left=lambda norm: None if norm.tau is None else "its threshold is an activation too"
+    )
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
 from torch import Tensor, nn
 
 from fbn_plugin.layers.batch_norm import BatchNormMixin
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.ops.checks import check_eps, check_filter
 from fbn_plugin.ops.functional import filtered_batch_norm, filtered_batch_statistics, filtered_share
 
@@ -21,7 +22,8 @@ class FilterMixin:
         self.grad_mode = grad_mode
         self.gaussian_correction = bool(gaussian_correction)
 
-    def _filter_options(self) -> dict:
+    def filter_options(self) -> dict:
+        """The options of the filter, as the layers and operators take them."""
         return {"t_sigma": self.t_sigma, "grad_mode": self.grad_mode, "gaussian_correction": self.gaussian_correction}
 
     def filtered_share(self, input: Tensor) -> Tensor:
@@ -125,13 +127,20 @@ _DOC = """Filtered batch normalization over {shape} (Horváth and Al-afandi 2020
     """
 
 
+def _describe(dims: int) -> NormDescription:
+    return NormDescription("BN", "channel", dims, synchronized_form=lambda norm: ("SyncFBN", norm.filter_options()))
+
+
 class FilteredBatchNorm1d(_FilteredBatchNorm, nn.BatchNorm1d):
     __doc__ = _DOC.format(shape="``(N, C)`` or ``(N, C, L)``", base="BatchNorm1d")
+    description = _describe(1)
 
 
 class FilteredBatchNorm2d(_FilteredBatchNorm, nn.BatchNorm2d):
     __doc__ = _DOC.format(shape="``(N, C, H, W)``", base="BatchNorm2d")
+    description = _describe(2)
 
 
 class FilteredBatchNorm3d(_FilteredBatchNorm, nn.BatchNorm3d):
     __doc__ = _DOC.format(shape="``(N, C, D, H, W)``", base="BatchNorm3d")
+    description = _describe(3)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d, FilteredBatchNormMixin
 from fbn_plugin.ops.checks import check_activation
 from fbn_plugin.ops.functional import filtered_batch_norm_act
@@ -66,6 +67,15 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
         ValueError: an option out of range; in ``forward`` as :class:`FilteredBatchNorm2d`.
     """
 
+    description = NormDescription(
+        "BN",
+        "channel",
+        2,
+        why_not_synchronized="it is fused with its activation: synchronize before fuse_norm_act",
+        why_left=lambda norm: "it is fused with its activation: convert before fuse_norm_act",
+        rest=lambda norm: norm.activation_module(),
+    )
+
     def __init__(
         self,
         num_features: int,
@@ -87,6 +97,12 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return normalize_and_activate(self, input, self.activation, self.negative_slope, residual)
+
+    def activation_module(self) -> nn.Module:
+        """The activation as a module of its own."""
+        if self.activation == "leaky_relu":
+            return nn.LeakyReLU(self.negative_slope)
+        return {"identity": nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU}[self.activation]()
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope:g}" if self.activation == "leaky_relu" else ""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.ops.checks import check_eps
 from fbn_plugin.ops.functional import filtered_group_norm, filtered_share
@@ -34,6 +35,8 @@ class FilteredGroupNorm(FilterMixin, OptionalBiasMixin, nn.GroupNorm):
         ValueError: an option out of range, or groups that do not divide the channels.
     """
 
+    description = NormDescription("GN")
+
     def __init__(
         self,
         num_groups: int,
@@ -56,7 +59,7 @@ class FilteredGroupNorm(FilterMixin, OptionalBiasMixin, nn.GroupNorm):
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
     def forward(self, input: Tensor) -> Tensor:
-        return filtered_group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self._filter_options())
+        return filtered_group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self.filter_options())
 
 
 class FilteredInstanceNorm2d(FilteredGroupNorm):
@@ -74,6 +77,8 @@ class FilteredInstanceNorm2d(FilteredGroupNorm):
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions, with more than one position.
     """
+
+    description = NormDescription("IN")
 
     def __init__(
         self,
@@ -122,6 +127,8 @@ class LayerNorm2d(nn.LayerNorm):
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
     """
 
+    description = NormDescription("LN")
+
     def __init__(
         self,
         num_channels: int,
@@ -154,6 +161,8 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
     """
 
+    description = NormDescription("LN")
+
     def __init__(
         self,
         num_channels: int,
@@ -173,7 +182,7 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         last = input.movedim(1, -1)
         rows = filtered_group_norm(
-            last.reshape(-1, last.shape[-1]), 1, self.weight, self.bias, self.eps, **self._filter_options()
+            last.reshape(-1, last.shape[-1]), 1, self.weight, self.bias, self.eps, **self.filter_options()
         )
         return rows.view(last.shape).movedim(-1, 1)
 

@@ -9,7 +9,8 @@ as baselines; the first one's centering is left out, as there.
 import torch
 from torch import Tensor, nn
 
-from fbn_plugin.layers.batch_norm import AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin
+from fbn_plugin.layers.batch_norm import FOLDED, AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.ops.gated import gated_batch_norm
 
 
@@ -51,6 +52,8 @@ class GatedBatchNorm2d(_Gate, FoldedBatchNormMixin, nn.BatchNorm2d):
         ValueError: ``gamma_init`` out of range; in ``forward``, one value per channel in training.
     """
 
+    description = FOLDED
+
     def __init__(
         self,
         num_features: int,
@@ -76,6 +79,7 @@ class GatedBatchNorm2d(_Gate, FoldedBatchNormMixin, nn.BatchNorm2d):
 
 
 class _PooledGateBatchNorm2d(_Gate, BatchNormMixin, nn.BatchNorm2d):
+    description = NormDescription("BN", "image")
     _gate_init: float
     _pool_input: bool
 

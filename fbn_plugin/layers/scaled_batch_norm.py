@@ -7,11 +7,12 @@ learning rate of the scale is the optimizer's part.
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fbn_plugin.layers.batch_norm import AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin, check_gamma_init
+from fbn_plugin.layers.batch_norm import FOLDED, AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin, check_gamma_init
 
 RECTIFIED_STD = 0.58  # standard deviation of a rectified unit Gaussian, as the paper rounds it
 
@@ -80,6 +81,8 @@ class ScaledBatchNormA1(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
     the plain form is ``gamma beta``. So weights of the plain form, loaded or converted, make another function here.""",
     )
 
+    description = replace(FOLDED, splits_affine=False)
+
     def affine_terms(self) -> tuple[Tensor | None, Tensor | None]:
         return self.weight, None if self.bias is None else self.weight * self.bias
 
@@ -93,6 +96,8 @@ class ScaledBatchNormA2(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
 
     The paper does not say whether lambda, too, learns more slowly; its method slows down gamma alone.""",
     )
+
+    description = replace(FOLDED, splits_affine=False)
 
     @functools.wraps(ScaledBatchNorm2d.__init__)
     def __init__(self, *args, **kwargs) -> None:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fbn_plugin.layers.batch_norm import AnyDimsMixin
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d
 from fbn_plugin.ops.sync import sync_filtered_batch_norm
 
@@ -45,6 +46,8 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
         ValueError: an option out of range; in ``forward``, an input of fewer than two dimensions or, on every process
         alike, one value per channel on all processes together.
     """
+
+    description = NormDescription("BN", "channel", synchronized=True)
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
             self.bias,
             momentum=self.momentum,
             eps=self.eps,
-            **self._filter_options(),
+            **self.filter_options(),
             process_group=self.process_group,
             num_batches_tracked=counter,
         )

@@ -33,7 +33,7 @@ def fused(norm: nn.Module, activation: Callable) -> FilteredBatchNormAct2d | Non
     names = ("num_features", "eps", "momentum", "affine", "track_running_stats", "gamma_init")
     options = {name: getattr(norm, name) for name in names}
     return copy_norm_state(
-        norm, FilteredBatchNormAct2d(**options, **norm._filter_options(), activation=known[0], negative_slope=known[1])
+        norm, FilteredBatchNormAct2d(**options, **norm.filter_options(), activation=known[0], negative_slope=known[1])
     )
 
 

@@ -216,7 +216,7 @@ def test_conv_norm_in_timms_hands():
     back = fbn_plugin.convert_norm(model, "BN")
     torch.testing.assert_close(back(images), before)
     again = fbn_plugin.convert_norm(back, "ConvNorm(init_spread=0)").train()
-    assert all(type(m).__name__ == "ConvNormAndAct2d" for m in norms_of(again).values())
+    assert all(type(m).__name__ == "ConvNormAct2d" for m in norms_of(again).values())
 
 
 def test_create_norm_layer_functions_know_specs():
