@@ -159,7 +159,11 @@ def _note(old: nn.Module, new: nn.Module) -> str:
     def has(module, name):
         return getattr(module, name, None) is not None
 
-    lost = [name for name in (*_STATE[:4], "momentum") if has(old, name) and not has(new, name)]
+    def fits(name):
+        return has(new, name) and getattr(new, name).shape == getattr(old, name).shape
+
+    lost = [name for name in _STATE[:4] if has(old, name) and not fits(name)]
+    lost += ["momentum"] if has(old, "momentum") and not has(new, "momentum") else []
     if describe(old).affine_terms is None:  # else its further parameters are in the new weight and bias
         kept = {id(parameter) for parameter in new.parameters()}
         further = [name for name, parameter in old.named_parameters() if id(parameter) not in kept]
