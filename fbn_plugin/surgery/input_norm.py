@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers import InputNorm2d
 
 Builder = Callable[[int], InputNorm2d]
@@ -50,6 +51,7 @@ def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1) -> nn.Module:
         ValueError: a ``gamma_init`` out of range, a model that has an input norm, or one without a convolution, whose
         number of input channels is not known.
     """
+    load_adapters()
     if any(isinstance(module, InputNorm2d) for module in model.modules()):
         raise ValueError(f"the {type(model).__name__} has an input norm already")
     device = next((parameter.device for parameter in model.parameters()), None)
