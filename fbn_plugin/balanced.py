@@ -319,7 +319,8 @@ def self_label(
     not: start from standard inference. The paper found no gain.
 
     Args:
-        model, crops, images_per_class, spread_crops, **loader_options: as in :func:`evaluate_balanced`.
+        model, crops, images_per_class, spread_crops: as in :func:`evaluate_balanced`.
+        **loader_options: as in :func:`evaluate_balanced`.
         predictions: ``(N,)`` classes by which the first round is balanced. A class that no image is predicted to have
             is left out of that round's batches.
         rounds: how often to relabel; the paper has 20.

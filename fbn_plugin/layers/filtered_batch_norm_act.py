@@ -55,8 +55,8 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
 
     Args:
         num_features: C.
-        t_sigma, eps, momentum, affine, track_running_stats, grad_mode, gaussian_correction, gamma_init, device,
-            dtype: as in :class:`FilteredBatchNorm2d`.
+        t_sigma, eps, momentum, affine, track_running_stats: as in :class:`FilteredBatchNorm2d`.
+        grad_mode, gaussian_correction, gamma_init, device, dtype: as in :class:`FilteredBatchNorm2d`.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"identity"``.
         negative_slope: of ``"leaky_relu"``, not below 0.
 

@@ -32,9 +32,9 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
 
     Args:
         num_features: C.
-        t_sigma, eps, momentum, affine, track_running_stats, grad_mode, gaussian_correction, gamma_init, device,
-            dtype: as in :class:`FilteredBatchNorm2d`; with ``t_sigma=inf`` it is synchronized plain batch
-            normalization, on CPUs too.
+        t_sigma, eps, momentum, affine, track_running_stats: as in :class:`FilteredBatchNorm2d`; with ``t_sigma=inf`` it
+            is synchronized plain batch normalization, on CPUs too.
+        grad_mode, gaussian_correction, gamma_init, device, dtype: as in :class:`FilteredBatchNorm2d`.
         process_group: the processes to synchronize, as in :class:`torch.nn.SyncBatchNorm`; None is all of them. A layer
             with a group of its own can neither be copied nor pickled, as no process group can.
 
