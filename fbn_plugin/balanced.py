@@ -77,6 +77,13 @@ class BalancedBatchSampler(Sampler[list[int]]):
     Raises:
         ValueError: labels that are none, a class without an image, with ``"drop"`` a class with too few images for one
             batch of each process, or an option out of range.
+
+    Examples::
+
+        >>> labels = [0, 0, 1, 1, 2, 2]
+        >>> batches = list(fbn_plugin.BalancedBatchSampler(labels))
+        >>> [sorted(labels[i] for i in batch) for batch in batches]
+        [[0, 1, 2], [0, 1, 2]]
     """
 
     def __init__(
@@ -165,6 +172,14 @@ def batch_moments(model: nn.Module) -> Iterator[nn.Module]:
 
     Yields:
         ``model``.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredBatchNorm2d(8).eval()
+        >>> x = 5 + torch.randn(4, 8, 16, 16)
+        >>> with fbn_plugin.batch_moments(layer):
+        ...     round(layer(x).mean().abs().item(), 2)
+        0.0
     """
     held, handles = [], []
     for module in model.modules():
@@ -297,6 +312,16 @@ def evaluate_balanced(
 
     Raises:
         ValueError: labels of another length than the dataset, or that :class:`BalancedBatchSampler` refuses.
+
+    Examples::
+
+        >>> images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 0, 1, 0, 1])
+        >>> data = torch.utils.data.TensorDataset(images, labels)
+        >>> layers = nn.Conv2d(3, 2, 3), fbn_plugin.FilteredBatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        >>> model = nn.Sequential(*layers)
+        >>> result = fbn_plugin.evaluate_balanced(model, data, labels)
+        >>> result.predictions.shape, result.conditional
+        (torch.Size([6]), True)
     """
     labels = _labels_of(labels if labels is not None else crops if isinstance(crops, Dataset) else crops[0])
     predictions = _predict(model, crops, labels, images_per_class, spread_crops, 0, **loader_options)
@@ -331,6 +356,15 @@ def self_label(
 
     Raises:
         ValueError: predictions or labels of another length than the dataset, or ``rounds`` below 1.
+
+    Examples::
+
+        >>> data = torch.utils.data.TensorDataset(torch.randn(6, 3, 8, 8))
+        >>> layers = nn.Conv2d(3, 2, 3), fbn_plugin.FilteredBatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        >>> model = nn.Sequential(*layers)
+        >>> results = fbn_plugin.self_label(model, data, predictions=[0, 1, 0, 1, 0, 1], rounds=2)
+        >>> len(results), results[-1].conditional
+        (2, False)
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")

@@ -31,6 +31,11 @@ your own with ``@NORMS.register()``::
     @NORMS.register()
     def MyNorm(num_channels, dims=2, device=None, dtype=None, eps=1e-5):
         return ...
+
+Examples::
+
+    >>> "FBN" in fbn_plugin.NORMS
+    True
 """
 
 _BOUNDS = {"eps": (0, math.inf), "momentum": (0, 1), "num_groups": (1, math.inf)}
@@ -158,6 +163,12 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
     Raises:
         ValueError: not of the form ``NAME`` or ``NAME(option=value, ...)``, an unknown name or option, or a value out
         of range.
+
+    Examples::
+
+        >>> spec = fbn_plugin.parse_spec("FGN(num_groups=16, t_sigma=3)")
+        >>> spec.name, spec.options
+        ('FGN', {'num_groups': 16, 't_sigma': 3})
     """
     if isinstance(spec, NormSpec):
         return spec
@@ -220,6 +231,14 @@ def norm_factory(spec: str | NormSpec, dims: int = 2) -> NormFactory:
 
     Raises:
         ValueError: see :func:`parse_spec`.
+
+    Examples::
+
+        >>> make_norm = fbn_plugin.norm_factory("FBN(t_sigma=4)")
+        >>> make_norm(64).t_sigma
+        4.0
+        >>> make_norm(64, eps=1e-3).eps
+        0.001
     """
     spec = parse_spec(spec)
     if dims not in (1, 2, 3):
@@ -244,6 +263,13 @@ def get_norm(
 
     Raises:
         ValueError: see :func:`parse_spec`; or the norm does not fit the number of channels.
+
+    Examples::
+
+        >>> fbn_plugin.get_norm("FGN(num_groups=16)", 64)
+        FilteredGroupNorm(16, 64, eps=1e-05, affine=True, bias=True, t_sigma=5)
+        >>> fbn_plugin.get_norm("", 64) is None
+        True
     """
     if spec is None or spec == "":
         return None

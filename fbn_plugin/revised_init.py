@@ -26,6 +26,12 @@ def revised_init(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``.
+
+    Examples::
+
+        >>> model = fbn_plugin.revised_init(nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.ScaledBatchNorm2d(8)))
+        >>> model[0].bias.abs().max().item()
+        0.0
     """
     in_norms = {part for norm in model.modules() if isinstance(norm, LearnedStatsNorm2d) for part in norm.modules()}
     for module in model.modules():

@@ -65,6 +65,13 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
 
     Raises:
         ValueError: an option out of range; in ``forward`` as :class:`FilteredBatchNorm2d`.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredBatchNormAct2d(8, activation="silu")
+        >>> x, shortcut = torch.randn(4, 8, 16, 16), torch.randn(4, 8, 16, 16)
+        >>> layer(x, shortcut).shape
+        torch.Size([4, 8, 16, 16])
     """
 
     def __init__(

@@ -29,6 +29,12 @@ class FilteredGroupNorm(FilterMixin, nn.GroupNorm):
 
     Raises:
         ValueError: an option out of range, or groups that do not divide the channels.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredGroupNorm(4, 32, t_sigma=4.0)
+        >>> layer(torch.randn(1, 32, 16, 16)).shape
+        torch.Size([1, 32, 16, 16])
     """
 
     def __init__(
@@ -66,6 +72,12 @@ class FilteredInstanceNorm2d(FilteredGroupNorm):
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions, with more than one position.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredInstanceNorm2d(8, t_sigma=4.0)
+        >>> layer(torch.randn(1, 8, 16, 16)).shape
+        torch.Size([1, 8, 16, 16])
     """
 
     def __init__(
@@ -102,6 +114,12 @@ class LayerNorm2d(nn.LayerNorm):
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
+
+    Examples::
+
+        >>> layer = fbn_plugin.LayerNorm2d(8)
+        >>> layer(torch.randn(1, 8, 16, 16)).shape
+        torch.Size([1, 8, 16, 16])
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6, affine: bool = True, device=None, dtype=None) -> None:
@@ -126,6 +144,12 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredLayerNorm2d(64, t_sigma=3.0)
+        >>> layer(torch.randn(1, 64, 16, 16)).shape
+        torch.Size([1, 64, 16, 16])
     """
 
     def __init__(
