@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fbn_plugin import param_groups
-from fbn_plugin.frameworks.torchvision import mask_rcnn_fpn
+from fbn_plugin.models.mask_rcnn import mask_rcnn_fpn
 
 
 class Squares(Dataset):

@@ -9,13 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fbn_plugin import ops
-from fbn_plugin.balanced import BalancedBatchSampler, batch_moments, evaluate_balanced, self_label
-from fbn_plugin.convert import convert_norm, convert_sync
-from fbn_plugin.fold import fold_norms
 from fbn_plugin.frameworks import load_converters, register, unregister
-from fbn_plugin.fuse import fuse_norm_act
-from fbn_plugin.gamma_init import apply_gamma_init
-from fbn_plugin.input_norm import prepend_input_norm
 from fbn_plugin.layers import (
     ConvNorm2d,
     FilteredBatchNorm1d,
@@ -44,11 +38,18 @@ from fbn_plugin.layers import (
     ScaledBatchNormA2,
     SyncFilteredBatchNorm,
 )
-from fbn_plugin.norm_report import NormReport
-from fbn_plugin.param_groups import param_groups
-from fbn_plugin.population import update_population_stats
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
-from fbn_plugin.revised_init import revised_init
+from fbn_plugin.surgery.convert import convert_norm, convert_sync
+from fbn_plugin.surgery.fold import fold_norms
+from fbn_plugin.surgery.fuse import fuse_norm_act
+from fbn_plugin.surgery.input_norm import prepend_input_norm
+from fbn_plugin.surgery.norm_report import NormReport
+from fbn_plugin.training.balanced_batches import BalancedBatchSampler, evaluate_balanced, self_label
+from fbn_plugin.training.evaluation_modes import batch_moments
+from fbn_plugin.training.gamma_initialization import apply_gamma_init
+from fbn_plugin.training.parameter_groups import param_groups
+from fbn_plugin.training.population_statistics import update_population_stats
+from fbn_plugin.training.revised_initialization import revised_init
 
 __version__ = "0.1.0"
 

@@ -109,7 +109,8 @@ VERSION: 2
 def trained_run(shapes, tmp_path_factory):
     """The OUTPUT_DIR of a tiny detector of torchvision's, trained on ``shapes`` and evaluated after 2 and 4 iterations.
     Read only: copy it to write into it."""
-    from fbn_plugin.engine.detection import DetectionTrainer, load_detection_config
+    from fbn_plugin.engine.torchvision.config import load_detection_config
+    from fbn_plugin.engine.torchvision.trainer import DetectionTrainer
 
     folder = tmp_path_factory.mktemp("trained")
     config = folder / "given.yaml"

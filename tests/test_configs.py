@@ -12,12 +12,15 @@ from torch import nn
 
 import fbn_plugin
 from fbn_plugin import NORMS
-from fbn_plugin.engine import checkpoint
-from fbn_plugin.engine.classification import ClassificationTrainer, classification_config
-from fbn_plugin.engine.config import CfgNode, load_config
-from fbn_plugin.engine.demo_data import make_digits_on_photos
-from fbn_plugin.engine.detection import DetectionTrainer, build_model, load_detection_config
-from fbn_plugin.engine.logging import read_metrics
+from fbn_plugin.engine.classification.config import classification_config
+from fbn_plugin.engine.classification.trainer import ClassificationTrainer
+from fbn_plugin.engine.data.demo_data import make_digits_on_photos
+from fbn_plugin.engine.run import checkpoint
+from fbn_plugin.engine.run.config import CfgNode, load_config
+from fbn_plugin.engine.run.logging import read_metrics
+from fbn_plugin.engine.torchvision.config import load_detection_config
+from fbn_plugin.engine.torchvision.model import build_model
+from fbn_plugin.engine.torchvision.trainer import DetectionTrainer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -180,7 +183,7 @@ def detectron2_config(path: Path):
 
 
 def detectron2_model(path: Path) -> nn.Module:
-    from fbn_plugin.frameworks.detectron2 import build_model
+    from fbn_plugin.engine.detectron2.model import build_model
 
     with torch.device("meta"):
         return build_model(detectron2_config(path))

@@ -7,7 +7,6 @@ import pytest
 from documentation import run_snippet, snippets
 
 import fbn_plugin
-from fbn_plugin.engine.config import _flatten
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -41,6 +40,13 @@ def test_the_api_page_has_every_public_name():
     assert documented == public
 
 
+def flatten(cfg, prefix: str = "") -> dict:
+    keys = {}
+    for name, value in cfg.items():
+        keys |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return keys
+
+
 def keys_of(part: str) -> dict[str, str]:
     """Key -> value in the tables between a heading and the next of its rank."""
     section = re.search(rf"^## {part}$(.*?)(?=^## |\Z)", text_of("config-keys"), re.DOTALL | re.MULTILINE)[1]
@@ -50,21 +56,21 @@ def keys_of(part: str) -> dict[str, str]:
 @pytest.mark.parametrize("part", ["Detection", "Classification"])
 def test_every_config_key_is_there_with_its_default(part):
     if part == "Detection":
-        from fbn_plugin.engine.detection_config import detection_config as defaults
+        from fbn_plugin.engine.run.detection_keys import detection_config as defaults
     else:
         pytest.importorskip("timm")
-        from fbn_plugin.engine.classification import classification_config as defaults
-    assert keys_of(part) == {key: repr(value) for key, value in _flatten(defaults())}
+        from fbn_plugin.engine.classification.config import classification_config as defaults
+    assert keys_of(part) == {key: repr(value) for key, value in flatten(defaults()).items()}
 
 
 def test_the_config_page_names_the_keys_that_detectron2_is_given():
     pytest.importorskip("detectron2", reason="detectron2 is not installed")
     from detectron2.config import get_cfg
 
-    from fbn_plugin.frameworks.detectron2 import add_config
+    from fbn_plugin.engine.detectron2.config import add_config
 
     cfg = get_cfg()
-    plain = {key for key, _ in _flatten(cfg)}
+    plain = set(flatten(cfg))
     add_config(cfg)
-    added = {key for key, _ in _flatten(cfg)} - plain
+    added = set(flatten(cfg)) - plain
     assert added and added <= set(re.findall(r"`([\w.]+)`", text_of("config-keys").split("###")[0]))

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.cli import user_errors
+from fbn_plugin.engine.run.cli import user_errors
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
         args = parse_args(argv)
 
         from fbn_plugin.engine import benchmark
-        from fbn_plugin.engine.checkpoint import atomic_write
+        from fbn_plugin.engine.run.checkpoint import atomic_write
 
         for path, suffix in ((args.output, ".json"), (args.plot, ".png")):
             if path is not None and (path.suffix != suffix or not path.parent.is_dir()):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from fbn_plugin.engine.cli import user_errors
+from fbn_plugin.engine.run.cli import user_errors
 
 RUN = {
     "without the plugin": "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",

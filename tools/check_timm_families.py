@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 import fbn_plugin
-from fbn_plugin.engine.cli import user_errors
+from fbn_plugin.engine.run.cli import user_errors
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 
 with user_errors():

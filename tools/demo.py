@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.cli import format_table, user_errors
+from fbn_plugin.engine.run.cli import format_table, user_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("BN", "FBN")
@@ -96,9 +96,9 @@ def main(args=None) -> None:
     name = Path(args.data).resolve().name if args.data else "digits_on_photos"
     output = args.output / name
     with user_errors():
-        from fbn_plugin.engine.coco_data import resolve_dataset
-        from fbn_plugin.engine.demo_data import make_digits_on_photos
-        from fbn_plugin.engine.report import ap_table, write_report
+        from fbn_plugin.engine.data.coco_data import resolve_dataset
+        from fbn_plugin.engine.data.demo_data import make_digits_on_photos
+        from fbn_plugin.engine.reports.report import ap_table, write_report
 
         folder = args.data or make_digits_on_photos(output / "data")
         train, val = (resolve_dataset(f"{folder}:{split}") for split in ("train", "val"))

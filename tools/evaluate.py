@@ -12,11 +12,12 @@ nothing else is touched.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.cli import check_outputs, format_table, user_errors
+from fbn_plugin.engine.run.cli import check_outputs, format_table, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
@@ -40,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         if not args.run_dir and not (args.results and args.dataset):
             raise ValueError("RUN_DIR is needed, or both --results and --dataset")
 
-        from fbn_plugin.engine.coco_data import resolve_dataset
-        from fbn_plugin.engine.evaluation import (
+        from fbn_plugin.engine.data.coco_data import resolve_dataset
+        from fbn_plugin.engine.reports.evaluation import (
             averages_note,
             evaluate_weights,
             flat_metrics,
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             read_detections,
             score_detections,
         )
-        from fbn_plugin.engine.run_folder import read_run
-        from fbn_plugin.engine.run_info import hardware, write_evaluation
+        from fbn_plugin.engine.run.run_folder import read_run
+        from fbn_plugin.engine.run.run_info import hardware, write_evaluation
 
         run = read_run(args.run_dir) if args.run_dir else None
         names = list(dict.fromkeys(args.dataset or run.test_sets))
@@ -68,7 +69,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             weights = run.weights(args.weights)
             device = hardware("cpu" if run.config.get("MODEL.DEVICE") == "cpu" else None)
             note = averages_note(run, weights)
-            metrics, iteration = evaluate_weights(run, weights, names, Path(__file__).with_name("train_net.py"))
+            if run.engine == "detectron2":
+                from fbn_plugin.engine.detectron2.evaluation import evaluate_run
+
+                evaluate_run = functools.partial(evaluate_run, train_net=Path(__file__).with_name("train_net.py"))
+            else:
+                from fbn_plugin.engine.torchvision.evaluation import evaluate_run
+            metrics, iteration = evaluate_weights(run, weights, names, evaluate_run)
             source = str(weights) if iteration is None else f"{weights}, {iteration + 1} iterations"
         if output:
             write_evaluation(output, iteration, weights, list(metrics), flat_metrics(metrics), device, args.results)

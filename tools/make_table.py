@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.cli import check_outputs, format_table, user_errors
+from fbn_plugin.engine.run.cli import check_outputs, format_table, user_errors
 
 
 def read_labels(given: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> str:
     args = parser.parse_args(argv)
     with user_errors():
         check_outputs(args.output, args.json)
-        from fbn_plugin.engine.checkpoint import atomic_write
-        from fbn_plugin.engine.run_folder import read_run
-        from fbn_plugin.engine.table import PAPER_SOURCE, build_tables, paper_table
+        from fbn_plugin.engine.reports.table import PAPER_SOURCE, build_tables, paper_table
+        from fbn_plugin.engine.run.checkpoint import atomic_write
+        from fbn_plugin.engine.run.run_folder import read_run
 
         resolved = [folder.resolve() for folder in args.run_dirs]
         for folder in args.run_dirs:

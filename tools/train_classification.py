@@ -6,15 +6,15 @@
     torchrun --nproc-per-node 8 tools/train_classification.py --config-file configs/ImageNet/resnet50_FBN.yaml
 
 `KEY VALUE` pairs at the end override the file, as in detectron2; `classification_config` in
-fbn_plugin/engine/classification.py lists the keys. OUTPUT_DIR receives `metrics.json`, TensorBoard files, `log.txt`,
-`config.yaml`, `results.json` and checkpoints (`model_final.pth`).
+fbn_plugin/engine/classification/config.py lists the keys. OUTPUT_DIR receives `metrics.json`, TensorBoard files,
+`log.txt`, `config.yaml`, `results.json` and checkpoints (`model_final.pth`).
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.cli import UserError, add_config_arguments, interruptible, user_errors
+from fbn_plugin.engine.run.cli import UserError, add_config_arguments, interruptible, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -23,10 +23,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     add_config_arguments(parser)
     args = parser.parse_args(argv)
     with user_errors():
-        from fbn_plugin.engine import distributed
-        from fbn_plugin.engine.classification import ClassificationTrainer, classification_config
-        from fbn_plugin.engine.config import load_config
-        from fbn_plugin.engine.logging import setup_logging
+        from fbn_plugin.engine.classification.config import classification_config
+        from fbn_plugin.engine.classification.trainer import ClassificationTrainer
+        from fbn_plugin.engine.run import distributed
+        from fbn_plugin.engine.run.config import load_config
+        from fbn_plugin.engine.run.logging import setup_logging
 
         setup_logging()
         cfg = load_config(classification_config(), args.config_file, args.overrides)

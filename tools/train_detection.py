@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.cli import UserError, add_config_arguments, interruptible, user_errors
+from fbn_plugin.engine.run.cli import UserError, add_config_arguments, interruptible, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -26,9 +26,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if args.log_period < 1:
         parser.error(f"--log-period must be 1 or more, not {args.log_period}")
     with user_errors():
-        from fbn_plugin.engine import distributed
-        from fbn_plugin.engine.detection import DetectionTrainer, load_detection_config
-        from fbn_plugin.engine.logging import setup_logging
+        from fbn_plugin.engine.run import distributed
+        from fbn_plugin.engine.run.logging import setup_logging
+        from fbn_plugin.engine.torchvision.config import load_detection_config
+        from fbn_plugin.engine.torchvision.trainer import DetectionTrainer
 
         setup_logging()
         cfg = load_detection_config(args.config_file, args.overrides)

@@ -18,7 +18,7 @@ same bits as a run that was never stopped.
 import importlib.util
 import sys
 
-from fbn_plugin.engine.cli import interruptible, user_errors
+from fbn_plugin.engine.run.cli import interruptible, user_errors
 
 try:
     from detectron2.engine import default_argument_parser
@@ -33,7 +33,7 @@ except ImportError as error:
     raise SystemExit(2) from None
 with user_errors():
     from fbn_plugin.engine.detectron2.config import prepare
-    from fbn_plugin.engine.detectron2.launch import launch
+    from fbn_plugin.engine.detectron2.processes import launch
     from fbn_plugin.engine.detectron2.trainer import run
 
 

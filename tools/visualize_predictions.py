@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.cli import check_outputs, user_errors
+from fbn_plugin.engine.run.cli import check_outputs, user_errors
 
 MOST_IMAGES = 100
 
@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if not 0 <= args.threshold <= 1:
             raise ValueError(f"--threshold must be from 0 to 1, not {args.threshold}")
 
-        from fbn_plugin.engine.checkpoint import atomic_write
-        from fbn_plugin.engine.coco_data import resolve_dataset
-        from fbn_plugin.engine.evaluation import read_detections
-        from fbn_plugin.engine.pictures import draw_detections, find_images, spread_images
-        from fbn_plugin.engine.run_folder import read_run, run_titles
+        from fbn_plugin.engine.data.coco_data import resolve_dataset
+        from fbn_plugin.engine.reports.evaluation import read_detections
+        from fbn_plugin.engine.reports.pictures import draw_detections, find_images, spread_images
+        from fbn_plugin.engine.run.checkpoint import atomic_write
+        from fbn_plugin.engine.run.run_folder import read_run, run_titles
 
         runs = [read_run(folder) for folder in args.run_dirs]
         names = [args.dataset] if args.dataset else runs[0].test_sets

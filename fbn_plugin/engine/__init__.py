@@ -1,1 +1,2 @@
-"""Training and evaluation loops behind ``tools/``: configuration, data, checkpoints, logs, and one module a task."""
+"""Training and evaluation behind ``tools/``, one room an engine: ``classification`` (timm), ``torchvision`` and
+``detectron2``; what they share is in ``run`` and ``data``, what is made of runs in ``reports``."""

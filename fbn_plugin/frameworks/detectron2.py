@@ -15,25 +15,22 @@ import sys
 from collections.abc import Callable
 from types import ModuleType
 
-import torch
-from detectron2 import modeling
-from detectron2.config import CfgNode, configurable
+from detectron2.config import configurable
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-from detectron2.solver import build as solver_build
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin.convert import build_like, make_plain, register_converter
-from fbn_plugin.fold import register_layer
-from fbn_plugin.fuse import fused, register_fuser
-from fbn_plugin.gamma_init import apply_gamma_init
-from fbn_plugin.input_norm import Builder, normalize_images, prepend_input_norm, register_prepender
 from fbn_plugin.layers import ScaledBatchNormA1, ScaledBatchNormA2
-from fbn_plugin.param_groups import param_groups, register_norm_type
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
+from fbn_plugin.surgery.convert import build_like, make_plain, register_converter
+from fbn_plugin.surgery.fold import register_layer
+from fbn_plugin.surgery.fuse import fused, register_fuser
+from fbn_plugin.surgery.input_norm import Builder, normalize_images, register_prepender
+from fbn_plugin.training.gamma_initialization import apply_gamma_init
+from fbn_plugin.training.parameter_groups import register_norm_type
 
 DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
@@ -146,57 +143,6 @@ def unregister() -> None:
     _rebind(get_norm, _detectron2_get_norm)
     RetinaNetHead.__init__ = _detectron2_retinanet_init
     FrozenBatchNorm2d.convert_frozen_batchnorm = _detectron2_convert_frozen
-
-
-def add_config(cfg: CfgNode) -> None:
-    """Add to a config of detectron2 what :func:`build_model`, :func:`build_optimizer` and ``tools/train_net.py`` read.
-
-    - INPUT.NORM_GAMMA_INIT: the ``gamma_init`` of :func:`fbn_plugin.prepend_input_norm`; 0 normalizes by
-      MODEL.PIXEL_MEAN and PIXEL_STD.
-    - SOLVER.SCALE_LR_DIVISOR: what :func:`fbn_plugin.param_groups` divides the rate of the batch norms' scale by; 0
-      leaves all rates and decays as detectron2 has them.
-    - SOLVER.BEST_CHECKPOINT_METRIC: name of a metric such as ``"segm/AP"``: an evaluation that beats all before writes
-      ``model_best.pth``; "" is off.
-    - TEST.EVAL_ITERATIONS: numbers of finished iterations after which to evaluate, beside TEST.EVAL_PERIOD.
-    - NORM_STATS_PERIOD: iterations between two measurements of the share of values that each filtered norm leaves out
-      (scalars ``filtered/<module>``); 0 is never.
-    """
-    cfg.INPUT.NORM_GAMMA_INIT = 0.0
-    cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
-    cfg.SOLVER.BEST_CHECKPOINT_METRIC = ""
-    cfg.TEST.EVAL_ITERATIONS = ()
-    cfg.NORM_STATS_PERIOD = 0
-
-
-def build_model(cfg: CfgNode) -> nn.Module:
-    """detectron2's model, not trained: with the scales that its norms are to start at, and INPUT.NORM_GAMMA_INIT.
-
-    Raises:
-        ValueError: what detectron2 refuses, or an INPUT.NORM_GAMMA_INIT that is neither 0 nor in (0, 1].
-    """
-    model = apply_gamma_init(modeling.build_model(cfg))
-    if cfg.INPUT.NORM_GAMMA_INIT:
-        prepend_input_norm(model, cfg.INPUT.NORM_GAMMA_INIT)
-    return model
-
-
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """detectron2's optimizer, with SOLVER.SCALE_LR_DIVISOR over the groups of :func:`fbn_plugin.param_groups`.
-
-    Raises:
-        ValueError: a divisor below 0; or one together with a weight decay on norms or biases, or with BIAS_LR_FACTOR.
-    """
-    solver = cfg.SOLVER
-    if not solver.SCALE_LR_DIVISOR:
-        return solver_build.build_optimizer(cfg, model)
-    if solver.WEIGHT_DECAY_NORM != 0 or solver.WEIGHT_DECAY_BIAS or solver.BIAS_LR_FACTOR != 1:
-        raise ValueError(
-            "SOLVER.SCALE_LR_DIVISOR sets the decay of norms and biases to 0: it wants WEIGHT_DECAY_NORM 0, "
-            "WEIGHT_DECAY_BIAS None and BIAS_LR_FACTOR 1"
-        )
-    groups = param_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
-    optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True)
-    return solver_build.maybe_add_gradient_clipping(cfg, optimizer)
 
 
 def _with_residual(conv: Conv2d, x: Tensor, residual: Tensor) -> Tensor:

@@ -35,17 +35,17 @@ from timm.utils import model as timm_model
 from torch import Tensor, nn
 
 from fbn_plugin import layers
-from fbn_plugin.convert import build_like, convert_norm, make_plain, register_converter
-from fbn_plugin.fold import register_layer, register_norm_act
-from fbn_plugin.fuse import fuse_children, fused, register_fuser
-from fbn_plugin.gamma_init import apply_gamma_init
-from fbn_plugin.input_norm import Builder, prepend_to_call, register_prepender
 from fbn_plugin.layers.batch_norm import BatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm_act import activation_of, normalize_and_activate
-from fbn_plugin.param_groups import param_groups as divided_groups
-from fbn_plugin.param_groups import register_norm_type
 from fbn_plugin.registry import NORMS, NormFactory, NormSpec, norm_factory, norm_options, parse_spec
+from fbn_plugin.surgery.convert import build_like, convert_norm, make_plain, register_converter
+from fbn_plugin.surgery.fold import register_layer, register_norm_act
+from fbn_plugin.surgery.fuse import fuse_children, fused, register_fuser
+from fbn_plugin.surgery.input_norm import Builder, prepend_to_call, register_prepender
+from fbn_plugin.training.gamma_initialization import apply_gamma_init
+from fbn_plugin.training.parameter_groups import param_groups as divided_groups
+from fbn_plugin.training.parameter_groups import register_norm_type
 
 
 class _NormAct:

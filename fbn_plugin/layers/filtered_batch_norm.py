@@ -123,8 +123,8 @@ _DOC = """Filtered batch normalization over {shape} (Horváth and Al-afandi 2020
     With several processes each one's moments, and so its running statistics, are those of its own batch. What a
     checkpoint holds is rank 0's: ``DistributedDataParallel`` gives all processes rank 0's buffers before each forward
     pass, or never with ``broadcast_buffers=False``, as detectron2 calls it; before processes evaluate together,
-    :func:`fbn_plugin.engine.distributed.broadcast_buffers` does so. :class:`SyncFilteredBatchNorm` takes the moments of
-    all, and has the same statistics everywhere.
+    :func:`fbn_plugin.engine.run.distributed.broadcast_buffers` does so. :class:`SyncFilteredBatchNorm` takes the
+    moments of all, and has the same statistics everywhere.
 
     Examples::
 

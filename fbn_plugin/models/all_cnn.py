@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fbn_plugin.models.base import ImageClassifier, NormLayer, global_average, unit
-from fbn_plugin.revised_init import revised_init
+from fbn_plugin.training.revised_initialization import revised_init
 
 # Out channels, kernel and stride of each convolution, and the kernel sizes of its DWCK stack.
 LAYERS = (

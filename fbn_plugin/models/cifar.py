@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.models import CIFAR, Network
-from fbn_plugin.revised_init import revised_init
+from fbn_plugin.training.revised_initialization import revised_init
 
 
 def _resnet(entrypoint: Callable[..., nn.Module], **kwargs) -> nn.Module:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fbn_plugin.models.base import ImageClassifier, NormLayer, global_average, unit
-from fbn_plugin.revised_init import revised_init
+from fbn_plugin.training.revised_initialization import revised_init
 
 # Name: #1x1, #3x3 reduce, #3x3, double #3x3 reduce, double #3x3, pooling, projection. The modules without 1x1 kernels
 # halve the size of the maps and pass their pooled input through.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fbn_plugin.models.base import ImageClassifier, NormLayer, global_average, unit
-from fbn_plugin.revised_init import revised_init
+from fbn_plugin.training.revised_initialization import revised_init
 
 
 class PooledBlock(nn.Module):

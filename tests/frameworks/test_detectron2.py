@@ -44,6 +44,8 @@ from torchvision.ops import boxes as torchvision_boxes
 
 import fbn_plugin
 from fbn_plugin import FilteredBatchNorm2d, FilteredGroupNorm
+from fbn_plugin.engine.detectron2 import model as engine
+from fbn_plugin.engine.detectron2.config import add_config
 from fbn_plugin.frameworks import detectron2 as adapter
 
 pytestmark = pytest.mark.detectron2
@@ -826,7 +828,7 @@ def test_fused_mask_head_computes_the_same():
 
 def training_config(architecture="GeneralizedRCNN", norm="FBN(gamma_init=0.25)", **overrides):
     cfg = tiny_config(architecture, norm)
-    adapter.add_config(cfg)
+    add_config(cfg)
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     cfg.merge_from_list([item for pair in overrides.items() for item in pair])
     return cfg
@@ -845,7 +847,7 @@ def uneven(images):
     "architecture", ["GeneralizedRCNN", "RetinaNet", "PanopticFPN", "SemanticSegmentor", "ProposalNetwork"]
 )
 def test_an_input_norm_sees_the_pixels_and_not_the_padding(architecture):
-    model = adapter.build_model(training_config(architecture, **{"INPUT.NORM_GAMMA_INIT": 0.25}))
+    model = engine.build_model(training_config(architecture, **{"INPUT.NORM_GAMMA_INIT": 0.25}))
     norm, images = model.input_norm, uneven(batch())
     assert torch.allclose(norm.weight, torch.tensor(0.58 * 0.25)) and norm.bias is None
     seen = []
@@ -867,7 +869,7 @@ def test_an_input_norm_sees_the_pixels_and_not_the_padding(architecture):
 
 
 def test_inference_and_copies_of_a_model_with_an_input_norm():
-    model = adapter.build_model(training_config(**{"INPUT.NORM_GAMMA_INIT": 1.0}))
+    model = engine.build_model(training_config(**{"INPUT.NORM_GAMMA_INIT": 1.0}))
     training_losses(model)
     model.eval()
     images = [{"image": each["image"]} for each in batch()]
@@ -886,8 +888,8 @@ def test_scales_start_small_and_learn_slowly_through_the_schedule(architecture):
     solver = {"BASE_LR": 0.2, "SCALE_LR_DIVISOR": 50.0, "WEIGHT_DECAY": 0.01, "WARMUP_ITERS": 4, "MAX_ITER": 20}
     overrides = {f"SOLVER.{key}": value for key, value in solver.items()}
     cfg = training_config(architecture, **overrides, **{"SOLVER.STEPS": (10,), "SOLVER.CLIP_GRADIENTS.ENABLED": True})
-    model = adapter.build_model(cfg)
-    optimizer = adapter.build_optimizer(cfg, model)
+    model = engine.build_model(cfg)
+    optimizer = engine.build_optimizer(cfg, model)
     schedule = build_lr_scheduler(cfg, optimizer)
     scales = {
         m.weight for m in model.modules() if isinstance(m, (_BatchNorm, CycleBatchNormList)) and m.weight is not None
@@ -915,12 +917,12 @@ def test_scales_start_small_and_learn_slowly_through_the_schedule(architecture):
 def test_without_the_keys_model_and_optimizer_are_detectron2s():
     cfg = training_config(norm=SPEC)
     torch.manual_seed(0)
-    model = adapter.build_model(cfg)
+    model = engine.build_model(cfg)
     torch.manual_seed(0)
     plain = build_model(cfg)
     assert plain.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), model.state_dict().values()))
-    groups, expected = (build(cfg, model).param_groups for build in (adapter.build_optimizer, build_optimizer))
+    groups, expected = (build(cfg, model).param_groups for build in (engine.build_optimizer, build_optimizer))
     assert [{**group, "params": len(group["params"])} for group in groups] == [
         {**group, "params": len(group["params"])} for group in expected
     ]
@@ -932,13 +934,13 @@ def test_without_the_keys_model_and_optimizer_are_detectron2s():
 def test_one_rule_for_weight_decay(key, value):
     cfg = training_config(**{"SOLVER.SCALE_LR_DIVISOR": 100.0, f"SOLVER.{key}": value})
     with pytest.raises(ValueError, match=f"SOLVER.SCALE_LR_DIVISOR .*{key}"):
-        adapter.build_optimizer(cfg, nn.BatchNorm2d(2))
+        engine.build_optimizer(cfg, nn.BatchNorm2d(2))
 
 
 def test_a_divisor_below_zero():
     cfg = training_config(**{"SOLVER.SCALE_LR_DIVISOR": -1.0})
     with pytest.raises(ValueError, match="^scale_lr_divisor must be above 0 and finite, got -1.0$"):
-        adapter.build_optimizer(cfg, nn.BatchNorm2d(2))
+        engine.build_optimizer(cfg, nn.BatchNorm2d(2))
 
 
 # --- freezing, thawing, folding -------------------------------------------------------------------------------------

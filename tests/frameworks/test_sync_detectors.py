@@ -40,7 +40,7 @@ def check(results):
 
 
 def torchvision_step(rank):
-    from test_torchvision import batch, small
+    from small_mask_rcnn import batch, small
 
     torch.manual_seed(0)
     norms = {"norm": "SyncFBN(t_sigma=3)", "norm_fpn": "SyncFBN", "norm_mask_head": "SyncFBN(t_sigma=4)"}

@@ -68,7 +68,7 @@ def test_a_lost_activation_is_noticed(name, monkeypatch):
         return new
 
     for cls in (adapter.BatchNormAct2d, adapter.SyncBatchNormAct):
-        monkeypatch.setitem(fbn_plugin.convert._CONVERTERS, cls, losing)
+        monkeypatch.setitem(fbn_plugin.surgery.convert._CONVERTERS, cls, losing)
     assert any("other modules changed" in problem for problem in tool.check(name).problems)
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import FilteredBatchNorm1d, FilteredBatchNorm2d, norm_factory
 from fbn_plugin import frameworks as adapter
-from fbn_plugin.engine.classification import create_model
+from fbn_plugin.engine.classification.model import create_model
 from fbn_plugin.frameworks import timm_models
 from fbn_plugin.models import NETWORKS, AllCNN, cifar
 

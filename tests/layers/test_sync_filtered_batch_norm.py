@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fbn_plugin
 from fbn_plugin import FilteredBatchNorm1d, FilteredBatchNorm2d, FilteredBatchNorm3d, SyncFilteredBatchNorm
-from fbn_plugin.engine.distributed import broadcast_buffers
+from fbn_plugin.engine.run.distributed import broadcast_buffers
 from fbn_plugin.ops import sync
-from fbn_plugin.population import update_population_stats
+from fbn_plugin.training.population_statistics import update_population_stats
 
 gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch without gloo")
 FORMS = {2: FilteredBatchNorm1d, 3: FilteredBatchNorm1d, 4: FilteredBatchNorm2d, 5: FilteredBatchNorm3d}

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fbn_plugin.engine.demo_data import make_digits_on_photos
+from fbn_plugin.engine.data.demo_data import make_digits_on_photos
 
 ROOT = Path(__file__).parents[2]
 

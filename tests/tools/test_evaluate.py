@@ -13,8 +13,8 @@ import torch
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 
-from fbn_plugin.engine.coco_data import resolve_dataset
-from fbn_plugin.engine.coco_eval import evaluate_coco
+from fbn_plugin.engine.data.coco_data import resolve_dataset
+from fbn_plugin.engine.data.coco_eval import evaluate_coco
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -215,7 +215,8 @@ def test_a_run_of_detectron2(tool, shapes, tmp_path, capfd):
     from detectron2.config import get_cfg
 
     import fbn_plugin
-    from fbn_plugin.frameworks.detectron2 import add_config, build_model
+    from fbn_plugin.engine.detectron2.config import add_config
+    from fbn_plugin.engine.detectron2.model import build_model
 
     cfg = get_cfg()
     add_config(cfg)

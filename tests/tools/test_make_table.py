@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fbn_plugin.engine.detection_config import load_detection_config
-from fbn_plugin.engine.table import PAPER_AP
+from fbn_plugin.engine.reports.table import PAPER_AP
+from fbn_plugin.engine.torchvision.config import load_detection_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "COCO-InstanceSegmentation" / "mask_rcnn_X_101_32x8d_FPN_FBN.yaml"
@@ -166,7 +166,7 @@ def test_what_does_not_matter(tool, write_run):
 @pytest.mark.parametrize("norm", ["BN", "FBN"])
 def test_the_configs_of_table_one_as_detectron2_reads_them(tool, write_run, norm):
     config = pytest.importorskip("detectron2.config", reason="detectron2 is not installed")
-    from fbn_plugin.frameworks.detectron2 import add_config
+    from fbn_plugin.engine.detectron2.config import add_config
 
     cfg = config.get_cfg()
     add_config(cfg)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fbn_plugin.engine.logging import read_metrics
+from fbn_plugin.engine.run.logging import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/train_classification.py"

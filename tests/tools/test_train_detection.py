@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fbn_plugin.engine.logging import read_metrics
+from fbn_plugin.engine.run.logging import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "train_detection.py"

@@ -304,7 +304,7 @@ def test_adjusts_the_config_to_data_and_machine(tool, folder, capsys, tmp_path, 
 
 @pytest.mark.detectron2
 def test_odd_annotations(tool, folder):
-    from fbn_plugin.engine.coco_data import resolve_dataset
+    from fbn_plugin.engine.data.coco_data import resolve_dataset
     from fbn_plugin.engine.detectron2.data import records as read
 
     data = resolve_dataset(f"{folder}:train")
@@ -322,7 +322,7 @@ def test_records_are_detectron2s(tool, monkeypatch, name):
     """Where detectron2's own loader takes a file, it finds the same in it."""
     from detectron2.data.datasets import load_coco_json
 
-    from fbn_plugin.engine.coco_data import resolve_dataset
+    from fbn_plugin.engine.data.coco_data import resolve_dataset
     from fbn_plugin.engine.detectron2.data import records
 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(DATA))
@@ -340,7 +340,7 @@ def test_records_are_detectron2s(tool, monkeypatch, name):
 def test_configs_differ_in_the_norm_alone(tool, model):
     from detectron2.config import get_cfg
 
-    from fbn_plugin.frameworks.detectron2 import add_config
+    from fbn_plugin.engine.detectron2.config import add_config
 
     configs = []
     for norm in ("BN", "FBN"):

@@ -21,12 +21,12 @@ from detectron2.utils.events import EventStorage
 from tiny_detectron2 import datasets, metrics, prepare
 
 import fbn_plugin
-from fbn_plugin.engine import distributed
-from fbn_plugin.engine.cli import UserError
 from fbn_plugin.engine.detectron2.hooks import Evaluation
-from fbn_plugin.engine.detectron2.launch import launch
+from fbn_plugin.engine.detectron2.processes import launch
 from fbn_plugin.engine.detectron2.trainer import Trainer, run
-from fbn_plugin.engine.run_info import read_run_info
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.run_info import read_run_info
 
 pytestmark = pytest.mark.detectron2
 

@@ -16,7 +16,7 @@ from tiny_detectron2 import CONFIG, TINY, datasets, prepare
 import fbn_plugin
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.detectron2.config import load_config
-from fbn_plugin.frameworks.detectron2 import build_model
+from fbn_plugin.engine.detectron2.model import build_model
 
 pytestmark = pytest.mark.detectron2
 

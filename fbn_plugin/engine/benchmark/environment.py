@@ -10,7 +10,7 @@ import torch
 
 import fbn_plugin
 from fbn_plugin import ops
-from fbn_plugin.engine.run_info import cpu_name
+from fbn_plugin.engine.run.run_info import cpu_name
 
 
 def keep_freed_memory() -> bool:

@@ -25,7 +25,7 @@ def build_model(name: str) -> nn.Module:
     """A model with BN and random weights; in a detector the backbone has norms, pyramid and heads have none."""
     from torchvision import models
 
-    from fbn_plugin.frameworks.torchvision import mask_rcnn_fpn  # it also tells how the models can be fused
+    from fbn_plugin.models.mask_rcnn import mask_rcnn_fpn
 
     if name in _BACKBONES:
         return mask_rcnn_fpn(_BACKBONES[name], norm="BN", num_classes=81)

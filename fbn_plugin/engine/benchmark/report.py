@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from fbn_plugin.engine.benchmark.targets import target_table
-from fbn_plugin.engine.cli import format_table
+from fbn_plugin.engine.run.cli import format_table
 
 
 def shape_text(row: Mapping) -> str:

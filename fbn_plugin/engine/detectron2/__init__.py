@@ -1,2 +1,2 @@
-"""The training runs of ``tools/train_net.py``. Everything in this folder needs detectron2, and only that tool imports
-it."""
+"""The training runs of ``tools/train_net.py``. Everything in this folder but ``evaluation.py`` needs detectron2, and
+only that tool imports it."""

@@ -9,9 +9,9 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from fbn_plugin.engine import distributed
-from fbn_plugin.engine.checkpoint import atomic_write, load_file
-from fbn_plugin.engine.weights import loading_report, refuse_foreign, refuse_misfit
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.checkpoint import atomic_write, load_file
+from fbn_plugin.engine.run.weights import loading_report, refuse_foreign, refuse_misfit
 
 __all__ = ["AtomicCheckpointer", "LossNormalizer"]
 

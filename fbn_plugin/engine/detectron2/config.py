@@ -20,9 +20,6 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 import fbn_plugin
-from fbn_plugin.engine.checkpoint import load_file
-from fbn_plugin.engine.config import refuse_changes
-from fbn_plugin.engine.detection_config import MAY_CHANGE
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.detectron2.data import (
     check_annotation_files,
@@ -31,15 +28,39 @@ from fbn_plugin.engine.detectron2.data import (
     metric_names,
     register_datasets,
 )
-from fbn_plugin.frameworks.detectron2 import add_config, build_model, build_optimizer, check_norm
+from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
+from fbn_plugin.engine.run.checkpoint import load_file
+from fbn_plugin.engine.run.config import refuse_changes
+from fbn_plugin.engine.run.detection_keys import MAY_CHANGE
+from fbn_plugin.frameworks.detectron2 import check_norm
 
-__all__ = ["load_config", "prepare"]
+__all__ = ["add_config", "load_config", "prepare"]
 
-# What a resumed run may have otherwise: what the torchvision engine lets change, and a key that it does not have.
+# What a resumed run may have otherwise: what both engines let change, and a key that torchvision's does not have.
 _MAY_CHANGE = (*MAY_CHANGE, "VIS_PERIOD")
 
 # Keys counted in iterations, which the linear rule divides.
 _PERIODS = ("SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD")
+
+
+def add_config(cfg: CfgNode) -> None:
+    """Add to a config of detectron2 what ``build_model``, ``build_optimizer`` and ``tools/train_net.py`` read.
+
+    - INPUT.NORM_GAMMA_INIT: the ``gamma_init`` of :func:`fbn_plugin.prepend_input_norm`; 0 normalizes by
+      MODEL.PIXEL_MEAN and PIXEL_STD.
+    - SOLVER.SCALE_LR_DIVISOR: what :func:`fbn_plugin.param_groups` divides the rate of the batch norms' scale by; 0
+      leaves all rates and decays as detectron2 has them.
+    - SOLVER.BEST_CHECKPOINT_METRIC: name of a metric such as ``"segm/AP"``: an evaluation that beats all before writes
+      ``model_best.pth``; "" is off.
+    - TEST.EVAL_ITERATIONS: numbers of finished iterations after which to evaluate, beside TEST.EVAL_PERIOD.
+    - NORM_STATS_PERIOD: iterations between two measurements of the share of values that each filtered norm leaves out
+      (scalars ``filtered/<module>``); 0 is never.
+    """
+    cfg.INPUT.NORM_GAMMA_INIT = 0.0
+    cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
+    cfg.SOLVER.BEST_CHECKPOINT_METRIC = ""
+    cfg.TEST.EVAL_ITERATIONS = ()
+    cfg.NORM_STATS_PERIOD = 0
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:

@@ -18,10 +18,10 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_utils
 from torch.utils.data import DataLoader
 
-from fbn_plugin.engine import distributed
-from fbn_plugin.engine.cli import UserError
-from fbn_plugin.engine.coco_data import CocoDataset, resolve_dataset
-from fbn_plugin.engine.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset
+from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
+from fbn_plugin.engine.data.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.cli import UserError
 
 __all__ = [
     "NamingMapper",

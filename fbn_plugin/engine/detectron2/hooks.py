@@ -16,12 +16,12 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, JSONWriter, TensorboardXWriter
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin.engine import distributed
-from fbn_plugin.engine.checkpoint import atomic_write, load_file
-from fbn_plugin.engine.cli import UserError
-from fbn_plugin.engine.logging import read_metrics
-from fbn_plugin.engine.sampling import seeded_rng
-from fbn_plugin.population import forward_batch, update_population_stats
+from fbn_plugin.engine.data.sampling import seeded_rng
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.checkpoint import atomic_write, load_file
+from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.logging import read_metrics
+from fbn_plugin.training.population_statistics import forward_batch, update_population_stats
 
 __all__ = ["Evaluation", "MetricsWriter", "PopulationStatistics"]
 

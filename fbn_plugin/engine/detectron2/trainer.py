@@ -36,10 +36,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fbn_plugin
-from fbn_plugin.engine import distributed
-from fbn_plugin.engine.checkpoint import RandomState
-from fbn_plugin.engine.cli import UserError, user_errors
-from fbn_plugin.engine.config import save_config
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer, LossNormalizer
 from fbn_plugin.engine.detectron2.data import (
     NamingMapper,
@@ -50,9 +46,13 @@ from fbn_plugin.engine.detectron2.data import (
     tasks,
 )
 from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, PopulationStatistics
-from fbn_plugin.engine.norm_stats import FilterMeter
-from fbn_plugin.engine.run_info import hardware, write_evaluation, write_run_info
-from fbn_plugin.frameworks.detectron2 import build_model, build_optimizer
+from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.checkpoint import RandomState
+from fbn_plugin.engine.run.cli import UserError, user_errors
+from fbn_plugin.engine.run.config import save_config
+from fbn_plugin.engine.run.norm_stats import FilterMeter
+from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 
 __all__ = ["Trainer", "run"]
 

@@ -242,7 +242,7 @@ def test_compiled_peer_is_left_out_with_a_note(monkeypatch):
 
 
 def test_detector_does_the_same_work_with_every_norm(one_thread):
-    from fbn_plugin.frameworks.torchvision import mask_rcnn_fpn
+    from fbn_plugin.models.mask_rcnn import mask_rcnn_fpn
 
     images, targets = models.training_data("mask_rcnn_R_50_FPN", (2, 64, 96), "cpu")
     shapes = {}

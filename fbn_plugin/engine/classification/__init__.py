@@ -1,0 +1,1 @@
+"""Image classification with timm's models, behind ``tools/train_classification.py``."""

@@ -1,0 +1,111 @@
+"""Images as a classification model gets them: timm's transforms and loaders over a config's data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from fvcore.common.config import CfgNode
+from timm.data import create_loader, create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, RandomCrop, Resize
+
+from fbn_plugin.engine.data.sampling import BalancedSampler, InfiniteSampler, SeededDataset
+from fbn_plugin.engine.run import distributed
+
+__all__ = ["build_train_loader", "build_train_transform", "build_val_loader", "pixel_statistics"]
+
+
+def pixel_statistics(cfg: CfgNode) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of the channels in timm's scale, 0..1: 0 and 1 for an input norm."""
+    mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
+    channels = len(cfg.INPUT.FORMAT) if cfg.INPUT.FORMAT in ("RGB", "L") else None
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(
+            f"MODEL.PIXEL_MEAN {mean} and PIXEL_STD {std} need one value for each channel of INPUT.FORMAT "
+            f"{cfg.INPUT.FORMAT!r}, which is 'RGB' or 'L'"
+        )
+    if cfg.INPUT.NORM_GAMMA_INIT:
+        return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    return {"mean": tuple(x / 255 for x in mean), "std": tuple(x / 255 for x in std)}
+
+
+def build_train_transform(cfg: CfgNode, prefetch: bool) -> Callable:
+    """timm's training transform, with INPUT.TRAIN_CROP as its crop.
+
+    Args:
+        prefetch: leave the scaling and normalization to timm's PrefetchLoader.
+    """
+    crop, size = cfg.INPUT.TRAIN_CROP, cfg.INPUT.SIZE
+    try:
+        transform = create_transform(
+            size,
+            is_training=True,
+            no_aug=crop == "none",
+            scale=cfg.INPUT.SCALE,
+            ratio=cfg.INPUT.RATIO,
+            hflip=cfg.INPUT.HFLIP,
+            color_jitter=cfg.INPUT.COLOR_JITTER or None,
+            auto_augment=cfg.INPUT.AUTO_AUGMENT or None,
+            interpolation=cfg.INPUT.INTERPOLATION,
+            use_prefetcher=prefetch,
+            **pixel_statistics(cfg),
+        )
+    except AssertionError:
+        raise ValueError(f"INPUT.AUTO_AUGMENT {cfg.INPUT.AUTO_AUGMENT!r} is not a policy that timm knows") from None
+    if crop == "padded":  # timm has no crop of a padded image; it stands where timm has its random resized crop
+        resize = Resize(size, str_to_interp_mode(cfg.INPUT.INTERPOLATION))
+        transform.transforms[0] = Compose([resize, RandomCrop(size, cfg.INPUT.PADDING)])
+    return transform
+
+
+def build_train_loader(
+    cfg: CfgNode, dataset: Dataset, device: torch.device, start: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The endless batches of this process, from iteration `start` on: images (N, C, H, W) and class indices (N,).
+
+    The transforms, and on a GPU the prefetching, are timm's. The order and the augmentation of a sample depend on the
+    seed and its place in the stream alone (timm's own train loader draws them from the state of each worker process),
+    so that a run may be interrupted at any iteration.
+    """
+    prefetch = device.type == "cuda"
+    dataset.transform = build_train_transform(cfg, prefetch)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    batch_size = cfg.SOLVER.IMS_PER_BATCH // world_size
+    if cfg.DATALOADER.IMAGES_PER_CLASS:
+        sampler = BalancedSampler(dataset, cfg.DATALOADER.IMAGES_PER_CLASS, cfg.SEED, rank, world_size, start)
+    else:
+        sampler = InfiniteSampler(len(dataset), cfg.SEED, rank, world_size, start * batch_size)
+    loader = DataLoader(
+        SeededDataset(dataset, cfg.SEED),
+        batch_size,
+        sampler=sampler,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=fast_collate if prefetch else None,
+        pin_memory=prefetch,
+    )
+    if prefetch:
+        loader = PrefetchLoader(loader, channels=len(cfg.INPUT.FORMAT), device=device, **pixel_statistics(cfg))
+    return iter(loader)
+
+
+def build_val_loader(cfg: CfgNode, dataset: Dataset, device: torch.device) -> DataLoader | PrefetchLoader:
+    """timm's evaluation loader over this process's share of `dataset`."""
+    prefetch = device.type == "cuda"
+    return create_loader(
+        dataset,
+        cfg.INPUT.SIZE,
+        max(1, cfg.TEST.IMS_PER_BATCH // distributed.world_size()),
+        crop_pct=cfg.INPUT.CROP_PCT,
+        interpolation=cfg.INPUT.INTERPOLATION,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        distributed=distributed.world_size() > 1,
+        use_prefetcher=prefetch,
+        pin_memory=prefetch,
+        persistent_workers=False,
+        device=device,
+        **pixel_statistics(cfg),
+    )

@@ -1,0 +1,1 @@
+"""What the engines read: images of COCO and of classification, their order, COCO's evaluation, and the demo's set."""

@@ -1,0 +1,379 @@
+"""COCO-format data: finding a set on disk by name, checking it, and giving out its images with boxes, labels and masks.
+
+A set is named as detectron2 names its own (``coco_2017_train``) or as ``FOLDER:SPLIT``. Class labels are contiguous in
+the order of the category ids, as in detectron2, shifted by one for torchvision, where 0 is the background.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fbn_plugin.engine.run.cli import UserError
+
+__all__ = ["Augmentation", "CocoDataset", "CocoDetection", "read_image", "resolve_dataset"]
+
+logger = logging.getLogger(__name__)
+
+# detectron2's names below $DETECTRON2_DATASETS: (annotations, images).
+_BUILTIN = {
+    f"coco_{year}_{split}": (f"coco/annotations/instances_{split}{year}{tail}.json", f"coco/{folder}{year}")
+    for year, split, tail, folder in (
+        ("2014", "train", "", "train"),
+        ("2014", "val", "", "val"),
+        ("2017", "train", "", "train"),
+        ("2017", "val", "", "val"),
+    )
+} | {
+    "coco_2014_minival": ("coco/annotations/instances_minival2014.json", "coco/val2014"),
+    "coco_2014_valminusminival": ("coco/annotations/instances_valminusminival2014.json", "coco/val2014"),
+    "coco_2017_val_100": ("coco/annotations/instances_val2017_100.json", "coco/val2017"),
+}
+
+
+@dataclass(frozen=True)
+class CocoDataset:
+    """A COCO-format set that was found, read and checked.
+
+    Attributes:
+        name: as given to ``resolve_dataset``.
+        json_file, image_root: where it lies.
+        images, annotations, categories: the file's lists; categories in the order of their ids. Annotations are
+            numbered from 1, have ``iscrowd`` and ``area``, and a ``segmentation`` only where it is a usable one.
+    """
+
+    name: str
+    json_file: Path
+    image_root: Path
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+    categories: list[dict[str, Any]]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(category["name"] for category in self.categories)
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        return tuple(category["id"] for category in self.categories)
+
+    def usable_annotations(self, masks: bool) -> list[dict[str, Any]]:
+        """The annotations, without those that lack a mask where ``masks`` are wanted."""
+        return [each for each in self.annotations if "segmentation" in each or not masks]
+
+    def coco_api(self, masks: bool) -> COCO:
+        """The ground truth as pycocotools wants it."""
+        api = COCO()
+        annotations = [dict(each) for each in self.usable_annotations(masks)]  # COCOeval writes into them
+        api.dataset = {
+            "info": {},
+            "images": self.images,
+            "annotations": annotations,
+            "categories": self.categories,
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            api.createIndex()
+        return api
+
+
+def resolve_dataset(name: str) -> CocoDataset:
+    """Find and read a COCO-format set.
+
+    Args:
+        name: detectron2's name (``coco_2017_train``, ``coco_2017_val``, ...; below $DETECTRON2_DATASETS, default
+            ``datasets``), or ``FOLDER:SPLIT``. FOLDER is absolute, or relative to $DETECTRON2_DATASETS or to the
+            current folder. Annotations are looked for in FOLDER/annotations, FOLDER and FOLDER/SPLIT
+            (``instances_train.json``, ``train.json``, ``instances_train2017.json``, ...), images in FOLDER/SPLIT,
+            FOLDER/SPLIT2017, FOLDER/images, FOLDER/images/SPLIT and FOLDER.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence with the path or the entry that is wrong.
+    """
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    if name in _BUILTIN:
+        json_file, image_root = (root / path for path in _BUILTIN[name])
+        if not json_file.is_file():
+            raise FileNotFoundError(f"dataset {name!r} wants {json_file}, which is not there; set DETECTRON2_DATASETS")
+        return _read(name, json_file, [image_root])
+    folder_name, _, split = name.rpartition(":")
+    if not folder_name or not split:
+        raise ValueError(
+            f"unknown dataset {name!r}; use FOLDER:SPLIT, such as 'my_data:train', or {', '.join(_BUILTIN)}"
+        )
+    given = Path(folder_name).expanduser()
+    folder = next((path for path in (root / given, given) if path.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"dataset {name!r}: there is no folder {given}, nor {root / given}")
+    json_file = _find_annotations(name, folder, split)
+    tags = dict.fromkeys([split, json_file.stem.removeprefix("instances_"), f"{split}2017"])
+    roots = [path for tag in tags for path in (folder / tag, folder / "images" / tag, folder / tag / "images")]
+    return _read(name, json_file, [*roots, folder / "images", folder, json_file.parent])
+
+
+def _find_annotations(name: str, folder: Path, split: str) -> Path:
+    # The split as a word of its own, a year may follow: "trainval" is neither "train" nor "val".
+    word = re.compile(rf"(?<![a-zA-Z0-9]){re.escape(split)}(?![a-zA-Z])")
+    other = re.compile(r"^(captions|person_keypoints|panoptic|stuff|image_info)_")
+    found = [
+        p for where in (folder / "annotations", folder) for p in sorted(where.glob("*.json")) if not other.match(p.name)
+    ]
+    for candidates in (
+        [p for p in found if p.stem in (f"instances_{split}", split)],
+        [p for p in found if word.search(p.stem)],
+        sorted((folder / split).glob("*.json")),
+    ):
+        if candidates:
+            if len({p.name for p in candidates}) > 1:
+                names = ", ".join(str(p.relative_to(folder)) for p in candidates)
+                raise ValueError(f"dataset {name!r}: more than one annotation file fits: {names}")
+            return candidates[0]
+    seen = f"only {', '.join(p.name for p in found)}" if found else "no .json file"
+    raise FileNotFoundError(
+        f"dataset {name!r}: no annotations for {split!r} in {folder / 'annotations'} or {folder}, {seen}"
+    )
+
+
+def _read(name: str, json_file: Path, roots: Sequence[Path]) -> CocoDataset:
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            content = json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{json_file} is not valid JSON, perhaps cut short: {error}") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f"{json_file} is not a COCO annotation file: it has no list {key!r}")
+        if key != "annotations" and not content[key]:
+            raise ValueError(f"{json_file} has no {key}")
+    try:
+        images = [
+            {**image, "height": int(image["height"]), "width": int(image["width"])} for image in content["images"]
+        ]
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+        names = [image["file_name"] for image in images]
+        known = {category["id"]: category["name"] for category in categories}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{json_file}: an image or a category lacks a field or has a bad one: {error}") from None
+    annotations = [_check(json_file, each, i + 1, sizes, known) for i, each in enumerate(content["annotations"])]
+    image_root = next((r for r in roots if any((r / n).is_file() for n in names[:20])), None)
+    if image_root is None:
+        looked = ", ".join(str(r) for r in dict.fromkeys(roots) if r.is_dir()) or str(roots[0])
+        raise FileNotFoundError(f"dataset {name!r}: image {names[0]!r} of {json_file} is not in {looked}")
+    _check_images(image_root, names)
+    return CocoDataset(name, json_file, image_root, images, annotations, categories)
+
+
+def _check(json_file: Path, annotation: dict, number: int, sizes: dict, categories: dict) -> dict[str, Any]:
+    """A copy of one annotation in the form that CocoDataset promises."""
+    who = (
+        f"{json_file}: annotation {annotation.get('id', number)!r}" if isinstance(annotation, dict) else str(json_file)
+    )
+    try:
+        size = sizes[annotation["image_id"]]
+        categories[annotation["category_id"]]
+        x, y, width, height = (float(value) for value in annotation["bbox"])
+    except KeyError as error:
+        field = error.args[0]
+        what = f"lacks {field!r}" if field in ("image_id", "category_id", "bbox") else f"names an unknown id {field!r}"
+        raise ValueError(f"{who} {what}") from None
+    except (TypeError, ValueError):
+        raise ValueError(f"{who} is not an object with a 'bbox' of 4 numbers") from None
+    if not all(math.isfinite(value) for value in (x, y, width, height)):
+        raise ValueError(f"{who} has a 'bbox' that is not finite: {annotation['bbox']}")
+    # Numbered from 1: COCOeval takes a match with id 0 for none, and files with an id twice exist.
+    checked = {"area": width * height, "iscrowd": 0, **annotation, "bbox": [x, y, width, height], "id": number}
+    segmentation = checked.pop("segmentation", None)
+    if isinstance(segmentation, list):
+        # Fewer than three points enclose nothing, and pycocotools reads four numbers as a box.
+        segmentation = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
+        if any(len(polygon) % 2 for polygon in segmentation):
+            raise ValueError(f"{who} has a polygon with an odd number of coordinates")
+    elif isinstance(segmentation, dict) and (
+        tuple(segmentation.get("size", ())) != size or "counts" not in segmentation
+    ):
+        raise ValueError(f"{who} has an RLE mask that is not of its image's size (height, width) {size}")
+    if segmentation:
+        checked["segmentation"] = segmentation
+    return checked
+
+
+def _check_images(root: Path, names: Sequence[str]) -> None:
+    folders = defaultdict(set)
+    for name in names:
+        folder, _, base = name.rpartition("/")
+        folders[folder].add(base)
+    for folder, wanted in folders.items():  # one listing a folder: a look at each file takes long on a network disk
+        there = set(os.listdir(root / folder)) if (root / folder).is_dir() else set()
+        if missing := sorted(wanted - there):
+            raise FileNotFoundError(
+                f"image {root / folder / missing[0]} is not there ({len(missing)} of {len(names)} missing)"
+            )
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """An 8-bit image file as an RGB image, turned as its EXIF data say; UserError where it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                raise UserError(f"image {path} has more than 8 bits a channel; convert it to 8 bits")
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"image {path} is not there") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Resize the short side and flip at random; draws from Python's global generator.
+
+    Args:
+        min_sizes: short sides in pixels: values to choose from, or with ``sampling="range"`` the lowest and the
+            highest.
+        max_size: bound on the long side, which wins over the short one.
+        sampling: ``"choice"`` or ``"range"``.
+        flip: ``"horizontal"``, ``"vertical"`` or ``"none"``; done with probability 1/2.
+    """
+
+    min_sizes: tuple[int, ...]
+    max_size: int
+    sampling: str = "choice"
+    flip: str = "horizontal"
+
+    def draw(self, height: int, width: int) -> tuple[int, int, str]:
+        """New height, new width, and the flip to do."""
+        if self.sampling == "range":
+            short = random.randint(min(self.min_sizes), max(self.min_sizes))
+        else:
+            short = random.choice(self.min_sizes)
+        flip = self.flip if random.random() < 0.5 else "none"
+        return *scaled_size(height, width, short, self.max_size), flip
+
+
+def scaled_size(height: int, width: int, short: int, longest: int) -> tuple[int, int]:
+    """Height and width with the short side at ``short``, or less where the long side would exceed ``longest``."""
+    scale = min(short / min(height, width), longest / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+class CocoDetection(Dataset):
+    """Images and targets in torchvision's form.
+
+    An item is ``(image, target)``: image (3, H, W) float RGB in 0..1; target with ``boxes`` (N, 4) xyxy pixels,
+    ``labels`` (N) from 1, ``masks`` (N, H, W) uint8 where asked for, and ``image_id``. Crowds and objects without
+    extent are left out.
+
+    Args:
+        datasets: sets with the same categories, one after another.
+        augmentation: None gives images as they are, for evaluation.
+        masks: give masks, and leave out objects that have none.
+        filter_empty: leave out images without objects.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[CocoDataset],
+        augmentation: Augmentation | None = None,
+        masks: bool = True,
+        filter_empty: bool = False,
+    ):
+        self.augmentation = augmentation
+        self.masks = masks
+        records = []
+        for data in datasets:
+            labels = {category: label for label, category in enumerate(data.category_ids, start=1)}
+            objects = defaultdict(list)
+            usable = data.usable_annotations(masks)
+            if missing := len(data.annotations) - len(usable):
+                logger.warning(
+                    "%s: %d annotations of %d have no mask; left out", data.name, missing, len(data.annotations)
+                )
+            for each in usable:
+                if not each["iscrowd"]:
+                    objects[each["image_id"]].append(
+                        (each["bbox"], labels[each["category_id"]], each.get("segmentation") if masks else None)
+                    )
+            for image in data.images:
+                if objects[image["id"]] or not filter_empty:
+                    path = os.fspath(data.image_root / image["file_name"])
+                    records.append((path, image["id"], image["height"], image["width"], objects[image["id"]]))
+        self.is_portrait = [height > width for _, _, height, width, _ in records]
+        # One array of bytes: reading Python objects in a worker would copy their memory page by page.
+        packed = [np.frombuffer(pickle.dumps(record), dtype=np.uint8) for record in records]
+        self._ends = np.cumsum([0, *(len(each) for each in packed)])
+        self._bytes = np.concatenate(packed) if packed else np.empty(0, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
+        path, image_id, height, width, objects = pickle.loads(self._bytes[self._ends[index] : self._ends[index + 1]])
+        image = read_image(path)
+        if image.size != (width, height):
+            raise UserError(f"image {path} is {image.width}x{image.height}, its annotation file says {width}x{height}")
+        new_height, new_width, flip = height, width, "none"
+        if self.augmentation is not None:
+            new_height, new_width, flip = self.augmentation.draw(height, width)
+            image = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+        scale = np.array([new_width / width, new_height / height] * 2, dtype=np.float64)
+        boxes = np.array([box for box, _, _ in objects], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        boxes = torch.from_numpy((boxes * scale).clip(0, [new_width, new_height] * 2)).float()
+        target = {"boxes": boxes, "labels": torch.tensor([label for _, label, _ in objects], dtype=torch.int64)}
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        if self.masks:
+            masks = [_rasterize(mask, (height, width), (new_height, new_width)) for _, _, mask in objects]
+            target["masks"] = (
+                torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, new_height, new_width).byte()
+            )
+            keep &= (target["masks"].flatten(1) > 0).any(dim=1)
+        target = {name: value[keep] for name, value in target.items()}
+        if flip != "none":
+            pixels, target = _flip(pixels, target, horizontal=flip == "horizontal")
+        return pixels, {**target, "image_id": image_id}
+
+
+def _rasterize(segmentation: list | dict, size: tuple[int, int], new_size: tuple[int, int]) -> np.ndarray:
+    """The mask (H', W') uint8 of a polygon or RLE segmentation of an image (H, W), scaled to the new size."""
+    if isinstance(segmentation, list):
+        scale = np.array([new_size[1] / size[1], new_size[0] / size[0]])
+        polygons = [(np.reshape(polygon, (-1, 2)) * scale).ravel().tolist() for polygon in segmentation]
+        return mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(polygons, *new_size)))
+    if isinstance(segmentation["counts"], list):
+        segmentation = mask_utils.frPyObjects(segmentation, *size)
+    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for old, new in zip(size, new_size))
+    return mask_utils.decode(segmentation)[rows[:, None], columns]
+
+
+def _flip(image: Tensor, target: dict[str, Tensor], horizontal: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    axis = -1 if horizontal else -2
+    start, stop = (0, 2) if horizontal else (1, 3)
+    boxes = target["boxes"].clone()
+    boxes[:, start], boxes[:, stop] = (
+        image.shape[axis] - target["boxes"][:, stop],
+        image.shape[axis] - target["boxes"][:, start],
+    )
+    flipped = {**target, "boxes": boxes}
+    if "masks" in target:
+        flipped["masks"] = target["masks"].flip(axis)
+    return image.flip(axis), flipped

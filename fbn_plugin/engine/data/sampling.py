@@ -1,0 +1,152 @@
+"""Training order and augmentation randomness as pure functions of (seed, position in the training stream).
+
+Nothing depends on worker processes or on how often a run was interrupted: a resumed run sees the same samples,
+augmented the same way, as one that was never stopped.
+"""
+
+import contextlib
+import itertools
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from fbn_plugin.training.balanced_batches import BalancedBatchSampler
+
+__all__ = ["BalancedSampler", "GroupedBatchSampler", "InfiniteSampler", "SeededDataset", "seeded_rng"]
+
+
+class InfiniteSampler(Sampler):
+    """An endless stream of ``(index, position)``, one fresh permutation an epoch, dealt out to processes in turn.
+
+    Position p of the stream belongs to rank ``p % world_size``, so the batches of a run are the same images whatever
+    the number of processes that share them.
+
+    Args:
+        size: number of samples in the dataset.
+        seed: of the permutations.
+        start: the first of this rank's samples to give, counted from 0: ``iteration * batch_size`` resumes at
+            ``iteration``.
+        shuffle: False for 0, 1, 2, ... over and over.
+    """
+
+    def __init__(self, size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0, shuffle: bool = True):
+        if size < 1:
+            raise ValueError(f"a sampler needs at least one sample, got size {size}")
+        self.size = size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+        self.shuffle = shuffle
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, order = None, None
+        for position in itertools.count(self.rank + self.start * self.world_size, self.world_size):
+            if position // self.size != epoch:
+                epoch = position // self.size
+                generator = np.random.default_rng([self.seed, epoch])
+                order = generator.permutation(self.size) if self.shuffle else np.arange(self.size)
+            yield int(order[position % self.size]), position
+
+
+class BalancedSampler(Sampler):
+    """An endless stream of ``(index, position)``, as InfiniteSampler's, whose batches hold equally many images of every
+    class; classes with fewer images start over within an epoch.
+
+    Args:
+        labels: the class of each sample of the dataset, or a dataset that has them.
+        images_per_class: in a batch of one process; the batch size is that times the number of classes.
+        seed: of the order.
+        start: batches to pass over, to resume at that iteration.
+
+    Raises:
+        ValueError: see :class:`fbn_plugin.BalancedBatchSampler`.
+    """
+
+    def __init__(self, labels, images_per_class: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0):
+        self.batches = BalancedBatchSampler(
+            labels, images_per_class, uneven="cycle", seed=seed, num_replicas=world_size, rank=rank
+        )
+        self.start = start
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch of one process."""
+        return self.batches.images_per_class * len(self.batches.counts)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        first, skip = divmod(self.start, len(self.batches))
+        number = self.start * self.batches.num_replicas + self.batches.rank
+        for epoch in itertools.count(first):
+            self.batches.set_epoch(epoch)
+            for batch in itertools.islice(self.batches, skip, None):
+                for place, index in enumerate(batch):
+                    yield int(index), number * len(batch) + place
+                number += self.batches.num_replicas
+            skip = 0
+
+
+class GroupedBatchSampler(Sampler):
+    """Batches whose samples belong to one group (say, landscape or portrait images), in the order in which they fill
+    up.
+
+    Args:
+        sampler: an InfiniteSampler that starts at 0.
+        groups: the group of each sample of the dataset.
+        batch_size: samples in a batch.
+        skip: batches to pass over, to resume at that iteration.
+    """
+
+    def __init__(self, sampler: InfiniteSampler, groups: Sequence[int], batch_size: int, skip: int = 0):
+        self.sampler = sampler
+        self.groups = groups
+        self.batch_size = batch_size
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.islice(self._batches(), self.skip, None)
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        waiting = defaultdict(list)
+        for index, position in self.sampler:
+            batch = waiting[self.groups[index]]
+            batch.append((index, position))
+            if len(batch) == self.batch_size:
+                yield batch.copy()
+                batch.clear()
+
+
+@contextlib.contextmanager
+def seeded_rng(*entropy: int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and PyTorch (CPU) for the length of a block, then put them back."""
+    python_seed, numpy_seed, torch_seed = (int(x) for x in np.random.SeedSequence(entropy).generate_state(3))
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(python_seed)
+    np.random.seed(numpy_seed)
+    torch.default_generator.manual_seed(torch_seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class SeededDataset(Dataset):
+    """A dataset indexed by InfiniteSampler's ``(index, position)``; its augmentation is drawn from (seed, position)."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, item: tuple[int, int]):
+        index, position = item
+        with seeded_rng(self.seed, position):
+            return self.dataset[index]

@@ -1,0 +1,35 @@
+"""AP of a finished run of detectron2's, for ``tools/evaluate.py``; alone of its folder it imports no detectron2."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fbn_plugin.engine.data.coco_data import resolve_dataset
+from fbn_plugin.engine.reports.evaluation import read_detections, score_detections
+from fbn_plugin.engine.run.run_folder import Run
+
+__all__ = ["evaluate_run"]
+
+
+def evaluate_run(run: Run, name: str, overrides: Sequence[str], folder: Path, train_net: Path) -> dict[str, float]:
+    """AP in percent on the data set ``name``, see ``evaluate_weights``.
+
+    Args:
+        train_net: ``tools/train_net.py``, which detects in a process of its own.
+
+    Raises:
+        FileNotFoundError, ValueError: what ``train_net`` refuses in one sentence, detectron2's absence too.
+        RuntimeError: it failed otherwise.
+    """
+    data = resolve_dataset(name)
+    command = [sys.executable, os.fspath(train_net), "--config-file", os.fspath(run.folder / "config.yaml")]
+    done = subprocess.run([*command, "--eval-only", *overrides], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sentence = re.search(r"^error: (.*)", done.stderr, re.MULTILINE)
+        if done.returncode == 2 and sentence:
+            raise ValueError(sentence[1])
+        raise RuntimeError(f"{train_net} ended with code {done.returncode}:\n{done.stderr}")
+    return score_detections(data, read_detections(folder / "inference" / "coco_instances_results.json", data), run)

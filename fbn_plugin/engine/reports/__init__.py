@@ -1,0 +1,1 @@
+"""What is made of finished runs: AP of their weights, tables, pictures, a page of HTML."""

@@ -1,0 +1,145 @@
+"""Checkpoints that survive an interruption: fvcore's Checkpointer (file names, ``last_checkpoint``, loading) with
+atomic writes, one sentence for a damaged file, and the random states of every process.
+"""
+
+import logging
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
+
+from fbn_plugin.engine.run import distributed
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["AtomicCheckpointer", "PeriodicCheckpointer", "RandomState", "atomic_write", "load_file"]
+
+
+def atomic_write(path: str | os.PathLike, data: bytes | None = None, write=None) -> None:
+    """Replace ``path`` in one step: a reader, or a crash at any moment, finds the old file or the new one, whole.
+
+    Args:
+        path: file to write; its folder must exist.
+        data: the content, or
+        write: a function that writes it to a binary file object.
+    """
+    path = os.fspath(path)
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            if write is None:
+                file.write(data)
+            else:
+                write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+    if os.name == "posix":  # the rename itself must reach the disk
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_file(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a checkpoint or a plain state dict to the CPU, without running code from it (``weights_only``).
+
+    Returns:
+        the file's dictionary; a plain state dict comes back as ``{"model": state_dict}``.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file; not a PyTorch file, or one cut short.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"checkpoint {path} is not there")
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # the unpickler fails in any way on any bytes; PyTorch's words would advise to let code run
+        raise ValueError(
+            f"checkpoint {path} cannot be read: it is cut short, no PyTorch file, or has more than tensors in it"
+        ) from None
+    if not isinstance(data, dict):
+        raise ValueError(f"checkpoint {path} holds a {type(data).__name__}, not a dictionary of weights")
+    return data if "model" in data else {"model": data}
+
+
+class RandomState:
+    """The states of Python's, NumPy's and PyTorch's generators (CPU and own GPU) in every process, as one
+    checkpointable.
+
+    ``state_dict`` is a collective call. Loading with another number of processes leaves the generators as they are.
+    """
+
+    def state_dict(self) -> dict[str, list]:
+        kind, keys, position, has_gauss, cached = np.random.get_state()
+        own = {
+            "python": random.getstate(),
+            "numpy": (kind, keys.tolist(), position, has_gauss, cached),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        }
+        return {"ranks": distributed.all_gather(own)}
+
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        if len(state["ranks"]) != distributed.world_size():
+            return
+        own = state["ranks"][distributed.rank()]
+        version, keys, gauss = own["python"]
+        random.setstate((version, tuple(keys), gauss))
+        np.random.set_state(own["numpy"])
+        torch.set_rng_state(own["torch"])
+        if own["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
+
+
+class AtomicCheckpointer(Checkpointer):
+    """fvcore's Checkpointer with atomic writes; a run is resumed only into the very same model.
+
+    ``save`` is called by every process, gathers what is theirs, and rank 0 writes.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        data = {"model": self.model.state_dict()}
+        data.update({key: each.state_dict() for key, each in self.checkpointables.items()}, **kwargs)
+        if self.save_dir and self.save_to_disk and distributed.is_main():
+            path = os.path.join(self.save_dir, f"{name}.pth")
+            atomic_write(path, write=lambda file: torch.save(data, file))
+            self.tag_last_checkpoint(os.path.basename(path))
+            logger.info("saved %s", path)
+        distributed.barrier()
+
+    def load(self, path: str, checkpointables: list[str] | None = None, strict: bool | None = None) -> dict[str, Any]:
+        """Load a file, or nothing for an empty path; see fvcore.
+
+        Args:
+            path: file or http(s) address.
+            checkpointables: names of what to load besides the model; None is all, to resume.
+            strict: ValueError, not a warning, where the weights do not fit the model; by default when resuming.
+        """
+        if path and "://" not in path and not os.path.isfile(path):
+            raise FileNotFoundError(f"checkpoint {path} is not there")
+        self._strict = checkpointables is None if strict is None else strict
+        return super().load(path, checkpointables)
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        wrong = [f"{key} (shape {old}, the model's is {new})" for key, old, new in incompatible.incorrect_shapes]
+        shapes = {key for key, _, _ in incompatible.incorrect_shapes}
+        wrong += [f"{key} (missing)" for key in incompatible.missing_keys if key not in shapes]
+        wrong += [f"{key} (not in the model)" for key in incompatible.unexpected_keys]
+        if self._strict and wrong:
+            raise ValueError(f"the checkpoint does not fit this model in {len(wrong)} entries, such as {wrong[0]}")
+        super()._log_incompatible_keys(incompatible)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        atomic_write(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename.encode())
+
+    def _load_file(self, f: str) -> dict[str, Any]:
+        return load_file(f)

@@ -1,0 +1,189 @@
+"""Configuration from YAML files with ``_BASE_`` and ``KEY VALUE`` overrides, in detectron2's vocabulary.
+
+Built on fvcore's CfgNode, with three differences from its ``merge_from_file``: an unknown key is answered with the
+nearest known one, an integer is taken where a number is expected, and keys that a tool knows but does not use are
+reported, not refused.
+"""
+
+import difflib
+import fnmatch
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from fbn_plugin.engine.run.checkpoint import atomic_write
+
+__all__ = ["CfgNode", "check_resume", "load_config", "read_config", "refuse_changes", "save_config"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(
+    defaults: CfgNode,
+    config_file: str | os.PathLike | None = None,
+    overrides: Sequence[str] = (),
+    unused: Sequence[str] = (),
+) -> CfgNode:
+    """Return a frozen copy of ``defaults`` with a file and then overrides merged in.
+
+    Args:
+        defaults: every key that the tool reads, with its default; a value must have its default's type.
+        config_file: YAML file; its ``_BASE_`` is a path (or a list of paths) relative to the file.
+        overrides: ``["KEY", "VALUE", ...]`` as they come from the command line; values are Python literals or plain
+            strings.
+        unused: keys (with shell wildcards: ``"MODEL.RETINANET.*"``) that are accepted but have no effect; those that
+            occur are logged in one line.
+
+    Raises:
+        FileNotFoundError: the file, or one of its bases, is not there.
+        ValueError: the file is no YAML mapping, a key is unknown, or a value has the wrong type.
+    """
+    cfg = defaults.clone()
+    cfg.defrost()
+    known = dict(_flatten(defaults))
+    ignored = []
+    for key, value in [*_read(config_file), *_pairs(overrides)]:
+        if key in known:
+            _set(cfg, key, _coerce(key, value, known[key]))
+        elif any(fnmatch.fnmatchcase(key, pattern) for pattern in unused):
+            ignored.append(key)
+        else:
+            raise ValueError(_unknown_key(key, known))
+    if ignored:
+        logger.warning("these keys are not used: %s", ", ".join(dict.fromkeys(ignored)))
+    cfg.freeze()
+    return cfg
+
+
+def read_config(config_file: str | os.PathLike) -> dict[str, Any]:
+    """A YAML file's keys, with their dots, and the values as they stand there; errors as ``load_config``."""
+    return dict(_read(config_file))
+
+
+def save_config(cfg: CfgNode, path: str | os.PathLike) -> None:
+    """Write ``cfg`` as YAML that ``load_config`` reads back to the same values."""
+    atomic_write(path, cfg.dump().encode())
+
+
+def check_resume(cfg: CfgNode, defaults: CfgNode, may_change: Sequence[str]) -> None:
+    """Refuse to continue the run in OUTPUT_DIR with settings other than those of its ``config.yaml``.
+
+    Args:
+        cfg: the settings to continue with.
+        defaults: as for ``load_config``.
+        may_change: keys (with shell wildcards) that a continued run may have otherwise.
+
+    Raises:
+        FileNotFoundError, ValueError: no ``config.yaml``; the first key that differs, with its old and new value.
+    """
+    refuse_changes(load_config(defaults, os.path.join(cfg.OUTPUT_DIR, "config.yaml")), cfg, may_change)
+
+
+def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change: Sequence[str]) -> None:
+    """``check_resume`` for settings that are read already.
+
+    Raises:
+        ValueError: the first key that differs, with its old and new value.
+    """
+    old = dict(_flatten(saved))
+    # First, as the linear rule changes other keys with it.
+    for key, new in sorted(_flatten(cfg), key=lambda item: item[0] != "SOLVER.REFERENCE_WORLD_SIZE"):
+        if new != old[key] and not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
+            if key == "SOLVER.REFERENCE_WORLD_SIZE" and new and old[key]:  # the linear rule sets it to their number
+                raise ValueError(
+                    f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds was made by {old[key]} process(es), not {new}: "
+                    "resume it with as many, or choose another OUTPUT_DIR"
+                )
+            raise ValueError(
+                f"{key} is {old[key]!r} in the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds, not {new!r}; "
+                "resume it with the old value, or choose another OUTPUT_DIR"
+            )
+
+
+def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + str(name), value
+
+
+def _read(config_file: str | os.PathLike | None) -> list[tuple[str, Any]]:
+    if not config_file:
+        return []
+    path = os.fspath(config_file)
+    try:
+        loaded = CfgNode.load_yaml_with_base(path)
+    except FileNotFoundError as error:
+        base = "" if error.filename == path else f", which {path} names as its _BASE_,"
+        raise FileNotFoundError(f"config file {error.filename}{base} is not there") from None
+    except OSError as error:
+        raise ValueError(f"config file {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"config file {path} includes itself through _BASE_") from None
+    except (TypeError, AttributeError, AssertionError, UnicodeDecodeError):
+        loaded = None  # a list, a bare string, an empty file
+    if not isinstance(loaded, dict):
+        raise ValueError(f"config file {path} must hold a YAML mapping such as 'MODEL: {{...}}'")
+    return list(_flatten(loaded))
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    if len(overrides) % 2:
+        raise ValueError(f"overrides come in pairs KEY VALUE, and {overrides[-1]!r} has no partner")
+    return list(zip(overrides[::2], overrides[1::2]))
+
+
+def _unknown_key(key: str, known: Mapping[str, Any]) -> str:
+    if key.startswith("--"):
+        return f"{key!r} is not a config key; flags go before the KEY VALUE overrides"
+    nearest = difflib.get_close_matches(key, known, n=1)
+    inside = [name for name in known if name.startswith(key + ".")]
+    hint = f"; it is a group of {', '.join(inside)}" if inside else f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown config key {key!r}{hint}"
+
+
+def _coerce(key: str, value: Any, default: Any) -> Any:
+    if isinstance(value, str):
+        value = CfgNode._decode_cfg_value(value)
+    if isinstance(default, tuple) and isinstance(value, str | int | float):
+        value = (value,)  # one dataset, one size
+    try:
+        return _cast(value, default)
+    except ValueError:
+        raise ValueError(f"{key} must be of type {_type_name(default)}, such as {default!r}, not {value!r}") from None
+
+
+def _cast(value: Any, default: Any) -> Any:
+    """``value`` in the type of ``default``, its elements in that of ``default``'s first (of an empty one: strings)."""
+    if isinstance(default, tuple | list) and isinstance(value, tuple | list):
+        return type(default)(_cast(element, default[0] if default else "") for element in value)
+    if isinstance(default, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        number = float(value)  # YAML 1.1 reads 1e-4 as a string
+        if math.isfinite(number):
+            return number
+    elif isinstance(default, str) and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    elif default is None or type(value) is type(default):
+        return value
+    raise ValueError(value)
+
+
+def _type_name(default: Any) -> str:
+    if isinstance(default, tuple | list):
+        return f"{type(default).__name__} of {_type_name(default[0] if default else '')}"
+    return "finite float" if isinstance(default, float) else type(default).__name__
+
+
+def _set(cfg: CfgNode, key: str, value: Any) -> None:
+    *groups, name = key.split(".")
+    for group in groups:
+        cfg = cfg[group]
+    cfg[name] = value

@@ -1,0 +1,195 @@
+"""Reading back what a detection run left in its OUTPUT_DIR, whether detectron2 or torchvision trained it: settings,
+evaluations, weights, detections."""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fbn_plugin.engine.run.config import read_config
+from fbn_plugin.engine.run.logging import read_metrics
+from fbn_plugin.engine.run.run_info import read_run_info
+from fbn_plugin.registry import NormSpec, norm_options, parse_spec
+
+__all__ = ["METRICS", "NORM_KEYS", "Run", "norm_label", "read_run", "run_titles"]
+
+# COCO's APs under detectron2's names; in metrics.json after "bbox/" or "segm/".
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+# Where a config names a norm, the backbone's first.
+NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"))
+
+_NEEDED = {
+    "MODEL.RESNETS.NORM": str,
+    "DATASETS.TRAIN": list,
+    "DATASETS.TEST": list,
+    "SOLVER.IMS_PER_BATCH": int,
+    "SOLVER.MAX_ITER": int,
+    "SEED": int,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    Attributes:
+        folder: OUTPUT_DIR.
+        config: ``config.yaml``, each key written out with its dots.
+        info: ``run_info.json``; empty where there is none.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    info: dict[str, Any]
+
+    @property
+    def engine(self) -> str:
+        """``"detectron2"`` or ``"torchvision"``."""
+        # detectron2 writes the settings of all of its models, the other engine those that it reads.
+        guess = "detectron2" if "MODEL.RETINANET.NUM_CLASSES" in self.config else "torchvision"
+        return self.info.get("engine", guess)
+
+    @property
+    def norm(self) -> str:
+        """The backbone's norm, see ``norm_label``."""
+        return norm_label(self.config["MODEL.RESNETS.NORM"])
+
+    @property
+    def seed(self) -> int | None:
+        """SEED, or None for a run that drew its own."""
+        return self.config["SEED"] if self.config["SEED"] >= 0 else None
+
+    @property
+    def images_per_batch(self) -> int:
+        """Of all processes together."""
+        return self.info.get("images_per_batch", self.config["SOLVER.IMS_PER_BATCH"])
+
+    @property
+    def max_iter(self) -> int:
+        """Iterations of the whole run. Where the number of processes scaled the batch, it scaled them inversely."""
+        return round(self.config["SOLVER.MAX_ITER"] * self.config["SOLVER.IMS_PER_BATCH"] / self.images_per_batch)
+
+    @property
+    def test_sets(self) -> list[str]:
+        return self.config["DATASETS.TEST"]
+
+    def evaluations(self, dataset: str) -> dict[int, dict[str, float | None]]:
+        """AP in percent on a set of DATASETS.TEST: finished iterations -> ``{"bbox/AP": 31.2, ...}``, in order.
+
+        None where COCO has no such objects. An iteration that was evaluated twice, as after an interruption, has the
+        later figures.
+
+        Raises:
+            FileNotFoundError, ValueError: ``metrics.json`` is not there or not what it should be.
+        """
+        path = self.folder / "metrics.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{self.folder} is no run folder with evaluations: it has no metrics.json")
+        prefix = f"{dataset}/" if len(self.test_sets) > 1 else ""
+        found: dict[int, dict[str, float | None]] = {}
+        for row in read_metrics(path):
+            if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
+                raise ValueError(f"{path} has a line without an 'iteration'")
+            values = {}
+            for key, value in row.items():
+                if key.startswith((f"{prefix}bbox/", f"{prefix}segm/")):
+                    if value is not None and not isinstance(value, int | float):
+                        raise ValueError(f"{path}: {key} must be a number or null, not {value!r}")
+                    known = value is not None and not math.isnan(value)
+                    values[key.removeprefix(prefix)] = float(value) if known else None
+            if values:  # detectron2 counts the evaluation at the end one iteration further
+                found.setdefault(min(row["iteration"] + 1, self.max_iter), {}).update(values)
+        return dict(sorted(found.items()))
+
+    def weights(self, given: str | os.PathLike | None = None) -> Path:
+        """The checkpoint to evaluate: ``given`` (a path, or a name in the folder), else ``model_final.pth``, else the
+        one that ``last_checkpoint`` names.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        if given is not None:
+            found = next((path for path in (Path(given), self.folder / given) if path.is_file()), None)
+            if found is None:
+                raise FileNotFoundError(f"checkpoint {given} is not there, nor in {self.folder}")
+            return found
+        last = self.folder / "last_checkpoint"
+        names = ["model_final.pth", *([last.read_text().strip()] if last.is_file() else [])]
+        found = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
+        if found is None:
+            raise FileNotFoundError(f"{self.folder} has no checkpoint: neither model_final.pth nor a last_checkpoint")
+        return found
+
+    def detections(self, dataset: str) -> Path:
+        """The detections of the run's last evaluation on a set.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
+        folder = self.folder / "inference"
+        own = folder / re.sub(r"\W+", "_", dataset)  # where DATASETS.TEST has more than one
+        places = [own, folder] if len(self.test_sets) == 1 else [own]
+        found = [path for path in (place / "coco_instances_results.json" for place in places) if path.is_file()]
+        if not found:
+            raise FileNotFoundError(f"{self.folder} has no detections on {dataset}: {places[-1]} has no "
+                                    "coco_instances_results.json")  # fmt: skip
+        return found[0]
+
+
+def read_run(folder: str | os.PathLike) -> Run:
+    """Read a run folder's settings.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not there, or lacks what a detection run writes; one sentence.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run folder {folder} is not there")
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run folder: it has no config.yaml")
+    config = read_config(path)
+    for key, kind in _NEEDED.items():
+        if key not in config:
+            raise ValueError(f"{folder} is no run folder of a detector: its config.yaml has no {key}")
+        if not isinstance(config[key], kind):
+            raise ValueError(f"{path}: {key} must be of type {kind.__name__}, not {config[key]!r}")
+    if min(config["SOLVER.IMS_PER_BATCH"], config["SOLVER.MAX_ITER"]) < 1:
+        raise ValueError(f"{path}: SOLVER.IMS_PER_BATCH and SOLVER.MAX_ITER must be 1 or more")
+    info = read_run_info(folder)
+    images = info.get("images_per_batch", 1)
+    if not isinstance(images, int) or images < 1:
+        raise ValueError(f"{folder / 'run_info.json'}: images_per_batch must be 1 or more, not {images!r}")
+    for key, kind in (
+        ("engine", str),
+        ("hardware", str),
+        ("processes", int),
+        ("train_images", dict),
+        ("test_images", dict),
+    ):
+        if not isinstance(info.get(key, kind()), kind):
+            raise ValueError(f"{folder / 'run_info.json'}: {key} must be of type {kind.__name__}, not {info[key]!r}")
+    return Run(folder, config, info)
+
+
+def norm_label(spec: str) -> str:
+    """A norm's spec without the options that are the default, so that ``FBN(t_sigma=5.0)`` is ``FBN``."""
+    try:
+        parsed = parse_spec(spec)
+    except ValueError:  # a name that detectron2 alone has, or none
+        return spec or "no norm"
+    defaults = norm_options(parsed.name)
+    return str(NormSpec(parsed.name, {key: v for key, v in parsed.options.items() if v != defaults[key]}))
+
+
+def run_titles(runs: Sequence[Run]) -> list[str]:
+    """A short name for each run that no other has: its norm, with the seed, or its folder."""
+    for title in (lambda run: run.norm, lambda run: f"{run.norm}, seed {run.seed}", lambda run: str(run.folder)):
+        titles = [title(run) for run in runs]
+        if len(set(titles)) == len(runs):
+            return titles
+    raise ValueError(f"a run folder is given more than once: {', '.join(titles)}")

@@ -1,0 +1,1 @@
+"""Training of torchvision's detectors, behind ``tools/train_detection.py``."""

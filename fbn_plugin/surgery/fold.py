@@ -1,0 +1,343 @@
+"""Fold norms that are a fixed scale and shift in evaluation into the convolution or linear layer next to them: the same
+outputs with one layer less. Source: Ioffe and Szegedy, "Batch Normalization" (2015), section 3.1, Algorithm 2, step 11.
+
+Which layer is next to a norm is read from the model's own forward pass, traced by ``torch.fx``. What cannot be traced
+is taken apart into the modules in it, and each of these is traced.
+"""
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from fbn_plugin import layers
+from fbn_plugin.surgery.convert import build_like, converter_of, family
+from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS_AFTER_LINEAR = (nn.BatchNorm1d, nn.SyncBatchNorm, layers.SyncFilteredBatchNorm, layers.FrozenBatchNorm1d)
+_ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU}
+
+# The forward of a layer that can take a norm in, and the attributes that it applies to its output, if they are set.
+_LAYERS: dict[Callable, tuple[str, ...]] = {cls.forward: () for cls in (nn.Linear, *_CONVS, *_TRANSPOSED)}
+_RESTS: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {}
+
+
+def register_layer(module_type: type[nn.Module], *then: str) -> None:
+    """Teach :func:`fold_norms` a convolution or linear layer with a forward of its own.
+
+    Args:
+        module_type: a subclass of PyTorch's layer whose output is linear in ``weight`` and ``bias`` as that one's is.
+        then: attributes that its forward applies to the output, in this order, where they are not None.
+    """
+    _LAYERS[module_type.forward] = then
+
+
+def register_norm_act(module_type: type[nn.Module], rest: Callable[[nn.Module], nn.Module]) -> None:
+    """Teach :func:`fold_norms` a norm that does more than normalize: ``rest(norm)`` is the module that takes its place
+    when the normalization is folded. Its evaluation is otherwise that of batch normalization."""
+    _RESTS[module_type] = rest
+
+
+def _activation(norm: layers.FilteredBatchNormAct2d) -> nn.Module:
+    if norm.activation == "leaky_relu":
+        return nn.LeakyReLU(norm.negative_slope)
+    return _ACTIVATIONS[norm.activation]()
+
+
+register_norm_act(layers.FilteredBatchNormAct2d, _activation)
+
+
+def _rest(norm: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
+    return next((_RESTS[cls] for cls in type(norm).__mro__ if cls in _RESTS), None)
+
+
+def _hooked(module: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in names)
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    if hasattr(norm, "eval_affine"):
+        scale, shift = norm.eval_affine()
+        return scale.detach().double(), shift.detach().double()
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach()
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach()
+
+
+def _why_not_norm(norm: nn.Module) -> str | None:
+    if getattr(norm, "running_mean", None) is None and not hasattr(norm, "eval_affine"):
+        return "in evaluation it takes moments of its input"
+    if not (hasattr(norm, "eval_affine") or converter_of(norm) is build_like or _rest(norm) is not None):
+        return "its evaluation is not known to be a scale and shift of each channel"
+    if norm.training and family(norm) != "FrozenBN":
+        return "it is in training mode"
+    return "it has hooks" if _hooked(norm) else None
+
+
+def _why_not_layer(layer: nn.Module, scale: Tensor, before: bool) -> str | None:
+    if is_parametrized(layer):
+        return f"the {type(layer).__name__} beside it has a parametrization"
+    width = "in" if before else "out"
+    if len(scale) != getattr(layer, f"{width}_channels", getattr(layer, f"{width}_features", None)):
+        return f"the {type(layer).__name__} beside it has other channels"
+    return f"the {type(layer).__name__} beside it has hooks" if _hooked(layer) else None
+
+
+def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+    old = layer.weight
+    layer.weight = nn.Parameter(weight.to(old), requires_grad=old.requires_grad)
+    layer.bias = nn.Parameter(bias.to(old), requires_grad=old.requires_grad)
+
+
+def _bias(layer: nn.Module) -> Tensor | float:
+    return 0.0 if layer.bias is None else layer.bias.detach().double()
+
+
+def _over_groups(values: Tensor, groups: int, rows: int, dims: int) -> Tensor:
+    """One value for each channel, as ``(rows, channels / groups, 1, ...)`` for a weight with ``rows`` channels of the
+    other kind, those of a group together."""
+    parts = values.reshape(groups, 1, -1).expand(-1, rows // groups, -1)
+    return parts.reshape(rows, -1, *[1] * (dims - 2))
+
+
+def _fold_after(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    weight = layer.weight.detach().double()
+    if isinstance(layer, _ConvTransposeNd):
+        factor = _over_groups(scale, layer.groups, layer.in_channels, weight.dim())
+    else:
+        factor = scale.reshape(-1, *[1] * (weight.dim() - 1))
+    _set(layer, weight * factor, _bias(layer) * scale + shift)
+
+
+def _fold_before(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    weight = layer.weight.detach().double()
+    groups = getattr(layer, "groups", 1)
+    scale, shift = (_over_groups(values, groups, len(weight), weight.dim()) for values in (scale, shift))
+    _set(layer, weight * scale, _bias(layer) + (weight * shift).flatten(1).sum(1))
+
+
+def _no_zeros_around(layer: nn.Module) -> bool:
+    """Whether each output is a sum over values of the input alone, so that a shift can move through the layer."""
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    if type(layer).forward not in [cls.forward for cls in _CONVS]:
+        return False
+    return layer.padding_mode != "zeros" or layer.padding == "valid" or set(layer.padding) == {0}
+
+
+class _Tracer(fx.Tracer):
+    """Stops at norms, at layers that can take one in, at modules with hooks, and at types that tracing failed in."""
+
+    def __init__(self, opaque: set[type[nn.Module]]) -> None:
+        super().__init__()
+        self.opaque = opaque
+        self.failed: nn.Module | None = None
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        stop = type(m) in self.opaque or type(m).forward in _LAYERS or family(m) is not None or _hooked(m)
+        return stop or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m, forward, args, kwargs):
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or m  # the innermost
+            raise
+
+
+def _memory(model: nn.Module) -> dict[nn.Module, dict]:
+    """What plain values the modules hold, to tell those that behave otherwise at their next call."""
+    plain = (int, float, str, type(None))
+    return {m: {key: value for key, value in vars(m).items() if isinstance(value, plain)} for m in model.modules()}
+
+
+def _graphs(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
+    """Graphs of ``model``, or of the largest modules in it that can be traced."""
+    opaque: set[type[nn.Module]] = set()
+    waiting, done = [model], set()
+    while waiting:
+        root = waiting.pop(0)
+        if root in done or family(root) is not None or type(root).forward in _LAYERS:
+            continue
+        tracer, before = _Tracer(opaque), _memory(root)
+        try:
+            defaults = {
+                name: p.default
+                for name, p in inspect.signature(root.forward).parameters.items()
+                if p.default is not p.empty
+            }
+            graph, failed = tracer.trace(root, defaults), None
+        except Exception:  # code of any model, run on what are no tensors, fails in any way
+            graph, failed = None, tracer.failed or root
+        else:
+            after = _memory(root)
+            failed = next((module for module in before if before[module] != after[module]), None)
+        if failed is None:
+            yield root, graph
+        elif failed is not root:
+            opaque.add(type(failed))
+            waiting.insert(0, root)
+            continue
+        done.add(root)
+        inner = root.children() if failed is root else (m for m in root.modules() if type(m) in opaque or _hooked(m))
+        waiting.extend(inner)
+
+
+class _Calls:
+    """Which nodes call which module, in all graphs of a model; the modules are those of ``model`` itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # Tracing runs the model's code, which may count calls or the like: it is done to a copy, with the parameters
+        # shared. Buffers are small.
+        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        original = dict(zip(twin.modules(), model.modules()))
+        self.nodes: dict[nn.Module, list[fx.Node]] = defaultdict(list)
+        self.module: dict[fx.Node, nn.Module] = {}
+        self.read: set[int] = set()  # parameters that are used by others than their module
+        self.graphs = []  # nodes do not keep their graph alive
+        for root, graph in _graphs(twin):
+            self.graphs.append(graph)
+            for node in graph.nodes:
+                if node.op == "call_module":
+                    module = self.module[node] = original[root.get_submodule(node.target)]
+                    self.nodes[module].append(node)
+                elif node.op == "get_attr":
+                    owner, _, name = node.target.rpartition(".")
+                    self.read.add(id(getattr(root.get_submodule(owner), name)))
+
+    def read_elsewhere(self, module: nn.Module) -> bool:
+        return any(id(p) in self.read for p in module.parameters(recurse=False))
+
+    def layer_before(self, norm: nn.Module) -> nn.Module | str:
+        """The layer whose every output goes to ``norm`` and nowhere else; or why there is none."""
+        inputs = [node.args[0] if node.args else None for node in self.nodes[norm]]
+        feeding = {self.module.get(node) for node in inputs}
+        layer = feeding.pop() if len(feeding) == 1 else None
+        if layer is None or type(layer).forward not in _LAYERS:
+            return "it follows no convolution or linear layer"
+        if any(getattr(layer, name) is not None for name in _LAYERS[type(layer).forward]):
+            return f"the {type(layer).__name__} before it has a norm or activation of its own"
+        if set(self.nodes[layer]) != set(inputs) or any(len(node.users) != 1 for node in inputs):
+            return f"the output of the {type(layer).__name__} before it is used elsewhere too"
+        return layer
+
+    def layer_behind(self, norm: nn.Module) -> nn.Module | None:
+        """The layer that gets every output of ``norm`` and nothing else, nor does anything else get these."""
+        users = [user for node in self.nodes[norm] for user in node.users]
+        layers = {self.module.get(user) for user in users}
+        layer = layers.pop() if len(layers) == 1 else None
+        alone = all(len(node.users) == 1 for node in self.nodes[norm]) and set(self.nodes.get(layer, ())) == set(users)
+        return layer if alone and type(layer).forward in _LAYERS else None
+
+    def skip(self, norm: nn.Module) -> None:
+        """Go on as if ``norm`` were not there."""
+        for node in self.nodes.pop(norm):
+            node.replace_all_uses_with(node.args[0])
+            node.graph.erase_node(node)
+
+
+def fold_norms(model: nn.Module, *, report: NormReport | None = None) -> nn.Module:
+    """Fold the norms of a trained model into its convolutions and linear layers, for inference.
+
+    A batch norm (plain, filtered, synchronized, frozen, or any norm with ``eval_affine()``) is in evaluation ``scale *
+    x + shift``, which goes into weight and bias of the convolution, transposed convolution or linear layer before it;
+    or behind it, where no zero padding stands in the way. In place of the norm stands an identity, or the activation if
+    the norm held one, so all other modules keep their names. Outputs agree to the rounding of the weights' precision.
+
+    A norm is left where that would not be exact: another operation also uses the layer's output, one of the two is used
+    in other places too, either has hooks, or the layer's weight is parametrized. Norms that take moments of their input
+    in evaluation are left as well: GN, LN, IN, and batch norms without running statistics.
+
+    The model's forward pass is traced with symbolic inputs and the defaults of its optional arguments. In a model that
+    cannot be traced as a whole, a module that can is taken to be called as a whole: if code outside of it calls a
+    convolution in it on its own, do not fold it. A linear layer next to a norm is taken to work on ``(N, C)``.
+
+    Args:
+        model: in evaluation mode; changed in place and no longer fit for training. Use ``copy.deepcopy`` to keep it.
+        report: is filled with what was folded and what was left; print it.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model is in training mode.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.FilteredBatchNorm2d(8), nn.ReLU()).eval()
+        >>> x = torch.randn(2, 3, 16, 16)
+        >>> before = model(x)
+        >>> [type(module).__name__ for module in fbn_plugin.fold_norms(model)]
+        ['Conv2d', 'Identity', 'ReLU']
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
+    """
+    if model.training:
+        raise ValueError("fold_norms takes a model in evaluation mode, got one in training mode: call model.eval()")
+    report = NormReport() if report is None else report
+    calls = _Calls(model)
+    names = {module: name for name, module in model.named_modules()}
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for parent in names:
+        for name, child in parent._modules.items():
+            places[child].append((parent, name))
+
+    for norm in [module for module in names if family(module) is not None]:
+        layer = _fold(norm, places[norm], calls)
+        if isinstance(layer, str):
+            report.left.append(NormLeft(names[norm], type(norm).__name__, layer))
+        else:
+            report.changed.append(NormChange(names[norm], type(norm).__name__, f"part of {type(layer).__name__}"))
+    return model
+
+
+def _fold(norm: nn.Module, places: list[tuple[nn.Module, str]], calls: _Calls) -> nn.Module | str:
+    """Fold one norm; returns the layer that it is in now, or why it was left."""
+    if reason := _why_not_norm(norm):
+        return reason
+    scale, shift = _affine(norm)
+    rest = _rest(norm)
+    replacement = nn.Identity() if rest is None else rest(norm)
+    holder = places[0][0] if len(places) == 1 else None
+    before = False
+    inside = holder is not None and (*_LAYERS.get(type(holder).forward, ()), None)[0] == places[0][1]
+    if inside:
+        layer = holder
+    elif not calls.nodes.get(norm):
+        return "it is not called where the model can be traced"
+    elif any(len(node.args) != 1 or node.kwargs for node in calls.nodes[norm]):
+        return "it is called with more than its input"
+    else:
+        layer = calls.layer_before(norm)
+        if isinstance(layer, str) and isinstance(replacement, nn.Identity):
+            behind = calls.layer_behind(norm)
+            if behind is not None and _no_zeros_around(behind):
+                layer, before = behind, True
+        if isinstance(layer, str):
+            return layer
+        if not isinstance(layer, _ConvNd) and not isinstance(norm, _NORMS_AFTER_LINEAR):
+            return f"the {type(layer).__name__} beside it has channels in another place"
+    if calls.read_elsewhere(layer) or calls.read_elsewhere(norm):
+        return f"its weight or that of the {type(layer).__name__} beside it is used elsewhere too"
+    if not inside and (reason := _why_not_layer(layer, scale, before)):
+        return reason
+    with torch.no_grad():
+        (_fold_before if before else _fold_after)(layer, scale, shift)
+    if inside:
+        setattr(holder, places[0][1], None if isinstance(replacement, nn.Identity) else replacement)
+        return layer
+    for parent, name in places:
+        setattr(parent, name, replacement)
+    if isinstance(replacement, nn.Identity):
+        calls.skip(norm)
+    return layer

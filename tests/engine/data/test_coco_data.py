@@ -1,0 +1,294 @@
+"""COCO data: every usual layout is found, damage is one sentence, and masks, boxes and pixels stay together."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+from fbn_plugin.engine.data.coco_data import Augmentation, CocoDetection, read_image, resolve_dataset, scaled_size
+from fbn_plugin.engine.data.sampling import SeededDataset
+from fbn_plugin.engine.run.cli import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DATA = Path(__file__).parents[3] / "../shared/data"
+
+
+@pytest.fixture
+def copy(shapes, tmp_path):
+    return Path(shutil.copytree(shapes, tmp_path / "set"))
+
+
+def edit(folder, split, change):
+    path = folder / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "annotations, images",
+    [
+        ("annotations/instances_train.json", "train"),
+        ("annotations/instances_train2017.json", "train2017"),
+        ("annotations/train.json", "images"),
+        ("annotations/train.json", "images/train"),
+        ("annotations/instances_train.json", "train/images"),
+        ("annotations/fruit-train_v2.json", "train"),
+        ("train.json", "."),
+        ("train/_annotations.coco.json", "train"),
+    ],
+)
+def test_layouts(shapes, tmp_path, annotations, images):
+    (tmp_path / images).mkdir(parents=True, exist_ok=True)
+    (tmp_path / annotations).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "annotations").mkdir(exist_ok=True)
+    shutil.copytree(shapes / "train", tmp_path / images, dirs_exist_ok=True)
+    shutil.copy(shapes / "annotations/instances_train.json", tmp_path / annotations)
+    # other files that are not the split's instances
+    for name in ("trainval.json", "instances_trainval.json", "val.json", "captions_train.json"):
+        (tmp_path / "annotations" / name).write_text("{}")
+    data = resolve_dataset(f"{tmp_path}:train")
+    assert data.json_file == tmp_path / annotations
+    assert data.image_root.samefile(tmp_path / images)
+    assert data.class_names == ("disc", "box") and data.category_ids == (3, 7)
+
+
+def test_folders_are_looked_for_below_detectron2_datasets_then_here(shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(shapes.parent)
+    assert len(resolve_dataset(f"{shapes.name}:val").images) == 4
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes.parent))
+    assert len(resolve_dataset(f"{shapes.name}:val").images) == 4
+
+
+def test_detectron2_names(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"coco/annotations/instances_val2017\.json.*DETECTRON2_DATASETS"):
+        resolve_dataset("coco_2017_val")
+    shutil.copytree(shapes / "val", tmp_path / "coco/val2017")
+    (tmp_path / "coco/annotations").mkdir()
+    shutil.copy(shapes / "annotations/instances_val.json", tmp_path / "coco/annotations/instances_val2017.json")
+    assert len(resolve_dataset("coco_2017_val").images) == 4
+
+
+def test_annotations_are_numbered_from_one(shapes):
+    assert [each["id"] for each in resolve_dataset(f"{shapes}:train").annotations][:2] == [1, 2]
+
+
+def _first(field, value):
+    return lambda content: content["annotations"][0].__setitem__(field, value)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c.pop("categories"), "no list 'categories'"),
+        (lambda c: c["images"].clear(), "has no images"),
+        (lambda c: c["images"][0].pop("height"), "'height'"),
+        (lambda c: c["annotations"][0].pop("bbox"), "annotation 0 lacks 'bbox'"),
+        (_first("image_id", 99), "unknown id 99"),
+        (_first("category_id", 99), "unknown id 99"),
+        (_first("bbox", [1, 2, 3]), "'bbox' of 4 numbers"),
+        (_first("bbox", [1, 2, float("nan"), 3]), "not finite"),
+        (_first("segmentation", {"size": [5, 5], "counts": "1"}), "size (height, width) (96, 80)"),
+        (_first("segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "odd number"),
+        (lambda c: c["images"][1].__setitem__("file_name", "gone.png"), "gone.png is not there (1 of 4 missing)"),
+        (lambda c: [each.__setitem__("file_name", "a/b.png") for each in c["images"]], "'a/b.png'"),
+    ],
+)
+def test_wrong_content_is_named(copy, change, words):
+    edit(copy, "val", change)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        resolve_dataset(f"{copy}:val")
+    assert words in str(error.value) and str(copy) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["shapes", "coco_2017_tarin", ":train", "folder:"])
+def test_a_name_that_is_none(name):
+    with pytest.raises(ValueError, match="use FOLDER:SPLIT"):
+        resolve_dataset(name)
+
+
+def test_a_missing_folder_or_split(copy):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        resolve_dataset(f"{copy}/nowhere:train")
+    with pytest.raises(FileNotFoundError, match=r"no annotations for 'test'.*only instances_train\.json"):
+        resolve_dataset(f"{copy}:test")
+    shutil.copy(copy / "annotations/instances_val.json", copy / "annotations/other-val.json")
+    assert resolve_dataset(f"{copy}:val").json_file.name == "instances_val.json"
+    (copy / "annotations/instances_val.json").rename(copy / "annotations/val-2.json")
+    with pytest.raises(ValueError, match=r"more than one annotation file fits: .*other-val\.json"):
+        resolve_dataset(f"{copy}:val")
+
+
+def test_a_file_cut_short(copy):
+    path = copy / "annotations/instances_val.json"
+    path.write_text(path.read_text()[:300])
+    with pytest.raises(ValueError, match=r"instances_val\.json is not valid JSON, perhaps cut short"):
+        resolve_dataset(f"{copy}:val")
+
+
+def test_targets_are_the_annotations(shapes):
+    data = resolve_dataset(f"{shapes}:train")
+    samples = CocoDetection([data])
+    assert len(samples) == 8
+    for index, image in enumerate(data.images):
+        pixels, target = samples[index]
+        own = [each for each in data.annotations if each["image_id"] == image["id"]]
+        assert pixels.shape == (3, image["height"], image["width"]) and target["image_id"] == image["id"]
+        assert torch.equal(
+            (pixels * 255).byte(),
+            torch.from_numpy(np.array(Image.open(data.image_root / image["file_name"]))).permute(2, 0, 1),
+        )
+        assert target["labels"].tolist() == [data.category_ids.index(each["category_id"]) + 1 for each in own]
+        for box, mask, each in zip(target["boxes"].tolist(), target["masks"], own):
+            x, y, w, h = each["bbox"]
+            assert box == [x, y, x + w, y + h]
+            assert mask.sum() == each["area"] and mask.dtype == torch.uint8
+            assert mask_utils.toBbox(mask_utils.encode(np.asfortranarray(mask.numpy()))).tolist() == each["bbox"]
+    assert samples[7][1]["boxes"].shape == (0, 4) and samples[7][1]["masks"].shape == (0, *samples[7][0].shape[1:])
+
+
+def test_images_without_objects_and_crowds(copy):
+    def crowd(content):
+        for each in content["annotations"]:
+            if each["image_id"] == 0:
+                each["iscrowd"] = 1
+
+    edit(copy, "train", crowd)
+    data = resolve_dataset(f"{copy}:train")
+    assert len(CocoDetection([data])) == 8
+    assert CocoDetection([data])[0][1]["boxes"].shape == (0, 4)
+    kept = CocoDetection([data], filter_empty=True)
+    assert [kept[i][1]["image_id"] for i in range(len(kept))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_objects_without_a_mask(copy, caplog):
+    edit(copy, "train", lambda c: [c["annotations"][0].pop("segmentation"), _first("segmentation", [[1, 2, 3, 4]])(c)])
+    data = resolve_dataset(f"{copy}:train")
+    with_masks, without = CocoDetection([data]), CocoDetection([data], masks=False)
+    assert len(with_masks[0][1]["labels"]) == len(without[0][1]["labels"]) - 1
+    assert "masks" not in without[0][1]
+    assert [r.message for r in caplog.records] == [
+        f"{copy}:train: 1 annotations of {len(data.annotations)} have no mask; left out"
+    ]
+
+
+def test_uncompressed_rle_is_the_same_mask(copy):
+    data = resolve_dataset(f"{copy}:train")
+    number = next(i for i, each in enumerate(data.annotations) if isinstance(each["segmentation"], dict))
+    rle = data.annotations[number]["segmentation"]
+    flat = mask_utils.decode(rle).ravel(order="F")
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flat])))
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    edit(copy, "train", lambda c: c["annotations"][number].__setitem__("segmentation", {**rle, "counts": counts}))
+    plain = resolve_dataset(f"{copy}:train")
+    for i in range(8):
+        assert torch.equal(CocoDetection([plain])[i][1]["masks"], CocoDetection([data])[i][1]["masks"])
+
+
+@pytest.mark.parametrize("flip", ["horizontal", "vertical", "none"])
+@pytest.mark.parametrize("short", [40, 80, 200])
+def test_augmentation_moves_pixels_boxes_and_masks_together(shapes, flip, short):
+    data = resolve_dataset(f"{shapes}:train")
+    samples = SeededDataset(CocoDetection([data], Augmentation((short,), 1000, flip=flip)), seed=0)
+    plain = CocoDetection([data])
+    flipped = 0
+    for index in (0, 1, 2):
+        for position in range(7):
+            pixels, target = samples[index, position]
+            assert min(pixels.shape[1:]) == short and target["masks"].shape[1:] == pixels.shape[1:]
+            scale = pixels.shape[1] / plain[index][0].shape[1]
+            for box, mask, whole in zip(target["boxes"], target["masks"], plain[index][1]["masks"]):
+                ys, xs = mask.nonzero(as_tuple=True)
+                tight = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+                assert (tight - box).abs().max() <= 1.01 * max(1, scale)
+                assert mask.sum().item() == pytest.approx(whole.sum().item() * scale**2, rel=0.15)
+                inside, around = pixels[:, mask > 0].mean(), pixels[:, (target["masks"] == 0).all(0)].mean()
+                assert inside > around + 0.1  # shapes are brighter than the ground
+            straight = torch.nn.functional.interpolate(
+                plain[index][0][None], pixels.shape[1:], mode="bilinear", antialias=True
+            )[0]
+            turned = straight.flip(-1 if flip == "horizontal" else -2)
+            distance = [(pixels - other).abs().mean() for other in (straight, turned)]
+            assert min(distance) < 0.01
+            flipped += int(distance[1] < distance[0])
+    assert (flipped == 0) if flip == "none" else (3 < flipped < 18)
+
+
+def test_sizes_are_drawn_from_position_alone(shapes):
+    data = resolve_dataset(f"{shapes}:train")
+    for sampling, allowed in (("choice", {48, 64}), ("range", set(range(48, 65)))):
+        samples = SeededDataset(CocoDetection([data], Augmentation((48, 64), 1000, sampling)), seed=0)
+        drawn = [min(samples[0, position][0].shape[1:]) for position in range(30)]
+        assert set(drawn) <= allowed and len(set(drawn)) > 1
+        assert drawn == [min(samples[0, position][0].shape[1:]) for position in range(30)]
+
+
+@pytest.mark.parametrize(
+    "size, short, longest, expected",
+    [((480, 640), 800, 1333, (800, 1067)), ((300, 900), 800, 1333, (444, 1333)), ((427, 640), 128, 1000, (128, 192))],
+)
+def test_scaled_size(size, short, longest, expected):
+    assert scaled_size(*size, short, longest) == expected
+    assert scaled_size(*size[::-1], short, longest) == expected[::-1]
+
+
+def test_grey_palette_alpha_and_rotated_images_are_rgb(tmp_path):
+    pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    for mode in ("L", "P", "RGBA", "LA", "1"):
+        Image.fromarray(pixels).convert(mode).save(tmp_path / "image.png")
+        image = read_image(tmp_path / "image.png")
+        assert (image.mode, image.size) == ("RGB", (8, 6))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.fromarray(pixels).save(tmp_path / "image.jpg", exif=exif)
+    assert read_image(tmp_path / "image.jpg").size == (6, 8)
+
+
+def test_images_that_cannot_be_used_are_named(copy):
+    path = copy / "train/0.png"
+    samples = CocoDetection([resolve_dataset(f"{copy}:train")])
+
+    def fails(words):
+        with pytest.raises(UserError) as error:
+            samples[0]
+        assert str(path) in str(error.value) and words in str(error.value)
+
+    path.write_bytes(path.read_bytes()[:200])
+    fails("cannot be read")
+    path.write_text("no image")
+    fails("cannot be read")
+    Image.fromarray(np.zeros((96, 80), np.uint16)).save(path)
+    fails("8 bits")
+    Image.new("RGB", (10, 20)).save(path)
+    fails("is 10x20, its annotation file says 80x96")
+    path.unlink()
+    fails("is not there")
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the shared data sets are not here")
+@pytest.mark.parametrize(
+    "name, images, usable, classes",
+    [
+        ("fruits_nuts:train", 12, 12, 3),
+        ("fruits_nuts:trainval", 18, 18, 3),
+        ("dsb2018_nuclei_small:val", 108, 108, 1),
+        ("coco2017_subset:train", 192, 190, 80),
+    ],
+)
+def test_real_sets(name, images, usable, classes):
+    data = resolve_dataset(f"{DATA}/{name}")
+    assert (len(data.images), len(data.class_names)) == (images, classes)
+    samples = SeededDataset(CocoDetection([data], Augmentation((128, 160), 256), filter_empty=True), seed=0)
+    assert len(samples) == usable
+    for index in range(0, usable, max(1, usable // 6)):
+        pixels, target = samples[index, index]
+        assert pixels.shape[0] == 3 and target["masks"].shape == (len(target["boxes"]), *pixels.shape[1:])
+        assert target["labels"].min() >= 1 and target["labels"].max() <= classes

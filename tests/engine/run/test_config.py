@@ -1,0 +1,147 @@
+"""Configs: bases and overrides merge in order, values keep their types, a mistake is one sentence."""
+
+import pytest
+
+from fbn_plugin.engine.run.config import CfgNode, check_resume, load_config, save_config
+
+DEFAULTS = CfgNode(
+    {
+        "MODEL": {"NORM": "BN", "MEAN": [1.0, 2.0], "MASK_ON": False, "SIZES": [[8]]},
+        "SOLVER": {"BASE_LR": 0.1, "STEPS": (1,), "MAX_ITER": 10, "DECAY_BIAS": None},
+        "TRAIN": (),
+    }
+)
+
+
+def test_file_over_base_over_default_and_override_over_file(tmp_path):
+    (tmp_path / "base.yaml").write_text("MODEL: {NORM: GN, MASK_ON: True}\nSOLVER: {MAX_ITER: 5}\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "run.yaml").write_text("_BASE_: ../base.yaml\nMODEL: {NORM: FBN}\n")
+    cfg = load_config(DEFAULTS, tmp_path / "sub" / "run.yaml", ["SOLVER.MAX_ITER", "7"])
+    assert (cfg.MODEL.NORM, cfg.MODEL.MASK_ON, cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == ("FBN", True, 7, 0.1)
+    assert DEFAULTS.MODEL.NORM == "BN"
+    with pytest.raises(AttributeError):
+        cfg.MODEL.NORM = "GN"
+
+
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("MODEL.NORM", "FBN(t_sigma=4.0)", "FBN(t_sigma=4.0)"),
+        ("MODEL.NORM", "", ""),
+        ("MODEL.NORM", "5", "5"),
+        ("SOLVER.BASE_LR", "1", 1.0),
+        ("SOLVER.BASE_LR", "1e-3", 1e-3),
+        ("SOLVER.STEPS", "(3, 4)", (3, 4)),
+        ("SOLVER.STEPS", "[3, 4]", (3, 4)),
+        ("SOLVER.STEPS", "3", (3,)),
+        ("MODEL.MEAN", "(3, 4)", [3, 4]),
+        ("MODEL.MEAN", "['3', 1e-4]", [3.0, 1e-4]),
+        ("MODEL.SIZES", "((8, 16), [32])", [[8, 16], [32]]),
+        ("TRAIN", "a/b:train", ("a/b:train",)),
+        ("SOLVER.DECAY_BIAS", "0.5", 0.5),
+        ("MODEL.MASK_ON", "True", True),
+    ],
+)
+def test_values_take_the_type_of_the_default(key, text, value):
+    cfg = load_config(DEFAULTS, None, [key, text])
+    for name in key.split("."):
+        cfg = cfg[name]
+    assert cfg == value and type(cfg) is type(value)
+
+
+def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
+    (tmp_path / "run.yaml").write_text("SOLVER: {BASE_LR: 1e-4}\n")  # a string to YAML 1.1
+    assert load_config(DEFAULTS, tmp_path / "run.yaml").SOLVER.BASE_LR == 1e-4
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["MODEL.NROM", "FBN"], "'MODEL.NROM'; did you mean 'MODEL.NORM'"),
+        (["MODEL", "FBN"], "group of MODEL.NORM, MODEL.MEAN"),
+        (["SOLVER.MAX_ITER", "2.5"], "SOLVER.MAX_ITER must be of type int, such as 10, not 2.5"),
+        (["SOLVER.MAX_ITER", "True"], "SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER", "None"], "SOLVER.MAX_ITER"),
+        (["MODEL.MASK_ON", "yes"], "MODEL.MASK_ON must be of type bool"),
+        (["MODEL.MEAN", "3"], "MODEL.MEAN must be of type list"),
+        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR must be of type finite float, such as 0.1, not 'fast'"),
+        (["SOLVER.BASE_LR", "nan"], "SOLVER.BASE_LR must be of type finite float, such as 0.1, not 'nan'"),
+        (["SOLVER.BASE_LR", "1e999"], "not inf"),
+        (["SOLVER.STEPS", "('a',)"], "SOLVER.STEPS must be of type tuple of int, such as (1,), not ('a',)"),
+        (["SOLVER.STEPS", "(1, 2.5)"], "SOLVER.STEPS"),
+        (["SOLVER.STEPS", "True"], "SOLVER.STEPS"),
+        (
+            ["MODEL.MEAN", "['a', 2]"],
+            "MODEL.MEAN must be of type list of finite float, such as [1.0, 2.0], not ['a', 2]",
+        ),
+        (["MODEL.SIZES", "[32, 64]"], "MODEL.SIZES must be of type list of list of int, such as [[8]], not [32, 64]"),
+        (["MODEL.SIZES", "[[None]]"], "MODEL.SIZES"),
+        (["TRAIN", "([1],)"], "TRAIN must be of type tuple of str, such as (), not ([1],)"),
+        (["MODEL.NORM"], "pairs KEY VALUE, and 'MODEL.NORM'"),
+        (["--resume", "MODEL.NORM"], "flags go before"),
+    ],
+)
+def test_a_wrong_override_is_named(overrides, words):
+    with pytest.raises(ValueError) as error:
+        load_config(DEFAULTS, None, overrides)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "must hold a YAML mapping"),
+        ("[1, 2]", "must hold a YAML mapping"),
+        ("MODEL: {", "not valid YAML"),
+        ("_BASE_: nowhere.yaml", "nowhere.yaml, which"),
+        ("_BASE_: run.yaml", "includes itself"),
+        ("MODEL: {MASKON: True}", "did you mean 'MODEL.MASK_ON'"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, text, words):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        load_config(DEFAULTS, tmp_path / "run.yaml")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.yaml is not there"):
+        load_config(DEFAULTS, tmp_path / "no.yaml")
+
+
+def test_unused_keys_are_reported_in_one_line(caplog):
+    cfg = load_config(
+        DEFAULTS, None, ["RETINANET.A", "1", "VIS", "2", "MODEL.NORM", "GN"], unused=["RETINANET.*", "VIS"]
+    )
+    assert [record.message for record in caplog.records] == ["these keys are not used: RETINANET.A, VIS"]
+    assert cfg.MODEL.NORM == "GN" and "VIS" not in cfg
+
+
+def test_a_saved_config_loads_to_the_same(tmp_path):
+    cfg = load_config(DEFAULTS, None, ["MODEL.NORM", "FBN(t_sigma=4.0)", "SOLVER.STEPS", "(1, 2)", "TRAIN", "a:b"])
+    save_config(cfg, tmp_path / "config.yaml")
+    assert load_config(DEFAULTS, tmp_path / "config.yaml") == cfg
+
+
+def test_a_run_is_continued_with_the_settings_it_began_with(tmp_path):
+    overrides = ["OUTPUT_DIR", str(tmp_path)]
+    defaults = CfgNode({**DEFAULTS, "OUTPUT_DIR": ""})
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml is not there"):
+        check_resume(load_config(defaults, None, overrides), defaults, [])
+    save_config(load_config(defaults, None, [*overrides, "SOLVER.STEPS", "(1, 2)"]), tmp_path / "config.yaml")
+    check_resume(load_config(defaults, None, [*overrides, "SOLVER.STEPS", "[1, 2]"]), defaults, [])
+    check_resume(load_config(defaults, None, overrides), defaults, ["SOLVER.*"])
+    changed = load_config(defaults, None, [*overrides, "SOLVER.STEPS", "(1, 2)", "MODEL.NORM", "FBN"])
+    with pytest.raises(ValueError, match="MODEL.NORM is 'BN' in the run that OUTPUT_DIR .* holds, not 'FBN'"):
+        check_resume(changed, defaults, ["SOLVER.*"])
+
+
+def test_a_run_of_another_number_of_processes(tmp_path):
+    solver = {"BASE_LR": 0.1, "REFERENCE_WORLD_SIZE": 0}
+    defaults = CfgNode({"SOLVER": solver, "OUTPUT_DIR": str(tmp_path)})
+    save_config(load_config(defaults, None, ["SOLVER.REFERENCE_WORLD_SIZE", "2"]), tmp_path / "config.yaml")
+    scaled = load_config(defaults, None, ["SOLVER.BASE_LR", "0.4", "SOLVER.REFERENCE_WORLD_SIZE", "8"])
+    with pytest.raises(ValueError, match="made by 2 process.es., not 8: resume it with as many"):
+        check_resume(scaled, defaults, [])

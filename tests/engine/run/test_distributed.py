@@ -1,0 +1,58 @@
+"""One process: devices are chosen or named as wrong, collectives return their input. For two, see the tools' tests."""
+
+import signal
+
+import pytest
+import torch
+
+from fbn_plugin.engine.run import distributed
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_devices(monkeypatch):
+    assert distributed.init("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="unknown device 'gpu'; use 'cuda'"):
+        distributed.init("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert distributed.init("cuda") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="wants cuda:2, but there are 2 GPUs here"):
+        distributed.init("cuda:2")
+
+
+def test_torchruns_word_counts_before_the_group_is_joined(monkeypatch):
+    assert distributed.rank() == 0 and distributed.is_main() and distributed.world_size() == 1
+    monkeypatch.setenv("RANK", "3")
+    assert distributed.rank() == 3 and not distributed.is_main()
+
+
+def test_collectives_of_one_process():
+    values = {"loss": 1.5}
+    assert distributed.all_gather(values) == [values]
+    assert distributed.broadcast_object(values) is values
+    assert distributed.reduce_mean(values, torch.device("cpu")) == values
+    distributed.barrier(), distributed.broadcast_buffers(torch.nn.BatchNorm2d(2)), distributed.finish()
+
+
+def test_a_lost_process_is_one_sentence_where_processes_share_a_run(monkeypatch, capsys):
+    lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242")
+    with pytest.raises(RuntimeError, match="closed by peer"), distributed.peers_lost():
+        raise lost
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    before = signal.getsignal(signal.SIGTERM)
+    for stop in (lost, torch.distributed.DistBackendError("NCCL error"), None):
+        with pytest.raises(SystemExit) as exit, distributed.peers_lost():
+            if stop is None:
+                signal.raise_signal(signal.SIGTERM)
+            raise stop
+        error = capsys.readouterr().err
+        assert exit.value.code == 1 and error.startswith("error: another process of this run stopped")
+        assert error.count("\n") == 1 and signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(RuntimeError, match="a bug"), distributed.peers_lost():
+        raise RuntimeError("a bug")

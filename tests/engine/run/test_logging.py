@@ -1,0 +1,65 @@
+"""Training logs: means of each period, one line an iteration however often a run was stopped, readable JSON."""
+
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fbn_plugin.engine.run.logging import TrainingLog, read_metrics, setup_logging
+
+
+def run(folder, start, stop, total=6, period=2):
+    with TrainingLog(folder, total, start, period) as log:
+        for it in range(start, stop):
+            log.step(it, total_loss=float(it), lr=0.1 * it, time=2.0, data_time=0.5)
+
+
+def test_lines_hold_the_means_of_their_period(tmp_path):
+    run(tmp_path, 0, 5, total=5)
+    rows = read_metrics(tmp_path / "metrics.json")
+    assert [row["iteration"] for row in rows] == [1, 3, 4]
+    assert [row["total_loss"] for row in rows] == [0.5, 2.5, 4.0]
+    assert [row["lr"] for row in rows] == [0.1 * 1, 0.1 * 3, 0.1 * 4]
+    assert [row["eta_seconds"] for row in rows] == [6.0, 2.0, 0.0]
+    assert rows[0].keys() == {"iteration", "total_loss", "lr", "time", "data_time", "eta_seconds"}
+
+
+def test_a_resumed_run_leaves_the_same_lines(tmp_path):
+    (tmp_path / "whole").mkdir(), (tmp_path / "stopped").mkdir()
+    run(tmp_path / "whole", 0, 6)
+    run(tmp_path / "stopped", 0, 5)  # stopped at 5; its checkpoint is that of iteration 2
+    run(tmp_path / "stopped", 2, 6)
+    texts = [(tmp_path / name / "metrics.json").read_text() for name in ("whole", "stopped")]
+    assert texts[0] == texts[1]
+
+
+def test_a_line_cut_short_is_dropped(tmp_path):
+    run(tmp_path, 0, 4)
+    path = tmp_path / "metrics.json"
+    path.write_text(path.read_text() + '{"iteration": 5, "total_')
+    assert [row["iteration"] for row in read_metrics(path)] == [1, 3]
+    run(tmp_path, 4, 6)
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 3, 5]
+
+
+def test_an_evaluation_without_value_is_null(tmp_path):
+    with TrainingLog(tmp_path, 1) as log:
+        log.write(0, {"bbox/AP": math.nan, "bbox/AP50": 30.0})
+    text = (tmp_path / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"iteration": 0, "bbox/AP": None, "bbox/AP50": 30.0}
+
+
+def test_tensorboard_has_the_same_values(tmp_path):
+    run(tmp_path, 0, 6)
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("total_loss")
+    assert [(event.step, event.value) for event in events] == [(1, 0.5), (3, 2.5), (5, 4.5)]
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, capsys):
+    setup_logging(tmp_path)
+    run(tmp_path, 0, 6)
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in out] == ["2/6", "4/6", "6/6"]
+    assert "total_loss 0.5" in out[0] and "eta 00:08" in out[0]
+    assert (tmp_path / "log.txt").read_text().count("total_loss") == 3

@@ -1,0 +1,568 @@
+"""Swapping the norms of built models."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import fbn_plugin
+from fbn_plugin import convert_norm
+from fbn_plugin.surgery.convert import _CONVERTERS, copy_norm_state, register_converter
+
+
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8, eps=1e-3, momentum=0.01),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(8, 8, 3), nn.SyncBatchNorm(8)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 8),
+        nn.BatchNorm1d(8, momentum=None),
+    )
+    for module in model.modules():
+        if hasattr(module, "running_mean"):
+            nn.init.normal_(module.weight, 1, 0.1)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            module.num_batches_tracked.fill_(7)
+    return model
+
+
+def test_keeps_state_and_settings():
+    model = network()
+    model[1].eval()
+    model[1].weight.requires_grad_(False)
+    before = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    assert convert_norm(model, "FBN(t_sigma=3)") is model
+    kinds = [type(model[i]) for i in (1, 7)] + [type(model[3][1])]
+    assert kinds == [
+        fbn_plugin.FilteredBatchNorm2d,
+        fbn_plugin.FilteredBatchNorm1d,
+        fbn_plugin.FilteredBatchNorm2d,
+    ]
+    assert (model[1].eps, model[1].momentum, model[7].momentum, model[1].t_sigma) == (1e-3, 0.01, None, 3)
+    assert not model[1].training and model[7].training and not model[1].weight.requires_grad
+    assert all(parameters[name] is p for name, p in model.named_parameters()), "an optimizer keeps its parameters"
+    for (name, old), (_, new) in zip(before.state_dict().items(), model.state_dict().items()):
+        assert torch.equal(old, new), name
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.equal(before.eval()(x), model.eval()(x))
+
+
+def test_there_and_back():
+    model = network()
+    state = copy.deepcopy(model.state_dict())
+    convert_norm(convert_norm(model, "FBN"), "BN")
+    assert type(model[1]) is nn.BatchNorm2d and type(model[7]) is nn.BatchNorm1d
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("spec", ["GN(num_groups=4)", "FGN(num_groups=4)", "LN", "FLN"])
+def test_norms_without_statistics_keep_scale_and_shift(spec):
+    model = network()
+    weight = model[1].weight
+    convert_norm(model, spec)
+    assert model[1].weight is weight and model[1].eps == 1e-3
+    assert not any("running" in key for key in model.state_dict())
+    model(torch.randn(2, 3, 9, 9)).sum().backward()
+
+
+def test_the_spec_wins_over_the_old_settings():
+    assert convert_norm(nn.BatchNorm2d(4, eps=1e-3), "FBN(eps=0.1)").eps == 0.1
+
+
+def test_options_are_kept():
+    for options in ({"affine": False}, {"track_running_stats": False}):
+        norm = convert_norm(nn.BatchNorm2d(4, **options), "FBN")
+        assert list(norm.state_dict()) == list(nn.BatchNorm2d(4, **options).state_dict())
+        norm(torch.randn(2, 4, 3, 3))
+
+
+def test_dtype_and_device_are_kept():
+    assert convert_norm(nn.BatchNorm2d(4, dtype=torch.float64, device="meta"), "FBN").running_var.is_meta
+    assert convert_norm(nn.BatchNorm2d(4, dtype=torch.float64), "FBN").weight.dtype == torch.float64
+
+
+def test_a_shared_norm_stays_shared():
+    norm = nn.BatchNorm2d(4)
+    model = convert_norm(nn.ModuleDict({"a": norm, "b": nn.Sequential(norm, nn.ReLU())}), "FBN")
+    assert model["a"] is model["b"][0] and isinstance(model["a"], fbn_plugin.FilteredBatchNorm2d)
+
+
+def test_a_norm_with_two_names_keeps_both():
+    norm = nn.BatchNorm2d(4)
+    model = convert_norm(nn.ModuleDict({"a": norm, "b": norm}), "FBN")
+    assert model["a"] is model["b"] and isinstance(model["a"], fbn_plugin.FilteredBatchNorm2d)
+
+
+def test_affine_in_the_spec_wins():
+    assert convert_norm(nn.BatchNorm2d(4, affine=False), "FBN(affine=True)").weight.shape == (4,)
+    assert convert_norm(nn.BatchNorm2d(4), "FBN(affine=False)").weight is None
+
+
+def test_a_refusal_names_the_layer_and_leaves_the_model_alone():
+    model = network()
+    with pytest.raises(ValueError, match="cannot convert '1' to FGN: .*32 groups for 8 channels"):
+        convert_norm(model, "FGN")
+    with pytest.raises(ValueError, match="unknown norm"):
+        convert_norm(model, "FBM")
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+class Loud(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_a_forward_of_its_own_is_left_with_a_warning_or_converted_by_its_converter():
+    model = nn.Sequential(Loud(4), nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match="1 norms are left as they are: no converter for Loud .*'0'"):
+        convert_norm(model, "FBN")
+    assert type(model[0]) is Loud and isinstance(model[1], fbn_plugin.FilteredBatchNorm2d)
+
+    register_converter(Loud, lambda old, factory: nn.Sequential(copy_norm_state(old, factory(4)), nn.Dropout()))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convert_norm(model, "FBN")
+    finally:
+        _CONVERTERS.pop(Loud)
+    assert isinstance(model[0][0], fbn_plugin.FilteredBatchNorm2d)
+
+
+def test_a_model_without_norms_is_returned_as_it_is():
+    model = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="nothing was converted to FBN: the model has no batch normalization"):
+        assert convert_norm(model, "FBN") is model
+
+
+def test_instance_norm_does_not_inherit_running_statistics():
+    model = convert_norm(network(), "IN")
+    assert isinstance(model[1], nn.InstanceNorm2d) and not model[1].track_running_stats and model[1].eps == 1e-3
+    x = torch.randn(2, 8, 9, 9)
+    assert torch.equal(model[1].train()(x), model[1].eval()(x))
+
+
+def test_norms_inside_of_a_norm_that_is_left_are_left():
+    class Split(nn.BatchNorm2d):
+        def __init__(self, num_features):
+            super().__init__(num_features)
+            self.auxiliary = nn.BatchNorm2d(num_features)
+
+        def forward(self, input):
+            return super().forward(input) + self.auxiliary(input)
+
+    model = nn.Sequential(Split(4), nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match="1 norms are left as they are: no converter for Split"):
+        convert_norm(model, "FBN")
+    assert type(model[0].auxiliary) is nn.BatchNorm2d
+    assert type(model[1]) is fbn_plugin.FilteredBatchNorm2d
+
+
+def test_conv_norm_in_and_out():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=1e-3, momentum=None))
+    weight = model[1].weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_norm(model, "ConvNorm(kernel_sizes=(2, 2))")
+        assert model[1].kernel_sizes == ((2, 2), (2, 2)) and (model[1].eps, model[1].momentum) == (1e-3, None)
+        convert_norm(model, "FBN")
+    assert type(model[1]) is fbn_plugin.FilteredBatchNorm2d and model[1].weight is weight
+    with pytest.raises(ValueError, match="cannot convert '7' to ConvNorm: ConvNorm has no form for 1 spatial dim"):
+        convert_norm(network(), "ConvNorm")
+
+
+# --- frozen norms --------------------------------------------------------------------------------------------------
+
+
+def test_freezing_keeps_the_evaluation_and_nothing_moves():
+    model = network()
+    before, weight = copy.deepcopy(model).eval(), model[1].weight
+    convert_norm(model, "FrozenBN")
+    assert type(model[1]) is fbn_plugin.FrozenBatchNorm2d and type(model[7]) is fbn_plugin.FrozenBatchNorm1d
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(model.train()(x), before(x))
+    kept = model[1].weight.clone()
+    with torch.no_grad():
+        weight.zero_()  # an optimizer may still hold it
+    assert torch.equal(model[1].weight, kept)
+
+
+@pytest.mark.parametrize("spec", ["BN", "FBN(t_sigma=3)", "GN(num_groups=4)"])
+@pytest.mark.parametrize("theirs", [False, True], ids=["ours", "torchvision"])
+def test_thawing_keeps_the_statistics_and_gives_the_filter(spec, theirs):
+    model = network()
+    before = copy.deepcopy(model).eval()
+    convert_norm(model, "FrozenBN")
+    if theirs:
+        frozen = torchvision.ops.FrozenBatchNorm2d(8, eps=1e-3)
+        frozen.load_state_dict(model[1].state_dict())
+        model[1] = frozen
+    with pytest.warns(UserWarning, match="the model has no batch normalization"):
+        assert type(convert_norm(model, spec)[1]).__name__ == "FrozenBatchNorm2d", "frozen norms stay by default"
+    convert_norm(model, spec, sources="FrozenBN")
+    assert type(model[1]) is type(fbn_plugin.get_norm(spec, 8))
+    assert isinstance(model[1].weight, nn.Parameter) and model[1].weight.requires_grad and model[1].eps == 1e-3
+    if spec[:2] != "GN":
+        x = torch.randn(2, 3, 9, 9)
+        torch.testing.assert_close(model.eval()(x), before(x))
+        assert (model[1].running_var != 1).all() and type(model[7]) is type(fbn_plugin.get_norm(spec, 8, dims=1))
+    model.train()(torch.randn(2, 3, 9, 9)).sum().backward()
+
+
+def test_timms_frozen_norms_keep_their_activation():
+    norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+    norm.running_mean.normal_()
+    x = torch.randn(2, 8, 3, 3)
+    expected = norm.eval()(x)
+    frozen = convert_norm(norm, "FrozenBN")
+    assert type(frozen) is timm.layers.norm_act.FrozenBatchNormAct2d
+    torch.testing.assert_close(frozen(x), expected)
+    thawed = convert_norm(frozen, "FBN", sources="FrozenBN")
+    assert isinstance(thawed, fbn_plugin.FilteredBatchNorm2d)
+    torch.testing.assert_close(thawed.eval()(x), expected)
+
+
+def test_what_has_no_statistics_cannot_be_frozen():
+    for norm, sources in ((nn.BatchNorm2d(4, track_running_stats=False), "BN"), (nn.GroupNorm(2, 4), "GN")):
+        with pytest.raises(ValueError, match="has no running statistics to freeze"):
+            convert_norm(norm, "FrozenBN", sources=sources)
+
+
+def test_a_norm_without_scale_and_shift_is_frozen_with_one_and_zero():
+    norm = nn.BatchNorm2d(4, affine=False)
+    frozen = convert_norm(norm, "FrozenBN")
+    assert frozen.weight.eq(1).all() and frozen.bias.eq(0).all()
+
+
+# --- other families ------------------------------------------------------------------------------------------------
+
+OLD = {
+    "GN": lambda: nn.GroupNorm(2, 8, eps=1e-3),
+    "FGN": lambda: fbn_plugin.FilteredGroupNorm(2, 8, eps=1e-3),
+    "LN": lambda: fbn_plugin.LayerNorm2d(8, eps=1e-3),
+    "FLN": lambda: fbn_plugin.FilteredLayerNorm2d(8, eps=1e-3),
+    "IN": lambda: nn.InstanceNorm2d(8, eps=1e-3, affine=True),
+    "FIN": lambda: fbn_plugin.FilteredInstanceNorm2d(8, eps=1e-3),
+    "timm GN": lambda: timm.layers.GroupNormAct(8, 2, eps=1e-3, act_layer=nn.SiLU),
+}
+
+
+@pytest.mark.parametrize("spec", ["BN", "FBN", "GN(num_groups=4)", "FGN(num_groups=4)", "LN", "FLN", "IN", "FIN"])
+@pytest.mark.parametrize("old", OLD)
+def test_every_family_converts_to_every_norm(old, spec):
+    norm = OLD[old]()
+    nn.init.normal_(norm.weight)
+    new = convert_norm(norm, spec, sources=("GN", "LN", "IN"))
+    assert new.weight is norm.weight and new.bias is norm.bias and new.eps == 1e-3
+    if "timm" in old:
+        assert type(new.act) is nn.SiLU
+    elif "F" in spec or "(" in spec or spec == "BN":
+        assert type(new) is type(fbn_plugin.get_norm(spec, 8))
+    if "BN" in spec:
+        assert new.running_mean.eq(0).all() and new.running_var.eq(1).all()
+    new(torch.randn(2, 8, 3, 3)).sum().backward()
+
+
+def test_groups_are_kept_and_the_same_norm_comes_back():
+    norm = nn.GroupNorm(2, 8)
+    filtered = convert_norm(norm, "FGN(t_sigma=inf)", sources="GN")
+    x = torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(filtered(x), norm(x))
+    assert repr(convert_norm(filtered, "GN", sources="GN")) == repr(norm)
+
+
+def test_a_layer_norm_of_the_last_dimension_is_left():
+    model = nn.Sequential(nn.LayerNorm(8), fbn_plugin.LayerNorm2d(8))
+    with pytest.warns(UserWarning, match="no converter for LayerNorm"):
+        convert_norm(model, "BN", sources="LN")
+    assert [type(m) for m in model] == [nn.LayerNorm, nn.BatchNorm2d]
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match="unknown family of norms 'FBN': accepted are BN, FrozenBN, GN, LN, IN, FRN"):
+        convert_norm(network(), "FBN", sources=["BN", "FBN"])
+
+
+def norm_with_learned_state(spec):
+    """A norm of 4 channels in which no parameter or statistic is what it starts at."""
+    torch.manual_seed(0)
+    norm = fbn_plugin.get_norm(spec, 4)
+    for tensor in norm.parameters():
+        nn.init.uniform_(tensor, 0.2, 0.8)
+    if getattr(norm, "running_mean", None) is not None:
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return norm.eval()
+
+
+@pytest.mark.parametrize("spec", ["ScaledBN-A1", "ScaledBN-A2", "RBN-", "IEBN-(affine=False)"])
+def test_weights_of_another_meaning_become_those_of_the_same_evaluation(spec):
+    norm = norm_with_learned_state(spec).requires_grad_(False)
+    x = torch.randn(2, 4, 3, 3)
+    expected, report = norm(x), fbn_plugin.NormReport()
+    new = convert_norm(norm, "FBN(t_sigma=3, affine=True)", report=report)
+    assert type(new) is fbn_plugin.FilteredBatchNorm2d and not new.training and report.changed[0].note == ""
+    assert not any(parameter.requires_grad for parameter in new.parameters())
+    torch.testing.assert_close(new(x), expected)
+
+
+@pytest.mark.parametrize("spec", ["ScaledBN-A1", "ScaledBN-A2", "RBN-", "IEBN-", "ConvNorm", "LearnedNorm", "FFRN"])
+def test_the_same_kind_keeps_all_of_its_parameters(spec):
+    norm = norm_with_learned_state(spec)
+    x, parameters, report = torch.randn(2, 4, 3, 3), dict(norm.named_parameters()), fbn_plugin.NormReport()
+    expected = norm(x)
+    new = convert_norm(norm, spec, sources=("BN", "FRN", "LearnedNorm"), report=report)
+    assert new is not norm and torch.equal(new(x), expected) and report.changed[0].note == ""
+    assert all(parameter is parameters[name] for name, parameter in new.named_parameters())
+
+
+@pytest.mark.parametrize("spec", ["ScaledBN-A1", "ScaledBN-A2", "RBN", "RBN-", "IEBN", "IEBN-"])
+def test_report_says_that_weights_take_another_meaning(spec):
+    report = fbn_plugin.NormReport()
+    convert_norm(nn.BatchNorm2d(4), spec, report=report)
+    assert report.changed[0].note == "weight and bias mean something else, so the evaluation changes"
+
+
+def test_filter_response_and_learned_norms_are_reported_and_converted():
+    model = nn.Sequential(*(fbn_plugin.get_norm(spec, 4) for spec in ("FRN", "FRN(tlu=True)", "LearnedNorm", "BN")))
+    weight, report = model[0].weight, fbn_plugin.NormReport()
+    convert_norm(model, "FBN", report=report)
+    assert [(entry.name, entry.reason) for entry in report.left] == [
+        ("0", "FRN is not among the sources"),
+        ("1", "FRN is not among the sources"),
+        ("2", "LearnedNorm is not among the sources"),
+    ]
+    report = fbn_plugin.NormReport()
+    with pytest.warns(UserWarning, match="no converter for FilterResponseNorm2d"):  # its threshold is an activation
+        convert_norm(model, "BN", sources=("FRN", "LearnedNorm"), report=report)
+    assert [type(norm).__name__ for norm in model] == [
+        "BatchNorm2d",
+        "FilterResponseNorm2d",
+        "BatchNorm2d",
+        "FilteredBatchNorm2d",
+    ]
+    assert model[0].weight is weight and model[2].weight is None
+    assert report.changed[1].note == "not carried over: mean_network, std_network; running statistics are fresh"
+
+
+def test_report_names_lost_kernels():
+    report = fbn_plugin.NormReport()
+    convert_norm(fbn_plugin.ConvNorm2d(4, kernel_sizes=(2, 2)), "BN", report=report)
+    assert report.changed[0].note == "not carried over: kernel0, kernel1"
+
+
+# --- report --------------------------------------------------------------------------------------------------------
+
+
+def test_report_says_what_was_changed_and_what_was_left_and_why():
+    model = network()
+    model.add_module("group", nn.GroupNorm(2, 8))
+    model.add_module("loud", Loud(8))
+    report = fbn_plugin.NormReport()
+    with pytest.warns(UserWarning, match="no converter for Loud"):
+        assert convert_norm(model, "GN(num_groups=4)", report=report) is model
+    assert [c.name for c in report.changed] == ["1", "3.1", "7"]
+    assert str(report) == (
+        "3 norms changed, 2 left\n"
+        "  1 x BatchNorm2d -> GroupNorm (not carried over: running_mean, running_var, momentum): 1\n"
+        "  1 x SyncBatchNorm -> GroupNorm (not carried over: running_mean, running_var, momentum): 3.1\n"
+        "  1 x BatchNorm1d -> GroupNorm (not carried over: running_mean, running_var): 7\n"
+        "  1 x GroupNorm left: GN is not among the sources: group\n"
+        "  1 x Loud left: no converter for a forward of its own: loud"
+    )
+
+
+def test_report_names_fresh_statistics_lost_filters_and_hooks():
+    report = fbn_plugin.NormReport()
+    norm = fbn_plugin.FilteredGroupNorm(2, 8)
+    norm.register_forward_hook(lambda *_: None)
+    convert_norm(norm, "BN", sources="GN", report=report)
+    assert report.changed[0].note == "not carried over: the filter, hooks; running statistics are fresh"
+    assert "the model" in str(report)
+
+
+# --- recalibration -------------------------------------------------------------------------------------------------
+
+
+def test_refitting_is_least_squares_of_the_old_outputs():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.normal_(norm.weight)  # negative ones, too
+    batches = [torch.randn(n, 4, 3, 5) * 2 + torch.randn(n, 1, 1, 1) for n in (3, 5)]
+    x = torch.cat(batches)
+    goal = norm.eval()(x).detach()
+    base = torch.nn.functional.group_norm(x, 2)
+    new = convert_norm(norm, "GN(num_groups=2)", recalibrate=[(batch, None) for batch in batches])
+    for c in range(4):
+        design = np.stack([base[:, c].numpy().ravel(), np.ones(base[:, c].numel())], 1).astype(np.float64)
+        slope, shift = np.linalg.lstsq(design, goal[:, c].numpy().ravel(), rcond=None)[0]
+        assert new.weight[c].item() == pytest.approx(slope, abs=1e-5)
+        assert new.bias[c].item() == pytest.approx(shift, abs=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["GN(num_groups=2)", "FGN(num_groups=2)", "LN"])
+def test_a_refitted_network_is_nearer_to_the_old_one_and_otherwise_untouched(spec):
+    model = network()
+    model[1].eval()
+    model[1].register_forward_hook(lambda module, args, output: output * 1.0)
+    old, copied = copy.deepcopy(model), convert_norm(copy.deepcopy(model), spec)
+    data = [torch.randn(8, 3, 9, 9) for _ in range(3)]
+    parameters = list(model.parameters())
+    convert_norm(model, spec, recalibrate=data)
+    assert all(a is b for a, b in zip(model.parameters(), parameters))
+    assert not model[1].training and model[3].training and not model[1]._forward_pre_hooks
+    x, first = torch.randn(8, 3, 9, 9), slice(0, 5)  # up to the second norm
+    goal = old.eval()[first](x)
+    errors = [(m.eval()[first](x) - goal).square().mean() for m in (model, copied)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.parametrize("spec", ["FRN", "LearnedNorm(affine=True)"])
+def test_other_norms_are_refitted_too(spec):
+    torch.manual_seed(0)
+    data = [torch.randn(8, 4, 5, 5) + 3]
+    norm = norm_with_learned_state("BN")
+    goal = norm(data[0])
+    fresh, refitted = (
+        convert_norm(nn.Sequential(copy.deepcopy(norm)), spec, recalibrate=batches) for batches in (None, data)
+    )
+    errors = [(model(data[0]) - goal).square().mean().item() for model in (fresh, refitted)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_refitting_leaves_activations_out():
+    norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+    data = [torch.randn(64, 8, 9, 9) * 3 + 2]
+    norm.running_mean.fill_(2)
+    norm.running_var.fill_(9)
+    new = convert_norm(norm, "GN(num_groups=1)", recalibrate=data)
+    assert type(new.act) is nn.SiLU
+    torch.testing.assert_close(new.weight, torch.ones(8), atol=0.02, rtol=0)
+    torch.testing.assert_close(new.bias, torch.zeros(8), atol=0.02, rtol=0)
+
+
+def test_refitting_needs_data_and_norms_that_are_not_frozen():
+    model = network()
+    before = str(model)
+    with pytest.raises(ValueError, match="recalibrate has no batch"):
+        convert_norm(model, "LN", recalibrate=[])
+    with pytest.raises(ValueError, match="recalibrate refits norms that are not frozen"):
+        convert_norm(model, "FrozenBN", recalibrate=[torch.randn(2, 3, 9, 9)])
+    assert str(model) == before
+
+
+def test_batch_norms_get_population_statistics():
+    pytest.importorskip("fbn_plugin.training.population_statistics")
+    norm, x = nn.GroupNorm(2, 4), torch.randn(16, 4, 8, 8) * 3 + 1
+    model = nn.Sequential(norm, nn.BatchNorm2d(4)).eval()
+    with pytest.raises(ValueError, match="empty"):
+        convert_norm(model, "BN", sources="GN", recalibrate=[])
+    assert model[0] is norm
+    new = convert_norm(model, "BN", sources="GN", recalibrate=[x])[0]
+    assert not new.training and model[1].running_mean.eq(0).all(), "what was not converted keeps its statistics"
+    torch.testing.assert_close(new.running_mean, x.mean((0, 2, 3)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(new.running_var, x.var((0, 2, 3)), atol=0.05, rtol=0.01)
+
+
+# --- synchronized norms --------------------------------------------------------------------------------------------
+
+
+def test_convert_sync_keeps_filter_state_and_settings():
+    options = {"t_sigma": 2.5, "grad_mode": "paper", "gaussian_correction": True, "gamma_init": 0.1}
+    filtered = [
+        fbn_plugin.FilteredBatchNorm2d(8, eps=1e-3, momentum=None, **options),
+        fbn_plugin.FilteredBatchNorm1d(8, affine=False, **options),
+        fbn_plugin.FilteredBatchNorm3d(8, track_running_stats=False, **options),
+    ]
+    model = nn.Sequential(*filtered, nn.BatchNorm2d(8, eps=1e-3, momentum=0.3), nn.BatchNorm1d(8))
+    model[0].running_mean.normal_()
+    model[0].eval()
+    state, parameters, group = model.state_dict(), dict(model.named_parameters()), object()
+    report = fbn_plugin.NormReport()
+    assert fbn_plugin.convert_sync(model, group, report) is model
+    assert [type(m) for m in model] == [fbn_plugin.SyncFilteredBatchNorm] * 3 + [nn.SyncBatchNorm] * 2
+    assert all(getattr(m, name) == value for m in model[:3] for name, value in options.items())
+    assert all(m.process_group is group for m in model)
+    assert [m.eps for m in model] == [1e-3, 1e-5, 1e-5, 1e-3, 1e-5]
+    assert [m.momentum for m in model] == [None, 0.1, 0.1, 0.3, 0.1]
+    assert not model[0].training and model[1].training and model[1].weight is None and model[2].running_mean is None
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert [(change.name, change.note) for change in report.changed] == [(str(i), "") for i in range(5)]
+    assert type(fbn_plugin.convert_sync(nn.BatchNorm2d(4))) is nn.SyncBatchNorm, "a norm by itself"
+
+
+def test_convert_sync_keeps_shared_norms_shared():
+    norm = fbn_plugin.FilteredBatchNorm2d(4)
+    model = fbn_plugin.convert_sync(nn.ModuleDict({"a": norm, "b": nn.Sequential(norm)}))
+    assert model["a"] is model["b"][0] and type(model["a"]) is fbn_plugin.SyncFilteredBatchNorm
+
+
+def test_convert_sync_reports_what_it_leaves_and_warns_of_local_moments():
+    group = object()
+    names = ["GN(num_groups=2)", "FLN", "FrozenBN", "RBN", "ScaledBN-A1", "ConvNorm", "FRN"]
+    synchronized = [fbn_plugin.SyncFilteredBatchNorm(4, process_group=group), nn.SyncBatchNorm(4)]
+    others = [fbn_plugin.FilteredBatchNormAct2d(4), Loud(4)]
+    model = nn.Sequential(*(fbn_plugin.get_norm(name, 4) for name in names), *synchronized, *others)
+    before, report = list(model), fbn_plugin.NormReport()
+    with pytest.warns(UserWarning) as caught:
+        fbn_plugin.convert_sync(model, report=report)
+    assert [str(w.message) for w in caught] == [
+        "5 batch norms are left unsynchronized, such as RepresentativeBatchNorm2d (at '3'): see the report"
+    ]
+    assert list(model) == before and not report.changed and model[7].process_group is group
+    more = "it does more than normalize, and has no synchronized form"
+    nothing = "takes no moments of a batch, so there is nothing to synchronize"
+    assert [left.reason for left in report.left] == [
+        *(f"GN {nothing}", f"LN {nothing}", "it is frozen", more, more, more, f"FRN {nothing}"),
+        *("it is synchronized already",) * 2,
+        "it is fused with its activation: synchronize before fuse_norm_act",
+        "no converter for a forward of its own",
+    ]
+    with pytest.warns(UserWarning, match="nothing was synchronized: the model has no batch normalization"):
+        fbn_plugin.convert_sync(nn.Linear(2, 2))
+
+
+def test_process_groups_stay_between_synchronized_norms():
+    group = object()
+    norm = convert_norm(fbn_plugin.SyncFilteredBatchNorm(4, 2.0, process_group=group), "SyncBN")
+    assert type(norm) is nn.SyncBatchNorm and norm.process_group is group
+    assert convert_norm(norm, "SyncFBN(t_sigma=3)").process_group is group
+    assert convert_norm(fbn_plugin.FilteredBatchNorm2d(4), "SyncFBN").process_group is None
+
+
+@pytest.mark.parametrize("spec", ["BN", "FBN(t_sigma=3)", "SyncBN", "FrozenBN", "GN(num_groups=2)"])
+def test_synchronized_filtered_norms_convert_there_and_back(spec):
+    norm = norm_with_learned_state("SyncFBN(t_sigma=3)")
+    x, weight = torch.randn(2, 4, 3, 3), norm.weight
+    expected = norm(x)
+    there = convert_norm(norm, spec)
+    assert type(there) is type(fbn_plugin.get_norm(spec, 4))
+    back = convert_norm(there, "SyncFBN(t_sigma=3)", sources=("BN", "FrozenBN", "GN"))
+    assert repr(back) == repr(norm)
+    assert spec == "FrozenBN" or back.weight is weight
+    if "GN" not in spec:
+        torch.testing.assert_close(there(x), expected)
+        torch.testing.assert_close(back(x), expected)
+
+
+def test_convert_sync_says_where_a_small_scale_is_forgotten():
+    report = fbn_plugin.NormReport()
+    model = fbn_plugin.convert_sync(nn.Sequential(fbn_plugin.ScaledBatchNorm2d(4, gamma_init=0.25)), report=report)
+    assert torch.equal(model[0].weight, torch.full((4,), 0.25)) and not hasattr(model[0], "gamma_init")
+    assert [change.note for change in report.changed] == ["not carried over: gamma_init"]
