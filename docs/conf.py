@@ -22,7 +22,7 @@ html_theme = "furo"
 html_show_copyright = False
 html_title = f"fbn_plugin {release}"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
