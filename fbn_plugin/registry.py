@@ -21,59 +21,77 @@ from fbn_plugin import layers
 from fbn_plugin.layers.batch_norm import check_gamma_init
 from fbn_plugin.ops.checks import check_filter
 
-NORMS = Registry("NORM")
-NORMS.__doc__ = """Registered norms: name -> builder.
-
-A builder is called as ``builder(num_channels, dims=2, device=None, dtype=None, **options)`` and returns a module;
-``dims`` is the number of spatial dimensions. The options that a spec may set are read from its signature. Add one of
-your own with ``@NORMS.register()``::
-
-    @NORMS.register()
-    def MyNorm(num_channels, dims=2, device=None, dtype=None, eps=1e-5):
-        return ...
-
-Examples::
-
-    >>> "FBN" in fbn_plugin.NORMS
-    True
-"""
-
-_BOUNDS = {"eps": (0, math.inf), "momentum": (0, 1), "num_groups": (1, math.inf)}
-_NOT_OPTIONS = ("num_channels", "dims", "device", "dtype")
+_BOUNDS = {"eps": (0, 1), "momentum": (0, 1), "num_groups": (1, math.inf)}
+_NOT_OPTIONS = ("num_channels", "dims", "device", "dtype", "process_group")
 
 
-def _register(name: str, *classes: type[nn.Module] | None, **defaults) -> None:
-    """Register module classes under ``name``: one for 1, 2 and 3 spatial dimensions each, None where there is
-    none, or a single one for any number.
+class NormRegistry(Registry):
+    """Registered norms: name -> builder.
 
-    The options are the keyword arguments of the class. ``defaults`` replace or add to theirs; an option that the class
-    takes before the number of channels (``num_groups``) is passed by keyword like the others.
+    A builder is called as ``builder(num_channels, dims=2, device=None, dtype=None, **options)`` and returns a module;
+    ``dims`` is the number of spatial dimensions. The options that a spec may set are read from its signature. Add one
+    of your own with ``@NORMS.register()``, a function or a class::
+
+        @NORMS.register()
+        def MyNorm(num_channels, eps=1e-5, *, dims=2, device=None, dtype=None):
+            return ...
+
+        @NORMS.register()
+        class MyNorm2d(nn.BatchNorm2d):
+            ...
+
+    A class is called with the number of channels, ``device``, ``dtype`` and the options, for any number of dimensions.
+
+    Examples::
+
+        >>> @fbn_plugin.NORMS.register()
+        ... class HalfBN(nn.BatchNorm2d):
+        ...     def forward(self, input):
+        ...         return 0.5 * super().forward(input)
+        >>> fbn_plugin.get_norm("HalfBN(eps=1e-3)", 8)
+        HalfBN(8, eps=0.001, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+
+    def register(self, obj: Callable[..., nn.Module] | None = None) -> Callable[..., nn.Module]:
+        """Register a builder or a class under its name; without an argument, a decorator that does."""
+        if obj is None:
+            return self.register
+        super().register(_builder(obj.__name__, obj) if isinstance(obj, type) else obj)
+        return obj
+
+
+def _builder(name: str, *classes: type[nn.Module] | None, **defaults) -> Callable[..., nn.Module]:
+    """A builder of module classes: one for 1, 2 and 3 spatial dimensions each, None where there is none, or a single
+    one for any number.
+
+    It takes the arguments of the class in the order of the class, only that the number of channels comes first, and
+    ``dims`` by name. ``defaults`` take the place of those of the class.
     """
     known = [cls for cls in classes if cls is not None]
-    parameters = dict(inspect.signature(known[0]).parameters)
-    channels = next(key for key in parameters if key in ("num_channels", "num_features"))
-    options = {
-        key: p.default for key, p in parameters.items() if key not in (channels, "device", "dtype", "process_group")
-    }
-    options.update(defaults)
+    parameters = {key: p for key, p in inspect.signature(known[0]).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    channels = next((key for key in parameters if key in ("num_channels", "num_features")), next(iter(parameters)))
+    first = parameters.pop(channels).replace(name="num_channels", default=inspect.Parameter.empty)
+    others = [p.replace(default=defaults.get(key, p.default)) for key, p in parameters.items()]
+    dims_parameter = inspect.Parameter("dims", inspect.Parameter.KEYWORD_ONLY, default=2)
 
-    def build(num_channels, dims=2, device=None, dtype=None, **given):
+    def build(*args, dims=2, **kwargs):
+        given = build.__signature__.bind(*args, **kwargs).arguments  # as Python would, with its errors
         cls = classes[dims - 1] if len(classes) == 3 else classes[0]
         if cls is None:
             raise ValueError(f"{name} has no form for {dims} spatial dimensions, only {known[0].__name__}")
-        return cls(**{channels: num_channels}, **{**defaults, **given}, device=device, dtype=dtype)
+        return cls(**{channels: given.pop("num_channels")}, **{**defaults, **given})
 
-    kind = inspect.Parameter.KEYWORD_ONLY
-    build.__signature__ = inspect.Signature(
-        [inspect.Parameter("num_channels", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-        + [
-            inspect.Parameter(k, kind, default=v)
-            for k, v in {"dims": 2, "device": None, "dtype": None, **options}.items()
-        ]
-    )
+    build.__signature__ = inspect.Signature([first, *others, dims_parameter])
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"Builder of {', '.join(cls.__name__ for cls in known)}."
-    NORMS.register(build)
+    return build
+
+
+NORMS = NormRegistry("NORM")
+
+
+def _register(name: str, *classes: type[nn.Module] | None, **defaults) -> None:
+    NORMS.register(_builder(name, *classes, **defaults))
 
 
 _register("BN", nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -116,7 +134,8 @@ class NormSpec:
 def norm_options(name: str) -> dict:
     """Names and default values of the options that a registered norm takes in a spec."""
     parameters = inspect.signature(NORMS.get(name)).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in _NOT_OPTIONS and p.kind is not p.VAR_KEYWORD}
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return {p.name: p.default for p in parameters if p.name not in _NOT_OPTIONS and p.kind not in variable}
 
 
 def _unknown(what: str, word: str, known: list[str]) -> ValueError:
@@ -203,8 +222,9 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
 class NormFactory(functools.partial):
     """Builds one kind of norm: ``factory(num_channels, device=None, dtype=None)``, made by :func:`norm_factory`.
 
-    It is a ``functools.partial`` of the registered builder, so frameworks that accept a partial as ``norm_layer``
-    accept it; it can be pickled and copied, and further keyword arguments override the spec's.
+    What follows the number of channels may be what the norm's class takes there: ``norm_factory("FBN")(64, 1e-3)`` has
+    an ``eps`` of 1e-3. It is a ``functools.partial`` of the registered builder, so frameworks that accept a partial as
+    ``norm_layer`` accept it; it can be pickled and copied, and further keyword arguments override the spec's.
     """
 
     spec: NormSpec

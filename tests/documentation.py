@@ -1,5 +1,7 @@
-"""Python snippets of Markdown files, and how a test runs one: shared by the tests of README and docs/."""
+"""Python snippets of Markdown files, and how a test runs one: shared by the tests of README, docs/ and
+docstrings."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -18,9 +20,16 @@ def run_snippet(snippet: str) -> None:
     """Run it in a namespace of its own; what it registers is gone afterwards."""
     if "detectron2" in snippet:
         pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    with names_as_before():
+        exec(compile(snippet, "snippet", "exec"), {"__name__": "snippet"})
+
+
+@contextlib.contextmanager
+def names_as_before():
+    """Frameworks know no norms afterwards, and the registry those that it knew before."""
     norms = dict(fbn_plugin.NORMS)
     try:
-        exec(compile(snippet, "snippet", "exec"), {"__name__": "snippet"})
+        yield
     finally:
         fbn_plugin.unregister()
         for name in set(dict(fbn_plugin.NORMS)) - set(norms):

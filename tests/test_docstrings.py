@@ -4,6 +4,7 @@ import doctest
 
 import pytest
 import torch
+from documentation import names_as_before
 from torch import nn
 
 import fbn_plugin
@@ -21,8 +22,6 @@ def test_examples_run(name):
     assert test.examples, f"{name} has no Examples"
     torch.manual_seed(0)
     report = []
-    try:
+    with names_as_before():
         failed, _ = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=report.append)
-    finally:
-        fbn_plugin.unregister()
     assert not failed, "".join(report)

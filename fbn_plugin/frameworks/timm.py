@@ -286,7 +286,7 @@ def adapt_model_from_string(parent_module: nn.Module, *args, **kwargs) -> nn.Mod
     for name, old in parent_module.named_modules():
         if isinstance(old, BatchNormMixin):
             kind = _NAME_OF_CLASS[type(old)]
-            options = {key: getattr(old, key) for key in norm_options(kind)}
+            options = {key: getattr(old, key) for key in norm_options(kind)} | {"bias": old.bias is not None}
             model.set_submodule(name, convert_norm(model.get_submodule(name), NormSpec(kind, options)))
             apply_gamma_init(model.get_submodule(name))
     return model

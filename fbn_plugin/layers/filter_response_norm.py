@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
+from fbn_plugin.ops.checks import check_eps
 from fbn_plugin.ops.reference import accumulate_dtype, gaussian_kappa
 
 
@@ -24,6 +25,7 @@ class FilterResponseNorm2d(nn.Module):
         num_features: C.
         eps: added to the mean square.
         affine: learn gamma and beta.
+        bias: False learns gamma alone.
         tlu: threshold the result; False where the network has an activation of its own behind the norm.
         device, dtype: of the parameters.
 
@@ -44,15 +46,17 @@ class FilterResponseNorm2d(nn.Module):
         self,
         num_features: int,
         eps: float = 1e-6,
+        *,
         affine: bool = True,
+        bias: bool = True,
         tlu: bool = True,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.eps = eps
-        for name, learned in (("weight", affine), ("bias", affine), ("tau", tlu)):
+        self.eps = check_eps(eps)
+        for name, learned in (("weight", affine), ("bias", affine and bias), ("tau", tlu)):
             parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if learned else None
             self.register_parameter(name, parameter)
         self.reset_parameters()
@@ -96,10 +100,10 @@ class FilteredFilterResponseNorm2d(FilterMixin, FilterResponseNorm2d):
 
     Args:
         num_features: C.
+        eps, affine, bias, tlu, device, dtype: as in :class:`FilterResponseNorm2d`.
         t_sigma: cut in units of the root mean square, above 1; ``inf`` is :class:`FilterResponseNorm2d`. No value lies
             further than ``sqrt(H W)``.
         gaussian_correction: divide ``nu2'`` by the variance of a unit Gaussian cut at ``t_sigma``.
-        eps, affine, tlu, device, dtype: as in :class:`FilterResponseNorm2d`.
 
     Shape:
         input and output ``(N, C, *spatial)``.
@@ -119,15 +123,17 @@ class FilteredFilterResponseNorm2d(FilterMixin, FilterResponseNorm2d):
     def __init__(
         self,
         num_features: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-6,
+        *,
         affine: bool = True,
+        bias: bool = True,
         tlu: bool = True,
+        t_sigma: float = 5.0,
         gaussian_correction: bool = False,
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(num_features, eps, affine, tlu, device=device, dtype=dtype)
+        super().__init__(num_features, eps, affine=affine, bias=bias, tlu=tlu, device=device, dtype=dtype)
         self._init_filter(t_sigma, "exact", gaussian_correction)
 
     def _dropped(self, square: Tensor, space: tuple[int, ...]) -> Tensor:

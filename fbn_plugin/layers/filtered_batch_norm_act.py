@@ -33,19 +33,19 @@ def normalize_and_activate(
     running_mean, running_var, counter, training = norm._running(input)
     return filtered_batch_norm_act(
         input,
-        norm.weight,
-        norm.bias,
         running_mean,
         running_var,
+        norm.weight,
+        norm.bias,
         training,
         norm.momentum,
         norm.eps,
-        norm.t_sigma,
-        norm.grad_mode,
-        norm.gaussian_correction,
-        activation,
-        negative_slope,
-        residual,
+        t_sigma=norm.t_sigma,
+        grad_mode=norm.grad_mode,
+        gaussian_correction=norm.gaussian_correction,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
         num_batches_tracked=counter,
     )
 
@@ -55,8 +55,8 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
 
     Args:
         num_features: C.
-        t_sigma, eps, momentum, affine, track_running_stats: as in :class:`FilteredBatchNorm2d`.
-        grad_mode, gaussian_correction, gamma_init, device, dtype: as in :class:`FilteredBatchNorm2d`.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`FilteredBatchNorm2d`.
+        **options: its other ones.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"identity"``.
         negative_slope: of ``"leaky_relu"``, not below 0.
 
@@ -77,33 +77,19 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
     def __init__(
         self,
         num_features: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        grad_mode: str = "exact",
-        gaussian_correction: bool = False,
-        gamma_init: float = 1.0,
-        activation: str = "relu",
-        negative_slope: float = 0.01,
         device=None,
         dtype=None,
+        *,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+        **options,
     ) -> None:
         check_activation(activation, negative_slope)
-        super().__init__(
-            num_features,
-            t_sigma,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            grad_mode,
-            gaussian_correction,
-            gamma_init,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.activation = activation
         self.negative_slope = negative_slope
 

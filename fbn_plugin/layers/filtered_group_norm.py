@@ -9,19 +9,22 @@ is here because PyTorch has no channels-first one.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
+from fbn_plugin.ops.checks import check_eps
 from fbn_plugin.ops.functional import filtered_group_norm, filtered_share
 
 
-class FilteredGroupNorm(FilterMixin, nn.GroupNorm):
+class FilteredGroupNorm(FilterMixin, OptionalBiasMixin, nn.GroupNorm):
     """Filtered group normalization (Horváth and Al-afandi 2020, section IV-D), a drop-in for
     :class:`torch.nn.GroupNorm`.
 
     Args:
         num_groups: groups of channels, each normalized by its own moments in each sample; divides ``num_channels``.
         num_channels: C.
-        t_sigma: cut in standard deviations, above 1; ``inf`` is plain group normalization.
         eps, affine, device, dtype: as in :class:`torch.nn.GroupNorm`.
+        bias: False has a scale and no shift, as newer versions of :class:`torch.nn.GroupNorm` have it.
+        t_sigma: cut in standard deviations, above 1; ``inf`` is plain group normalization.
         grad_mode, gaussian_correction: as in :class:`FilteredBatchNorm2d`.
 
     Shape:
@@ -41,19 +44,21 @@ class FilteredGroupNorm(FilterMixin, nn.GroupNorm):
         self,
         num_groups: int,
         num_channels: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-5,
         affine: bool = True,
-        grad_mode: str = "exact",
-        gaussian_correction: bool = False,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        t_sigma: float = 5.0,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
     ) -> None:
         if num_groups < 1 or num_channels % num_groups:
             raise ValueError(
                 f"num_groups must divide num_channels, got {num_groups} groups for {num_channels} channels"
             )
-        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype, bias=bias)
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -68,7 +73,9 @@ class FilteredInstanceNorm2d(FilteredGroupNorm):
 
     Args:
         num_features: C.
-        t_sigma, eps, affine, grad_mode, gaussian_correction, device, dtype: as in :class:`FilteredGroupNorm`.
+        eps, affine, device, dtype, bias, t_sigma, grad_mode, gaussian_correction: as in :class:`FilteredGroupNorm`.
+            There is no ``momentum``, which stands before ``affine`` in :class:`torch.nn.InstanceNorm2d`: what follows
+            ``eps`` is passed by name.
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions, with more than one position.
@@ -83,16 +90,27 @@ class FilteredInstanceNorm2d(FilteredGroupNorm):
     def __init__(
         self,
         num_features: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-5,
+        *,
         affine: bool = True,
-        grad_mode: str = "exact",
-        gaussian_correction: bool = False,
         device=None,
         dtype=None,
+        bias: bool = True,
+        t_sigma: float = 5.0,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
     ) -> None:
         super().__init__(
-            num_features, num_features, t_sigma, eps, affine, grad_mode, gaussian_correction, device=device, dtype=dtype
+            num_features,
+            num_features,
+            eps,
+            affine,
+            device,
+            dtype,
+            bias=bias,
+            t_sigma=t_sigma,
+            grad_mode=grad_mode,
+            gaussian_correction=gaussian_correction,
         )
 
     @property
@@ -110,7 +128,7 @@ class LayerNorm2d(nn.LayerNorm):
 
     Args:
         num_channels: C.
-        eps, affine: as ``eps`` and ``elementwise_affine`` of :class:`torch.nn.LayerNorm`.
+        eps, affine, bias, device, dtype: as in :class:`torch.nn.LayerNorm`, ``affine`` as its ``elementwise_affine``.
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
@@ -122,8 +140,16 @@ class LayerNorm2d(nn.LayerNorm):
         torch.Size([1, 8, 16, 16])
     """
 
-    def __init__(self, num_channels: int, eps: float = 1e-6, affine: bool = True, device=None, dtype=None) -> None:
-        super().__init__(num_channels, eps, affine, device=device, dtype=dtype)
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-6,
+        affine: bool = True,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(num_channels, check_eps(eps), affine, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         last = input.movedim(1, -1)
@@ -139,8 +165,8 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
     Args:
         num_channels: C. No value lies further than ``sqrt(C - 1)`` deviations from the mean of C values, so a larger
             cut filters nothing.
+        eps, affine, bias, device, dtype: as in :class:`LayerNorm2d`.
         t_sigma, grad_mode, gaussian_correction: as in :class:`FilteredGroupNorm`.
-        eps, affine, device, dtype: as in :class:`LayerNorm2d`.
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
@@ -155,15 +181,17 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
     def __init__(
         self,
         num_channels: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-6,
         affine: bool = True,
-        grad_mode: str = "exact",
-        gaussian_correction: bool = False,
+        bias: bool = True,
         device=None,
         dtype=None,
+        *,
+        t_sigma: float = 5.0,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
     ) -> None:
-        super().__init__(num_channels, eps, affine, device=device, dtype=dtype)
+        super().__init__(num_channels, eps, affine, bias, device, dtype)
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -175,4 +203,4 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
 
     def filtered_share(self, input: Tensor) -> Tensor:
         rows = input.movedim(1, -1).reshape(-1, input.shape[1])
-        return filtered_share(rows, 1, self.eps, self.t_sigma)
+        return filtered_share(rows, 1, self.eps, t_sigma=self.t_sigma)

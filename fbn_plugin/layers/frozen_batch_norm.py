@@ -8,16 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fbn_plugin.ops.checks import check_eps
+
 _KEYS = ("weight", "bias", "running_mean", "running_var")
 
 
 class FrozenBatchNormMixin:
     """Buffers and forward pass of a frozen batch normalization, to stand before ``nn.Module`` in the bases."""
 
-    def __init__(self, num_features: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, *, device=None, dtype=None) -> None:
         super().__init__()
         self.num_features = num_features
-        self.eps = eps
+        self.eps = check_eps(eps)
         for name in _KEYS:
             start = torch.ones if name in ("weight", "running_var") else torch.zeros
             self.register_buffer(name, start(num_features, device=device, dtype=dtype))

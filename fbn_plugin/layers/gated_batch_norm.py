@@ -38,9 +38,10 @@ class GatedBatchNorm2d(_Gate, FoldedBatchNormMixin, nn.BatchNorm2d):
 
     Args:
         num_features: C.
-        gate_init: what w starts at.
         eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`; without
             ``affine`` the gate stays.
+        bias: False has no shift.
+        gate_init: what w starts at.
         gamma_init: what gamma starts at, in (0, 1]; 1 in the paper.
 
     Shape:
@@ -60,17 +61,20 @@ class GatedBatchNorm2d(_Gate, FoldedBatchNormMixin, nn.BatchNorm2d):
     def __init__(
         self,
         num_features: int,
-        gate_init: float = 1.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        gamma_init: float = 1.0,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        gate_init: float = 1.0,
+        gamma_init: float = 1.0,
     ) -> None:
         placement = {"device": device, "dtype": dtype}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, gamma_init=gamma_init, **placement)
+        options = {"bias": bias, "gamma_init": gamma_init, **placement}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self._init_gate(gate_init, pooled=False, **placement)
 
     def affine_terms(self) -> tuple[Tensor, Tensor | None]:
@@ -89,12 +93,15 @@ class _PooledGateBatchNorm2d(_Gate, BatchNormMixin, nn.BatchNorm2d):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        gamma_init: float = 1.0,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        gamma_init: float = 1.0,
     ) -> None:
         placement = {"device": device, "dtype": dtype}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, gamma_init=gamma_init, **placement)
+        options = {"bias": bias, "gamma_init": gamma_init, **placement}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self._init_gate(self._gate_init, pooled=True, **placement)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -118,6 +125,7 @@ _DOC = """{name} in the form of Davis and Frank (2022), section 4.5.
         num_features: C.
         eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`; without
             ``affine`` the gate stays.
+        bias: False has no shift.
         gamma_init: what gamma starts at, in (0, 1]; 1 in the paper.
 
     Shape:

@@ -20,24 +20,18 @@ class _ScaledBatchNorm(BatchNormMixin):
     def __init__(
         self,
         num_features: int,
-        gamma_init: float = 0.1,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        gamma_init: float = 0.1,
     ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            gamma_init=gamma_init,
-            device=device,
-            dtype=dtype,
-        )
+        options = {"device": device, "dtype": dtype, "bias": bias, "gamma_init": gamma_init}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
 
 
 _DOC = """Batch normalization over {shape} whose scale starts at ``gamma_init`` (Davis and Frank 2022, section 3.2).
@@ -46,9 +40,10 @@ _DOC = """Batch normalization over {shape} whose scale starts at ``gamma_init`` 
 
     Args:
         num_features: C.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.{base}`.
+        bias: False has a scale and no shift, as newer versions of :class:`torch.nn.{base}` have it.
         gamma_init: what gamma starts at, in (0, 1]; beta starts at 0. The paper tries 0.01 to 1 and finds 0.05 and 0.1
             the best of them.
-        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.{base}`.
 
     Shape:
         input and output {shape}.
@@ -149,11 +144,11 @@ class InputNorm2d(BatchNormMixin, nn.BatchNorm2d):
     which is what the network's other layers receive from a norm and a ReLU. There is no shift.
 
     Args:
-        num_channels: C.
-        gamma_init: that of the network's other norms, in (0, 1]; the attribute of this name is 0.58 times it, the
-            constant that this layer's scale starts at.
+        num_features: C.
         eps, momentum, device, dtype: as in :class:`torch.nn.BatchNorm2d`. The paper does not give them; an image
             with values in [0, 1] has a variance far above ``eps``.
+        gamma_init: that of the network's other norms, in (0, 1]; the attribute of this name is 0.58 times it, the
+            constant that this layer's scale starts at.
 
     Shape:
         input and output ``(N, C, H, W)``, the input not normalized before.
@@ -170,17 +165,13 @@ class InputNorm2d(BatchNormMixin, nn.BatchNorm2d):
 
     def __init__(
         self,
-        num_channels: int = 3,
-        gamma_init: float = 0.1,
+        num_features: int = 3,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        *,
+        gamma_init: float = 0.1,
         device=None,
         dtype=None,
     ) -> None:
         scale = RECTIFIED_STD * check_gamma_init(gamma_init)
-        super().__init__(num_channels, eps, momentum, gamma_init=scale, device=device, dtype=dtype)
-        self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        nn.init.constant_(self.weight, self.gamma_init)  # the base class of PyTorch 2.6 wants a bias, too
+        super().__init__(num_features, eps, momentum, gamma_init=scale, bias=False, device=device, dtype=dtype)

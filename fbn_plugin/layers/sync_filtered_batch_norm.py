@@ -32,11 +32,11 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
 
     Args:
         num_features: C.
-        t_sigma, eps, momentum, affine, track_running_stats: as in :class:`FilteredBatchNorm2d`; with ``t_sigma=inf`` it
-            is synchronized plain batch normalization, on CPUs too.
-        grad_mode, gaussian_correction, gamma_init, device, dtype: as in :class:`FilteredBatchNorm2d`.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.SyncBatchNorm`.
         process_group: the processes to synchronize, as in :class:`torch.nn.SyncBatchNorm`; None is all of them. A layer
             with a group of its own can neither be copied nor pickled, as no process group can.
+        bias, t_sigma, grad_mode, gaussian_correction, gamma_init: as in :class:`FilteredBatchNorm2d`; with
+            ``t_sigma=inf`` it is synchronized plain batch normalization, on CPUs too.
 
     Shape:
         input and output ``(N, C, *spatial)``, N 0 or more.
@@ -55,30 +55,33 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
     def __init__(
         self,
         num_features: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        grad_mode: str = "exact",
-        gaussian_correction: bool = False,
-        gamma_init: float = 1.0,
         process_group: "dist.ProcessGroup | None" = None,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        t_sigma: float = 5.0,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
+        gamma_init: float = 1.0,
     ) -> None:
         super().__init__(
             num_features,
-            t_sigma,
             eps,
             momentum,
             affine,
             track_running_stats,
-            grad_mode,
-            gaussian_correction,
-            gamma_init,
-            device=device,
-            dtype=dtype,
+            device,
+            dtype,
+            bias=bias,
+            t_sigma=t_sigma,
+            grad_mode=grad_mode,
+            gaussian_correction=gaussian_correction,
+            gamma_init=gamma_init,
         )
         self.process_group = process_group
 
@@ -88,12 +91,12 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
         running_mean, running_var, counter, _ = self._running(input)
         return sync_filtered_batch_norm(
             input,
-            self.weight,
-            self.bias,
             running_mean,
             running_var,
-            self.momentum,
-            self.eps,
+            self.weight,
+            self.bias,
+            momentum=self.momentum,
+            eps=self.eps,
             **self._filter_options(),
             process_group=self.process_group,
             num_batches_tracked=counter,

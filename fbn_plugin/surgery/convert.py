@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fbn_plugin import layers
+from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers.batch_norm import BatchNormMixin, FoldedBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin, FilterMixin
 from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
@@ -296,6 +297,7 @@ def convert_norm(
         >>> type(fbn_plugin.convert_norm(model, "BN")[1]).__name__
         'BatchNorm2d'
     """
+    load_adapters()
     sources = (sources,) if isinstance(sources, str) else tuple(sources)
     for source in sources:
         if source not in FAMILIES:
@@ -379,6 +381,7 @@ def convert_sync(model: nn.Module, process_group=None, report: NormReport | None
         >>> type(layer).__name__, layer.t_sigma
         ('SyncFilteredBatchNorm', 4.0)
     """
+    load_adapters()
     report = NormReport() if report is None else report
     replaced: dict[nn.Module, nn.Module] = {}
     local: dict[str, str] = {}

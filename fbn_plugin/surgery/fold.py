@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from fbn_plugin import layers
+from fbn_plugin.adapters import load_adapters
 from fbn_plugin.surgery.convert import build_like, converter_of, family
 from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
 
@@ -284,6 +285,7 @@ def fold_norms(model: nn.Module, *, report: NormReport | None = None) -> nn.Modu
     """
     if model.training:
         raise ValueError("fold_norms takes a model in evaluation mode, got one in training mode: call model.eval()")
+    load_adapters()
     report = NormReport() if report is None else report
     calls = _Calls(model)
     names = {module: name for name, module in model.named_modules()}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d
 from fbn_plugin.layers.filtered_batch_norm_act import FilteredBatchNormAct2d, activation_of
 from fbn_plugin.surgery.convert import copy_norm_state
@@ -80,6 +81,7 @@ def fuse_norm_act(model: nn.Module) -> nn.Module:
         >>> [type(module).__name__ for module in fbn_plugin.fuse_norm_act(model)]
         ['Conv2d', 'FilteredBatchNormAct2d', 'Identity']
     """
+    load_adapters()
     for module in list(model.modules()):
         if type(module) in _FUSERS:
             _FUSERS[type(module)](module)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers import InputNorm2d
 
 Builder = Callable[[int], InputNorm2d]
@@ -59,6 +60,7 @@ def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1) -> nn.Module:
         >>> round(model.input_norm.gamma_init, 3)  # 0.58 * 0.1
         0.058
     """
+    load_adapters()
     if any(isinstance(module, InputNorm2d) for module in model.modules()):
         raise ValueError(f"the {type(model).__name__} has an input norm already")
     device = next((parameter.device for parameter in model.parameters()), None)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fbn_plugin import layers
+from fbn_plugin.adapters import load_adapters
 
 _NORMS = {_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
 _NORMS |= {cls for cls in vars(layers).values() if isinstance(cls, type) and issubclass(cls, nn.Module)}
@@ -59,6 +60,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divi
         [(0.1, 0.0001, 1), (0.1, 0.0, 2), (0.001, 0.0, 1)]
         >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     """
+    load_adapters()
     for name, value in (("lr", lr), ("scale_lr_divisor", scale_lr_divisor)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, got {value!r}")

@@ -540,7 +540,7 @@ def test_convert_sync_reports_what_it_leaves_and_warns_of_local_moments():
 
 def test_process_groups_stay_between_synchronized_norms():
     group = object()
-    norm = convert_norm(fbn_plugin.SyncFilteredBatchNorm(4, 2.0, process_group=group), "SyncBN")
+    norm = convert_norm(fbn_plugin.SyncFilteredBatchNorm(4, t_sigma=2.0, process_group=group), "SyncBN")
     assert type(norm) is nn.SyncBatchNorm and norm.process_group is group
     assert convert_norm(norm, "SyncFBN(t_sigma=3)").process_group is group
     assert convert_norm(fbn_plugin.FilteredBatchNorm2d(4), "SyncFBN").process_group is None

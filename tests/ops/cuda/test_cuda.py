@@ -224,11 +224,11 @@ def test_layers_take_it(emulated, monkeypatch):
     x = torch.randn(4, 8, 6, 6, requires_grad=True)
     assert ops.explain(x).startswith("cuda: emulated")
     mean, var, weight = torch.zeros(8), torch.ones(8), torch.ones(8, requires_grad=True)
-    y = ops.filtered_batch_norm(x, weight, None, mean, var, training=True, t_sigma=2.0)
+    y = ops.filtered_batch_norm(x, mean, var, weight, None, training=True, t_sigma=2.0)
     y.square().mean().backward()
     assert mean.ne(0).all() and weight.grad.abs().sum() > 0 and x.grad.shape == x.shape
     ops.filtered_group_norm(x, 2, t_sigma=2.0).sum().backward()
-    ops.filtered_batch_norm_act(x, weight, training=True, activation="relu", residual=x).sum().backward()
+    ops.filtered_batch_norm_act(x, weight=weight, training=True, activation="relu", residual=x).sum().backward()
     assert set(emulated.launched) == {"forward", "backward", "finish_backward"}
 
 
