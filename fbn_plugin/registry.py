@@ -45,6 +45,15 @@ class NormRegistry(Registry):
     What it is, :class:`fbn_plugin.layers.description.NormDescription` says, as its attribute ``description``. A class
     without one is what the norm is that it derives from; if it derives from none, it is a family of its own, under the
     name that it is registered by, whose evaluation is known if it has a method ``eval_affine()``.
+
+    Examples::
+
+        >>> @fbn_plugin.NORMS.register()
+        ... class HalfBN(nn.BatchNorm2d):
+        ...     def forward(self, input):
+        ...         return 0.5 * super().forward(input)
+        >>> fbn_plugin.get_norm("HalfBN(eps=1e-3)", 8)
+        HalfBN(8, eps=0.001, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
 
     def register(self, obj: Callable[..., nn.Module] | None = None) -> Callable[..., nn.Module]:
@@ -204,6 +213,12 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
     Raises:
         ValueError: not of the form ``NAME`` or ``NAME(option=value, ...)``, an unknown name or option, or a value out
         of range.
+
+    Examples::
+
+        >>> spec = fbn_plugin.parse_spec("FGN(num_groups=16, t_sigma=3)")
+        >>> spec.name, spec.options
+        ('FGN', {'num_groups': 16, 't_sigma': 3})
     """
     if isinstance(spec, NormSpec):
         return spec
@@ -269,6 +284,14 @@ def norm_factory(spec: str | NormSpec, dims: int = 2) -> NormFactory:
 
     Raises:
         ValueError: see :func:`parse_spec`.
+
+    Examples::
+
+        >>> make_norm = fbn_plugin.norm_factory("FBN(t_sigma=4)")
+        >>> make_norm(64).t_sigma
+        4.0
+        >>> make_norm(64, eps=1e-3).eps
+        0.001
     """
     spec = parse_spec(spec)
     if dims not in (1, 2, 3):
@@ -293,6 +316,13 @@ def get_norm(
 
     Raises:
         ValueError: see :func:`parse_spec`; or the norm does not fit the number of channels.
+
+    Examples::
+
+        >>> fbn_plugin.get_norm("FGN(num_groups=16)", 64)
+        FilteredGroupNorm(16, 64, eps=1e-05, affine=True, bias=True, t_sigma=5)
+        >>> fbn_plugin.get_norm("", 64) is None
+        True
     """
     if spec is None or spec == "":
         return None

@@ -34,6 +34,15 @@ def register() -> list[str]:
 
     Returns:
         The names of the frameworks, out of ``detectron2``, ``timm`` and ``torchvision``.
+
+    Examples::
+
+        >>> import timm
+        >>> "timm" in fbn_plugin.register()
+        True
+        >>> type(timm.create_model("resnet18", norm_layer="fbn").bn1).__name__
+        'FilteredBatchNorm2d'
+        >>> fbn_plugin.unregister()
     """
     pytorch.register()
     adapters = _adapters(name for name in FRAMEWORKS if importlib.util.find_spec(name) is not None)
@@ -43,7 +52,13 @@ def register() -> list[str]:
 
 
 def unregister() -> None:
-    """Take out of the frameworks what :func:`register` put in."""
+    """Take out of the frameworks what :func:`register` put in.
+
+    Examples::
+
+        >>> _ = fbn_plugin.register()
+        >>> fbn_plugin.unregister()
+    """
     pytorch.unregister()
     for name in itertools.chain(*FRAMEWORKS.values()):
         adapter = sys.modules.get(f"fbn_plugin.frameworks.{name}")

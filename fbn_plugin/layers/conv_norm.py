@@ -226,6 +226,12 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
 
     Weight decay would draw the kernels towards the plain mean: :meth:`no_weight_decay` names them. timm's optimizers
     ask the model alone for such a method, and decay whatever has more than one dimension.
+
+    Examples::
+
+        >>> layer = fbn_plugin.ConvNorm2d(8, map_size=(16, 16))
+        >>> layer(torch.randn(4, 8, 16, 16)).shape
+        torch.Size([4, 8, 16, 16])
     """
 
     description = NormDescription("BN", "channel", 2)
@@ -396,6 +402,12 @@ class LearnedStatsNorm2d(nn.Module):
     normalize by mean 0 and deviation 1; their biases start at zero, as a mean that is off from the start leaves ReLU
     nothing; statistics are computed without autocasting. A statistic's gradient sums over a whole image: at the
     learning rates of batch normalization a network may fail to train.
+
+    Examples::
+
+        >>> layer = fbn_plugin.LearnedStatsNorm2d(64)
+        >>> sum(parameter.numel() for parameter in layer.parameters())  # for any number of channels
+        194
     """
 
     description = NormDescription("LearnedNorm", owns_children=True)

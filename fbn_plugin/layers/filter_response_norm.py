@@ -35,6 +35,12 @@ class FilterResponseNorm2d(nn.Module):
 
     Raises:
         ValueError: in ``forward``, an input of another rank or number of channels.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilterResponseNorm2d(8)
+        >>> layer(torch.randn(1, 8, 16, 16)).min() >= 0  # tau, the learned threshold, starts at 0
+        tensor(True)
     """
 
     description = NormDescription(
@@ -111,6 +117,12 @@ class FilteredFilterResponseNorm2d(FilterMixin, FilterResponseNorm2d):
         ValueError: ``t_sigma`` out of range; in ``forward`` as :class:`FilterResponseNorm2d`.
 
     A NaN or an infinity makes its map NaN, or zero and NaN, as in :class:`FilterResponseNorm2d`.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredFilterResponseNorm2d(8, t_sigma=4.0, tlu=False)
+        >>> layer(torch.randn(1, 8, 16, 16)).shape
+        torch.Size([1, 8, 16, 16])
     """
 
     def __init__(

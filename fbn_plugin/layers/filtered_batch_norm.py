@@ -124,6 +124,14 @@ _DOC = """Filtered batch normalization over {shape} (Horváth and Al-afandi 2020
     pass, or never with ``broadcast_buffers=False``, as detectron2 calls it; before processes evaluate together,
     :func:`fbn_plugin.engine.run.distributed.broadcast_buffers` does so. :class:`SyncFilteredBatchNorm` takes the
     moments of all, and has the same statistics everywhere.
+
+    Examples::
+
+        >>> layer = fbn_plugin.Filtered{base}(8, t_sigma=4.0)
+        >>> layer(torch.randn({size})).shape
+        torch.Size([{size}])
+        >>> layer.load_state_dict(nn.{base}(8).state_dict())
+        <All keys matched successfully>
     """
 
 
@@ -132,15 +140,15 @@ def _describe(dims: int) -> NormDescription:
 
 
 class FilteredBatchNorm1d(_FilteredBatchNorm, nn.BatchNorm1d):
-    __doc__ = _DOC.format(shape="``(N, C)`` or ``(N, C, L)``", base="BatchNorm1d")
+    __doc__ = _DOC.format(shape="``(N, C)`` or ``(N, C, L)``", base="BatchNorm1d", size="4, 8, 16")
     description = _describe(1)
 
 
 class FilteredBatchNorm2d(_FilteredBatchNorm, nn.BatchNorm2d):
-    __doc__ = _DOC.format(shape="``(N, C, H, W)``", base="BatchNorm2d")
+    __doc__ = _DOC.format(shape="``(N, C, H, W)``", base="BatchNorm2d", size="4, 8, 16, 16")
     description = _describe(2)
 
 
 class FilteredBatchNorm3d(_FilteredBatchNorm, nn.BatchNorm3d):
-    __doc__ = _DOC.format(shape="``(N, C, D, H, W)``", base="BatchNorm3d")
+    __doc__ = _DOC.format(shape="``(N, C, D, H, W)``", base="BatchNorm3d", size="4, 8, 4, 16, 16")
     description = _describe(3)

@@ -56,7 +56,8 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
 
     Args:
         num_features: C.
-        eps, momentum, affine, track_running_stats, device, dtype, **options: as in :class:`FilteredBatchNorm2d`.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`FilteredBatchNorm2d`.
+        **options: its other ones.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"identity"``.
         negative_slope: of ``"leaky_relu"``, not below 0.
 
@@ -65,6 +66,13 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
 
     Raises:
         ValueError: an option out of range; in ``forward`` as :class:`FilteredBatchNorm2d`.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredBatchNormAct2d(8, activation="silu")
+        >>> x, shortcut = torch.randn(4, 8, 16, 16), torch.randn(4, 8, 16, 16)
+        >>> layer(x, shortcut).shape
+        torch.Size([4, 8, 16, 16])
     """
 
     description = NormDescription(

@@ -33,6 +33,12 @@ class FilteredGroupNorm(FilterMixin, OptionalBiasMixin, nn.GroupNorm):
 
     Raises:
         ValueError: an option out of range, or groups that do not divide the channels.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredGroupNorm(4, 32, t_sigma=4.0)
+        >>> layer(torch.randn(1, 32, 16, 16)).shape
+        torch.Size([1, 32, 16, 16])
     """
 
     description = NormDescription("GN")
@@ -76,6 +82,12 @@ class FilteredInstanceNorm2d(FilteredGroupNorm):
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions, with more than one position.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredInstanceNorm2d(8, t_sigma=4.0)
+        >>> layer(torch.randn(1, 8, 16, 16)).shape
+        torch.Size([1, 8, 16, 16])
     """
 
     description = NormDescription("IN")
@@ -125,6 +137,12 @@ class LayerNorm2d(nn.LayerNorm):
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
+
+    Examples::
+
+        >>> layer = fbn_plugin.LayerNorm2d(8)
+        >>> layer(torch.randn(1, 8, 16, 16)).shape
+        torch.Size([1, 8, 16, 16])
     """
 
     description = NormDescription("LN")
@@ -159,6 +177,12 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredLayerNorm2d(64, t_sigma=3.0)
+        >>> layer(torch.randn(1, 64, 16, 16)).shape
+        torch.Size([1, 64, 16, 16])
     """
 
     description = NormDescription("LN")

@@ -66,6 +66,14 @@ _DOC = """Frozen batch normalization over {shape}: ``weight * (x - running_mean)
 
     Raises:
         ValueError: in ``forward``, an input of another rank.
+
+    Examples::
+
+        >>> layer = fbn_plugin.Frozen{base}(8)
+        >>> layer.load_state_dict(nn.{base}(8).state_dict())
+        <All keys matched successfully>
+        >>> list(layer.parameters())
+        []
     """
 
 

@@ -50,6 +50,13 @@ class GatedBatchNorm2d(_Gate, FoldedBatchNormMixin, nn.BatchNorm2d):
 
     Raises:
         ValueError: ``gamma_init`` out of range; in ``forward``, one value per channel in training.
+
+    Examples::
+
+        >>> layer = fbn_plugin.GatedBatchNorm2d(8, gate_init=-1.0)
+        >>> x = torch.randn(4, 8, 16, 16)
+        >>> torch.allclose(layer(x), torch.sigmoid(torch.tensor(-1.0)) * nn.BatchNorm2d(8)(x), atol=1e-5)
+        True
     """
 
     description = FOLDED
@@ -133,18 +140,32 @@ _DOC = """{name} in the form of Davis and Frank (2022), section 4.5.
         ValueError: ``gamma_init`` out of range; in ``forward``, one value per channel in training.
 
     The paper does not say what GAP(xhat) is in evaluation: here ``xhat`` is then normalized by the running statistics.
+
+    Examples::
+
+        >>> layer = fbn_plugin.{cls}(8)
+        >>> layer(torch.randn(4, 8, 16, 16)).shape
+        torch.Size([4, 8, 16, 16])
     """
 
 
 class RepresentativeBatchNorm2d(_PooledGateBatchNorm2d):
     __doc__ = _DOC.format(
-        name="Representative batch normalization (RBN)", z="the normalized values ``xhat``", w=1, scale="0.731"
+        cls="RepresentativeBatchNorm2d",
+        name="Representative batch normalization (RBN)",
+        z="the normalized values ``xhat``",
+        w=1,
+        scale="0.731",
     )
     _gate_init, _pool_input = 1.0, False
 
 
 class InstanceEnhancementBatchNorm2d(_PooledGateBatchNorm2d):
     __doc__ = _DOC.format(
-        name="Instance enhancement batch normalization (IEBN)", z="the input ``x``", w=-1, scale="0.269"
+        cls="InstanceEnhancementBatchNorm2d",
+        name="Instance enhancement batch normalization (IEBN)",
+        z="the input ``x``",
+        w=-1,
+        scale="0.269",
     )
     _gate_init, _pool_input = -1.0, True

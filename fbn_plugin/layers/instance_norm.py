@@ -22,7 +22,13 @@ class InstanceNorm1d(_AnyBatchMixin, nn.InstanceNorm1d):
 
 
 class InstanceNorm2d(_AnyBatchMixin, nn.InstanceNorm2d):
-    """:class:`torch.nn.InstanceNorm2d`, for empty batches too."""
+    """:class:`torch.nn.InstanceNorm2d`, for empty batches too.
+
+    Examples::
+
+        >>> fbn_plugin.InstanceNorm2d(8)(torch.randn(0, 8, 16, 16)).shape
+        torch.Size([0, 8, 16, 16])
+    """
 
     description = NormDescription("IN", "channel", 2)
 

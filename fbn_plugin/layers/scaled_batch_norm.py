@@ -52,6 +52,12 @@ _DOC = """Batch normalization over {shape} whose scale starts at ``gamma_init`` 
     Raises:
         ValueError: ``gamma_init`` out of range; in ``forward``, an input of another rank, or one value per channel in
         training.
+
+    Examples::
+
+        >>> layer = fbn_plugin.{name}(8)
+        >>> layer(torch.randn({size})).std().item() < 0.2
+        True
     """
 _PLAIN = """``y = gamma xhat + beta``, which is :class:`torch.nn.{base}` in all but the start of gamma: the same forward
     pass and ``state_dict`` keys. So weights of one load into the other, and gamma is then theirs."""
@@ -59,20 +65,38 @@ _PLAIN = """``y = gamma xhat + beta``, which is :class:`torch.nn.{base}` in all 
 
 class ScaledBatchNorm1d(_ScaledBatchNorm, nn.BatchNorm1d):
     __doc__ = _DOC.format(
-        shape="``(N, C)`` or ``(N, C, L)``", base="BatchNorm1d", equation=_PLAIN.format(base="BatchNorm1d")
+        name="ScaledBatchNorm1d",
+        size="4, 8, 16",
+        shape="``(N, C)`` or ``(N, C, L)``",
+        base="BatchNorm1d",
+        equation=_PLAIN.format(base="BatchNorm1d"),
     )
 
 
 class ScaledBatchNorm2d(_ScaledBatchNorm, nn.BatchNorm2d):
-    __doc__ = _DOC.format(shape="``(N, C, H, W)``", base="BatchNorm2d", equation=_PLAIN.format(base="BatchNorm2d"))
+    __doc__ = _DOC.format(
+        name="ScaledBatchNorm2d",
+        size="4, 8, 16, 16",
+        shape="``(N, C, H, W)``",
+        base="BatchNorm2d",
+        equation=_PLAIN.format(base="BatchNorm2d"),
+    )
 
 
 class ScaledBatchNorm3d(_ScaledBatchNorm, nn.BatchNorm3d):
-    __doc__ = _DOC.format(shape="``(N, C, D, H, W)``", base="BatchNorm3d", equation=_PLAIN.format(base="BatchNorm3d"))
+    __doc__ = _DOC.format(
+        name="ScaledBatchNorm3d",
+        size="4, 8, 4, 16, 16",
+        shape="``(N, C, D, H, W)``",
+        base="BatchNorm3d",
+        equation=_PLAIN.format(base="BatchNorm3d"),
+    )
 
 
 class ScaledBatchNormA1(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
     __doc__ = _DOC.format(
+        name="ScaledBatchNormA1",
+        size="4, 8, 16, 16",
         shape="``(N, C, *spatial)``",
         base="BatchNorm2d",
         equation="""``y = gamma (xhat + beta)``, the form A1 of section 4.4, whose scale scales the shift too.
@@ -89,6 +113,8 @@ class ScaledBatchNormA1(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
 
 class ScaledBatchNormA2(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
     __doc__ = _DOC.format(
+        name="ScaledBatchNormA2",
+        size="4, 8, 16, 16",
         shape="``(N, C, *spatial)``",
         base="BatchNorm2d",
         equation="""``y = gamma (lambda xhat + beta)``, the form A2 of section 4.4: A1 with one more learned parameter a
@@ -134,6 +160,12 @@ class InputNorm2d(BatchNormMixin, nn.BatchNorm2d):
 
     Raises:
         ValueError: ``gamma_init`` out of range; in ``forward``, an input of another rank.
+
+    Examples::
+
+        >>> layer = fbn_plugin.InputNorm2d(3)
+        >>> layer(torch.rand(4, 3, 16, 16)).std().item() < 0.1
+        True
     """
 
     def __init__(

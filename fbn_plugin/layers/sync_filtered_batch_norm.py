@@ -45,6 +45,12 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
     Raises:
         ValueError: an option out of range; in ``forward``, an input of fewer than two dimensions or, on every process
         alike, one value per channel on all processes together.
+
+    Examples::
+
+        >>> layer = fbn_plugin.SyncFilteredBatchNorm(8, t_sigma=4.0)
+        >>> layer(torch.randn(4, 8, 16, 16)).shape  # one process: FilteredBatchNorm2d
+        torch.Size([4, 8, 16, 16])
     """
 
     description = NormDescription("BN", "channel", synchronized=True)

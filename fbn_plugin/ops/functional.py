@@ -173,6 +173,16 @@ def filtered_batch_norm(
     Raises:
         ValueError: an option out of range, one value per channel in training, a channel count that does not fit, or
         running statistics that want a gradient, which weight and bias in their place would.
+
+    Examples::
+
+        >>> x = torch.randn(4, 8, 16, 16)
+        >>> x[0, 0, 0, 0] = 1000.0  # one huge activation
+        >>> y = fbn_plugin.ops.filtered_batch_norm(x, training=True, t_sigma=5.0)
+        >>> y[1:, 0].std().item() > 0.9  # the others are normalized as if it were not there
+        True
+        >>> torch.nn.functional.batch_norm(x, None, None, training=True)[1:, 0].std().item() < 0.1
+        True
     """
     options = _checked(0, t_sigma, eps, gaussian_correction, grad_mode)
     running = running_mean, running_var
@@ -250,6 +260,13 @@ def filtered_batch_norm_act(
 
     Raises:
         ValueError: as :func:`filtered_batch_norm`; an unknown activation or a negative slope.
+
+    Examples::
+
+        >>> x, shortcut = torch.randn(4, 8, 16, 16), torch.randn(4, 8, 16, 16)
+        >>> y = fbn_plugin.ops.filtered_batch_norm_act(x, training=True, t_sigma=5.0, residual=shortcut)
+        >>> y.min().item()
+        0.0
     """
     options = _checked(0, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope)
     running = running_mean, running_var
@@ -284,6 +301,13 @@ def filtered_group_norm(
     Raises:
         ValueError: an option out of range, a single value in all, or groups that do not divide the
         channels.
+
+    Examples::
+
+        >>> x = torch.randn(1, 8, 16, 16)
+        >>> y = fbn_plugin.ops.filtered_group_norm(x, 4, t_sigma=4.0)
+        >>> torch.allclose(fbn_plugin.ops.filtered_group_norm(x, 4, t_sigma=torch.inf), nn.functional.group_norm(x, 4))
+        True
     """
     options = _checked(num_groups, t_sigma, eps, gaussian_correction, grad_mode)
     y = eager.hosted(x, weight, bias, None, None, None, None, None, options) if num_groups else None

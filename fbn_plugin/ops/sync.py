@@ -68,6 +68,14 @@ def sync_filtered_batch_norm(
     Raises:
         ValueError: an option out of range, a channel count that does not fit, or, on every process
         alike, one value per channel on all processes together.
+
+    Examples::
+
+        >>> store = torch.distributed.HashStore()  # here for one process alone
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> fbn_plugin.ops.sync_filtered_batch_norm(torch.randn(4, 8, 16, 16), t_sigma=5.0).shape
+        torch.Size([4, 8, 16, 16])
+        >>> torch.distributed.destroy_process_group()
     """
     global _uncompiled
     if _uncompiled is None:

@@ -235,6 +235,14 @@ def convert_norm(
             they are; or there is no such norm at all.
 
     Forward hooks of the old norms are not carried over.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> fbn_plugin.convert_norm(model, "FBN(t_sigma=4)")[1]
+        FilteredBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, t_sigma=4)
+        >>> type(fbn_plugin.convert_norm(model, "BN")[1]).__name__
+        'BatchNorm2d'
     """
     load_adapters()
     sources = (sources,) if isinstance(sources, str) else tuple(sources)
@@ -312,6 +320,13 @@ def convert_sync(model: nn.Module, process_group=None, report: NormReport | None
     Warns:
         UserWarning: batch norms were left that still take the moments of each process's own batch; or there is no
             batch norm at all.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.FilteredBatchNorm2d(8, t_sigma=4.0))
+        >>> layer = fbn_plugin.convert_sync(model)[1]
+        >>> type(layer).__name__, layer.t_sigma
+        ('SyncFilteredBatchNorm', 4.0)
     """
     load_adapters()
     report = NormReport() if report is None else report

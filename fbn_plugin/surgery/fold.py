@@ -241,6 +241,16 @@ def fold_norms(model: nn.Module, *, report: NormReport | None = None) -> nn.Modu
 
     Raises:
         ValueError: the model is in training mode.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.FilteredBatchNorm2d(8), nn.ReLU()).eval()
+        >>> x = torch.randn(2, 3, 16, 16)
+        >>> before = model(x)
+        >>> [type(module).__name__ for module in fbn_plugin.fold_norms(model)]
+        ['Conv2d', 'Identity', 'ReLU']
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
     """
     if model.training:
         raise ValueError("fold_norms takes a model in evaluation mode, got one in training mode: call model.eval()")

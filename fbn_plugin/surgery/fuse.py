@@ -74,6 +74,12 @@ def fuse_norm_act(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.FilteredBatchNorm2d(8), nn.ReLU())
+        >>> [type(module).__name__ for module in fbn_plugin.fuse_norm_act(model)]
+        ['Conv2d', 'FilteredBatchNormAct2d', 'Identity']
     """
     load_adapters()
     for module in list(model.modules()):

@@ -34,6 +34,14 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divi
 
     Raises:
         ValueError: a value out of range.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.ScaledBatchNorm2d(8))
+        >>> groups = fbn_plugin.param_groups(model, lr=0.1, weight_decay=1e-4)
+        >>> [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups]
+        [(0.1, 0.0001, 1), (0.1, 0.0, 2), (0.001, 0.0, 1)]
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     """
     load_adapters()
     for name, value in (("lr", lr), ("scale_lr_divisor", scale_lr_divisor)):

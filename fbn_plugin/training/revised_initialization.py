@@ -26,6 +26,12 @@ def revised_init(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``.
+
+    Examples::
+
+        >>> model = fbn_plugin.revised_init(nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.ScaledBatchNorm2d(8)))
+        >>> model[0].bias.abs().max().item()
+        0.0
     """
     described = [(norm, describe(norm)) for norm in model.modules()]
     in_norms = {part for norm, what in described if what is not None and what.owns_children for part in norm.modules()}
