@@ -1,7 +1,8 @@
 """CUDA C++ to binaries for a card, at run time, and the cache of these binaries on disk.
 
-The compiler is NVIDIA's NVRTC, reached through NVIDIA's package ``cuda-bindings``: PyTorch on Linux brings both, and
-neither needs a card, a driver or another compiler. Both are imported when the first kernel is asked for, not before.
+The compiler is NVIDIA's NVRTC, reached through NVIDIA's package ``cuda-bindings``, which newer releases of PyTorch for
+Linux bring along. Neither needs a card, a driver or another compiler. Both are imported when the first kernel is asked
+for, not before.
 
 A binary is kept under a hash of all that it depends on: the source, the options, NVRTC's version and the format of the
 file. The folder is ``$FBN_PLUGIN_CACHE_DIR``, else ``fbn_plugin`` in ``$XDG_CACHE_HOME``, else ``~/.cache/fbn_plugin``.
@@ -43,8 +44,8 @@ def _nvrtc():
     except ImportError as error:
         if getattr(error, "name", None) in ("cuda", "cuda.bindings"):
             raise Unavailable(
-                "the package cuda-bindings is not installed: PyTorch brings it on Linux, elsewhere pip install "
-                "cuda-bindings does, 12.8 or later"
+                "the package cuda-bindings is not installed: pip install 'cuda-bindings>=12.8' (newer releases of "
+                "PyTorch for Linux bring it)"
             ) from error
         raise Unavailable(
             f"the package cuda-bindings, 12.8 or later, is not installed or has no cuda.bindings.nvrtc: {error}"

@@ -360,6 +360,8 @@ def describe() -> str:
     """One line: compiler and driver, or why there are none."""
     try:
         version = int(_call("cuDriverGetVersion"))
+        if torch.cuda.is_available():
+            card(torch.cuda.current_device())  # or it is too old for the compiler
     except (Unavailable, DriverError) as error:
         return str(error)
     return f"{compiler.describe()}, a driver for CUDA {version // 1000}.{version % 1000 // 10}"

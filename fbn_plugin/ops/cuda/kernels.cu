@@ -2,9 +2,14 @@
 // kept on the chip between the passes over them.
 //
 // A "set" is what shares a mean: a channel in the batch form, a sample's group of channels in the group form. Several
-// blocks of threads, the "members" of a "group", load a set (channels-last: CHANNELS neighbouring ones) into their shared
-// memory, exchange partial sums through global memory, and go on with what they have kept. x is read once and written
-// once forward; x and dL/dy are read once and dL/dx is written once backward. What does not fit is read again.
+// blocks of threads, the "members" of a "group", or one alone, load a set (channels-last: CHANNELS neighbouring ones) into
+// shared memory, exchange partial sums through global memory, and go on with what they have kept. Copies are under way
+// while earlier ones are added up (Ring). What does not fit is read again, the latest first, into the places of what has
+// been used. At best x is read once and written once forward; x and dL/dy are read once and dL/dx is written once
+// backward.
+//
+// All values are summed once. With values outside of the band (Eq. 5) the sums of these are subtracted, which only threads
+// that have met such a value look for; where the difference would lose digits, the kept values are summed anew.
 //
 // Compiled at run time (compiler.py) for one combination of
 //   DTYPE        of x: 0 float, 1 bfloat16, 2 half

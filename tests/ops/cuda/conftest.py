@@ -14,8 +14,8 @@ def emulated(monkeypatch):
     """An ``EmulatedDriver`` in the place of ``fbn_plugin.ops.cuda.driver``: the CUDA backend takes tensors of the CPU.
 
     Change its ``places``, ``seed``, ``stream`` and ``captures`` at will. ``emulated.replace(card=..., ...)`` puts
-    another in its place and returns it. Plans take it that blocks and their waiting cost nothing, so that small sets are
-    spread, too.
+    another in its place and returns it. Plans take it that blocks and their waiting cost nothing, so that small sets
+    are spread, too.
     """
     if emulation.COMPILER is None:
         pytest.skip("g++ is not installed: the CUDA kernels cannot be run on the CPU")
