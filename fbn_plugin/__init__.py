@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from fbn_plugin import internals as internals  # first, as it checks torch
 from fbn_plugin import ops
 from fbn_plugin.frameworks import load_converters, register, unregister
 from fbn_plugin.layers import (

@@ -20,9 +20,12 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from fbn_plugin import internals
 from fbn_plugin.registry import norm_factory
 from fbn_plugin.surgery.convert import make_plain
 from fbn_plugin.training.gamma_initialization import apply_gamma_init
+
+internals.require("torchvision")
 
 BACKBONES = (
     "resnet18",
