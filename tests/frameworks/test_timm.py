@@ -278,7 +278,7 @@ def test_what_reads_weight_and_bias_gets_those_of_the_whole_norm(model_name, con
 
 def test_a_norm_that_is_no_batch_norm_in_evaluation_is_not_frozen():
     model = timm.create_model("test_resnet", norm_layer="rbn")
-    with pytest.raises(ValueError, match="RepresentativeBatchNorm2d is no batch norm in evaluation: its scale depends"):
+    with pytest.raises(ValueError, match="RepresentativeBatchNorm2d .*evaluation"):
         timm.layers.freeze_batch_norm_2d(model)
 
 
@@ -299,7 +299,7 @@ def test_timms_own_norms_pass_as_before():
 
 @pytest.mark.parametrize("get", ["get_norm_layer", "get_norm_act_layer"])
 def test_an_unknown_name_is_one_sentence_that_lists_what_exists(get):
-    with pytest.raises(ValueError, match=r"unknown norm_layer 'fbm' \(did you mean 'fbn'\?\): .*fgn.*groupnorm"):
+    with pytest.raises(ValueError, match=r"norm_layer 'fbm'.*'fbn'.*fgn.*groupnorm"):
         getattr(timm.layers, get)("fbm")
     with pytest.raises(ValueError, match=r"unknown option of FBN 'sigma'.*t_sigma"):
         getattr(timm.layers, get)("fbn(sigma=3)")
@@ -312,7 +312,7 @@ def test_a_norm_that_is_registered_later_works_where_it_can():
 
     try:
         assert timm.layers.get_norm_layer("later(eps=0.5)")(8).eps == 0.5
-        with pytest.raises(ValueError, match=r"'Later' has no norm\+activation form in timm: accepted are BN.*FBN"):
+        with pytest.raises(ValueError, match=r"'Later' .*norm\+activation.*BN.*FBN"):
             timm.layers.get_norm_act_layer("later", nn.ReLU)
     finally:
         NORMS._obj_map.pop("Later")
@@ -438,7 +438,7 @@ def test_a_norm_without_norm_act_form_is_refused_before_anything_changes():
     model = timm.create_model("test_efficientnet")
     NORMS._obj_map["Later"] = lambda num_channels, dims=2, device=None, dtype=None: nn.GroupNorm(1, num_channels)
     try:
-        with pytest.raises(ValueError, match="cannot convert 'bn1' to Later: .*no norm.activation form"):
+        with pytest.raises(ValueError, match="'bn1' .*Later.*norm.activation"):
             fbn_plugin.convert_norm(model, "Later")
     finally:
         NORMS._obj_map.pop("Later")
