@@ -1,9 +1,14 @@
-# make test   install into .venv and run the tests
+# make test   install into .venv and run the tests (FBN_PLUGIN_DATA=folder: also those on the real data sets in it)
+# make check  a selection of them that ends within two minutes on two cores: one quick file or more of each room
+# make test-oldest
+#             install the oldest versions that setup.py allows into .venv-oldest and run the tests with them
+#             (ARGS="tests/layers -x": pytest's arguments); PyTorch 2.6 wants Python 3.10 to 3.13
 # make demo   install into .venv, train a small Mask R-CNN with BN and with FBN, write a report below demo_output/
 #             (DATA=folder: on a COCO-format data set of your own; ARGS="SOLVER.MAX_ITER 300": config overrides)
 
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 DATA ?=
 OUTPUT ?= demo_output
 ARGS ?=
@@ -11,16 +16,27 @@ ARGS ?=
 # Threads that wait give their core away. Without this, one other process on the machine makes small layers many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test demo lint clean
+.PHONY: test check test-oldest demo lint clean
 
-$(VENV)/installed: setup.py pyproject.toml constraints.txt fbn_plugin/ops/cpu/kernels.cpp $(wildcard fbn_plugin/ops/cpu/*.h)
+PACKAGED := setup.py pyproject.toml fbn_plugin/ops/cpu/kernels.cpp $(wildcard fbn_plugin/ops/cpu/*.h)
+PYTEST = -m pytest -n 2 --dist loadfile
+
+$(VENV)/installed: CONSTRAINTS := constraints.txt
+$(OLDEST)/installed: CONSTRAINTS := constraints-oldest.txt
+%/installed: $(PACKAGED) constraints.txt constraints-oldest.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one with make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[test]"
 	touch $@
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python $(PYTEST)
+
+check: $(VENV)/installed
+	$(VENV)/bin/python $(PYTEST) $(CHECKED)
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python $(PYTEST) $(ARGS)
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python tools/demo.py --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)

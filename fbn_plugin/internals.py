@@ -14,7 +14,7 @@ from typing import Any
 VERSIONS = {
     "torch": "2.6 to 2.14",
     "torchvision": "0.21 to 0.29",
-    "timm": "1.0.20 to 1.0.31",
+    "timm": "1.0.21 to 1.0.31",
     "detectron2": "0.6, as its repository has it",
     "fvcore": "0.1.5",
 }

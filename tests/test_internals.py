@@ -147,6 +147,14 @@ def test_nothing_is_listed_that_no_file_uses():
         assert re.search(rf"\b{last}\b", text), name
 
 
+def test_the_oldest_versions_are_those_of_setup_and_of_test_oldest():
+    root = PACKAGE.parent
+    constraints = dict(re.findall(r"^(\w+)==(\S+)", (root / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    for package, oldest in re.findall(r"\"(\w+)>=([\d.]+)\"", (root / "setup.py").read_text()):
+        if package in internals.VERSIONS:
+            assert constraints[package].removesuffix(".0") == oldest == internals.VERSIONS[package].split()[0]
+
+
 # --- what happens without ------------------------------------------------------------------------------------------
 
 
