@@ -3,6 +3,7 @@
 ``import fbn_plugin`` imports torch and nothing heavier; a framework is imported by :func:`register`.
 """
 
+from fbn_plugin import internals as internals  # first, as it checks torch
 from fbn_plugin import ops
 from fbn_plugin.frameworks import register, unregister
 from fbn_plugin.layers import (

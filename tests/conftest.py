@@ -1,7 +1,11 @@
-"""What the tests share: a small COCO-format set of rectangles and ellipses, and a clean slate for log and threads."""
+"""What the tests share: a small COCO-format set of rectangles and ellipses, the way to real data, and a clean slate for
+log and threads."""
 
 import json
 import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +78,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def real_data() -> Callable[[str], Path]:
+    """The folder of a real data set, by its name in the folder that FBN_PLUGIN_DATA says; the test is skipped where it
+    is not."""
+
+    def folder(name: str) -> Path:
+        path = Path(os.environ.get("FBN_PLUGIN_DATA", "")).absolute() / name
+        if not os.environ.get("FBN_PLUGIN_DATA") or not path.is_dir():
+            pytest.skip(f"FBN_PLUGIN_DATA names no folder with {name} in it")
+        return path
+
+    return folder
 
 
 @pytest.fixture(scope="session")

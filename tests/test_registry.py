@@ -57,7 +57,7 @@ def test_the_table_here_is_the_registry():
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_name_builds_its_class_and_normalizes(name, dims):
     if EXPECTED[name][dims - 1] is None:
-        with pytest.raises(ValueError, match=f"{name} has no form for {dims} spatial dimensions"):
+        with pytest.raises(ValueError, match=f"{name} .*{dims} spatial dimensions"):
             get_norm(name, 32, dims=dims)
         return
     norm = get_norm(name, 32, dims=dims)
@@ -128,29 +128,29 @@ def test_no_norm_and_callables():
         ("FBN(t_sgma=3)", "unknown option of FBN 't_sgma' \\(did you mean 't_sigma'\\?\\): accepted are eps, momentum"),
         ("FBN(num_groups=3)", "unknown option of FBN 'num_groups'"),
         ("FBN(num_channels=3)", "unknown option of FBN 'num_channels'"),
-        ("FBN(t_sigma=0.5)", "t_sigma must be a number greater than 1 .*, got 0.5"),
-        ("FBN(grad_mode='true')", "grad_mode must be one of 'exact', 'paper', got 'true'"),
-        ("FBN(eps='a')", "option 'eps' of FBN takes a number such as 1e-05, got 'a'"),
-        ("FBN(affine=1)", "option 'affine' of FBN takes True or False, got 1"),
-        ("ScaledBN(gamma_init=0)", r"gamma_init must be a number in \(0, 1\], got 0"),
+        ("FBN(t_sigma=0.5)", "t_sigma .*greater than 1.*0.5"),
+        ("FBN(grad_mode='true')", "grad_mode .*'exact', 'paper'.*'true'"),
+        ("FBN(eps='a')", "'eps' of FBN .*number.*'a'"),
+        ("FBN(affine=1)", "'affine' of FBN .*True or False.*1"),
+        ("ScaledBN(gamma_init=0)", r"gamma_init .*\(0, 1\].*0"),
         ("RBN--", "unknown norm 'RBN--' \\(did you mean 'RBN-'"),
-        ("FGN(num_groups=2.5)", "option 'num_groups' of FGN takes a number such as 32, got 2.5"),
-        ("FGN(num_groups=3)", "got 3 groups for 8 channels"),
-        ("FBN(3)", "options are written option=value"),
-        ("FBN(t_sigma=x)", "options are written option=value"),
-        ("FBN(t_sigma=__import__('os').getcwd())", "options are written option=value"),
-        ("FBN(**{})", "options are written option=value"),
-        ("FBN(t_sigma=2, t_sigma=3)", "options are written option=value"),
-        ("FBN(t_sigma=4)(eps=1e-3)", "options are written option=value"),
-        ("FBN(t_sigma=2).g(eps=1e-3)", "options are written option=value"),
-        ("FBN(eps={[]: 1})", "options are written option=value"),
-        ("FBN(eps=-1)", "option 'eps' of FBN must lie between 0 and 1, got -1"),
-        ("FBN(momentum=3)", "option 'momentum' of FBN must lie between 0 and 1, got 3"),
-        ("GN(num_groups=0)", "option 'num_groups' of GN must lie between 1 and inf, got 0"),
-        ("FBN(t_sigma=2))(", "a norm is written NAME or NAME"),
-        ("FBN(t_sigma=2", "a norm is written NAME or NAME"),
-        ("3", "a norm is written NAME or NAME"),
-        (3, "a norm is written NAME or NAME.*got 3"),
+        ("FGN(num_groups=2.5)", "'num_groups' of FGN .*number.*2.5"),
+        ("FGN(num_groups=3)", "3 groups .*8 channels"),
+        ("FBN(3)", "option=value"),
+        ("FBN(t_sigma=x)", "option=value"),
+        ("FBN(t_sigma=__import__('os').getcwd())", "option=value"),
+        ("FBN(**{})", "option=value"),
+        ("FBN(t_sigma=2, t_sigma=3)", "option=value"),
+        ("FBN(t_sigma=4)(eps=1e-3)", "option=value"),
+        ("FBN(t_sigma=2).g(eps=1e-3)", "option=value"),
+        ("FBN(eps={[]: 1})", "option=value"),
+        ("FBN(eps=-1)", "'eps' of FBN .*0.*1.*-1"),
+        ("FBN(momentum=3)", "'momentum' of FBN .*0.*1.*3"),
+        ("GN(num_groups=0)", "'num_groups' of GN .*1.*inf.*0"),
+        ("FBN(t_sigma=2))(", "NAME.*option=value"),
+        ("FBN(t_sigma=2", "NAME.*option=value"),
+        ("3", "NAME.*option=value"),
+        (3, "NAME.*option=value.*got 3"),
     ],
 )
 def test_bad_specs_are_one_sentence(spec, message):
@@ -160,7 +160,7 @@ def test_bad_specs_are_one_sentence(spec, message):
 
 
 def test_dims_out_of_range():
-    with pytest.raises(ValueError, match="dims must be 1, 2 or 3, got 4"):
+    with pytest.raises(ValueError, match="dims .*1, 2 or 3.*4"):
         norm_factory("FBN", dims=4)
 
 

@@ -82,6 +82,16 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
+def _without_values(name: str, limit: float) -> nn.Module:
+    """A model to count the parameters of; _TooLarge if there are more than ``limit``."""
+    try:
+        with torch.device("meta"), _SkipInit(), _at_most(limit):
+            return timm.create_model(name)
+    except NotImplementedError:  # sizes are computed by an operator that PyTorch 2.6 has not for meta tensors
+        with _at_most(limit):
+            return timm.create_model(name)
+
+
 def smallest_model(family: str) -> str | None:
     """The model of a ``timm.models`` module that has the fewest parameters of those with batch normalization; None if
     no model of it has any."""
@@ -90,8 +100,7 @@ def smallest_model(family: str) -> str | None:
     names = sorted(timm.list_models(module=family), key=lambda name: (not name.startswith("test"), len(name), name))
     for name in names:
         try:
-            with torch.device("meta"), _SkipInit(), _at_most(fewest):
-                model = timm.create_model(name)
+            model = _without_values(name, fewest)
         except _TooLarge:
             continue
         count = sum(parameter.numel() for parameter in model.parameters())

@@ -9,6 +9,7 @@ import sys
 import warnings
 from types import ModuleType
 
+from fbn_plugin import internals
 from fbn_plugin.adapters import register_loader
 from fbn_plugin.frameworks import pytorch
 
@@ -20,6 +21,7 @@ def _adapters(names) -> dict[str, list[ModuleType]]:
     adapters = {}
     for name in names:
         try:
+            internals.require(name)
             adapters[name] = [importlib.import_module(f"fbn_plugin.frameworks.{file}") for file in FRAMEWORKS[name]]
         except Exception as error:  # a package that was built against another torch fails in many ways
             warnings.warn(f"{name} is installed but cannot be imported, so it gets no norms: {error}", stacklevel=3)

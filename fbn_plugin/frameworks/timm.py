@@ -31,11 +31,12 @@ from timm.layers import (
 )
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.typing import LayerType
-from timm.models import _prune, resnet
+from timm.models import adapt_model_from_string as timm_adapt_model_from_string
+from timm.models import resnet
 from timm.utils import model as timm_model
 from torch import Tensor, nn
 
-from fbn_plugin import layers
+from fbn_plugin import internals, layers
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import (
     FROZEN,
@@ -63,6 +64,10 @@ from fbn_plugin.surgery.fuse import fuse_children, fused, register_fuser
 from fbn_plugin.surgery.input_norm import Builder, prepend_to_call, register_prepender
 from fbn_plugin.training.gamma_initialization import apply_gamma_init
 from fbn_plugin.training.parameter_groups import param_groups as divided_groups
+
+# timm's names of norms, and of norms with their activation, with the class of each.
+_NORM_MAP = internals.optional("timm.layers.create_norm._NORM_MAP", {})
+_NORM_ACT_MAP = internals.optional("timm.layers.create_norm_act._NORM_ACT_MAP", {})
 
 
 class _NormAct:
@@ -235,7 +240,7 @@ def get_norm_layer(norm_layer: LayerType | None) -> Callable[..., nn.Module] | N
     try:
         return _THEIRS["get_norm_layer"](norm_layer)
     except KeyError:
-        return norm_factory(find_spec(norm_layer, create_norm._NORM_MAP))
+        return norm_factory(find_spec(norm_layer, _NORM_MAP))
 
 
 def get_norm_act_layer(
@@ -254,7 +259,7 @@ def get_norm_act_layer(
         try:
             return _THEIRS["get_norm_act_layer"](norm_layer, act_layer)
         except KeyError:
-            form = _form(find_spec(target, create_norm_act._NORM_ACT_MAP))
+            form = _form(find_spec(target, _NORM_ACT_MAP))
     elif (name := getattr(target, "__name__", None)) in NORMS and NORMS.get(name) is target:
         options.pop("dims", None)
         form = _form(NormSpec(name))
@@ -329,7 +334,7 @@ _THEIRS = {
         norm_act.freeze_batch_norm_2d,
         timm_model.reparameterize_model,
         split_batchnorm.convert_splitbn_model,
-        _prune.adapt_model_from_string,
+        timm_adapt_model_from_string,
     )
 }
 _OURS = {
@@ -405,7 +410,7 @@ register_fuser(resnet.BasicBlock, lambda block: _fuse_block(block, FusedBasicBlo
 register_fuser(resnet.Bottleneck, lambda block: _fuse_block(block, FusedBottleneck, 3))
 
 
-_TIMM_NORMS = {*create_norm._NORM_MAP.values(), *create_norm_act._NORM_ACT_MAP.values(), GlobalResponseNorm}
+_TIMM_NORMS = {*_NORM_MAP.values(), *_NORM_ACT_MAP.values(), GlobalResponseNorm}
 describe_class(NormDescription(), *(c for c in _TIMM_NORMS if isinstance(c, type) and describe_type(c) is None))
 
 

@@ -1,18 +1,30 @@
 """How the papers' networks get into timm: ``timm.create_model("all_cnn_c", norm_layer="FBN")``.
 
-timm keeps its models in the dictionaries of timm/models/_registry.py (read in 1.0.31), to which its public functions
-only add.
+timm keeps its models in the dictionaries of timm/models/_registry.py, to which its public functions only add.
 """
 
 from collections.abc import Callable
 
-from timm.models import _registry, build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import nn
 
+from fbn_plugin import internals
 from fbn_plugin.frameworks.timm import find_spec
 from fbn_plugin.models import NETWORKS, cifar
 
 _ALL = {**NETWORKS, **cifar.NETWORKS}
+# timm's dictionaries (or sets) of models by name, and the one of models by module.
+_BY_NAME = [
+    internals.optional(f"timm.models._registry.{name}", {})
+    for name in (
+        "_model_entrypoints",
+        "_model_to_module",
+        "_model_with_tags",
+        "_model_pretrained_cfgs",
+        "_model_default_cfgs",
+    )
+]
+_BY_MODULE = internals.optional("timm.models._registry._module_to_models", {})
 
 default_cfgs = generate_default_cfgs(  # register_model looks for this name
     {
@@ -54,12 +66,6 @@ def unregister() -> None:
     """Take the papers' networks out of timm's registry; models that are built stay as they are."""
     module = __name__.rpartition(".")[2]
     for name in _ALL:
-        for entries in (
-            _registry._model_entrypoints,
-            _registry._model_to_module,
-            _registry._model_with_tags,
-            _registry._model_pretrained_cfgs,
-            _registry._model_default_cfgs,
-        ):
+        for entries in _BY_NAME:
             entries.pop(name, None)
-    _registry._module_to_models.pop(module, None)
+    _BY_MODULE.pop(module, None)

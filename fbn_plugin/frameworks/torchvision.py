@@ -14,7 +14,7 @@ from torchvision.models import feature_extraction, resnet
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
-from fbn_plugin import layers
+from fbn_plugin import internals, layers
 from fbn_plugin.layers.description import FROZEN, describe_class
 from fbn_plugin.models.mask_rcnn import ScaledResNet
 from fbn_plugin.registry import registered_classes
@@ -26,8 +26,8 @@ describe_class(FROZEN, FrozenBatchNorm2d)
 
 def register() -> None:
     """Let ``create_feature_extractor`` treat this package's norms as leaves; tracing cannot follow them."""
-    leaves = feature_extraction._get_leaf_modules_for_ops
-    if not hasattr(leaves, "__wrapped__"):
+    leaves = internals.optional("torchvision.models.feature_extraction._get_leaf_modules_for_ops")
+    if leaves is not None and not hasattr(leaves, "__wrapped__"):
 
         @functools.wraps(leaves)
         def with_our_norms() -> list[type]:
@@ -39,8 +39,9 @@ def register() -> None:
 
 def unregister() -> None:
     """Undo ``register``."""
-    leaves = feature_extraction._get_leaf_modules_for_ops
-    feature_extraction._get_leaf_modules_for_ops = getattr(leaves, "__wrapped__", leaves)
+    leaves = getattr(feature_extraction, "_get_leaf_modules_for_ops", None)
+    if hasattr(leaves, "__wrapped__"):
+        feature_extraction._get_leaf_modules_for_ops = leaves.__wrapped__
 
 
 class FusedBasicBlock(resnet.BasicBlock):

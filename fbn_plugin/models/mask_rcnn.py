@@ -20,9 +20,12 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from fbn_plugin import internals
 from fbn_plugin.registry import norm_factory
 from fbn_plugin.surgery.convert import make_plain
 from fbn_plugin.training.gamma_initialization import apply_gamma_init
+
+internals.require("torchvision")
 
 BACKBONES = (
     "resnet18",
@@ -158,22 +161,7 @@ def mask_rcnn_fpn(
             of another network.
         FileNotFoundError: no such weights.
     """
-    if backbone not in BACKBONES:
-        raise ValueError(f"unknown backbone {backbone!r}; accepted are {', '.join(BACKBONES)}")
-    if not 0 <= trainable_layers <= len(_STAGES):
-        raise ValueError(f"trainable_layers must be 0 to {len(_STAGES)}, got {trainable_layers!r}")
-    if not norm:
-        raise ValueError('the backbone needs a norm, such as "FBN", "BN" or "FrozenBN"')
-    if bottleneck_stride not in ("3x3", "1x1"):
-        raise ValueError(f"bottleneck_stride must be '3x3' or '1x1', got {bottleneck_stride!r}")
-    body = apply_gamma_init(_resnet(backbone, norm_layer=_norm_layer(norm), **(backbone_options or {})))
-    if bottleneck_stride == "1x1":
-        stride_in_1x1(body)
-    if weights_backbone is not None:
-        load_backbone(body, weights_backbone)
-    for stage in _STAGES[: len(_STAGES) - trainable_layers]:
-        for name in stage:
-            setattr(body, name, _freeze(getattr(body, name)))
+    body = _body(backbone, norm, trainable_layers, weights_backbone, backbone_options or {}, bottleneck_stride)
     widths = [body.inplanes // 8 * 2**level for level in range(4)]
     levels = {f"layer{level + 1}": str(level) for level in range(4)}
     pyramid = BackboneWithFPN(body, levels, widths, fpn_channels, norm_layer=_norm_layer(norm_fpn))
@@ -205,6 +193,34 @@ def mask_rcnn_fpn(
         mask_predictor=MaskRCNNPredictor((fpn_channels, *mask_convs)[-1], (fpn_channels, *mask_convs)[-1], num_classes),
         **parts,
     )
+
+
+def _body(
+    backbone: str,
+    norm: str,
+    trainable_layers: int,
+    weights: str | os.PathLike | None,
+    options: Mapping[str, Any],
+    bottleneck_stride: str,
+) -> resnet.ResNet:
+    """The backbone without its pyramid; arguments and errors as in :func:`mask_rcnn_fpn`."""
+    if backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone {backbone!r}; accepted are {', '.join(BACKBONES)}")
+    if not 0 <= trainable_layers <= len(_STAGES):
+        raise ValueError(f"trainable_layers must be 0 to {len(_STAGES)}, got {trainable_layers!r}")
+    if not norm:
+        raise ValueError(f'norm must name one for the backbone, such as "FBN", "BN" or "FrozenBN", got {norm!r}')
+    if bottleneck_stride not in ("3x3", "1x1"):
+        raise ValueError(f"bottleneck_stride must be '3x3' or '1x1', got {bottleneck_stride!r}")
+    body = apply_gamma_init(_resnet(backbone, norm_layer=_norm_layer(norm), **options))
+    if bottleneck_stride == "1x1":
+        stride_in_1x1(body)
+    if weights is not None:
+        load_backbone(body, weights)
+    for stage in _STAGES[: len(_STAGES) - trainable_layers]:
+        for name in stage:
+            setattr(body, name, _freeze(getattr(body, name)))
+    return body
 
 
 def load_backbone(body: nn.Module, weights: str | os.PathLike | Mapping[str, Tensor], name: str = "") -> list[str]:

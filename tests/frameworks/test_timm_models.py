@@ -83,7 +83,7 @@ def test_the_training_tool_builds_them_and_puts_the_norm_in():
     adapter.unregister()
     assert kinds(create_model("lenet5_all", "FBN", in_chans=1)) == [FilteredBatchNorm2d] * 2 + [FilteredBatchNorm1d] * 2
     assert kinds(create_model("lenet5_plain", in_chans=1)) == []
-    with pytest.raises(ValueError, match="lenet5_plain has no batch normalization that FBN could replace"):
+    with pytest.raises(ValueError, match="lenet5_plain .*no batch normalization.*FBN"):
         create_model("lenet5_plain", "FBN")
     with pytest.raises(ValueError, match="did you mean 'lenet5'"):
         create_model("lenet", in_chans=1)

@@ -321,18 +321,18 @@ def test_empty_batches():
     [
         (
             {"kernel_sizes": (2, 2), "map_size": 8},
-            r"kernel_sizes \(2, 2\) cover 4 x 4 positions and cannot cover the map of 8 x 8",
+            r"kernel_sizes \(2, 2\) .*4 x 4 .*8 x 8",
         ),
-        ({"kernel_sizes": ((4, 1),), "map_size": (4, 2)}, "cover 4 x 1 positions"),
-        ({"kernel_sizes": ()}, r"kernel_sizes takes a sequence of sizes, .* got \(\)"),
-        ({"kernel_sizes": 4}, "kernel_sizes takes a sequence of sizes, .* got 4"),
-        ({"kernel_sizes": "42"}, "kernel_sizes takes a sequence of sizes, .* got '42'"),
-        ({"kernel_sizes": (4, 0)}, r"positive whole numbers or pairs \(height, width\) of them, got 0"),
+        ({"kernel_sizes": ((4, 1),), "map_size": (4, 2)}, "4 x 1 .*4 x 2"),
+        ({"kernel_sizes": ()}, r"kernel_sizes .*sequence.*\(\)"),
+        ({"kernel_sizes": 4}, "kernel_sizes .*sequence.*4"),
+        ({"kernel_sizes": "42"}, "kernel_sizes .*sequence.*'42'"),
+        ({"kernel_sizes": (4, 0)}, r"positive whole numbers .*\(height, width\).*0"),
         ({"kernel_sizes": (4, 2.0)}, "got 2.0"),
         ({"kernel_sizes": ((4, 2, 2),)}, r"got \(4, 2, 2\)"),
-        ({"map_size": -1}, "map_size takes positive whole numbers .* got -1"),
+        ({"map_size": -1}, "map_size .*positive whole numbers.*-1"),
         ({"map_size": True}, "got True"),
-        ({"init_spread": -0.1}, "init_spread must be a finite number not below 0, got -0.1"),
+        ({"init_spread": -0.1}, "init_spread .*finite.*-0.1"),
     ],
 )
 def test_bad_options_are_one_sentence(options, message):
@@ -357,7 +357,7 @@ def test_specs():
     assert norm.kernel_sizes == ((3, 2), (2, 2)) and norm.weighted_std and norm.eps == 1e-3
     assert "kernel_sizes=[(3, 2), 2], weighted_std=True" in repr(norm)
     assert get_norm("ConvNorm(map_size=16)", 8).kernel_sizes == ((4, 4), (2, 2), (2, 2))
-    with pytest.raises(ValueError, match="ConvNorm has no form for 3 spatial dimensions, only ConvNorm2d"):
+    with pytest.raises(ValueError, match="ConvNorm .*3 spatial dimensions.*ConvNorm2d"):
         get_norm("ConvNorm", 8, dims=3)
     with pytest.raises(ValueError, match="cannot cover the map of 8 x 8"):
         get_norm("ConvNorm(kernel_sizes=(2, 2), map_size=8)", 8)
@@ -450,5 +450,5 @@ def test_learned_gradients_layouts_and_precision():
         y = module(x.bfloat16())
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), norm(x.bfloat16().float()), rtol=3e-2, atol=3e-2)
-    with pytest.raises(ValueError, match=r"expected input of shape \(N, 6, \*spatial\), got \(2, 5, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"\(N, 6, \*spatial\).*\(2, 5, 3, 3\)"):
         norm(torch.ones(2, 5, 3, 3))

@@ -184,7 +184,7 @@ def test_wrong_inputs_are_pytorchs_errors():
         FilteredBatchNorm2d(4)(torch.ones(2, 4))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         FilteredBatchNorm2d(4)(torch.ones(1, 4, 1, 1))
-    with pytest.raises(ValueError, match="has 4 elements, but the input has 5 channels"):
+    with pytest.raises(ValueError, match="4 .*5 channels"):
         FilteredBatchNorm2d(4)(torch.ones(2, 5, 2, 2))
     assert FilteredBatchNorm2d(4).eval()(torch.ones(1, 4, 1, 1)).shape == (1, 4, 1, 1)
 
@@ -192,9 +192,9 @@ def test_wrong_inputs_are_pytorchs_errors():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"t_sigma": 1.0}, "t_sigma must be a number greater than 1 .*, got 1.0"),
-        ({"t_sigma": math.nan}, "got nan"),
-        ({"grad_mode": "printed"}, "grad_mode must be one of 'exact', 'paper', got 'printed'"),
+        ({"t_sigma": 1.0}, "t_sigma .*greater than 1.*1.0"),
+        ({"t_sigma": math.nan}, "t_sigma .*nan"),
+        ({"grad_mode": "printed"}, "grad_mode .*'exact', 'paper'.*'printed'"),
     ],
 )
 def test_bad_options_are_refused_at_construction(options, message):

@@ -122,7 +122,7 @@ def test_resetting_and_copies_keep_the_start(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bad", [0, -0.1, 1.5, float("nan"), "small", True, None])
 def test_gamma_init_out_of_range(form, bad):
-    with pytest.raises(ValueError, match=r"^gamma_init must be a number in \(0, 1\], got "):
+    with pytest.raises(ValueError, match=r"gamma_init .*\(0, 1\]"):
         form(4, gamma_init=bad)
 
 

@@ -107,7 +107,7 @@ def test_a_frozen_stage_keeps_the_whole_scale(norm):
 
 
 def test_a_stage_whose_scale_depends_on_the_image_is_not_frozen():
-    with pytest.raises(ValueError, match="InstanceEnhancementBatchNorm2d is no batch norm in evaluation"):
+    with pytest.raises(ValueError, match="InstanceEnhancementBatchNorm2d .*evaluation"):
         small(norm="IEBN", trainable_layers=4)
     small(norm="IEBN", trainable_layers=5)
 
@@ -194,7 +194,7 @@ def test_backbone_weights_load(tmp_path, norm):
 def test_backbone_weights_go_into_norms_without_statistics_with_a_warning():
     source = torchvision.models.resnet18()
     body = small(norm="FGN").backbone.body
-    with pytest.warns(UserWarning, match="running statistics in the state dict are left out"):
+    with pytest.warns(UserWarning, match="running statistics .*state dict"):
         load_backbone(body, source.state_dict())
     assert torch.equal(body.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
 
@@ -224,17 +224,17 @@ def test_wrong_weights_are_named(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"backbone": "resnet20"}, "unknown backbone 'resnet20'; accepted are resnet18"),
+        ({"backbone": "resnet20"}, "backbone 'resnet20'.*resnet18"),
         ({"norm": "FBM"}, "unknown norm 'FBM'"),
-        ({"norm": ""}, "the backbone needs a norm"),
-        ({"bottleneck_stride": 1}, "bottleneck_stride must be '3x3' or '1x1', got 1"),
+        ({"norm": ""}, "norm .*backbone.*''"),
+        ({"bottleneck_stride": 1}, "bottleneck_stride .*'3x3'.*'1x1'.*1"),
         (
             {"backbone": "wide_resnet50_2", "backbone_options": {"res2_channels": 64}},
-            "wide_resnet50_2 has no stem_channels and res2_channels, but resnet18, resnet34",
+            "wide_resnet50_2 .*res2_channels.*resnet18, resnet34",
         ),
         ({"norm_fpn": "GN"}, "divisible|divide"),
-        ({"trainable_layers": 6}, "trainable_layers must be 0 to 5, got 6"),
-        ({"anchor_sizes": ((8,), (16,))}, "anchor_sizes takes one entry"),
+        ({"trainable_layers": 6}, "trainable_layers .*0.*5.*6"),
+        ({"anchor_sizes": ((8,), (16,))}, "anchor_sizes .*5 .*2"),
         ({"anchor_sizes": ((8,), (16,), (32,), (64,), (128, 256))}, "same number of anchors"),
     ],
 )

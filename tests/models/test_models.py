@@ -349,20 +349,20 @@ def test_dropout():
 
 
 @pytest.mark.parametrize(
-    ("make", "size", "sentence"),
+    ("make", "size", "words"),
     [
-        (LeNet5, (1, 30, 30), "LeNet5 takes images of 28x28 or 32x32 pixels, got 30x30"),
-        (AlexNet, (3, 227, 224), "AlexNet takes images of 227x227 pixels, got 227x224"),
-        (SigmoidMLP, (1, 32, 32), "SigmoidMLP takes images of 28x28 pixels, got 32x32"),
+        (LeNet5, (1, 30, 30), "LeNet5 .*28x28 or 32x32.*30x30"),
+        (AlexNet, (3, 227, 224), "AlexNet .*227x227.*227x224"),
+        (SigmoidMLP, (1, 32, 32), "SigmoidMLP .*28x28.*32x32"),
     ],
 )
-def test_images_of_another_size(make, size, sentence):
-    with torch.device("meta"), pytest.raises(ValueError, match=f"^{sentence}$"):
+def test_images_of_another_size(make, size, words):
+    with torch.device("meta"), pytest.raises(ValueError, match=words):
         make()(torch.zeros(1, *size))
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="norm_after takes conv1, conv2, fc1, fc2 or all, got 'fc3'"):
+    with pytest.raises(ValueError, match="norm_after .*conv1, conv2, fc1, fc2 or all.*'fc3'"):
         LeNet5(norm_after=["fc1", "fc3"])
     with pytest.raises(ValueError, match="did you mean 'FBN'"):
         AllCNN("FBM")

@@ -1,6 +1,7 @@
 """What the tests of all backends share: inputs whose mask does not hang on a rounding, a backend's whole run, and the
 measure of its error against the float64 reference."""
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,11 @@ from fbn_plugin.ops import reference
 from fbn_plugin.ops.reference import FilteredMoments, Options
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def examples(most: int) -> int:
+    """How many examples Hypothesis tries: ``most``, unless FBN_PLUGIN_TEST_EXAMPLES wants fewer."""
+    return min(most, int(os.environ.get("FBN_PLUGIN_TEST_EXAMPLES", most)))
 
 
 def batch(shape, dtype, channels_last, seed, t_sigma=2.0, num_groups=0, device="cpu"):

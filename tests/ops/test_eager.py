@@ -63,7 +63,7 @@ def test_torch_func_transforms_are_right_or_refused(num_groups):
     loss(*leaves).backward()
     for got, leaf in zip(torch.func.grad(loss, argnums=(0, 1))(x, weight), leaves):
         torch.testing.assert_close(got, leaf.grad)
-    with pytest.raises(ValueError, match="the exact gradient only, got grad_mode 'paper'"):
+    with pytest.raises(ValueError, match="exact.*grad_mode 'paper'"):
         torch.func.grad(lambda x: norm(x, None, None, num_groups, grad_mode="paper").sum())(x)
 
 

@@ -304,11 +304,11 @@ def test_a_cut_that_means_nothing_is_refused(t_sigma):
 
 def test_other_refusals():
     x = torch.randn(4, 6, 2, 2)
-    with pytest.raises(ValueError, match="grad_mode must be one of 'exact', 'paper', got 'true'"):
+    with pytest.raises(ValueError, match="grad_mode .*'exact', 'paper'.*'true'"):
         filtered_batch_norm(x, training=True, grad_mode="true")
-    with pytest.raises(ValueError, match="weight has 5 elements, but the input has 6 channels"):
+    with pytest.raises(ValueError, match="weight .*5 .*6 channels"):
         filtered_batch_norm(x, weight=torch.ones(5), training=True)
-    with pytest.raises(ValueError, match="got 4 groups for 6 channels"):
+    with pytest.raises(ValueError, match="4 groups .*6 channels"):
         filtered_group_norm(x, 4)
 
 
@@ -318,9 +318,9 @@ def test_parameters_of_another_length_are_refused(num_groups, dtype):
     x = torch.randn(2, 8, 4, 4, dtype=dtype)
     for name in ("weight", "bias"):
         parameters = {"weight": None, "bias": None, name: torch.ones(4, dtype=dtype)}
-        with pytest.raises(ValueError, match=f"{name} has 4 elements, but the input has 8 channels"):
+        with pytest.raises(ValueError, match=f"{name} .*4 .*8 channels"):
             norm(x, num_groups=num_groups, **parameters)
-    with pytest.raises(ValueError, match="weight has 4 elements"):
+    with pytest.raises(ValueError, match="weight .*4 "):
         options = num_groups, 2.0, 1e-5, False, "exact", "identity", 0.0
         torch.ops.fbn_plugin.filtered_norm(x, torch.ones(4), None, None, *options)
 
@@ -329,12 +329,12 @@ def test_parameters_of_another_length_are_refused(num_groups, dtype):
 def test_parameters_on_another_device_are_refused(num_groups):
     """The kernels would read them by address."""
     x = torch.randn(2, 8, 4, 4)
-    with pytest.raises(ValueError, match="weight is on meta, but the input is on cpu"):
+    with pytest.raises(ValueError, match="weight .*meta.*cpu"):
         norm(x, torch.ones(8, device="meta"), None, num_groups)
-    with pytest.raises(ValueError, match="bias is on meta, but the input is on cpu"):
+    with pytest.raises(ValueError, match="bias .*meta.*cpu"):
         norm(x, None, torch.ones(8, device="meta"), num_groups)
     running = torch.zeros(8, device="meta"), torch.ones(8, device="meta")
-    with pytest.raises(ValueError, match="running_mean is on meta, but the input is on cpu"):
+    with pytest.raises(ValueError, match="running_mean .*meta.*cpu"):
         filtered_batch_norm(x, *running, training=True)
 
 
@@ -446,8 +446,8 @@ def test_autocast_and_grad_scaler(dtype, kernels, fused, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"activation": "gelu"}, "activation must be one of 'identity', 'relu', 'leaky_relu', 'silu', got 'gelu'"),
-        ({"activation": "leaky_relu", "negative_slope": -0.1}, "negative_slope must not be below 0, got -0.1"),
+        ({"activation": "gelu"}, "activation .*'identity', 'relu', 'leaky_relu', 'silu'.*'gelu'"),
+        ({"activation": "leaky_relu", "negative_slope": -0.1}, "negative_slope .*-0.1"),
     ],
 )
 def test_refusals(options, message):

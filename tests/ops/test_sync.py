@@ -235,7 +235,7 @@ def test_large_mean_keeps_its_digits(group_of):
 def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="t_sigma must be a number greater than 1"):
         sync_filtered_batch_norm(torch.ones(2, 3), t_sigma=1.0)
-    with pytest.raises(ValueError, match="weight has 4 elements, but the input has 3 channels"):
+    with pytest.raises(ValueError, match="weight .*4 .*3 channels"):
         sync_filtered_batch_norm(torch.ones(2, 3), weight=torch.ones(4))
 
 

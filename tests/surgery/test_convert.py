@@ -114,7 +114,7 @@ def test_affine_in_the_spec_wins():
 
 def test_a_refusal_names_the_layer_and_leaves_the_model_alone():
     model = network()
-    with pytest.raises(ValueError, match="cannot convert '1' to FGN: .*32 groups for 8 channels"):
+    with pytest.raises(ValueError, match="'1' .*FGN.*32 groups .*8 channels"):
         convert_norm(model, "FGN")
     with pytest.raises(ValueError, match="unknown norm"):
         convert_norm(model, "FBM")
@@ -128,7 +128,7 @@ class Loud(nn.BatchNorm2d):
 
 def test_a_forward_of_its_own_is_left_with_a_warning_or_converted_as_it_says(monkeypatch):
     model = nn.Sequential(Loud(4), nn.BatchNorm2d(4))
-    with pytest.warns(UserWarning, match="1 norms are left as they are: no converter for Loud .*'0'"):
+    with pytest.warns(UserWarning, match="1 norms .*Loud .*'0'"):
         convert_norm(model, "FBN")
     assert type(model[0]) is Loud and isinstance(model[1], fbn_plugin.FilteredBatchNorm2d)
 
@@ -144,7 +144,7 @@ def test_a_forward_of_its_own_is_left_with_a_warning_or_converted_as_it_says(mon
 
 def test_a_model_without_norms_is_returned_as_it_is():
     model = nn.Linear(2, 2)
-    with pytest.warns(UserWarning, match="nothing was converted to FBN: the model has no batch normalization"):
+    with pytest.warns(UserWarning, match="FBN.*no batch normalization"):
         assert convert_norm(model, "FBN") is model
 
 
@@ -165,7 +165,7 @@ def test_norms_inside_of_a_norm_that_is_left_are_left():
             return super().forward(input) + self.auxiliary(input)
 
     model = nn.Sequential(Split(4), nn.BatchNorm2d(4))
-    with pytest.warns(UserWarning, match="1 norms are left as they are: no converter for Split"):
+    with pytest.warns(UserWarning, match="1 norms .*Split"):
         convert_norm(model, "FBN")
     assert type(model[0].auxiliary) is nn.BatchNorm2d
     assert type(model[1]) is fbn_plugin.FilteredBatchNorm2d
@@ -180,7 +180,7 @@ def test_conv_norm_in_and_out():
         assert model[1].kernel_sizes == ((2, 2), (2, 2)) and (model[1].eps, model[1].momentum) == (1e-3, None)
         convert_norm(model, "FBN")
     assert type(model[1]) is fbn_plugin.FilteredBatchNorm2d and model[1].weight is weight
-    with pytest.raises(ValueError, match="cannot convert '7' to ConvNorm: ConvNorm has no form for 1 spatial dim"):
+    with pytest.raises(ValueError, match="'7' .*ConvNorm .*1 spatial dim"):
         convert_norm(network(), "ConvNorm")
 
 
@@ -292,7 +292,7 @@ def test_a_layer_norm_of_the_last_dimension_is_left():
 
 
 def test_unknown_family():
-    with pytest.raises(ValueError, match="unknown family of norms 'FBN': accepted are BN, FrozenBN, GN, LN, IN, FRN"):
+    with pytest.raises(ValueError, match="'FBN'.*BN, FrozenBN, GN, LN, IN, FRN"):
         convert_norm(network(), "FBN", sources=["BN", "FBN"])
 
 
@@ -535,7 +535,7 @@ def test_convert_sync_reports_what_it_leaves_and_warns_of_local_moments():
         "it is fused with its activation: synchronize before fuse_norm_act",
         "no converter for a forward of its own",
     ]
-    with pytest.warns(UserWarning, match="nothing was synchronized: the model has no batch normalization"):
+    with pytest.warns(UserWarning, match="synchronized.*no batch normalization"):
         fbn_plugin.convert_sync(nn.Linear(2, 2))
 
 

@@ -141,7 +141,7 @@ def test_what_cannot_be():
         prepend_input_norm(prepend_input_norm(Net()))
     with pytest.raises(ValueError, match="^the Sequential has an input norm already$"):
         prepend_input_norm(prepend_input_norm(small_net()))
-    with pytest.raises(ValueError, match="^the Linear has no Conv2d that tells how many channels its images have$"):
+    with pytest.raises(ValueError, match="Linear .*Conv2d"):
         prepend_input_norm(nn.Linear(2, 2))
     for gamma in (0, 1.5, -0.1, float("nan")):
         model = small_net()

@@ -14,7 +14,6 @@ from fbn_plugin.engine.run.logging import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/train_classification.py"
-DATA = ROOT / "../shared/data"
 DIGITS = ["--config-file", ROOT / "configs/Digits/test_resnet_FBN.yaml"]
 QUICK = ["SOLVER.MAX_ITER", "3", "MODEL.NAME", "test_byobnet"]
 
@@ -144,10 +143,8 @@ def test_two_processes(tmp_path, main, capsys):
         ("TinyImageNet20/test_resnet_FBN.yaml", "tar", "tiny_imagenet_20class", "tiny_imagenet_20class"),
     ],
 )
-def test_real_data(tmp_path, main, capsys, monkeypatch, file, data, folder, title):
-    if not (DATA / folder).exists():
-        pytest.skip(f"{folder} is not there")
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(DATA))
+def test_real_data(tmp_path, main, capsys, monkeypatch, real_data, file, data, folder, title):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(real_data(folder).parent))
     few = ["SOLVER.IMS_PER_BATCH", 8, "DATALOADER.NUM_WORKERS", 0, "MODEL.NAME", "test_byobnet", "INPUT.SIZE", 32]
     source = ["DATASETS.NAME", data, "DATASETS.ROOT", folder]
     result = main("--config-file", ROOT / "configs" / file, *few, *source, "SOLVER.MAX_ITER", 2, "OUTPUT_DIR", tmp_path)

@@ -16,7 +16,6 @@ from fbn_plugin.engine.run.logging import read_metrics
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "train_detection.py"
-DATA = ROOT / "../shared/data"
 CONFIG = """
 MODEL:
   DEVICE: cpu
@@ -221,15 +220,15 @@ def test_keys_that_are_not_used_are_reported_in_one_line(main, arguments, capsys
     assert printed.err == "error: SOLVER.MAX_ITER must be above 0, not 0\n"
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the shared data sets are not here")
 @pytest.mark.parametrize(
     "name, classes, norm",
     [("fruits_nuts", 3, "BN"), ("dsb2018_nuclei_small", 1, "FBN"), ("coco2017_subset", 80, "FBN")],
 )
-def test_real_data(arguments, tmp_path, name, classes, norm):
+def test_real_data(arguments, tmp_path, real_data, name, classes, norm):
+    folder = real_data(name)
     options = {
-        "DATASETS.TRAIN": f"{DATA / name}:train",
-        "DATASETS.TEST": f"{DATA / name}:val" if name == "fruits_nuts" else "()",
+        "DATASETS.TRAIN": f"{folder}:train",
+        "DATASETS.TEST": f"{folder}:val" if name == "fruits_nuts" else "()",
         "MODEL.ROI_HEADS.NUM_CLASSES": classes,
         "MODEL.RESNETS.NORM": norm,
         "INPUT.MIN_SIZE_TRAIN": 128,

@@ -14,11 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
-from tiny_detectron2 import CONFIG, DATA, ROOT, TINY, TOOL, datasets, metrics, prepare, run_tool
+from tiny_detectron2 import CONFIG, ROOT, TINY, TOOL, datasets, metrics, prepare, run_tool
 
 import fbn_plugin
-
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA.name} next to the repository")
 
 
 def test_without_detectron2(tmp_path):
@@ -315,18 +313,18 @@ def test_odd_annotations(tool, folder):
     assert len(read(data, masks=False)[2]["annotations"]) == 3
 
 
-@needs_data
 @pytest.mark.detectron2
-@pytest.mark.parametrize("name", ["fruits_nuts:train", "dsb2018_nuclei_small:val", "coco2017_subset:val"])
-def test_records_are_detectron2s(tool, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name, split", [("fruits_nuts", "train"), ("dsb2018_nuclei_small", "val"), ("coco2017_subset", "val")]
+)
+def test_records_are_detectron2s(tool, real_data, name, split):
     """Where detectron2's own loader takes a file, it finds the same in it."""
     from detectron2.data.datasets import load_coco_json
 
     from fbn_plugin.engine.data.coco_data import resolve_dataset
     from fbn_plugin.engine.detectron2.data import records
 
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(DATA))
-    data = resolve_dataset(name)
+    data = resolve_dataset(f"{real_data(name)}:{split}")
     theirs = load_coco_json(str(data.json_file), str(data.image_root), dataset_name=f"loaded {name}")
     ours = sorted(records(data, masks=True), key=lambda record: record["image_id"])
     assert ours == theirs
@@ -433,12 +431,10 @@ def test_an_interrupted_checkpoint_leaves_the_last_one(tool, tmp_path, monkeypat
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@needs_data
 @pytest.mark.detectron2
-def test_real_photographs(tool, tmp_path, monkeypatch):
+def test_real_photographs(tool, tmp_path, real_data):
     """Annotations without "info", whose results pycocotools would not load as they are."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(DATA))
-    arguments = ["--config-file", CONFIG, *TINY, *datasets("fruits_nuts", 3), "SOLVER.MAX_ITER", 2]
+    arguments = ["--config-file", CONFIG, *TINY, *datasets(real_data("fruits_nuts"), 3), "SOLVER.MAX_ITER", 2]
     tool.main([str(each) for each in (*arguments, "OUTPUT_DIR", tmp_path)])
     assert {"bbox/AP", "bbox/AP-fig", "segm/AP", "segm/AP-date"} <= metrics(tmp_path)[-1].keys()
 

@@ -11,7 +11,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "train_net.py"
 CONFIG = ROOT / "configs" / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_FPN_FBN.yaml"
-DATA = ROOT.parent / "shared" / "data"
 
 # A model of a few thousand parameters, with every stage of the real one.
 TINY = shlex.split("""

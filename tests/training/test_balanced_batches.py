@@ -30,7 +30,7 @@ def labels_with(counts, seed=0):
 def test_every_batch_of_every_rank_is_balanced(counts, k, uneven, shuffle, seed, replicas):
     labels, step = labels_with(counts, seed), k * replicas
     if uneven == "drop" and min(counts) < step:
-        with pytest.raises(ValueError, match=f"class {np.argmin(counts)} has {min(counts)} images, but .* need {step}"):
+        with pytest.raises(ValueError, match=f"class {np.argmin(counts)} .*{min(counts)} images.*{step}"):
             BalancedBatchSampler(labels, k, uneven, num_replicas=replicas, rank=0)
         return
     length = min(counts) // step if uneven == "drop" else -(-max(counts) // step)
@@ -133,15 +133,15 @@ def test_processes_are_those_of_torch_distributed(monkeypatch):
         ([0, 1, -1], {}, "must not be negative, got -1 at position 2"),
         ([0, 2, 2], {}, "class 1 has no image"),
         ([0, 1], {"num_classes": 3}, "class 2 has no image"),
-        ([0, 1, 2], {"num_classes": 2}, "below num_classes 2, got 2"),
-        ([0, 10**15], {}, "2 labels cannot have an image of every class up to 1000000000000000"),
-        (Pictures([0, 1]), {}, "the dataset has 6 images, but 2 targets"),
-        (TensorDataset(torch.zeros(2)), {}, "TensorDataset has neither 'targets' nor 'labels'"),
-        ([0, 1], {"images_per_class": 0}, "images_per_class must be an integer of at least 1, got 0"),
-        ([0, 1], {"images_per_class": 1.5}, "images_per_class must be an integer of at least 1, got 1.5"),
-        ([0, 1], {"seed": -1}, "seed must be an integer of at least 0, got -1"),
-        ([0, 1], {"num_replicas": 2, "rank": 2}, "rank must be below num_replicas 2, got 2"),
-        ([0, 1], {"uneven": "repeat"}, "uneven must be 'drop' or 'cycle', got 'repeat'"),
+        ([0, 1, 2], {"num_classes": 2}, "num_classes 2.*2"),
+        ([0, 10**15], {}, "2 labels .*1000000000000000"),
+        (Pictures([0, 1]), {}, "6 images.*2 targets"),
+        (TensorDataset(torch.zeros(2)), {}, "TensorDataset .*'targets'.*'labels'"),
+        ([0, 1], {"images_per_class": 0}, "images_per_class .*integer.*1.*0"),
+        ([0, 1], {"images_per_class": 1.5}, "images_per_class .*integer.*1.*1.5"),
+        ([0, 1], {"seed": -1}, "seed .*integer.*0.*-1"),
+        ([0, 1], {"num_replicas": 2, "rank": 2}, "rank .*num_replicas 2.*2"),
+        ([0, 1], {"uneven": "repeat"}, "uneven .*'drop'.*'cycle'.*'repeat'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -248,11 +248,11 @@ def test_the_first_prediction_of_a_repeated_image_counts():
 
 def test_labels_of_the_wrong_length():
     model, dataset = Guesser(), OneHot(TARGETS)
-    with pytest.raises(ValueError, match="the dataset has 20 images, but there are 19 labels"):
+    with pytest.raises(ValueError, match="20 images.*19 labels"):
         evaluate_balanced(model, dataset, TARGETS[:19])
-    with pytest.raises(ValueError, match="the dataset has 20 images, but there are 19 labels"):
+    with pytest.raises(ValueError, match="20 images.*19 labels"):
         self_label(model, dataset, TARGETS[:19])
-    with pytest.raises(ValueError, match=r"20 predictions, but labels of shape \(19,\)"):
+    with pytest.raises(ValueError, match=r"20 predictions.*\(19,\)"):
         self_label(model, dataset, TARGETS, labels=TARGETS[:19])
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         self_label(model, dataset, TARGETS, rounds=0)

@@ -249,11 +249,11 @@ def test_empty_inputs_of_a_norm_are_no_batches(exact):
 @pytest.mark.parametrize("exact", [False, True])
 def test_bad_input_gets_one_sentence(exact):
     norm = nn.BatchNorm2d(3).double()
-    with pytest.raises(ValueError, match="no value reached any of the 1 batch norms: is the loader empty"):
+    with pytest.raises(ValueError, match="1 batch norms.*loader"):
         update_population_stats(norm, [], exact=exact)
-    with pytest.raises(ValueError, match="no batch norm in training mode .*call model.train"):
+    with pytest.raises(ValueError, match="training mode.*model.train"):
         update_population_stats(copy.deepcopy(norm).eval(), batches(4), exact=exact)
-    with pytest.raises(ValueError, match="num_batches must be at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="num_batches .*1.*None.*0"):
         update_population_stats(norm, batches(4), num_batches=0, exact=exact)
     if exact:
         with pytest.raises(ValueError, match="give a loader, not an iterator"):
@@ -270,7 +270,7 @@ def test_a_norm_with_moments_of_its_own():
     update_population_stats(norm, loader)
     torch.testing.assert_close(norm.running_mean, 2 * torch.cat(loader).mean((0, 2, 3)))
     torch.testing.assert_close(norm.running_var, torch.full((3,), 1.25, dtype=torch.float64))
-    with pytest.raises(ValueError, match="plain and filtered batch norms, '' is a Doubled"):
+    with pytest.raises(ValueError, match="'' .*Doubled"):
         update_population_stats(norm, loader, exact=True)
 
 

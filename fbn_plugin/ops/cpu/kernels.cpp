@@ -23,8 +23,12 @@ struct Shape {
 };
 
 struct Options {
-    double t_sigma, eps, kappa;
-    int32_t channels_last, bfloat16, paper, threads;
+    double t_sigma, eps;
+    double kappa;           // variance of a unit normal that is cut off at t_sigma, for the Gaussian correction; else 1
+    int32_t channels_last;  // a tensor is (n, s, c) in memory; 0: (n, c, s)
+    int32_t bfloat16;       // a tensor's values are bfloat16; 0: float32
+    int32_t paper;          // the gradient as it is printed, Eq. 11; 0: the exact one
+    int32_t threads;
 };
 
 struct Moments {  // one entry for each set
@@ -125,9 +129,16 @@ const char* fbn_instruction_set() {
     return names[instruction_set()];
 }
 
-// `moments` are five arrays, one after the other. Running statistics may be null; a channel whose moments are not
-// finite keeps its own. `num_batches`, which may be null as well, counts the batches; where momentum is NaN the running
-// statistics are the average of all that it counts.
+// Output, moments and running statistics (Eq. 2-8). All arrays are dense; those that may be null are said to.
+//
+//   x             (n, c, s) or (n, s, c), read
+//   y             like x, written
+//   weight, bias  (c), or null: 1 and 0
+//   moments       (5, sets), written: mean, variance, lower and upper edge of the band, number of values in it; the sets
+//                 are the c channels, or in the group form n * groups, those of a sample one after the other
+//   running_mean, running_var  (c), or null; a channel whose moments are not finite keeps its own; batch form only
+//   momentum      NaN: the running statistics are the average of all batches that num_batches counts
+//   num_batches   one number, counted up; or null
 void fbn_forward(const Shape* d, const Options* o, const void* x, void* y, const float* weight, const float* bias,
                  float* moments, float* running_mean, float* running_var, double momentum, int64_t* num_batches) {
     const Moments m(*d, moments);
@@ -143,6 +154,14 @@ void fbn_forward(const Shape* d, const Options* o, const void* x, void* y, const
     }
 }
 
+// Gradients of the input and, summed over all samples and positions, of weight and bias.
+//
+//   g          like x, read: the gradient of y
+//   x          (n, c, s) or (n, s, c), read
+//   dx         like x, written
+//   weight     (c), or null: 1
+//   moments    (5, sets), as fbn_forward wrote them
+//   d_weight, d_bias  (c), written, with or without a weight
 void fbn_backward(const Shape* d, const Options* o, const void* g, const void* x, void* dx, const float* weight,
                   float* moments, float* d_weight, float* d_bias) {
     DISPATCH(backward(*d, *o, g, x, dx, weight, Moments(*d, moments), d_weight, d_bias));

@@ -13,6 +13,10 @@
 // thousand values (a "tile"): a tile that lies within the band has its sums already, and only the others are read a
 // second time, through the mask.
 //
+// The arguments of forward and backward, below and in each file, are those of fbn_forward and fbn_backward in kernels.cpp,
+// where their shapes are: x, y, g, dx a tensor; weight, bias, d_weight, d_bias (c); moments (5, sets). WHOLE says that a
+// run of values is a vector long at least, PAPER which gradient it is.
+//
 // Squares of float32 overflow where values lie more than 1.8e19 apart (the moments are NaN then), and vanish where they
 // differ by less than 1e-23: without eps, such a set has no deviation.
 

@@ -242,49 +242,18 @@ def forward(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`fbn_plugin.ops.reference.forward`, for what :func:`refuses` does not refuse: three launches."""
-    plan, kernels = _plan(x, options.num_groups), load_kernels()
-    sums = plan.moments
-    y, moments = torch.empty_like(x), x.new_empty((5, *plan.stats), dtype=torch.float32)
-    workspace, counters = _workspace(x, plan), _counters(x, sums.counters)
+    plan, y = _plan(x, options.num_groups), torch.empty_like(x)
     residual = None if residual is None else _like(x, residual)
-    running_mean, running_var, momentum, num_batches = running or (None,) * 4
     with torch.cuda.device_of(x):
-        kernels.measure[plan.grid](
-            x,
-            workspace,
-            counters,
-            moments,
-            plan.set_units,
-            options.t_sigma,
-            options.eps,
-            *plan.sizes,
-            WRITES="band edges",
-            **sums.options,
-            **plan.tiling,
-        )
-        kernels.measure_kept[plan.grid](
-            x,
-            workspace,
-            counters,
-            moments,
-            running_mean,
-            running_var,
-            num_batches,
-            momentum,
-            _kappa(options),
-            plan.set_units,
-            *plan.sizes,
-            **sums.options,
-            **plan.tiling,
-        )
-        kernels.normalize[plan.grid](
+        moments = _measure_moments(plan, x, running, options)
+        load_kernels().normalize[plan.grid](
             x,
             y,
             residual,
             moments,
             _dense(weight),
             _dense(bias),
-            num_batches,
+            None if running is None else running.num_batches,
             plan.channels,
             plan.set_units,
             options.eps,
@@ -295,6 +264,43 @@ def forward(
         )
     _tell_autograd(running)
     return y, moments
+
+
+def _measure_moments(plan: _Plan, x: Tensor, running: RunningStats | None, options: Options) -> Tensor:
+    """The first two launches: moments, (5, *sets), and the running statistics, but for the counter of batches."""
+    sums, kernels = plan.moments, load_kernels()
+    moments = x.new_empty((5, *plan.stats), dtype=torch.float32)
+    workspace, counters = _workspace(x, plan), _counters(x, sums.counters)
+    running_mean, running_var, momentum, num_batches = running or (None,) * 4
+    kernels.measure[plan.grid](
+        x,
+        workspace,
+        counters,
+        moments,
+        plan.set_units,
+        options.t_sigma,
+        options.eps,
+        *plan.sizes,
+        WRITES="band edges",
+        **sums.options,
+        **plan.tiling,
+    )
+    kernels.measure_kept[plan.grid](
+        x,
+        workspace,
+        counters,
+        moments,
+        running_mean,
+        running_var,
+        num_batches,
+        momentum,
+        _kappa(options),
+        plan.set_units,
+        *plan.sizes,
+        **sums.options,
+        **plan.tiling,
+    )
+    return moments
 
 
 def _workspace(x: Tensor, plan: _Plan) -> Tensor:

@@ -30,6 +30,29 @@ than values.) The last to arrive leaves the counter at zero, as it found it.
 tiles are put together by means and deviations, as Chan, Golub and LeVeque do ("Updating Formulae and a Pairwise
 Algorithm for Computing Sample Variances", 1979). No value of the input has to be near the mean for that, as a shift
 for all tiles would have to be. A mean in a slot is two float32, its rounding and the rest.
+
+**Arguments.** Pointers have their shape beside them; ``C`` is ``channels``, and slots, chunks, units and sets are those
+of above. All else are whole numbers, or compile-time constants in capitals, which mean the same in every launch:
+
+==============================  ========================================================================================
+``rows, cols``                  of a block
+``tiles_a, tiles_b``            tiles of a block along its rows and along its columns; the grid is ``(blocks * tiles_a *
+                                tiles_b,)``
+``block_stride, row_stride``    values from a block to the next, and from a row to the next; columns have stride 1
+``set_units``                   units of a set: 1 in the batch form, ``C / num_groups`` in the group form
+``samples``                     N in the group form, 1 in the batch form
+``A, B, STEPS``                 a tile, as above; A and B are powers of two
+``REDUCED``                     the axes that sums go along, as above
+``VECTOR``                      values that a thread reads at once: ``cols`` and both strides are multiples of it
+``JOINT``                       whether a set is made of several lanes' slots
+``CHUNK``                       tiles of a chunk; 0 adds up in one stage
+``CHUNK_ENTRIES``               entries that the last program of a chunk holds at a time
+``ENTRIES, LANES``              entries, and lanes of each, that the last program of a family holds at a time
+``SET_ENTRIES, SETS``           units, and sets, that it holds at a time when units become sets
+==============================  ========================================================================================
+
+``kappa`` is the variance of a unit normal that is cut off at t_sigma, or 1; ``momentum`` is a number, or None for the
+average of all batches.
 """
 
 import triton
@@ -161,7 +184,10 @@ def _lanes_of_sums(ia, ib, rows, cols, tiles_a, tiles_b, REDUCED: tl.constexpr):
 
 
 @triton.jit
-def _is_last(counter_ptr, arrivals):
+def _is_last(
+    counter_ptr,  # (), int32
+    arrivals,
+):
     """Whether this is the last of so many programs to come here; then it sees what all of them have stored."""
     tl.debug_barrier()  # every thread has stored before one of them says so
     last = arrivals == 1
@@ -186,8 +212,16 @@ def _family(block, across, of, entries, chunks, JOINT: tl.constexpr):
 
 
 @triton.jit
-def _store_moments(slots_ptr, slots, slot, exists, count, mean, squares):
-    """Count, mean and sum of squared deviations, into rows 0 to 3 of ``slots_ptr``, (4, slots)."""
+def _store_moments(
+    slots_ptr,  # (4, slots)
+    slots,
+    slot,
+    exists,
+    count,
+    mean,
+    squares,
+):
+    """Count, mean (as two numbers) and sum of squared deviations, each of the shape of ``slot``, into rows 0 to 3."""
     high = mean.to(tl.float32)
     tl.store(slots_ptr + slot, count.to(tl.float32), mask=exists)
     tl.store(slots_ptr + slots + slot, high, mask=exists)
@@ -250,8 +284,8 @@ def _tile_moments(v, kept, REDUCED: tl.constexpr):
 
 @triton.jit
 def _arrive_with_moments(
-    workspace_ptr,
-    counters_ptr,
+    workspace_ptr,  # (6, slots); (4, chunks)
+    counters_ptr,  # (families + chunks,) int32
     block,
     entry,
     entries,
@@ -287,12 +321,34 @@ def _arrive_with_moments(
 
 
 @triton.jit
+def _add_moments_of_units(
+    slots_ptr,  # (4, slots)
+    units_ptr,  # (4, units), written
+    slots,
+    units,
+    block,
+    entries,
+    width,
+    ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The moments of a block's units, from those of their entries."""
+    for start in range(0, width, LANES):
+        unit = start + tl.arange(0, LANES).to(tl.int64)
+        there = unit < width
+        n, m, q = _add_moments(
+            slots_ptr, slots, block * entries * width, entries, width, 1, unit, there, ENTRIES, LANES
+        )
+        _store_moments(units_ptr, units, block * width + unit, there, n, m, q)
+
+
+@triton.jit
 def _finish_moments(
-    workspace_ptr,
-    moments_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    num_batches_ptr,
+    workspace_ptr,  # (6, slots); (4, chunks); (4, units)
+    moments_ptr,  # (5, sets)
+    running_mean_ptr,  # (C,) or None
+    running_var_ptr,  # (C,) or None
+    num_batches_ptr,  # () or None
     momentum,
     kappa,
     t_sigma,
@@ -323,13 +379,7 @@ def _finish_moments(
         units_ptr, units = at, blocks * width
         if entries > 1:
             units_ptr += (6 if CHUNK == 0 else 4) * rows
-            for start in range(0, width, LANES):
-                unit = start + tl.arange(0, LANES).to(tl.int64)
-                there = unit < width
-                n, m, q = _add_moments(
-                    at, rows, block * entries * width, entries, width, 1, unit, there, ENTRIES, LANES
-                )
-                _store_moments(units_ptr, units, block * width + unit, there, n, m, q)
+            _add_moments_of_units(at, units_ptr, rows, units, block, entries, width, ENTRIES, LANES)
             tl.debug_barrier()
         sets = width // set_units
         for start in range(0, sets, SETS):
@@ -339,49 +389,23 @@ def _finish_moments(
                 units_ptr, units, block * width, set_units, 1, set_units, s, inside, SET_ENTRIES, SETS
             )
             _write_moments(
-                moments_ptr,
-                running_mean_ptr,
-                running_var_ptr,
-                num_batches_ptr,
-                momentum,
-                kappa,
-                t_sigma,
-                eps,
-                blocks * sets,
-                block * sets + s,
-                inside,
-                n,
-                m,
-                q,
-                WRITES,
-            )
+                moments_ptr, running_mean_ptr, running_var_ptr, num_batches_ptr, momentum, kappa, t_sigma, eps,
+                blocks * sets, block * sets + s, inside, n, m, q, WRITES,
+            )  # fmt: skip
     else:
         n, m, q = _add_moments(at, rows, block * entries * width, entries, width, 1, lane, exists, ENTRIES, LANES)
         _write_moments(
-            moments_ptr,
-            running_mean_ptr,
-            running_var_ptr,
-            num_batches_ptr,
-            momentum,
-            kappa,
-            t_sigma,
-            eps,
-            blocks * width,
-            block * width + lane,
-            exists,
-            n,
-            m,
-            q,
-            WRITES,
-        )
+            moments_ptr, running_mean_ptr, running_var_ptr, num_batches_ptr, momentum, kappa, t_sigma, eps,
+            blocks * width, block * width + lane, exists, n, m, q, WRITES,
+        )  # fmt: skip
 
 
 @triton.jit
 def _write_moments(
-    moments_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    num_batches_ptr,
+    moments_ptr,  # (5, sets)
+    running_mean_ptr,  # (C,) or None
+    running_var_ptr,  # (C,) or None
+    num_batches_ptr,  # () or None
     momentum,
     kappa,
     t_sigma,
@@ -394,7 +418,7 @@ def _write_moments(
     squares,
     WRITES: tl.constexpr,
 ):
-    """The rows of ``moments_ptr``, (5, sets), that are known now, and the running statistics."""
+    """The rows of the moments that are known now, of the sets ``s``, and the running statistics."""
     mean = tl.where(count > 0, mean, float("nan"))
     var = squares / count
     if WRITES == "band edges":  # Eq. 2-5
@@ -415,8 +439,18 @@ def _write_moments(
 
 
 @triton.jit
-def _update(running_mean_ptr, running_var_ptr, num_batches_ptr, momentum, s, exists, mean, var, count):
-    """Moves running averages to a mean and the unbiased variance, in double, where both are finite."""
+def _update(
+    running_mean_ptr,  # (C,)
+    running_var_ptr,  # (C,)
+    num_batches_ptr,  # (), read where momentum is None
+    momentum,
+    s,
+    exists,
+    mean,
+    var,
+    count,
+):
+    """Moves running statistics to a mean and the unbiased variance, in double, where both are finite."""
     weight = tl.zeros_like(mean) + 1
     if momentum is not None:
         weight *= momentum
@@ -572,7 +606,17 @@ def _sets(block, rows, cols, tiles_a, tiles_b, set_units, REDUCED: tl.constexpr)
 
 
 @triton.jit
-def _affine(moments_ptr, sets, weight_ptr, bias_ptr, s, channel, exists, eps, REDUCED: tl.constexpr):
+def _affine(
+    moments_ptr,  # (5, sets)
+    sets,
+    weight_ptr,  # (C,) or None
+    bias_ptr,  # (C,) or None
+    s,
+    channel,
+    exists,
+    eps,
+    REDUCED: tl.constexpr,
+):
     """What normalizes a lane: mean, inverse deviation, weight and bias."""
     m = tl.load(moments_ptr + s, mask=exists, other=0.0)
     r = tl.rsqrt(tl.load(moments_ptr + sets + s, mask=exists, other=1.0) + eps)
@@ -585,7 +629,12 @@ def _affine(moments_ptr, sets, weight_ptr, bias_ptr, s, channel, exists, eps, RE
 
 
 @triton.jit
-def _of_set(ptr, s, exists, REDUCED: tl.constexpr):
+def _of_set(
+    ptr,  # (sets,)
+    s,
+    exists,
+    REDUCED: tl.constexpr,
+):
     return _spread(tl.load(ptr + s, mask=exists, other=0.0), REDUCED)
 
 
@@ -665,7 +714,16 @@ def update_running_stats(
 
 @triton.jit
 def _gradient(
-    g, offsets, inside, xhat, w, b, other_ptr, negative_slope, ACTIVATION: tl.constexpr, OUTPUT: tl.constexpr
+    g,
+    offsets,
+    inside,
+    xhat,
+    w,
+    b,
+    other_ptr,  # like the input, or None
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    OUTPUT: tl.constexpr,
 ):
     """The gradient before the activation. ``other_ptr`` is the output (``OUTPUT``, whose sign tells enough), the
     residual, or None."""
@@ -691,7 +749,7 @@ def _add_gradients(
     slots_ptr,  # (2, slots)
     slots,
     first,
-    weight_ptr,  # that of the first entry of lane 0, or None
+    weight_ptr,  # (C,), from the weight of lane 0's first entry on, or None
     entries,
     entry_stride,
     lane_stride,
@@ -718,15 +776,146 @@ def _add_gradients(
 
 
 @triton.jit
-def _store_gradients(slots_ptr, slots, slot, exists, product, total):
+def _store_gradients(
+    slots_ptr,  # (2, slots)
+    slots,
+    slot,
+    exists,
+    product,
+    total,
+):
     tl.store(slots_ptr + slot, product.to(tl.float32), mask=exists)
     tl.store(slots_ptr + slots + slot, total.to(tl.float32), mask=exists)
 
 
 @triton.jit
-def _write_coefficients(coefficients_ptr, moments_ptr, sets, s, exists, kappa, product, total):
+def _write_coefficients(
+    coefficients_ptr,  # (2, sets)
+    moments_ptr,  # (5, sets)
+    sets,
+    s,
+    exists,
+    kappa,
+    product,
+    total,
+):
+    """What :func:`input_gradient` subtracts, of the sets ``s``, from their sums times the weight."""
     count = tl.load(moments_ptr + 4 * sets + s, mask=exists, other=1.0).to(tl.float64)
     _store_gradients(coefficients_ptr, sets, s, exists, product / kappa / count, total / count)
+
+
+@triton.jit
+def _arrive_with_gradients(
+    slots_ptr,  # (2, slots); (2, chunks)
+    counters_ptr,  # (families + chunks,) int32
+    block,
+    entry,
+    entries,
+    width,
+    across,
+    of,
+    lane,
+    exists,
+    blocks,
+    JOINT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNK_ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """True in the last program of a family, before which the chunks are added up."""
+    if CHUNK == 0:
+        family, arrivals = _family(block, across, of, entries, entries, JOINT)
+        last = _is_last(counters_ptr + family, arrivals)
+    else:
+        slots, chunks = blocks * entries * width, (entries + CHUNK - 1) // CHUNK
+        family, arrivals = _family(block, across, of, entries, chunks, JOINT)
+        families, _ = _family(blocks, across * 0, of, entries, chunks, JOINT)
+        chunk = entry // CHUNK
+        tiles = tl.minimum(entries - chunk * CHUNK, CHUNK)
+        last = _is_last(counters_ptr + families + (block * chunks + chunk) * of + across, tiles)
+        if last:
+            first = (block * entries + chunk * CHUNK) * width
+            p, t = _add_gradients(slots_ptr, slots, first, None, tiles, width, 1, lane, exists, CHUNK_ENTRIES, LANES)
+            slot = (block * chunks + chunk) * width + lane
+            _store_gradients(slots_ptr + 2 * slots, blocks * chunks * width, slot, exists, p, t)
+            last = _is_last(counters_ptr + family, arrivals)
+    return last
+
+
+@triton.jit
+def _finish_gradients_of_units(
+    slots_ptr,  # (2, slots)
+    units_ptr,  # (2, units), written
+    coefficients_ptr,  # (2, sets), written
+    moments_ptr,  # (5, sets)
+    weight_ptr,  # (C,) or None
+    channels,
+    set_units,
+    kappa,
+    block,
+    entries,
+    width,
+    slots,
+    units,
+    sets,
+    ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+    SET_ENTRIES: tl.constexpr,
+    SETS: tl.constexpr,
+):
+    """What the last program of a family does where several lanes are a set: first the units, which
+    :func:`input_gradient` wants too, then the sets."""
+    for start in range(0, width, LANES):
+        unit = start + tl.arange(0, LANES).to(tl.int64)
+        there = unit < width
+        p, t = _add_gradients(
+            slots_ptr, slots, block * entries * width, None, entries, width, 1, unit, there, ENTRIES, LANES
+        )
+        _store_gradients(units_ptr, units, block * width + unit, there, p, t)
+    tl.debug_barrier()
+    block_sets = width // set_units
+    weights_ptr = weight_ptr
+    if weight_ptr is not None:
+        weights_ptr = weight_ptr + block % (channels // width) * width
+    for start in range(0, block_sets, SETS):
+        one = start + tl.arange(0, SETS).to(tl.int64)
+        there = one < block_sets
+        p, t = _add_gradients(
+            units_ptr, units, block * width, weights_ptr, set_units, 1, set_units, one, there, SET_ENTRIES, SETS
+        )
+        _write_coefficients(coefficients_ptr, moments_ptr, sets, block * block_sets + one, there, kappa, p, t)
+
+
+@triton.jit
+def _finish_gradients_of_lanes(
+    slots_ptr,  # (2, slots)
+    parameters_ptr,  # (2, C), written
+    coefficients_ptr,  # (2, sets), written
+    moments_ptr,  # (5, sets)
+    weight_ptr,  # (C,) or None
+    kappa,
+    block,
+    entries,
+    width,
+    slots,
+    units,
+    sets,
+    lane,
+    s,
+    channel,
+    exists,
+    ENTRIES: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """What the last program of a family does where each lane is a set, and a channel."""
+    p, t = _add_gradients(
+        slots_ptr, slots, block * entries * width, None, entries, width, 1, lane, exists, ENTRIES, LANES
+    )
+    _store_gradients(parameters_ptr, units, channel, exists, p, t)
+    if weight_ptr is not None:
+        each = tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float64)
+        p, t = p * each, t * each
+    _write_coefficients(coefficients_ptr, moments_ptr, sets, s, exists, kappa, p, t)
 
 
 @triton.jit(do_not_specialize=_sizes)
@@ -803,62 +992,25 @@ def measure_gradient(
     if JOINT:
         at += 2 * units
     _store_gradients(at, slots, slot, exists, _sum(product, REDUCED), _sum(total, REDUCED))
-    TILE_LANES: tl.constexpr = B if REDUCED == 0 else A if REDUCED == 1 else 1
-    if CHUNK == 0:
-        family, arrivals = _family(block, across, of, entries, entries, JOINT)
-        last = _is_last(counters_ptr + family, arrivals)
-    else:
-        chunks = (entries + CHUNK - 1) // CHUNK
-        family, arrivals = _family(block, across, of, entries, chunks, JOINT)
-        families, _ = _family(blocks, across * 0, of, entries, chunks, JOINT)
-        chunk = entry // CHUNK
-        tiles = tl.minimum(entries - chunk * CHUNK, CHUNK)
-        last = _is_last(counters_ptr + families + (block * chunks + chunk) * of + across, tiles)
-        if last:
-            first = (block * entries + chunk * CHUNK) * width
-            p, t = _add_gradients(at, slots, first, None, tiles, width, 1, lane, exists, CHUNK_ENTRIES, TILE_LANES)
-            chunk_slot = (block * chunks + chunk) * width + lane
-            _store_gradients(at + 2 * slots, blocks * chunks * width, chunk_slot, exists, p, t)
-            last = _is_last(counters_ptr + family, arrivals)
+    last = _arrive_with_gradients(
+        at, counters_ptr, block, entry, entries, width, across, of, lane, exists, blocks, JOINT, CHUNK, CHUNK_ENTRIES,
+        B if REDUCED == 0 else A if REDUCED == 1 else 1,
+    )  # fmt: skip
+    if CHUNK > 0:
         at += 2 * slots
-        entries, slots = chunks, blocks * chunks * width
+        entries = (entries + CHUNK - 1) // CHUNK
+        slots = blocks * entries * width
     if last:
-        first = block * entries * width
-        if JOINT:  # several lanes are a set: first the units, which input_gradient() wants too, then the sets
-            for start in range(0, width, LANES):
-                unit = start + tl.arange(0, LANES).to(tl.int64)
-                there = unit < width
-                p, t = _add_gradients(at, slots, first, None, entries, width, 1, unit, there, ENTRIES, LANES)
-                _store_gradients(units_ptr, units, block * width + unit, there, p, t)
-            tl.debug_barrier()
-            block_sets = width // set_units
-            weights_ptr = weight_ptr
-            if weight_ptr is not None:
-                weights_ptr = weight_ptr + block % (channels // width) * width
-            for start in range(0, block_sets, SETS):
-                one = start + tl.arange(0, SETS).to(tl.int64)
-                there = one < block_sets
-                p, t = _add_gradients(
-                    units_ptr,
-                    units,
-                    block * width,
-                    weights_ptr,
-                    set_units,
-                    1,
-                    set_units,
-                    one,
-                    there,
-                    SET_ENTRIES,
-                    SETS,
-                )
-                _write_coefficients(workspace_ptr, moments_ptr, sets, block * block_sets + one, there, kappa, p, t)
+        if JOINT:
+            _finish_gradients_of_units(
+                at, units_ptr, workspace_ptr, moments_ptr, weight_ptr, channels, set_units, kappa, block, entries,
+                width, slots, units, sets, ENTRIES, LANES, SET_ENTRIES, SETS,
+            )  # fmt: skip
         else:
-            p, t = _add_gradients(at, slots, first, None, entries, width, 1, lane, exists, ENTRIES, LANES)
-            _store_gradients(parameters_ptr, units, channel, exists, p, t)
-            if weight_ptr is not None:
-                each = tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float64)
-                p, t = p * each, t * each
-            _write_coefficients(workspace_ptr, moments_ptr, sets, s, exists, kappa, p, t)
+            _finish_gradients_of_lanes(
+                at, parameters_ptr, workspace_ptr, moments_ptr, weight_ptr, kappa, block, entries, width, slots, units,
+                sets, lane, s, channel, exists, ENTRIES, LANES,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_sizes)

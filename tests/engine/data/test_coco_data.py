@@ -16,8 +16,6 @@ from fbn_plugin.engine.run.cli import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DATA = Path(__file__).parents[3] / "../shared/data"
-
 
 @pytest.fixture
 def copy(shapes, tmp_path):
@@ -273,18 +271,17 @@ def test_images_that_cannot_be_used_are_named(copy):
     fails("is not there")
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the shared data sets are not here")
 @pytest.mark.parametrize(
-    "name, images, usable, classes",
+    "name, split, images, usable, classes",
     [
-        ("fruits_nuts:train", 12, 12, 3),
-        ("fruits_nuts:trainval", 18, 18, 3),
-        ("dsb2018_nuclei_small:val", 108, 108, 1),
-        ("coco2017_subset:train", 192, 190, 80),
+        ("fruits_nuts", "train", 12, 12, 3),
+        ("fruits_nuts", "trainval", 18, 18, 3),
+        ("dsb2018_nuclei_small", "val", 108, 108, 1),
+        ("coco2017_subset", "train", 192, 190, 80),
     ],
 )
-def test_real_sets(name, images, usable, classes):
-    data = resolve_dataset(f"{DATA}/{name}")
+def test_real_sets(real_data, name, split, images, usable, classes):
+    data = resolve_dataset(f"{real_data(name)}:{split}")
     assert (len(data.images), len(data.class_names)) == (images, classes)
     samples = SeededDataset(CocoDetection([data], Augmentation((128, 160), 256), filter_empty=True), seed=0)
     assert len(samples) == usable

@@ -18,8 +18,6 @@ from PIL import Image
 from fbn_plugin.engine.data.image_data import Images, find_root, load_image_data, read_idx
 from fbn_plugin.engine.run.cli import UserError
 
-DATA = Path(__file__).parents[3] / "../shared/data"
-
 
 def idx_bytes(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
@@ -259,18 +257,16 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
         Images([(b"no image", 3)])[0]
 
 
-@pytest.mark.skipif(not (DATA / "mnist").exists(), reason="MNIST is not there")
-def test_real_mnist():
-    data = load_image_data("mnist", str(DATA / "mnist"), "L")
+def test_real_mnist(real_data):
+    data = load_image_data("mnist", str(real_data("mnist")), "L")
     assert (len(data.train), len(data.val)) == (60000, 10000)
     images, labels = zip(*data.val.samples)
     assert [label for _, label in data.train.samples[:5]] == [5, 0, 4, 1, 9] and labels[:4] == (7, 2, 1, 0)
     assert hashlib.md5(idx_bytes(np.stack(images))).hexdigest() == "2646ac647ad5339dbf082846283269ea"
 
 
-@pytest.mark.skipif(not (DATA / "cifar10_jpeg").exists(), reason="CIFAR-10 (JPEG) is not there")
-def test_real_cifar10_jpeg():
-    data = load_image_data("cifar10_jpeg", str(DATA / "cifar10_jpeg"))
+def test_real_cifar10_jpeg(real_data):
+    data = load_image_data("cifar10_jpeg", str(real_data("cifar10_jpeg")))
     assert data.title == "CIFAR-10 (JPEG)" and data.classes[:2] == ("airplane", "automobile")
     assert np.bincount([label for _, label in data.train.samples]).tolist() == [5000] * 10
     assert np.bincount([label for _, label in data.val.samples]).tolist() == [1000] * 10
@@ -278,9 +274,8 @@ def test_real_cifar10_jpeg():
     assert image.size == (32, 32) and image.mode == "RGB" and label == 9
 
 
-@pytest.mark.skipif(not (DATA / "tiny_imagenet_20class").exists(), reason="tiny ImageNet is not there")
-def test_real_tiny_imagenet():
-    data = load_image_data("tar", str(DATA / "tiny_imagenet_20class"))
+def test_real_tiny_imagenet(real_data):
+    data = load_image_data("tar", str(real_data("tiny_imagenet_20class")))
     assert (len(data.train), len(data.val), len(data.classes)) == (10000, 1000, 20)
     assert data.classes == tuple(sorted(data.classes)) and data.classes[0] == "n01443537"
     image, label = data.val[999]

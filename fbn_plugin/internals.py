@@ -1,0 +1,137 @@
+"""All that this package uses of other packages and that they do not promise to keep: names that are not public, and
+public ones that :func:`fbn_plugin.register` or a subclass puts its own in the place of. Only ``ops/eager.py`` has a
+list of its own, of names that it can do without.
+
+A release that drops a name is noticed here, at import, by a sentence that says which name, and which versions have it.
+"""
+
+import importlib
+import importlib.metadata
+import warnings
+from typing import Any
+
+# The versions that the tests have run with, the oldest and the newest.
+VERSIONS = {
+    "torch": "2.6 to 2.14",
+    "torchvision": "0.21 to 0.29",
+    "timm": "1.0.21 to 1.0.31",
+    "detectron2": "0.6, as its repository has it",
+    "fvcore": "0.1.5",
+}
+
+# Without one of these, what uses them cannot be right, and is not imported.
+NEEDED = {
+    "torch": (
+        # the classes that a kind of layer has in common
+        "torch.nn.modules.batchnorm._BatchNorm",
+        "torch.nn.modules.batchnorm._NormBase",
+        "torch.nn.modules.instancenorm._InstanceNorm",
+        "torch.nn.modules.conv._ConvNd",
+        "torch.nn.modules.conv._ConvTransposeNd",
+        # overridden in layers/
+        "torch.nn.BatchNorm2d._check_input_dim",
+        "torch.nn.Module._load_from_state_dict",
+        # replaced in frameworks/pytorch.py
+        "torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__",
+    ),
+    "torchvision": ("torchvision.models.resnet.ResNet._make_layer",),  # overridden in models/mask_rcnn.py
+    "timm": (  # replaced in frameworks/timm.py
+        "timm.layers.create_norm.get_norm_layer",
+        "timm.layers.create_norm_act.get_norm_act_layer",
+        "timm.layers.norm_act.convert_sync_batchnorm",
+        "timm.layers.norm_act.freeze_batch_norm_2d",
+        "timm.layers.split_batchnorm.convert_splitbn_model",
+        "timm.models.adapt_model_from_string",
+        "timm.utils.model.reparameterize_model",
+    ),
+    "detectron2": (  # replaced in frameworks/detectron2.py
+        "detectron2.layers.batch_norm.get_norm",
+        "detectron2.layers.FrozenBatchNorm2d.convert_frozen_batchnorm.__func__",
+        "detectron2.modeling.meta_arch.retinanet.RetinaNetHead.__init__.__wrapped__",
+    ),
+    "fvcore": ("fvcore.common.config.CfgNode._decode_cfg_value",),  # read by engine/run/config.py
+}
+
+# Without one of these, this is lost and the rest works.
+OPTIONAL = {
+    "torchvision.models.feature_extraction._get_leaf_modules_for_ops": "create_feature_extractor cannot trace models "
+    "with filtered norms",
+    "timm.layers.create_norm._NORM_MAP": "fbn_plugin.param_groups does not know all norms of timm's",
+    "timm.layers.create_norm_act._NORM_ACT_MAP": "fbn_plugin.param_groups does not know all norms of timm's",
+    **dict.fromkeys(
+        (
+            "timm.models._registry._model_entrypoints",
+            "timm.models._registry._model_to_module",
+            "timm.models._registry._model_with_tags",
+            "timm.models._registry._model_pretrained_cfgs",
+            "timm.models._registry._model_default_cfgs",
+            "timm.models._registry._module_to_models",
+        ),
+        "fbn_plugin.unregister leaves traces of the papers' networks in timm",
+    ),
+}
+
+# What instances have. Only the tests can look for these: there is no instance to ask at import.
+ATTRIBUTES = {
+    "torch.nn.Module": (
+        "_modules",
+        "_buffers",
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    ),
+    "torchvision.models.resnet.ResNet": ("_norm_layer",),
+    "detectron2.evaluation.COCOEvaluator": ("_coco_api",),
+}
+
+
+def lookup(name: str) -> Any:
+    """What is under a dotted name, its modules imported; None if it is not there."""
+    found = importlib.import_module(name.partition(".")[0])
+    path = found.__name__
+    for part in name.split(".")[1:]:
+        path += f".{part}"
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(path)
+            except ImportError:
+                return None
+        found = getattr(found, part, None)
+    return found
+
+
+def require(package: str) -> None:
+    """Check that ``package``, one of ``NEEDED``, has what it is needed for.
+
+    Raises:
+        ImportError: a name is gone; names it, the version that is installed and the versions that have it.
+    """
+    if missing := [name for name in NEEDED[package] if lookup(name) is None]:
+        raise ImportError(f"{package} {_version(package)} has no {', '.join(missing)}: {_tested(package)}")
+
+
+def optional(name: str, default: Any = None) -> Any:
+    """What is under one of the names of ``OPTIONAL``; ``default``, with a warning that says what is lost, if it is not
+    there."""
+    found = lookup(name)
+    if found is None:
+        package = name.partition(".")[0]
+        message = f"{package} {_version(package)} has no {name}: {OPTIONAL[name]}; {_tested(package)}"
+        warnings.warn(message, stacklevel=2)
+        return default
+    return found
+
+
+def _tested(package: str) -> str:
+    return f"fbn_plugin is tested with {package} {VERSIONS[package]}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # used from its source folder
+        return "of an unknown version"
+
+
+require("torch")  # as all of the package, importing any of it, comes by here first
