@@ -71,7 +71,7 @@ def test_trains_resumes_and_evaluates(tmp_path, main, capsys):
 def test_a_bad_config_ends_in_one_line(tmp_path):
     result = run(*DIGITS, "MODEL.NORM", "FBM", "OUTPUT_DIR", tmp_path / "out")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: MODEL.NORM: unknown norm 'FBM' (did you mean 'FBN'?)")
+    assert result.stderr.startswith("error: MODEL.NORM must be the spec of a norm, got 'FBM': unknown norm")
     assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 

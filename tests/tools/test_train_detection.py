@@ -218,7 +218,7 @@ def test_keys_that_are_not_used_are_reported_in_one_line(main, arguments, capsys
         main([*arguments, *keys, "SOLVER.MAX_ITER", "0"])
     printed = capsys.readouterr()
     assert printed.out == "these keys are not used: MODEL.ROI_MASK_HEAD.POOLER_TYPE, MODEL.RETINANET.NORM\n"
-    assert printed.err == "error: SOLVER.MAX_ITER must be above 0, not 0\n"
+    assert printed.err == "error: SOLVER.MAX_ITER must be 1 or more, got 0\n"
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the shared data sets are not here")

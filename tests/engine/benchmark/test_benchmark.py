@@ -266,7 +266,7 @@ def test_detector_does_the_same_work_with_every_norm(one_thread):
         (["--models", "alexnet"], "unknown models 'alexnet'"),
         (["--layouts", "NHWC"], "accepted are contiguous, channels_last"),
         (["--dtypes", "float64"], "unknown dtypes 'float64'"),
-        (["--shapes", "16x64"], "a shape is"),
+        (["--shapes", "16x64"], "a shape must be NxCxHxW"),
         (["--shapes", "axbxcxd"], "not 'axbxcxd'"),
         (["--shapes", "1x64x1x1"], "at least 4 values"),
         (["--shapes", "2x0x8x8"], "(2, 0, 8, 8)"),

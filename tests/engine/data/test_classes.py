@@ -1,0 +1,19 @@
+"""Data sets against the model's number of classes, and against one another."""
+
+import pytest
+
+from fbn_plugin.engine.data.classes import check_number_of_classes, check_same_classes
+
+
+def test_number_of_classes():
+    check_number_of_classes("NUM_CLASSES", 2, "a:val", ("disc", "box"))
+    with pytest.raises(ValueError, match=r"NUM_CLASSES must be 2, .*'a:val' \(disc, box\), got 80"):
+        check_number_of_classes("NUM_CLASSES", 80, "a:val", ("disc", "box"))
+    with pytest.raises(ValueError, match=r"c9, \.\.\.\), got 3"):
+        check_number_of_classes("NUM_CLASSES", 3, "a:val", [f"c{number}" for number in range(80)])
+
+
+def test_sets_have_the_same_classes():
+    check_same_classes({"a": ("disc", "box"), "b": ["disc", "box"]})
+    with pytest.raises(ValueError, match="'a' and 'b' have different classes"):
+        check_same_classes({"a": ("disc", "box"), "b": ("box", "disc")})
