@@ -1,6 +1,7 @@
 """Whether data sets have the classes that a detector is built for, and one another's."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from fbn_plugin.engine.run.rules import refusal
 
@@ -32,7 +33,6 @@ def check_same_classes(classes: Mapping[str, Sequence[str]]) -> None:
     Raises:
         ValueError: two of them differ.
     """
-    first, *others = classes
-    for other in others:
+    for first, other in pairwise(classes):
         if list(classes[other]) != list(classes[first]):
             raise ValueError(f"datasets {first!r} and {other!r} have different classes")

@@ -14,6 +14,7 @@ def test_number_of_classes():
 
 
 def test_sets_have_the_same_classes():
+    check_same_classes({})
     check_same_classes({"a": ("disc", "box"), "b": ["disc", "box"]})
     with pytest.raises(ValueError, match="'a' and 'b' have different classes"):
         check_same_classes({"a": ("disc", "box"), "b": ("box", "disc")})
