@@ -10,18 +10,15 @@ fbn_plugin/engine/classification/config.py lists the keys. OUTPUT_DIR receives `
 `log.txt`, `config.yaml`, `run_info.json`, `results.json` and checkpoints (`model_final.pth`).
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.run.cli import RUN_ERRORS, add_config_arguments, interruptible, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, interruptible, parse_config_arguments, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the command line; return the last evaluation's metrics."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_config_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parse_config_arguments(__doc__, argv)
     with user_errors():
         from fbn_plugin.engine.classification.config import classification_config
         from fbn_plugin.engine.classification.trainer import ClassificationTrainer

@@ -8,18 +8,15 @@ files, ``log.txt``, ``config.yaml``, ``run_info.json``, checkpoints (``model_fin
 ``inference/``; with ``--eval-only``, ``evaluation.json`` and the detections.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.run.cli import RUN_ERRORS, add_config_arguments, interruptible, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, interruptible, parse_config_arguments, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the command line; return the last evaluation's metrics."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_config_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parse_config_arguments(__doc__, argv)
     with user_errors():
         from fbn_plugin.engine.run import distributed
         from fbn_plugin.engine.run.logging import setup_logging

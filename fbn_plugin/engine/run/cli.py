@@ -13,11 +13,11 @@ from fbn_plugin.engine.run.output_dir import how_to_continue
 __all__ = [
     "RUN_ERRORS",
     "UserError",
-    "add_config_arguments",
     "add_log_period",
     "check_outputs",
     "format_table",
     "interruptible",
+    "parse_config_arguments",
     "user_errors",
 ]
 
@@ -60,9 +60,15 @@ def interruptible(output_dir: str | os.PathLike) -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add detectron2's ``--config-file``, ``--resume``, ``--eval-only`` and trailing ``KEY VALUE ...`` overrides, and
-    ``--log-period``."""
+def parse_config_arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line of a training tool: detectron2's ``--config-file``, ``--resume``, ``--eval-only`` and
+    trailing ``KEY VALUE ...`` overrides, and ``--log-period``.
+
+    Args:
+        description: the tool's docstring.
+        argv: without the tool's name; None is that of the process.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_log_period(parser)
     parser.add_argument("--config-file", metavar="FILE", help="YAML configuration file")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
@@ -70,6 +76,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint"
     )
     parser.add_argument("overrides", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="config overrides, in pairs")
+    return parser.parse_args(argv)
 
 
 def add_log_period(parser: argparse.ArgumentParser) -> None:
