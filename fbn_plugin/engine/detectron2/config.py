@@ -30,12 +30,13 @@ from fbn_plugin.engine.detectron2.data import (
 )
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
+from fbn_plugin.engine.run.config import pairs
 from fbn_plugin.engine.run.detection_keys import MAY_CHANGE
 from fbn_plugin.engine.run.detection_rules import DETECTION_RULES, dependent_rules
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
-from fbn_plugin.engine.run.rules import check_norms, check_values, one_of, refusal
+from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
 from fbn_plugin.frameworks.detectron2 import check_norm
 
@@ -84,8 +85,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         )
     if not PathManager.isfile(config_file):
         raise FileNotFoundError(f"config file {config_file} is not there")
-    if len(overrides) % 2:
-        raise ValueError(f"overrides come in pairs KEY VALUE, and {overrides[-1]!r} has no partner")
+    pairs(overrides)
     cfg = get_cfg()
     add_config(cfg)
     for source, merge, settings in (
@@ -200,16 +200,15 @@ def _choose_device(cfg: CfgNode, per_machine: int, processes: int, evaluate_only
             "processes on the CPU"
         )
     if device.type == "cuda" and gpus and (device.index or 0) >= gpus:
-        raise ValueError(f"MODEL.DEVICE is {name!r}, and there are {gpus} GPUs here")
+        raise refusal("MODEL.DEVICE", f"one of the {gpus} GPUs here", name)
     if processes > 1 and device.index is not None:
-        raise ValueError(
-            f"MODEL.DEVICE {name!r} is one GPU, and there are {processes} processes: set it to {device.type}"
-        )
+        raise refusal("MODEL.DEVICE", f"{device.type!r} for {processes} processes", name)
     if device.type == "cuda" and not gpus:
         print("No CUDA device: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SOLVER.AMP.ENABLED and not evaluate_only and not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise ValueError("SOLVER.AMP.ENABLED: detectron2's mixed precision runs on CUDA only")
+        reason = "as detectron2's mixed precision runs on CUDA only"
+        check_values(cfg, {"SOLVER.AMP.ENABLED": exactly(False, f"on {cfg.MODEL.DEVICE}, {reason}")})
 
 
 def _fetch_weights(weights: str) -> None:

@@ -17,8 +17,8 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_utils
 from torch.utils.data import DataLoader
 
-from fbn_plugin.engine.data.classes import check_number_of_classes, check_same_classes
 from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
+from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
 from fbn_plugin.engine.data.loaders import training_loader
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
@@ -66,8 +66,7 @@ def register_datasets(cfg: CfgNode, evaluate_only: bool) -> None:
         ValueError, OSError: there is no such dataset, its files are missing or wrong, or it does not fit the model.
     """
     needed = ["TEST"] if evaluate_only else ["TRAIN", "TEST"]
-    if not cfg.DATASETS[needed[0]]:
-        raise ValueError(f"DATASETS.{needed[0]} is empty")
+    check_named_sets(cfg, evaluate_only)
     names = list(dict.fromkeys(name for key in needed for name in cfg.DATASETS[key]))
     for name in names:
         if name not in DatasetCatalog:

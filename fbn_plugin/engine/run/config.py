@@ -18,7 +18,7 @@ from fvcore.common.config import CfgNode
 
 from fbn_plugin.engine.run.checkpoint import atomic_write
 
-__all__ = ["CfgNode", "load_config", "read_config", "refuse_changes", "save_config", "saved_config"]
+__all__ = ["CfgNode", "load_config", "pairs", "read_config", "refuse_changes", "save_config", "saved_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def load_config(
     cfg.defrost()
     known = dict(_flatten(defaults))
     ignored = []
-    for key, value in [*_read(config_file), *_pairs(overrides)]:
+    for key, value in [*_read(config_file), *pairs(overrides)]:
         if key in known:
             _set(cfg, key, _coerce(key, value, known[key]))
         elif any(fnmatch.fnmatchcase(key, pattern) for pattern in unused):
@@ -136,7 +136,8 @@ def _read(config_file: str | os.PathLike | None) -> list[tuple[str, Any]]:
     return list(_flatten(loaded))
 
 
-def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+def pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """``[KEY, VALUE, ...]`` as pairs; ValueError where the last key has no value."""
     if len(overrides) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, and {overrides[-1]!r} has no partner")
     return list(zip(overrides[::2], overrides[1::2]))

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from fbn_plugin.engine.data.classes import check_number_of_classes, check_same_classes
 from fbn_plugin.engine.data.coco_data import Augmentation, CocoDataset, CocoDetection, resolve_dataset
+from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
 from fbn_plugin.engine.data.loaders import data_loader, training_loader
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.config import CfgNode
@@ -34,9 +34,7 @@ class DetectionData:
     def __init__(self, cfg: CfgNode, device: torch.device, eval_only: bool):
         self.cfg = cfg
         self.device = device
-        needed = "TEST" if eval_only else "TRAIN"
-        if not cfg.DATASETS[needed]:
-            raise ValueError(f"DATASETS.{needed} is empty; set it to a dataset such as 'my_data:{needed.lower()}'")
+        check_named_sets(cfg, eval_only)
         self.test = [self._resolve(name) for name in cfg.DATASETS.TEST]
         self.train: list[CocoDataset] = [] if eval_only else [self._resolve(name) for name in cfg.DATASETS.TRAIN]
         if not eval_only:

@@ -142,7 +142,7 @@ def test_configs_name_models_that_can_be_built(folder):
         ({"INPUT__MIXUP": 0.2, "SOLVER__IMS_PER_BATCH": 31}, "SOLVER.IMS_PER_BATCH must be .*MIXUP.* got 31"),
         ({"SOLVER__IMS_PER_BATCH": 5000}, "SOLVER.IMS_PER_BATCH must be 1437, .* or less, got 5000"),
         ({"SEED": -1}, "SEED must be 0 or more, .*got -1"),
-        ({"DATASETS__NAME": "digit"}, "DATASETS.NAME 'digit' is not known"),
+        ({"DATASETS__NAME": "digit"}, "DATASETS.NAME must be .*, got 'digit'"),
         ({"DATASETS__NAME": "mnist", "DATASETS__ROOT": "nowhere"}, "DATASETS.ROOT 'nowhere' does not exist"),
         ({"MODEL__WEIGHTS": "nothing.pth"}, "nothing.pth is not there"),
         ({"MODEL__NORM": "FBM"}, "MODEL.NORM must be the spec of a norm, got 'FBM': .*did you mean 'FBN'"),

@@ -284,7 +284,7 @@ def test_synchronized_batch_norm_that_trains_on_a_cpu(config):
     "changes, words",
     [
         ({"MODEL.ROI_HEADS.NUM_CLASSES": 3}, r"NUM_CLASSES must be 2, .* \(disc, box\), got 3"),
-        ({"DATASETS.TRAIN": ()}, "DATASETS.TRAIN is empty"),
+        ({"DATASETS.TRAIN": ()}, "DATASETS.TRAIN must be .*, got "),
         ({"DATASETS.TEST": "nowhere:val"}, "no folder nowhere"),
         ({"MODEL.WEIGHTS": "nowhere.pth"}, "nowhere.pth is not there"),
         ({"MODEL.WEIGHTS": "nowhere.pkl"}, "nowhere.pkl are not there"),

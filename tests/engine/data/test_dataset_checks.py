@@ -2,7 +2,15 @@
 
 import pytest
 
-from fbn_plugin.engine.data.classes import check_number_of_classes, check_same_classes
+from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
+from fbn_plugin.engine.run.config import CfgNode
+
+
+def test_a_run_names_its_sets():
+    cfg = CfgNode({"DATASETS": {"TRAIN": (), "TEST": ("a:val",)}})
+    check_named_sets(cfg, eval_only=True)
+    with pytest.raises(ValueError, match=r"DATASETS.TRAIN must be .*'my_data:train', got \(\)"):
+        check_named_sets(cfg, eval_only=False)
 
 
 def test_number_of_classes():

@@ -1,11 +1,24 @@
-"""Whether data sets have the classes that a detector is built for, and one another's."""
+"""Whether a detection config names data sets, and whether they have the classes of its model, and one another's."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.rules import refusal
 
-__all__ = ["check_number_of_classes", "check_same_classes"]
+__all__ = ["check_named_sets", "check_number_of_classes", "check_same_classes"]
+
+
+def check_named_sets(cfg: CfgNode, eval_only: bool) -> None:
+    """Refuse a run without the sets that it is for.
+
+    Raises:
+        ValueError: DATASETS.TRAIN, or for an evaluation DATASETS.TEST, is empty.
+    """
+    name = "TEST" if eval_only else "TRAIN"
+    if not cfg.DATASETS[name]:
+        what = f"one data set or more, such as 'my_data:{name.lower()}'"
+        raise refusal(f"DATASETS.{name}", what, cfg.DATASETS[name])
 
 
 def check_number_of_classes(key: str, number: int, dataset: str, classes: Sequence[str]) -> None:
