@@ -12,6 +12,7 @@ CLASSIFICATION = ["timm>=1.0.20", "torchvision>=0.21", "scikit-learn", "tensorbo
 DETECTION = ["torchvision>=0.21", "pycocotools", "iopath", "tensorboard", "tqdm", "matplotlib"]
 DEMO = [*DETECTION, "scikit-learn"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "ruff", "onnx", "onnxscript", "onnxruntime"]
+DOCS = ["sphinx", "myst-parser", "furo", "sphinx-copybutton"]
 
 # Not a Python module: a library that fbn_plugin/ops/cpu/ loads. Without a compiler the package installs all the same.
 # It is not linked to an OpenMP runtime, so that it uses the one that PyTorch brings.
@@ -33,13 +34,17 @@ setup(
     license="Apache-2.0",
     ext_modules=[KERNELS],
     packages=find_packages(include=["fbn_plugin", "fbn_plugin.*"]),
-    package_data={"fbn_plugin.ops.cuda": ["*.cu"]},  # compiled at run time
+    package_data={
+        "fbn_plugin": ["py.typed"],
+        "fbn_plugin.ops.cuda": ["*.cu", "*.cpp"],
+    },  # the kernels are compiled at run time
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "numpy", "fvcore", "yacs", "pyyaml"],
     extras_require={
         "classification": CLASSIFICATION,
         "detection": DETECTION,
         "demo": DEMO,
+        "docs": DOCS,
         "test": [*TEST, *CLASSIFICATION, *DEMO],
     },
 )

@@ -3,13 +3,8 @@
 ``import fbn_plugin`` imports torch and nothing heavier; a framework is imported by :func:`register`.
 """
 
-import functools
-from collections.abc import Callable
-
-from torch import nn
-
 from fbn_plugin import ops
-from fbn_plugin.frameworks import load_converters, register, unregister
+from fbn_plugin.frameworks import register, unregister
 from fbn_plugin.layers import (
     ConvNorm2d,
     FilteredBatchNorm1d,
@@ -102,22 +97,3 @@ __all__ = [
     "unregister",
     "update_population_stats",
 ]
-
-
-def _for_frameworks(function: Callable) -> Callable:
-    """``function(model, ...)`` that knows the modules of the frameworks in use."""
-
-    @functools.wraps(function)
-    def prepared(model: nn.Module, *args, **kwargs):
-        load_converters()
-        return function(model, *args, **kwargs)
-
-    return prepared
-
-
-convert_norm = _for_frameworks(convert_norm)
-convert_sync = _for_frameworks(convert_sync)
-fold_norms = _for_frameworks(fold_norms)
-fuse_norm_act = _for_frameworks(fuse_norm_act)
-param_groups = _for_frameworks(param_groups)
-prepend_input_norm = _for_frameworks(prepend_input_norm)

@@ -19,56 +19,110 @@ from torch import nn
 
 from fbn_plugin import layers
 from fbn_plugin.layers.batch_norm import check_gamma_init
+from fbn_plugin.layers.description import NormDescription, describe_class, describe_type
 from fbn_plugin.ops.checks import check_filter
 
-NORMS = Registry("NORM")
-NORMS.__doc__ = """Registered norms: name -> builder.
-
-A builder is called as ``builder(num_channels, dims=2, device=None, dtype=None, **options)`` and returns a module;
-``dims`` is the number of spatial dimensions. The options that a spec may set are read from its signature. Add one of
-your own with ``@NORMS.register()``::
-
-    @NORMS.register()
-    def MyNorm(num_channels, dims=2, device=None, dtype=None, eps=1e-5):
-        return ...
-"""
-
-_BOUNDS = {"eps": (0, math.inf), "momentum": (0, 1), "num_groups": (1, math.inf)}
-_NOT_OPTIONS = ("num_channels", "dims", "device", "dtype")
+_BOUNDS = {"eps": (0, 1), "momentum": (0, 1), "num_groups": (1, math.inf)}
+_NOT_OPTIONS = ("num_channels", "dims", "device", "dtype", "process_group")
 
 
-def _register(name: str, *classes: type[nn.Module] | None, **defaults) -> None:
-    """Register module classes under ``name``: one for 1, 2 and 3 spatial dimensions each, None where there is
-    none, or a single one for any number.
+class NormRegistry(Registry):
+    """Registered norms: name -> builder.
 
-    The options are the keyword arguments of the class. ``defaults`` replace or add to theirs; an option that the class
-    takes before the number of channels (``num_groups``) is passed by keyword like the others.
+    A builder is called as ``builder(num_channels, dims=2, device=None, dtype=None, **options)`` and returns a module;
+    ``dims`` is the number of spatial dimensions. The options that a spec may set are read from its signature. Add one
+    of your own with ``@NORMS.register()``, a function or a class::
+
+        @NORMS.register()
+        def MyNorm(num_channels, eps=1e-5, *, dims=2, device=None, dtype=None):
+            return ...
+
+        @NORMS.register()
+        class MyNorm2d(nn.BatchNorm2d):
+            ...
+
+    A class is called with the number of channels, ``device``, ``dtype`` and the options, for any number of dimensions.
+    What it is, :class:`fbn_plugin.layers.description.NormDescription` says, as its attribute ``description``. A class
+    without one is what the norm is that it derives from; if it derives from none, it is a family of its own, under the
+    name that it is registered by, whose evaluation is known if it has a method ``eval_affine()``.
+
+    Examples::
+
+        >>> @fbn_plugin.NORMS.register()
+        ... class HalfBN(nn.BatchNorm2d):
+        ...     def forward(self, input):
+        ...         return 0.5 * super().forward(input)
+        >>> fbn_plugin.get_norm("HalfBN(eps=1e-3)", 8)
+        HalfBN(8, eps=0.001, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+
+    def register(self, obj: Callable[..., nn.Module] | None = None) -> Callable[..., nn.Module]:
+        """Register a builder or a class under its name; without an argument, a decorator that does."""
+        if obj is None:
+            return self.register
+        if isinstance(obj, type):
+            _introduce(obj, obj.__name__)
+        super().register(class_builder(obj.__name__, obj) if isinstance(obj, type) else obj)
+        return obj
+
+
+_NAMES: dict[type[nn.Module], str] = {}  # what a class was registered as, first
+
+
+def _introduce(cls: type[nn.Module], name: str) -> None:
+    """Remember that a registered norm is of this class. PyTorch's own classes are known, and its containers no norm."""
+    if cls.__module__.startswith("torch."):
+        return
+    _NAMES.setdefault(cls, name)
+    if describe_type(cls) is None:
+        evaluation = "channel" if hasattr(cls, "eval_affine") else "sample"
+        describe_class(NormDescription(name, evaluation), cls)
+
+
+def registered_name(cls: type[nn.Module]) -> str | None:
+    """The name that builds modules of a class, as far as one did; None for PyTorch's own classes and for others."""
+    return _NAMES.get(cls)
+
+
+def registered_classes() -> list[type[nn.Module]]:
+    """The classes of the registered norms, but for PyTorch's own; those that a function returns once it has done so."""
+    return list(_NAMES)
+
+
+def class_builder(name: str, *classes: type[nn.Module] | None, **defaults) -> Callable[..., nn.Module]:
+    """A builder of module classes: one for 1, 2 and 3 spatial dimensions each, None where there is none, or a single
+    one for any number.
+
+    It takes the arguments of the class in the order of the class, only that the number of channels comes first, and
+    ``dims`` by name. ``defaults`` take the place of those of the class.
     """
     known = [cls for cls in classes if cls is not None]
-    parameters = dict(inspect.signature(known[0]).parameters)
-    channels = next(key for key in parameters if key in ("num_channels", "num_features"))
-    options = {
-        key: p.default for key, p in parameters.items() if key not in (channels, "device", "dtype", "process_group")
-    }
-    options.update(defaults)
+    parameters = {key: p for key, p in inspect.signature(known[0]).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    channels = next((key for key in parameters if key in ("num_channels", "num_features")), next(iter(parameters)))
+    first = parameters.pop(channels).replace(name="num_channels", default=inspect.Parameter.empty)
+    others = [p.replace(default=defaults.get(key, p.default)) for key, p in parameters.items()]
+    dims_parameter = inspect.Parameter("dims", inspect.Parameter.KEYWORD_ONLY, default=2)
 
-    def build(num_channels, dims=2, device=None, dtype=None, **given):
+    def build(*args, dims=2, **kwargs):
+        given = build.__signature__.bind(*args, **kwargs).arguments  # as Python would, with its errors
         cls = classes[dims - 1] if len(classes) == 3 else classes[0]
         if cls is None:
             raise ValueError(f"{name} has no form for {dims} spatial dimensions, only {known[0].__name__}")
-        return cls(**{channels: num_channels}, **{**defaults, **given}, device=device, dtype=dtype)
+        return cls(**{channels: given.pop("num_channels")}, **{**defaults, **given})
 
-    kind = inspect.Parameter.KEYWORD_ONLY
-    build.__signature__ = inspect.Signature(
-        [inspect.Parameter("num_channels", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-        + [
-            inspect.Parameter(k, kind, default=v)
-            for k, v in {"dims": 2, "device": None, "dtype": None, **options}.items()
-        ]
-    )
+    build.__signature__ = inspect.Signature([first, *others, dims_parameter])
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"Builder of {', '.join(cls.__name__ for cls in known)}."
-    NORMS.register(build)
+    return build
+
+
+NORMS = NormRegistry("NORM")
+
+
+def _register(name: str, *classes: type[nn.Module] | None, **defaults) -> None:
+    for cls in filter(None, classes):
+        _introduce(cls, name)
+    NORMS.register(class_builder(name, *classes, **defaults))
 
 
 _register("BN", nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -111,7 +165,8 @@ class NormSpec:
 def norm_options(name: str) -> dict:
     """Names and default values of the options that a registered norm takes in a spec."""
     parameters = inspect.signature(NORMS.get(name)).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in _NOT_OPTIONS and p.kind is not p.VAR_KEYWORD}
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return {p.name: p.default for p in parameters if p.name not in _NOT_OPTIONS and p.kind not in variable}
 
 
 def _unknown(what: str, word: str, known: list[str]) -> ValueError:
@@ -158,6 +213,12 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
     Raises:
         ValueError: not of the form ``NAME`` or ``NAME(option=value, ...)``, an unknown name or option, or a value out
         of range.
+
+    Examples::
+
+        >>> spec = fbn_plugin.parse_spec("FGN(num_groups=16, t_sigma=3)")
+        >>> spec.name, spec.options
+        ('FGN', {'num_groups': 16, 't_sigma': 3})
     """
     if isinstance(spec, NormSpec):
         return spec
@@ -192,8 +253,9 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
 class NormFactory(functools.partial):
     """Builds one kind of norm: ``factory(num_channels, device=None, dtype=None)``, made by :func:`norm_factory`.
 
-    It is a ``functools.partial`` of the registered builder, so frameworks that accept a partial as ``norm_layer``
-    accept it; it can be pickled and copied, and further keyword arguments override the spec's.
+    What follows the number of channels may be what the norm's class takes there: ``norm_factory("FBN")(64, 1e-3)`` has
+    an ``eps`` of 1e-3. It is a ``functools.partial`` of the registered builder, so frameworks that accept a partial as
+    ``norm_layer`` accept it; it can be pickled and copied, and further keyword arguments override the spec's.
     """
 
     spec: NormSpec
@@ -201,7 +263,9 @@ class NormFactory(functools.partial):
     def __call__(self, *args, **kwargs) -> nn.Module:
         if "num_features" in kwargs:  # some models name the argument as nn.BatchNorm2d does
             kwargs["num_channels"] = kwargs.pop("num_features")
-        return super().__call__(*args, **kwargs)
+        norm = super().__call__(*args, **kwargs)
+        _introduce(type(norm), self.spec.name)
+        return norm
 
     def __reduce__(self):
         return norm_factory, (str(self.spec), self.keywords["dims"])
@@ -220,6 +284,14 @@ def norm_factory(spec: str | NormSpec, dims: int = 2) -> NormFactory:
 
     Raises:
         ValueError: see :func:`parse_spec`.
+
+    Examples::
+
+        >>> make_norm = fbn_plugin.norm_factory("FBN(t_sigma=4)")
+        >>> make_norm(64).t_sigma
+        4.0
+        >>> make_norm(64, eps=1e-3).eps
+        0.001
     """
     spec = parse_spec(spec)
     if dims not in (1, 2, 3):
@@ -244,6 +316,13 @@ def get_norm(
 
     Raises:
         ValueError: see :func:`parse_spec`; or the norm does not fit the number of channels.
+
+    Examples::
+
+        >>> fbn_plugin.get_norm("FGN(num_groups=16)", 64)
+        FilteredGroupNorm(16, 64, eps=1e-05, affine=True, bias=True, t_sigma=5)
+        >>> fbn_plugin.get_norm("", 64) is None
+        True
     """
     if spec is None or spec == "":
         return None

@@ -1,44 +1,49 @@
-"""The README's Python snippets run as they are printed."""
+"""The README is short, its links lead somewhere, and its Python snippets run as they are printed."""
 
 import re
 from pathlib import Path
 
 import pytest
+import yaml
+from documentation import run_snippet, snippets
 
 import fbn_plugin
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+TEXT = README.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "snippet", SNIPPETS, ids=[s.split("import ")[-1].split()[0] + str(i) for i, s in enumerate(SNIPPETS)]
-)
+@pytest.mark.parametrize("snippet", snippets(README))
 def test_snippet_runs(snippet):
-    if "detectron2" in snippet:
-        pytest.importorskip("detectron2", reason="detectron2 is not installed")
-    try:
-        exec(compile(snippet, "README", "exec"), {})
-    finally:
-        fbn_plugin.unregister()
-
-
-def test_every_config_that_is_named_exists():
-    texts = [README.read_text(encoding="utf-8"), *(p.read_text(encoding="utf-8") for p in ROOT.glob("tools/*.py"))]
-    named = {name for text in texts for name in re.findall(r"configs/[\w/-]+\.yaml", text)}
-    assert len(named) > 3 and [name for name in named if not (ROOT / name).is_file()] == []
+    run_snippet(snippet)
 
 
 def test_there_is_one_for_each_framework():
-    text = "".join(SNIPPETS)
+    text = "".join(snippet.values[0] for snippet in snippets(README))
     assert all(name in text for name in ("detectron2", "timm", "torchvision"))
 
 
-def test_the_table_of_norms_is_the_registry():
-    named = set(
-        re.findall(
-            r"`([\w-]+)`", "".join(re.findall(r"^\| (`.*?) \|", README.read_text(encoding="utf-8"), re.MULTILINE))
-        )
-    )
-    assert {name for name, _ in fbn_plugin.NORMS} <= named
+def test_it_is_short():
+    lines = TEXT.splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 150
+
+
+def test_links_lead_to_files():
+    targets = re.findall(r"\]\(([^)#]+)", TEXT)
+    assert len(targets) > 10
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+
+
+def test_it_links_to_every_page():
+    pages = {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")} - {"docs/index.md"}
+    assert pages <= set(re.findall(r"\]\(([^)#]+)", TEXT))
+
+
+def test_the_citation_is_of_this_version_and_names_every_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == fbn_plugin.__version__
+    papers = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (.*?), \*(.*?)\*", papers, re.MULTILINE)
+    cited = {(paper["authors"][0]["family-names"], paper["title"].split(":")[0]) for paper in citation["references"]}
+    assert cited == {(authors.split(" and ")[0], title) for authors, title in table}

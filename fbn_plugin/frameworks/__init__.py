@@ -1,6 +1,7 @@
 """How a norm gets into a framework: one file a framework, timm with another for the papers' networks, each with
 ``register()`` and ``unregister()``. PyTorch, which all are built on, has one too."""
 
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -8,6 +9,7 @@ import sys
 import warnings
 from types import ModuleType
 
+from fbn_plugin.adapters import register_loader
 from fbn_plugin.frameworks import pytorch
 
 # The files that plug into each.
@@ -32,6 +34,15 @@ def register() -> list[str]:
 
     Returns:
         The names of the frameworks, out of ``detectron2``, ``timm`` and ``torchvision``.
+
+    Examples::
+
+        >>> import timm
+        >>> "timm" in fbn_plugin.register()
+        True
+        >>> type(timm.create_model("resnet18", norm_layer="fbn").bn1).__name__
+        'FilteredBatchNorm2d'
+        >>> fbn_plugin.unregister()
     """
     pytorch.register()
     adapters = _adapters(name for name in FRAMEWORKS if importlib.util.find_spec(name) is not None)
@@ -41,7 +52,13 @@ def register() -> list[str]:
 
 
 def unregister() -> None:
-    """Take out of the frameworks what :func:`register` put in."""
+    """Take out of the frameworks what :func:`register` put in.
+
+    Examples::
+
+        >>> _ = fbn_plugin.register()
+        >>> fbn_plugin.unregister()
+    """
     pytorch.unregister()
     for name in itertools.chain(*FRAMEWORKS.values()):
         adapter = sys.modules.get(f"fbn_plugin.frameworks.{name}")
@@ -49,7 +66,5 @@ def unregister() -> None:
             adapter.unregister()
 
 
-def load_converters() -> None:
-    """Let ``convert_norm`` know the norm classes of those frameworks that are in use: a model of theirs can only exist
-    if they are imported."""
-    _adapters(name for name in FRAMEWORKS if name in sys.modules)
+for _name in FRAMEWORKS:
+    register_loader(_name, functools.partial(_adapters, [_name]))

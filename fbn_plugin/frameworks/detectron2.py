@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin.layers import ScaledBatchNormA1, ScaledBatchNormA2
+from fbn_plugin.layers.description import FROZEN, NormDescription, describe, describe_class
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
-from fbn_plugin.surgery.convert import build_like, make_plain, register_converter
+from fbn_plugin.surgery.convert import make_plain
 from fbn_plugin.surgery.fold import register_layer
 from fbn_plugin.surgery.fuse import fused, register_fuser
 from fbn_plugin.surgery.input_norm import Builder, normalize_images, register_prepender
 from fbn_plugin.training.gamma_initialization import apply_gamma_init
-from fbn_plugin.training.parameter_groups import register_norm_type
 
 DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
@@ -40,11 +39,10 @@ _detectron2_convert_frozen = vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"]
 _logger = logging.getLogger(__name__)
 
 # In one process this class is plain batch normalization; its forward differs only in how ranks are averaged.
-register_converter(NaiveSyncBatchNorm, build_like, synchronized=True)
-register_norm_type(batch_norm.LayerNorm)
-register_norm_type(CycleBatchNormList, batch_norm=True)
-register_converter(FrozenBatchNorm2d, build_like)
-register_converter(batch_norm.LayerNorm, build_like, family="LN")
+describe_class(NormDescription("BN", "channel", 2, synchronized=True), NaiveSyncBatchNorm)
+describe_class(FROZEN, FrozenBatchNorm2d)
+describe_class(NormDescription("LN"), batch_norm.LayerNorm)
+describe_class(NormDescription(batch_scale=True), CycleBatchNormList)  # the norms in it are what is converted
 register_layer(Conv2d, "norm", "activation")
 
 
@@ -95,7 +93,7 @@ def _per_level(retinanet_init: Callable) -> Callable:
     def __init__(self, *, input_shape, conv_dims, norm="", **kwargs):
         factory = check_norm(norm)
         built = factory(conv_dims[0]) if factory is not norm else None
-        if isinstance(built, _BatchNorm) and not isinstance(built, ScaledBatchNormA1 | ScaledBatchNormA2):
+        if isinstance(built, _BatchNorm) and describe(built).splits_affine:
             _logger.info(f"RetinaNetHead: {norm} with statistics of its own for each of {len(input_shape)} levels.")
             norm = functools.partial(_norm_per_level, factory, len(input_shape))
         retinanet_init(self, input_shape=input_shape, conv_dims=conv_dims, norm=norm, **kwargs)

@@ -13,6 +13,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from timm.layers import (
     BatchNormAct2d,
@@ -35,17 +36,33 @@ from timm.utils import model as timm_model
 from torch import Tensor, nn
 
 from fbn_plugin import layers
-from fbn_plugin.layers.batch_norm import BatchNormMixin
+from fbn_plugin.layers.batch_norm import OptionalBiasMixin
+from fbn_plugin.layers.description import (
+    FROZEN,
+    NormDescription,
+    describe_class,
+    describe_type,
+    has_known_forward,
+)
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm_act import activation_of, normalize_and_activate
-from fbn_plugin.registry import NORMS, NormFactory, NormSpec, norm_factory, norm_options, parse_spec
-from fbn_plugin.surgery.convert import build_like, convert_norm, make_plain, register_converter
-from fbn_plugin.surgery.fold import register_layer, register_norm_act
+from fbn_plugin.registry import (
+    NORMS,
+    NormFactory,
+    NormSpec,
+    class_builder,
+    norm_factory,
+    norm_options,
+    parse_spec,
+    registered_classes,
+    registered_name,
+)
+from fbn_plugin.surgery.convert import build_from, convert_norm, make_plain
+from fbn_plugin.surgery.fold import register_layer
 from fbn_plugin.surgery.fuse import fuse_children, fused, register_fuser
 from fbn_plugin.surgery.input_norm import Builder, prepend_to_call, register_prepender
 from fbn_plugin.training.gamma_initialization import apply_gamma_init
 from fbn_plugin.training.parameter_groups import param_groups as divided_groups
-from fbn_plugin.training.parameter_groups import register_norm_type
 
 
 class _NormAct:
@@ -60,6 +77,8 @@ class _NormAct:
         drop_layer: class of a layer between norm and activation.
     """
 
+    norm_class: type[nn.Module]
+
     def __init__(
         self,
         *args,
@@ -71,96 +90,99 @@ class _NormAct:
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.set_activation(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+
+    def set_activation(
+        self,
+        apply_act: bool,
+        act_layer: LayerType | None,
+        act_kwargs: dict | None,
+        inplace: bool,
+        drop_layer: Callable[[], nn.Module] | None,
+    ) -> None:
+        """Put activation and drop layer behind the norm. A threshold that the norm has (``tau``) is its activation."""
+        if getattr(self, "tau", None) is not None:
+            self.tau = self.tau if apply_act else None
+            apply_act = False
         act = create_act_layer(act_layer, **{"inplace": inplace, **(act_kwargs or {})}) if apply_act else None
         self.drop = nn.Identity() if drop_layer is None else drop_layer()
         self.act = nn.Identity() if act is None else act
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(input)))
+        if self.norm_class.forward is FilteredBatchNormMixin.forward and type(self.drop) is nn.Identity:
+            known = activation_of(self.act)
+            if known is not None:  # one operator does both
+                return normalize_and_activate(self, input, *known)
+        return self.act(self.drop(self.norm_class.forward(self, input)))
+
+    def __reduce_ex__(self, protocol: int) -> tuple:  # by the norm's class, as this one may have no place in a module
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _blank, (self.norm_class,), *state
 
 
-class FilteredBatchNormAct2d(_NormAct, layers.FilteredBatchNorm2d, BatchNormAct2d):
-    """Filtered batch normalization and activation: :class:`fbn_plugin.FilteredBatchNorm2d` in the form of timm's
-    ``BatchNormAct2d``, with the same ``state_dict`` keys and the same evaluation.
+@functools.cache
+def act_class(norm_class: type[nn.Module]) -> type[nn.Module]:
+    """The class of a norm with its activation: a subclass of ``norm_class`` with the same ``state_dict`` keys.
 
-    Takes the arguments of :class:`fbn_plugin.FilteredBatchNorm2d` and those of ``BatchNormAct2d``. Norm and activation
-    are one operator if that knows the activation and there is no drop layer.
+    The batch norms of this library are ``BatchNormAct2d`` besides, which timm looks for to freeze and to synchronize.
     """
-
-    def forward(self, input: Tensor) -> Tensor:
-        known = activation_of(self.act) if type(self.drop) is nn.Identity else None
-        if known is None:
-            return super().forward(input)
-        return normalize_and_activate(self, input, *known)
-
-
-class SyncFilteredBatchNormAct(_NormAct, layers.SyncFilteredBatchNorm, BatchNormAct2d):
-    """Filtered batch normalization over the batches of all processes, and activation."""
-
-
-class ScaledBatchNormAct2d(_NormAct, layers.ScaledBatchNorm2d, BatchNormAct2d):
-    """Batch normalization with a small initial scale, and activation."""
-
-    forward = BatchNormAct2d.forward
+    ours = issubclass(norm_class, OptionalBiasMixin) and issubclass(norm_class, nn.BatchNorm2d)
+    bases = (_NormAct, norm_class, BatchNormAct2d) if ours else (_NormAct, norm_class)
+    space = {
+        "norm_class": norm_class,
+        "__doc__": f":class:`{norm_class.__name__}` and activation.",
+        "__module__": __name__,
+    }
+    if has_known_forward(norm_class):
+        space["description"] = replace(describe_type(norm_class), convert=_convert, rest=_drop_and_act)
+    name = re.sub(r"(?=\dd$)|$", "Act", norm_class.__name__, count=1)
+    # FX feature extraction traces into modules from outside torch.nn, unless they are registered as leaves.
+    return register_notrace_module(type(name, bases, space))
 
 
-class ScaledBatchNormA1Act(_NormAct, layers.ScaledBatchNormA1, BatchNormAct2d):
-    """Form A1 of batch normalization with a small initial scale, and activation."""
+def _blank(norm_class: type[nn.Module]) -> nn.Module:
+    return act_class(norm_class).__new__(act_class(norm_class))
 
 
-class ScaledBatchNormA2Act(_NormAct, layers.ScaledBatchNormA2, BatchNormAct2d):
-    """Form A2 of batch normalization with a small initial scale, and activation."""
+def _build_act(
+    build: Callable[..., nn.Module],
+    *args,
+    apply_act: bool = True,
+    act_layer: LayerType | None = nn.ReLU,
+    act_kwargs: dict | None = None,
+    inplace: bool = True,
+    drop_layer: Callable[[], nn.Module] | None = None,
+    **options,
+) -> nn.Module:
+    """What ``build`` builds, and an activation behind it in the same module."""
+    norm = build(*args, **options)
+    if isinstance(norm, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise ValueError(f"a {type(norm).__name__} cannot hold the activation behind it, as timm wants it of a norm")
+    norm.__class__ = act_class(type(norm))
+    norm.set_activation(apply_act, act_layer, act_kwargs, inplace, drop_layer)
+    return norm
 
 
-class GatedBatchNormAct2d(_NormAct, layers.GatedBatchNorm2d, BatchNormAct2d):
-    """Gated batch normalization and activation."""
+def _drop_and_act(norm: nn.Module) -> nn.Module:
+    drop, act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
+    return act if type(drop) is nn.Identity else nn.Sequential(drop, act)
 
 
-class RepresentativeBatchNormAct2d(_NormAct, layers.RepresentativeBatchNorm2d, BatchNormAct2d):
-    """Representative batch normalization and activation."""
+def _convert(old: nn.Module, factory: NormFactory) -> nn.Module:
+    act = getattr(old, "act", nn.Identity())  # SyncBatchNormAct may have neither act nor drop
+    form = functools.partial(_form(factory.spec), apply_act=not isinstance(act, nn.Identity))
+    form.spec = factory.spec
+    new = build_from(old, form)
+    new.drop = getattr(old, "drop", new.drop)
+    if getattr(new, "tau", None) is None:  # else the threshold is the activation
+        new.act = act
+    return new
 
 
-class InstanceEnhancementBatchNormAct2d(_NormAct, layers.InstanceEnhancementBatchNorm2d, BatchNormAct2d):
-    """Instance enhancement batch normalization and activation."""
+for _cls in (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct2d):
+    describe_class(replace(describe_type(_cls) or FROZEN, convert=_convert, rest=_drop_and_act, why_left=None), _cls)
 
-
-class FilteredGroupNormAct(_NormAct, layers.FilteredGroupNorm):
-    """Filtered group normalization and activation; the number of channels comes first, as timm calls its norms."""
-
-    def __init__(self, num_channels: int, num_groups: int = 32, **kwargs) -> None:
-        super().__init__(num_groups, num_channels, **kwargs)
-
-
-class FilteredLayerNormAct2d(_NormAct, layers.FilteredLayerNorm2d):
-    """Filtered layer normalization over the channels, and activation."""
-
-
-class FilteredInstanceNormAct2d(_NormAct, layers.FilteredInstanceNorm2d):
-    """Filtered instance normalization and activation."""
-
-
-class FilterResponseNormAct2d(_NormAct, layers.FilterResponseNorm2d):
-    """Filter response normalization and activation. With ``tlu=True`` the threshold is the activation, in place of
-    ``act_layer``, and ``apply_act=False`` leaves it out."""
-
-    def __init__(self, num_features: int, *, tlu: bool = True, apply_act: bool = True, **kwargs) -> None:
-        super().__init__(num_features, tlu=tlu and apply_act, apply_act=apply_act and not tlu, **kwargs)
-
-
-class FilteredFilterResponseNormAct2d(FilterResponseNormAct2d, layers.FilteredFilterResponseNorm2d):
-    """The filtered form of :class:`FilterResponseNormAct2d`."""
-
-
-class ConvNormAndAct2d(_NormAct, layers.ConvNorm2d, BatchNormAct2d):
-    """ConvNorm and activation; timm's ``ConvNormAct`` is something else, a convolution with what follows it."""
-
-
-class LearnedStatsNormAct2d(_NormAct, layers.LearnedStatsNorm2d):
-    """Normalization by learned statistics, and activation."""
-
-
-class InstanceNormAct2d(_NormAct, layers.InstanceNorm2d):
-    """Instance normalization and activation, which timm has no class for."""
+FilteredBatchNormAct2d = act_class(layers.FilteredBatchNorm2d)
 
 
 def _sync_batch_norm_act(num_features: int, **kwargs) -> SyncBatchNormAct:
@@ -168,54 +190,21 @@ def _sync_batch_norm_act(num_features: int, **kwargs) -> SyncBatchNormAct:
     return _THEIRS["convert_sync_batchnorm"](BatchNormAct2d(num_features, **kwargs))
 
 
-# The norm+activation form of each registered norm, timm's own where there is one, with the defaults of the registry.
-_FORMS: dict[str, Callable[..., nn.Module]] = {
+# timm's own norm+activation form of a registered norm, where there is one, with the defaults of the registry.
+_TIMM_FORMS: dict[str, Callable[..., nn.Module]] = {
     "BN": BatchNormAct2d,
     "SyncBN": _sync_batch_norm_act,
     "FrozenBN": FrozenBatchNormAct2d,
     "GN": GroupNormAct,
     "LN": functools.partial(LayerNormAct2d, eps=1e-6),
-    "IN": functools.partial(InstanceNormAct2d, affine=True),
-    "FBN": FilteredBatchNormAct2d,
-    "SyncFBN": SyncFilteredBatchNormAct,
-    "FGN": FilteredGroupNormAct,
-    "FLN": FilteredLayerNormAct2d,
-    "FIN": FilteredInstanceNormAct2d,
-    "FRN": functools.partial(FilterResponseNormAct2d, tlu=False),
-    "FFRN": functools.partial(FilteredFilterResponseNormAct2d, tlu=False),
-    "ConvNorm": ConvNormAndAct2d,
-    "LearnedNorm": LearnedStatsNormAct2d,
-    "ScaledBN": ScaledBatchNormAct2d,
-    "ScaledBN-A1": ScaledBatchNormA1Act,
-    "ScaledBN-A2": ScaledBatchNormA2Act,
-    "RBN": RepresentativeBatchNormAct2d,
-    "RBN-": GatedBatchNormAct2d,
-    "IEBN": InstanceEnhancementBatchNormAct2d,
-    "IEBN-": functools.partial(GatedBatchNormAct2d, gate_init=-1.0),
-}
-_NAME_OF_CLASS = {
-    layers.FilteredBatchNorm2d: "FBN",
-    layers.SyncFilteredBatchNorm: "SyncFBN",
-    layers.FilteredLayerNorm2d: "FLN",
-    layers.FilteredInstanceNorm2d: "FIN",
-    layers.ScaledBatchNorm2d: "ScaledBN",
-    layers.ScaledBatchNormA1: "ScaledBN-A1",
-    layers.ScaledBatchNormA2: "ScaledBN-A2",
-    layers.RepresentativeBatchNorm2d: "RBN",
-    layers.InstanceEnhancementBatchNorm2d: "IEBN",
-    layers.GatedBatchNorm2d: "RBN-",
-    layers.FilterResponseNorm2d: "FRN",
-    layers.FilteredFilterResponseNorm2d: "FFRN",
-    layers.ConvNorm2d: "ConvNorm",
-    layers.LearnedStatsNorm2d: "LearnedNorm",
 }
 
 
 def _form(spec: NormSpec) -> functools.partial:
     """The norm+activation form of the norm that ``spec`` names, with its options bound."""
-    if spec.name not in _FORMS:
-        raise ValueError(f"norm {spec.name!r} has no norm+activation form in timm: accepted are {', '.join(_FORMS)}")
-    return functools.partial(_FORMS[spec.name], **spec.options)
+    if spec.name in _TIMM_FORMS:
+        return functools.partial(_TIMM_FORMS[spec.name], **spec.options)
+    return functools.partial(_build_act, norm_factory(spec))
 
 
 def find_spec(text: str, timm_names: Iterable[str]) -> NormSpec:
@@ -269,11 +258,10 @@ def get_norm_act_layer(
     elif (name := getattr(target, "__name__", None)) in NORMS and NORMS.get(name) is target:
         options.pop("dims", None)
         form = _form(NormSpec(name))
-    elif isinstance(target, type) and issubclass(target, _NormAct):
-        form = target
-    elif target in _NAME_OF_CLASS:
-        form = _FORMS[_NAME_OF_CLASS[target]]
-        form = getattr(form, "func", form)  # with the defaults of the class, not those of the name
+    elif target is _build_act or (isinstance(target, type) and issubclass(target, _NormAct)):
+        form = functools.partial(target, *getattr(norm_layer, "args", ()))
+    elif target in registered_classes():
+        form = functools.partial(_build_act, class_builder(target.__name__, target))  # with the defaults of the class
     else:
         return _THEIRS["get_norm_act_layer"](norm_layer, act_layer)
     return functools.partial(form, **{"act_layer": act_layer, **options})
@@ -284,9 +272,9 @@ def adapt_model_from_string(parent_module: nn.Module, *args, **kwargs) -> nn.Mod
     they were."""
     model = _THEIRS["adapt_model_from_string"](parent_module, *args, **kwargs)
     for name, old in parent_module.named_modules():
-        if isinstance(old, BatchNormMixin):
-            kind = _NAME_OF_CLASS[type(old)]
-            options = {key: getattr(old, key) for key in norm_options(kind)}
+        kind = registered_name(getattr(old, "norm_class", type(old)))
+        if kind is not None and isinstance(old, nn.BatchNorm2d):
+            options = {key: getattr(old, key) for key in norm_options(kind) if key != "bias" and hasattr(old, key)}
             model.set_submodule(name, convert_norm(model.get_submodule(name), NormSpec(kind, options)))
             apply_gamma_init(model.get_submodule(name))
     return model
@@ -295,6 +283,11 @@ def adapt_model_from_string(parent_module: nn.Module, *args, **kwargs) -> nn.Mod
 def _make_all_plain(model: nn.Module) -> None:
     """timm's conversions read weight and bias of a batch norm: let these say all that it does in evaluation."""
     for module in model.modules():
+        known = not isinstance(module, nn.BatchNorm2d) or isinstance(module, BatchNormAct2d)
+        if isinstance(module, _NormAct) and not known:
+            raise ValueError(
+                f"{module.norm_class.__name__} is no batch norm that timm knows: it would lose its activation"
+            )
         make_plain(module)
 
 
@@ -370,36 +363,10 @@ def unregister() -> None:
     _replace(_OURS, _THEIRS)
 
 
-def _convert(old: nn.Module, factory: NormFactory) -> nn.Module:
-    act = getattr(old, "act", nn.Identity())  # SyncBatchNormAct may have neither act nor drop
-    form = functools.partial(_form(factory.spec), apply_act=not isinstance(act, nn.Identity))
-    form.spec = factory.spec
-    new = build_like(old, form)
-    new.drop = getattr(old, "drop", new.drop)
-    if getattr(new, "tau", None) is None:  # else the threshold is the activation
-        new.act = act
-    return new
-
-
-for _norm_act_class in (_NormAct, BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct2d):
-    register_converter(_norm_act_class, _convert)
-
-
-def _drop_and_act(norm: nn.Module) -> nn.Module:
-    drop, act = (getattr(norm, name, nn.Identity()) for name in ("drop", "act"))
-    return act if type(drop) is nn.Identity else nn.Sequential(drop, act)
-
-
-for _norm_act_class in (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d):
-    register_norm_act(_norm_act_class, _drop_and_act)
 register_layer(Conv2dSame)
 
-# FX feature extraction traces into modules from outside torch.nn, unless they are registered as leaves.
-for _leaf in (
-    *(getattr(layers, name) for name in layers.__all__),
-    *_NormAct.__subclasses__(),
-):
-    register_notrace_module(_leaf)
+for _cls in (getattr(layers, name) for name in layers.__all__):
+    register_notrace_module(_cls)
 
 
 class FusedBasicBlock(resnet.BasicBlock):
@@ -439,7 +406,7 @@ register_fuser(resnet.Bottleneck, lambda block: _fuse_block(block, FusedBottlene
 
 
 _TIMM_NORMS = {*create_norm._NORM_MAP.values(), *create_norm_act._NORM_ACT_MAP.values(), GlobalResponseNorm}
-register_norm_type(*(norm for norm in _TIMM_NORMS if isinstance(norm, type)))
+describe_class(NormDescription(), *(c for c in _TIMM_NORMS if isinstance(c, type) and describe_type(c) is None))
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divisor: float = 100.0) -> list[dict]:

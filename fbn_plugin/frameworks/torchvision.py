@@ -15,12 +15,13 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
 from fbn_plugin import layers
+from fbn_plugin.layers.description import FROZEN, describe_class
 from fbn_plugin.models.mask_rcnn import ScaledResNet
-from fbn_plugin.surgery.convert import build_like, register_converter
+from fbn_plugin.registry import registered_classes
 from fbn_plugin.surgery.fuse import fuse_block, fuse_children, register_fuser
 from fbn_plugin.surgery.input_norm import Builder, normalize_images, register_prepender
 
-register_converter(FrozenBatchNorm2d, build_like)
+describe_class(FROZEN, FrozenBatchNorm2d)
 
 
 def register() -> None:
@@ -30,7 +31,8 @@ def register() -> None:
 
         @functools.wraps(leaves)
         def with_our_norms() -> list[type]:
-            return [*leaves(), *(getattr(layers, name) for name in layers.__all__)]
+            ours = [getattr(layers, name) for name in layers.__all__]
+            return [*leaves(), *ours, *(cls for cls in registered_classes() if cls not in ours)]
 
         feature_extraction._get_leaf_modules_for_ops = with_our_norms
 

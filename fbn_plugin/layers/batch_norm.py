@@ -6,9 +6,11 @@ Source of ``gamma_init``: Davis and Frank, "Revisiting Batch Norm Initialization
 
 import numbers
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.ops.checks import check_eps
 
 
 def check_gamma_init(gamma_init: float) -> float:
@@ -18,17 +20,43 @@ def check_gamma_init(gamma_init: float) -> float:
     return float(gamma_init)
 
 
-class BatchNormMixin:
+class OptionalBiasMixin:
+    """To stand before a norm of PyTorch's in the bases: ``bias=False``, which not all PyTorch versions have, and an
+    ``eps`` that is one."""
+
+    def __init__(self, *args, bias: bool = True, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        check_eps(self.eps)
+        if not bias:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:  # that of PyTorch 2.6 takes a weight to come with a bias
+        if getattr(self, "track_running_stats", False):
+            self.reset_running_stats()
+        for name, start in (("weight", getattr(self, "gamma_init", 1.0)), ("bias", 0.0)):
+            if getattr(self, name) is not None:
+                nn.init.constant_(getattr(self, name), start)
+
+
+class BatchNormMixin(OptionalBiasMixin):
     """To stand before a ``_BatchNorm`` class in the bases: its scale starts at ``gamma_init``."""
 
-    def __init__(self, *args, gamma_init: float = 1.0, **kwargs) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        gamma_init: float = 1.0,
+    ) -> None:
         self.gamma_init = check_gamma_init(gamma_init)  # first, as reset_parameters is called by the base class
-        super().__init__(*args, **kwargs)
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        if self.weight is not None:
-            nn.init.constant_(self.weight, self.gamma_init)
+        statistics = {"momentum": momentum, "track_running_stats": track_running_stats}
+        super().__init__(num_features, eps, affine=affine, **statistics, bias=bias, device=device, dtype=dtype)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -73,17 +101,12 @@ class FoldedBatchNormMixin(BatchNormMixin):
         that this one equals."""
         raise NotImplementedError
 
-    def eval_affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift, ``(C,)`` each, of the input in evaluation, where the output is ``scale * input + shift``."""
-        scale, shift = self.affine_terms()
-        root = torch.rsqrt(self.running_var + self.eps)
-        scale = root if scale is None else scale * root
-        moved = -self.running_mean * scale
-        return scale, moved if shift is None else shift + moved
-
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.affine_terms()
         return F.batch_norm(input, **{**self._norm_arguments(input), "weight": weight, "bias": bias})
+
+
+FOLDED = NormDescription("BN", "channel", affine_terms=lambda norm: norm.affine_terms())
 
 
 class AnyDimsMixin:

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fbn_plugin.layers.batch_norm import OptionalBiasMixin
+from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.ops.checks import check_eps
 from fbn_plugin.ops.reference import RunningStats, accumulate_dtype, plain_moments, update_running_stats
 
 # The stack of the paper's first layers, which covers 32 x 32.
@@ -178,7 +181,7 @@ class _WeightedMeanNorm(torch.autograd.Function):
         return dx, d_entries, None, None, d_weight, d_bias, None
 
 
-class ConvNorm2d(nn.BatchNorm2d):
+class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
     """Convolutional normalization: batch normalization whose mean is a learned weighted sum (Esposito and Ganaba,
     section 3, Eq. 6-9)::
 
@@ -191,6 +194,8 @@ class ConvNorm2d(nn.BatchNorm2d):
 
     Args:
         num_features: C.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`.
+        bias: False has a scale and no shift.
         kernel_sizes: sizes of the stack, the one on the input first, each a number or a pair ``(height, width)``.
         map_size: height and width of the input, or a number for both. Without ``kernel_sizes`` the stack is made of its
             factors; with them it is checked that they cover it. With neither the sizes are (4, 2, 2, 2), the paper's
@@ -198,7 +203,6 @@ class ConvNorm2d(nn.BatchNorm2d):
         weighted_std: weight the variance too, around ``mu`` (Eq. 8). The authors found it unstable.
         init_spread: the initial weights lie within a factor ``exp(+-init_spread)`` of the uniform ones, at random for
             each kernel entry; 0 starts as batch normalization.
-        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`.
 
     Shape:
         input and output ``(N, C, H, W)``.
@@ -222,26 +226,37 @@ class ConvNorm2d(nn.BatchNorm2d):
 
     Weight decay would draw the kernels towards the plain mean: :meth:`no_weight_decay` names them. timm's optimizers
     ask the model alone for such a method, and decay whatever has more than one dimension.
+
+    Examples::
+
+        >>> layer = fbn_plugin.ConvNorm2d(8, map_size=(16, 16))
+        >>> layer(torch.randn(4, 8, 16, 16)).shape
+        torch.Size([4, 8, 16, 16])
     """
+
+    description = NormDescription("BN", "channel", 2)
 
     def __init__(
         self,
         num_features: int,
-        kernel_sizes: Sequence[Size] | None = None,
-        map_size: Size | None = None,
-        weighted_std: bool = False,
-        init_spread: float = 0.01,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        kernel_sizes: Sequence[Size] | None = None,
+        map_size: Size | None = None,
+        weighted_std: bool = False,
+        init_spread: float = 0.01,
     ) -> None:
         stack = _stack(kernel_sizes, map_size)
         if not 0 <= init_spread < math.inf:
             raise ValueError(f"init_spread must be a finite number not below 0, got {init_spread!r}")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        options = {"device": device, "dtype": dtype, "bias": bias}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self.kernel_sizes = stack
         self.weighted_std = weighted_std
         self.init_spread = init_spread
@@ -368,11 +383,12 @@ class LearnedStatsNorm2d(nn.Module):
 
     Args:
         num_features: C.
-        first_layer: the smaller networks that the paper gives a model's first layer: convolutions to 4, 4, 1 channels
-            with kernels of 4, 3, 3 (85 parameters a network), otherwise to 4, 4, 2, 1 with 4, 3, 2, 3 (97).
         eps: the smallest deviation.
         affine: learn a scale and a shift for each channel. The paper has none: only so is the number of parameters, 170
             or 194 for any C, the fraction of batch normalization's that it reports.
+        bias: False learns, with ``affine``, a scale alone.
+        first_layer: the smaller networks that the paper gives a model's first layer: convolutions to 4, 4, 1 channels
+            with kernels of 4, 3, 3 (85 parameters a network), otherwise to 4, 4, 2, 1 with 4, 3, 2, 3 (97).
         device, dtype: of the parameters.
 
     Shape:
@@ -386,26 +402,36 @@ class LearnedStatsNorm2d(nn.Module):
     normalize by mean 0 and deviation 1; their biases start at zero, as a mean that is off from the start leaves ReLU
     nothing; statistics are computed without autocasting. A statistic's gradient sums over a whole image: at the
     learning rates of batch normalization a network may fail to train.
+
+    Examples::
+
+        >>> layer = fbn_plugin.LearnedStatsNorm2d(64)
+        >>> sum(parameter.numel() for parameter in layer.parameters())  # for any number of channels
+        194
     """
+
+    description = NormDescription("LearnedNorm", owns_children=True)
 
     def __init__(
         self,
         num_features: int,
-        first_layer: bool = False,
         eps: float = 1e-5,
+        *,
         affine: bool = False,
+        bias: bool = True,
+        first_layer: bool = False,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         placement = {"device": device, "dtype": dtype}
         self.num_features = num_features
-        self.eps = eps
+        self.eps = check_eps(eps)
         self.affine = affine
         self.mean_network = _statistic_network(first_layer, **placement)
         self.std_network = _statistic_network(first_layer, **placement)
         self.weight = nn.Parameter(torch.ones(num_features, **placement)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(num_features, **placement)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features, **placement)) if affine and bias else None
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() < 3 or input.shape[1] != self.num_features:
@@ -419,7 +445,8 @@ class LearnedStatsNorm2d(nn.Module):
         y = (input - mean.view(-1, 1, *ones)) / std.view(-1, 1, *ones)
         if self.affine:
             per_channel = (-1, *ones)
-            y = y * self.weight.view(per_channel) + self.bias.view(per_channel)
+            y = y * self.weight.view(per_channel)
+            y = y if self.bias is None else y + self.bias.view(per_channel)
         return y.to(input.dtype)
 
     def extra_repr(self) -> str:

@@ -7,7 +7,9 @@ Normalization" (2020), which names it as a host of the filter and leaves the fil
 import torch
 from torch import Tensor, nn
 
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
+from fbn_plugin.ops.checks import check_eps
 from fbn_plugin.ops.reference import accumulate_dtype, gaussian_kappa
 
 
@@ -24,6 +26,7 @@ class FilterResponseNorm2d(nn.Module):
         num_features: C.
         eps: added to the mean square.
         affine: learn gamma and beta.
+        bias: False learns gamma alone.
         tlu: threshold the result; False where the network has an activation of its own behind the norm.
         device, dtype: of the parameters.
 
@@ -32,21 +35,33 @@ class FilterResponseNorm2d(nn.Module):
 
     Raises:
         ValueError: in ``forward``, an input of another rank or number of channels.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilterResponseNorm2d(8)
+        >>> layer(torch.randn(1, 8, 16, 16)).min() >= 0  # tau, the learned threshold, starts at 0
+        tensor(True)
     """
+
+    description = NormDescription(
+        "FRN", why_left=lambda norm: None if norm.tau is None else "its threshold is an activation too"
+    )
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-6,
+        *,
         affine: bool = True,
+        bias: bool = True,
         tlu: bool = True,
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.eps = eps
-        for name, learned in (("weight", affine), ("bias", affine), ("tau", tlu)):
+        self.eps = check_eps(eps)
+        for name, learned in (("weight", affine), ("bias", affine and bias), ("tau", tlu)):
             parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if learned else None
             self.register_parameter(name, parameter)
         self.reset_parameters()
@@ -90,10 +105,10 @@ class FilteredFilterResponseNorm2d(FilterMixin, FilterResponseNorm2d):
 
     Args:
         num_features: C.
+        eps, affine, bias, tlu, device, dtype: as in :class:`FilterResponseNorm2d`.
         t_sigma: cut in units of the root mean square, above 1; ``inf`` is :class:`FilterResponseNorm2d`. No value lies
             further than ``sqrt(H W)``.
         gaussian_correction: divide ``nu2'`` by the variance of a unit Gaussian cut at ``t_sigma``.
-        eps, affine, tlu, device, dtype: as in :class:`FilterResponseNorm2d`.
 
     Shape:
         input and output ``(N, C, *spatial)``.
@@ -102,20 +117,28 @@ class FilteredFilterResponseNorm2d(FilterMixin, FilterResponseNorm2d):
         ValueError: ``t_sigma`` out of range; in ``forward`` as :class:`FilterResponseNorm2d`.
 
     A NaN or an infinity makes its map NaN, or zero and NaN, as in :class:`FilterResponseNorm2d`.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredFilterResponseNorm2d(8, t_sigma=4.0, tlu=False)
+        >>> layer(torch.randn(1, 8, 16, 16)).shape
+        torch.Size([1, 8, 16, 16])
     """
 
     def __init__(
         self,
         num_features: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-6,
+        *,
         affine: bool = True,
+        bias: bool = True,
         tlu: bool = True,
+        t_sigma: float = 5.0,
         gaussian_correction: bool = False,
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(num_features, eps, affine, tlu, device=device, dtype=dtype)
+        super().__init__(num_features, eps, affine=affine, bias=bias, tlu=tlu, device=device, dtype=dtype)
         self._init_filter(t_sigma, "exact", gaussian_correction)
 
     def _dropped(self, square: Tensor, space: tuple[int, ...]) -> Tensor:

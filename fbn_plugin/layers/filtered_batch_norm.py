@@ -8,7 +8,8 @@ Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
 from torch import Tensor, nn
 
 from fbn_plugin.layers.batch_norm import BatchNormMixin
-from fbn_plugin.ops.checks import check_filter
+from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.ops.checks import check_eps, check_filter
 from fbn_plugin.ops.functional import filtered_batch_norm, filtered_batch_statistics, filtered_share
 
 
@@ -16,17 +17,19 @@ class FilterMixin:
     """The options of the filter, shared by all filtered layers."""
 
     def _init_filter(self, t_sigma: float, grad_mode: str, gaussian_correction: bool) -> None:
+        check_eps(self.eps)
         self.t_sigma = check_filter(t_sigma, grad_mode)
         self.grad_mode = grad_mode
         self.gaussian_correction = bool(gaussian_correction)
 
-    def _filter_options(self) -> dict:
+    def filter_options(self) -> dict:
+        """The options of the filter, as the layers and operators take them."""
         return {"t_sigma": self.t_sigma, "grad_mode": self.grad_mode, "gaussian_correction": self.gaussian_correction}
 
     def filtered_share(self, input: Tensor) -> Tensor:
         """The share of the values of ``input``, not empty, that training leaves out of its moments: a scalar, 0 to 1,
         without a gradient. A synchronized norm tells what its own process's batch would leave out."""
-        return filtered_share(input, getattr(self, "num_groups", 0), self.eps, self.t_sigma)
+        return filtered_share(input, getattr(self, "num_groups", 0), self.eps, t_sigma=self.t_sigma)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, t_sigma={self.t_sigma:g}"
@@ -44,16 +47,16 @@ class FilteredBatchNormMixin(FilterMixin, BatchNormMixin):
         running_mean, running_var, counter, training = self._running(input)
         return filtered_batch_norm(
             input,
-            self.weight,
-            self.bias,
             running_mean,
             running_var,
+            self.weight,
+            self.bias,
             training,
             self.momentum,
             self.eps,
-            self.t_sigma,
-            self.grad_mode,
-            self.gaussian_correction,
+            t_sigma=self.t_sigma,
+            grad_mode=self.grad_mode,
+            gaussian_correction=self.gaussian_correction,
             num_batches_tracked=counter,
         )
 
@@ -61,34 +64,29 @@ class FilteredBatchNormMixin(FilterMixin, BatchNormMixin):
         """Mean, biased variance and number of the kept values of each channel, ``(C,)`` each, as training normalizes
         ``input`` with them; no buffer changes."""
         self._check_input_dim(input)
-        return filtered_batch_statistics(input, self.eps, self.t_sigma, self.gaussian_correction)
+        options = {"t_sigma": self.t_sigma, "gaussian_correction": self.gaussian_correction}
+        return filtered_batch_statistics(input, self.eps, **options)
 
 
 class _FilteredBatchNorm(FilteredBatchNormMixin):
     def __init__(
         self,
         num_features: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        t_sigma: float = 5.0,
         grad_mode: str = "exact",
         gaussian_correction: bool = False,
         gamma_init: float = 1.0,
-        device=None,
-        dtype=None,
     ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            gamma_init=gamma_init,
-            device=device,
-            dtype=dtype,
-        )
+        options = {"device": device, "dtype": dtype, "bias": bias, "gamma_init": gamma_init}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
 
@@ -100,10 +98,11 @@ _DOC = """Filtered batch normalization over {shape} (Horváth and Al-afandi 2020
 
     Args:
         num_features: C.
-        t_sigma: cut in standard deviations, above 1; ``inf`` is plain batch normalization. The paper uses 2 to 7, and 5
-            for Mask R-CNN.
         eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.{base}`; ``momentum=None`` is
             a cumulative average.
+        bias: False has a scale and no shift, as newer versions of :class:`torch.nn.{base}` have it.
+        t_sigma: cut in standard deviations, above 1; ``inf`` is plain batch normalization. The paper uses 2 to 7, and 5
+            for Mask R-CNN.
         grad_mode: ``"exact"``, the gradient of the forward pass with the mask held constant, or ``"paper"``, Eq. 9-13
             as printed.
         gaussian_correction: divide the filtered variance by that of a unit Gaussian cut at ``t_sigma``; the paper does
@@ -125,16 +124,31 @@ _DOC = """Filtered batch normalization over {shape} (Horváth and Al-afandi 2020
     pass, or never with ``broadcast_buffers=False``, as detectron2 calls it; before processes evaluate together,
     :func:`fbn_plugin.engine.run.distributed.broadcast_buffers` does so. :class:`SyncFilteredBatchNorm` takes the
     moments of all, and has the same statistics everywhere.
+
+    Examples::
+
+        >>> layer = fbn_plugin.Filtered{base}(8, t_sigma=4.0)
+        >>> layer(torch.randn({size})).shape
+        torch.Size([{size}])
+        >>> layer.load_state_dict(nn.{base}(8).state_dict())
+        <All keys matched successfully>
     """
 
 
+def _describe(dims: int) -> NormDescription:
+    return NormDescription("BN", "channel", dims, synchronized_form=lambda norm: ("SyncFBN", norm.filter_options()))
+
+
 class FilteredBatchNorm1d(_FilteredBatchNorm, nn.BatchNorm1d):
-    __doc__ = _DOC.format(shape="``(N, C)`` or ``(N, C, L)``", base="BatchNorm1d")
+    __doc__ = _DOC.format(shape="``(N, C)`` or ``(N, C, L)``", base="BatchNorm1d", size="4, 8, 16")
+    description = _describe(1)
 
 
 class FilteredBatchNorm2d(_FilteredBatchNorm, nn.BatchNorm2d):
-    __doc__ = _DOC.format(shape="``(N, C, H, W)``", base="BatchNorm2d")
+    __doc__ = _DOC.format(shape="``(N, C, H, W)``", base="BatchNorm2d", size="4, 8, 16, 16")
+    description = _describe(2)
 
 
 class FilteredBatchNorm3d(_FilteredBatchNorm, nn.BatchNorm3d):
-    __doc__ = _DOC.format(shape="``(N, C, D, H, W)``", base="BatchNorm3d")
+    __doc__ = _DOC.format(shape="``(N, C, D, H, W)``", base="BatchNorm3d", size="4, 8, 4, 16, 16")
+    description = _describe(3)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d, FilteredBatchNormMixin
 from fbn_plugin.ops.checks import check_activation
 from fbn_plugin.ops.functional import filtered_batch_norm_act
@@ -33,19 +34,19 @@ def normalize_and_activate(
     running_mean, running_var, counter, training = norm._running(input)
     return filtered_batch_norm_act(
         input,
-        norm.weight,
-        norm.bias,
         running_mean,
         running_var,
+        norm.weight,
+        norm.bias,
         training,
         norm.momentum,
         norm.eps,
-        norm.t_sigma,
-        norm.grad_mode,
-        norm.gaussian_correction,
-        activation,
-        negative_slope,
-        residual,
+        t_sigma=norm.t_sigma,
+        grad_mode=norm.grad_mode,
+        gaussian_correction=norm.gaussian_correction,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
         num_batches_tracked=counter,
     )
 
@@ -55,8 +56,8 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
 
     Args:
         num_features: C.
-        t_sigma, eps, momentum, affine, track_running_stats, grad_mode, gaussian_correction, gamma_init, device,
-            dtype: as in :class:`FilteredBatchNorm2d`.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`FilteredBatchNorm2d`.
+        **options: its other ones.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"identity"``.
         negative_slope: of ``"leaky_relu"``, not below 0.
 
@@ -65,43 +66,51 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
 
     Raises:
         ValueError: an option out of range; in ``forward`` as :class:`FilteredBatchNorm2d`.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredBatchNormAct2d(8, activation="silu")
+        >>> x, shortcut = torch.randn(4, 8, 16, 16), torch.randn(4, 8, 16, 16)
+        >>> layer(x, shortcut).shape
+        torch.Size([4, 8, 16, 16])
     """
+
+    description = NormDescription(
+        "BN",
+        "channel",
+        2,
+        why_not_synchronized="it is fused with its activation: synchronize before fuse_norm_act",
+        why_left=lambda norm: "it is fused with its activation: convert before fuse_norm_act",
+        rest=lambda norm: norm.activation_module(),
+    )
 
     def __init__(
         self,
         num_features: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        grad_mode: str = "exact",
-        gaussian_correction: bool = False,
-        gamma_init: float = 1.0,
-        activation: str = "relu",
-        negative_slope: float = 0.01,
         device=None,
         dtype=None,
+        *,
+        activation: str = "relu",
+        negative_slope: float = 0.01,
+        **options,
     ) -> None:
         check_activation(activation, negative_slope)
-        super().__init__(
-            num_features,
-            t_sigma,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            grad_mode,
-            gaussian_correction,
-            gamma_init,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.activation = activation
         self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return normalize_and_activate(self, input, self.activation, self.negative_slope, residual)
+
+    def activation_module(self) -> nn.Module:
+        """The activation as a module of its own."""
+        if self.activation == "leaky_relu":
+            return nn.LeakyReLU(self.negative_slope)
+        return {"identity": nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU}[self.activation]()
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope:g}" if self.activation == "leaky_relu" else ""

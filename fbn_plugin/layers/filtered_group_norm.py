@@ -9,19 +9,23 @@ is here because PyTorch has no channels-first one.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fbn_plugin.layers.batch_norm import OptionalBiasMixin
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
+from fbn_plugin.ops.checks import check_eps
 from fbn_plugin.ops.functional import filtered_group_norm, filtered_share
 
 
-class FilteredGroupNorm(FilterMixin, nn.GroupNorm):
+class FilteredGroupNorm(FilterMixin, OptionalBiasMixin, nn.GroupNorm):
     """Filtered group normalization (Horváth and Al-afandi 2020, section IV-D), a drop-in for
     :class:`torch.nn.GroupNorm`.
 
     Args:
         num_groups: groups of channels, each normalized by its own moments in each sample; divides ``num_channels``.
         num_channels: C.
-        t_sigma: cut in standard deviations, above 1; ``inf`` is plain group normalization.
         eps, affine, device, dtype: as in :class:`torch.nn.GroupNorm`.
+        bias: False has a scale and no shift, as newer versions of :class:`torch.nn.GroupNorm` have it.
+        t_sigma: cut in standard deviations, above 1; ``inf`` is plain group normalization.
         grad_mode, gaussian_correction: as in :class:`FilteredBatchNorm2d`.
 
     Shape:
@@ -29,29 +33,39 @@ class FilteredGroupNorm(FilterMixin, nn.GroupNorm):
 
     Raises:
         ValueError: an option out of range, or groups that do not divide the channels.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredGroupNorm(4, 32, t_sigma=4.0)
+        >>> layer(torch.randn(1, 32, 16, 16)).shape
+        torch.Size([1, 32, 16, 16])
     """
+
+    description = NormDescription("GN")
 
     def __init__(
         self,
         num_groups: int,
         num_channels: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-5,
         affine: bool = True,
-        grad_mode: str = "exact",
-        gaussian_correction: bool = False,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        t_sigma: float = 5.0,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
     ) -> None:
         if num_groups < 1 or num_channels % num_groups:
             raise ValueError(
                 f"num_groups must divide num_channels, got {num_groups} groups for {num_channels} channels"
             )
-        super().__init__(num_groups, num_channels, eps, affine, device=device, dtype=dtype)
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype, bias=bias)
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
     def forward(self, input: Tensor) -> Tensor:
-        return filtered_group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self._filter_options())
+        return filtered_group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self.filter_options())
 
 
 class FilteredInstanceNorm2d(FilteredGroupNorm):
@@ -62,25 +76,46 @@ class FilteredInstanceNorm2d(FilteredGroupNorm):
 
     Args:
         num_features: C.
-        t_sigma, eps, affine, grad_mode, gaussian_correction, device, dtype: as in :class:`FilteredGroupNorm`.
+        eps, affine, device, dtype, bias, t_sigma, grad_mode, gaussian_correction: as in :class:`FilteredGroupNorm`.
+            There is no ``momentum``, which stands before ``affine`` in :class:`torch.nn.InstanceNorm2d`: what follows
+            ``eps`` is passed by name.
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions, with more than one position.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredInstanceNorm2d(8, t_sigma=4.0)
+        >>> layer(torch.randn(1, 8, 16, 16)).shape
+        torch.Size([1, 8, 16, 16])
     """
+
+    description = NormDescription("IN")
 
     def __init__(
         self,
         num_features: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-5,
+        *,
         affine: bool = True,
-        grad_mode: str = "exact",
-        gaussian_correction: bool = False,
         device=None,
         dtype=None,
+        bias: bool = True,
+        t_sigma: float = 5.0,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
     ) -> None:
         super().__init__(
-            num_features, num_features, t_sigma, eps, affine, grad_mode, gaussian_correction, device=device, dtype=dtype
+            num_features,
+            num_features,
+            eps,
+            affine,
+            device,
+            dtype,
+            bias=bias,
+            t_sigma=t_sigma,
+            grad_mode=grad_mode,
+            gaussian_correction=gaussian_correction,
         )
 
     @property
@@ -98,14 +133,30 @@ class LayerNorm2d(nn.LayerNorm):
 
     Args:
         num_channels: C.
-        eps, affine: as ``eps`` and ``elementwise_affine`` of :class:`torch.nn.LayerNorm`.
+        eps, affine, bias, device, dtype: as in :class:`torch.nn.LayerNorm`, ``affine`` as its ``elementwise_affine``.
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
+
+    Examples::
+
+        >>> layer = fbn_plugin.LayerNorm2d(8)
+        >>> layer(torch.randn(1, 8, 16, 16)).shape
+        torch.Size([1, 8, 16, 16])
     """
 
-    def __init__(self, num_channels: int, eps: float = 1e-6, affine: bool = True, device=None, dtype=None) -> None:
-        super().__init__(num_channels, eps, affine, device=device, dtype=dtype)
+    description = NormDescription("LN")
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-6,
+        affine: bool = True,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(num_channels, check_eps(eps), affine, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         last = input.movedim(1, -1)
@@ -121,34 +172,44 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
     Args:
         num_channels: C. No value lies further than ``sqrt(C - 1)`` deviations from the mean of C values, so a larger
             cut filters nothing.
+        eps, affine, bias, device, dtype: as in :class:`LayerNorm2d`.
         t_sigma, grad_mode, gaussian_correction: as in :class:`FilteredGroupNorm`.
-        eps, affine, device, dtype: as in :class:`LayerNorm2d`.
 
     Shape:
         input and output ``(N, C, H, W)``, or any other number of spatial dimensions.
+
+    Examples::
+
+        >>> layer = fbn_plugin.FilteredLayerNorm2d(64, t_sigma=3.0)
+        >>> layer(torch.randn(1, 64, 16, 16)).shape
+        torch.Size([1, 64, 16, 16])
     """
+
+    description = NormDescription("LN")
 
     def __init__(
         self,
         num_channels: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-6,
         affine: bool = True,
-        grad_mode: str = "exact",
-        gaussian_correction: bool = False,
+        bias: bool = True,
         device=None,
         dtype=None,
+        *,
+        t_sigma: float = 5.0,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
     ) -> None:
-        super().__init__(num_channels, eps, affine, device=device, dtype=dtype)
+        super().__init__(num_channels, eps, affine, bias, device, dtype)
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
     def forward(self, input: Tensor) -> Tensor:
         last = input.movedim(1, -1)
         rows = filtered_group_norm(
-            last.reshape(-1, last.shape[-1]), 1, self.weight, self.bias, self.eps, **self._filter_options()
+            last.reshape(-1, last.shape[-1]), 1, self.weight, self.bias, self.eps, **self.filter_options()
         )
         return rows.view(last.shape).movedim(-1, 1)
 
     def filtered_share(self, input: Tensor) -> Tensor:
         rows = input.movedim(1, -1).reshape(-1, input.shape[1])
-        return filtered_share(rows, 1, self.eps, self.t_sigma)
+        return filtered_share(rows, 1, self.eps, t_sigma=self.t_sigma)

@@ -8,16 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.ops.checks import check_eps
+
 _KEYS = ("weight", "bias", "running_mean", "running_var")
 
 
 class FrozenBatchNormMixin:
     """Buffers and forward pass of a frozen batch normalization, to stand before ``nn.Module`` in the bases."""
 
-    def __init__(self, num_features: int, eps: float = 1e-5, device=None, dtype=None) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, *, device=None, dtype=None) -> None:
         super().__init__()
         self.num_features = num_features
-        self.eps = eps
+        self.eps = check_eps(eps)
         for name in _KEYS:
             start = torch.ones if name in ("weight", "running_var") else torch.zeros
             self.register_buffer(name, start(num_features, device=device, dtype=dtype))
@@ -30,8 +33,8 @@ class FrozenBatchNormMixin:
         return scale, bias - mean * scale
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() not in self._dims:
-            raise ValueError(f"expected {' or '.join(map(str, self._dims))}D input (got {input.dim()}D input)")
+        if input.dim() not in self._ranks:
+            raise ValueError(f"expected {' or '.join(map(str, self._ranks))}D input (got {input.dim()}D input)")
         if not (self.training and input.requires_grad):
             statistics = self.running_mean, self.running_var
             return F.batch_norm(input, *statistics, self.weight, self.bias, training=False, eps=self.eps)
@@ -63,19 +66,30 @@ _DOC = """Frozen batch normalization over {shape}: ``weight * (x - running_mean)
 
     Raises:
         ValueError: in ``forward``, an input of another rank.
+
+    Examples::
+
+        >>> layer = fbn_plugin.Frozen{base}(8)
+        >>> layer.load_state_dict(nn.{base}(8).state_dict())
+        <All keys matched successfully>
+        >>> list(layer.parameters())
+        []
     """
 
 
 class FrozenBatchNorm1d(FrozenBatchNormMixin, nn.Module):
     __doc__ = _DOC.format(shape="``(N, C)`` or ``(N, C, L)``", base="BatchNorm1d")
-    _dims = (2, 3)
+    description = NormDescription("FrozenBN", "channel", 1)
+    _ranks = (2, 3)
 
 
 class FrozenBatchNorm2d(FrozenBatchNormMixin, nn.Module):
     __doc__ = _DOC.format(shape="``(N, C, H, W)``", base="BatchNorm2d")
-    _dims = (4,)
+    description = NormDescription("FrozenBN", "channel", 2)
+    _ranks = (4,)
 
 
 class FrozenBatchNorm3d(FrozenBatchNormMixin, nn.Module):
     __doc__ = _DOC.format(shape="``(N, C, D, H, W)``", base="BatchNorm3d")
-    _dims = (5,)
+    description = NormDescription("FrozenBN", "channel", 3)
+    _ranks = (5,)

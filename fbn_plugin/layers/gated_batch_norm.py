@@ -9,7 +9,8 @@ as baselines; the first one's centering is left out, as there.
 import torch
 from torch import Tensor, nn
 
-from fbn_plugin.layers.batch_norm import AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin
+from fbn_plugin.layers.batch_norm import FOLDED, AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.ops.gated import gated_batch_norm
 
 
@@ -38,9 +39,10 @@ class GatedBatchNorm2d(_Gate, FoldedBatchNormMixin, nn.BatchNorm2d):
 
     Args:
         num_features: C.
-        gate_init: what w starts at.
         eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`; without
             ``affine`` the gate stays.
+        bias: False has no shift.
+        gate_init: what w starts at.
         gamma_init: what gamma starts at, in (0, 1]; 1 in the paper.
 
     Shape:
@@ -48,22 +50,34 @@ class GatedBatchNorm2d(_Gate, FoldedBatchNormMixin, nn.BatchNorm2d):
 
     Raises:
         ValueError: ``gamma_init`` out of range; in ``forward``, one value per channel in training.
+
+    Examples::
+
+        >>> layer = fbn_plugin.GatedBatchNorm2d(8, gate_init=-1.0)
+        >>> x = torch.randn(4, 8, 16, 16)
+        >>> torch.allclose(layer(x), torch.sigmoid(torch.tensor(-1.0)) * nn.BatchNorm2d(8)(x), atol=1e-5)
+        True
     """
+
+    description = FOLDED
 
     def __init__(
         self,
         num_features: int,
-        gate_init: float = 1.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        gamma_init: float = 1.0,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        gate_init: float = 1.0,
+        gamma_init: float = 1.0,
     ) -> None:
         placement = {"device": device, "dtype": dtype}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, gamma_init=gamma_init, **placement)
+        options = {"bias": bias, "gamma_init": gamma_init, **placement}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self._init_gate(gate_init, pooled=False, **placement)
 
     def affine_terms(self) -> tuple[Tensor, Tensor | None]:
@@ -72,6 +86,7 @@ class GatedBatchNorm2d(_Gate, FoldedBatchNormMixin, nn.BatchNorm2d):
 
 
 class _PooledGateBatchNorm2d(_Gate, BatchNormMixin, nn.BatchNorm2d):
+    description = NormDescription("BN", "image")
     _gate_init: float
     _pool_input: bool
 
@@ -82,12 +97,15 @@ class _PooledGateBatchNorm2d(_Gate, BatchNormMixin, nn.BatchNorm2d):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        gamma_init: float = 1.0,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        gamma_init: float = 1.0,
     ) -> None:
         placement = {"device": device, "dtype": dtype}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, gamma_init=gamma_init, **placement)
+        options = {"bias": bias, "gamma_init": gamma_init, **placement}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self._init_gate(self._gate_init, pooled=True, **placement)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -111,6 +129,7 @@ _DOC = """{name} in the form of Davis and Frank (2022), section 4.5.
         num_features: C.
         eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.BatchNorm2d`; without
             ``affine`` the gate stays.
+        bias: False has no shift.
         gamma_init: what gamma starts at, in (0, 1]; 1 in the paper.
 
     Shape:
@@ -121,18 +140,32 @@ _DOC = """{name} in the form of Davis and Frank (2022), section 4.5.
         ValueError: ``gamma_init`` out of range; in ``forward``, one value per channel in training.
 
     The paper does not say what GAP(xhat) is in evaluation: here ``xhat`` is then normalized by the running statistics.
+
+    Examples::
+
+        >>> layer = fbn_plugin.{cls}(8)
+        >>> layer(torch.randn(4, 8, 16, 16)).shape
+        torch.Size([4, 8, 16, 16])
     """
 
 
 class RepresentativeBatchNorm2d(_PooledGateBatchNorm2d):
     __doc__ = _DOC.format(
-        name="Representative batch normalization (RBN)", z="the normalized values ``xhat``", w=1, scale="0.731"
+        cls="RepresentativeBatchNorm2d",
+        name="Representative batch normalization (RBN)",
+        z="the normalized values ``xhat``",
+        w=1,
+        scale="0.731",
     )
     _gate_init, _pool_input = 1.0, False
 
 
 class InstanceEnhancementBatchNorm2d(_PooledGateBatchNorm2d):
     __doc__ = _DOC.format(
-        name="Instance enhancement batch normalization (IEBN)", z="the input ``x``", w=-1, scale="0.269"
+        cls="InstanceEnhancementBatchNorm2d",
+        name="Instance enhancement batch normalization (IEBN)",
+        z="the input ``x``",
+        w=-1,
+        scale="0.269",
     )
     _gate_init, _pool_input = -1.0, True

@@ -3,6 +3,8 @@ head gets one where nothing is detected."""
 
 from torch import Tensor, nn
 
+from fbn_plugin.layers.description import NormDescription
+
 
 class _AnyBatchMixin:
     def forward(self, input: Tensor) -> Tensor:
@@ -16,10 +18,22 @@ class _AnyBatchMixin:
 class InstanceNorm1d(_AnyBatchMixin, nn.InstanceNorm1d):
     """:class:`torch.nn.InstanceNorm1d`, for empty batches too."""
 
+    description = NormDescription("IN", "channel", 1)
+
 
 class InstanceNorm2d(_AnyBatchMixin, nn.InstanceNorm2d):
-    """:class:`torch.nn.InstanceNorm2d`, for empty batches too."""
+    """:class:`torch.nn.InstanceNorm2d`, for empty batches too.
+
+    Examples::
+
+        >>> fbn_plugin.InstanceNorm2d(8)(torch.randn(0, 8, 16, 16)).shape
+        torch.Size([0, 8, 16, 16])
+    """
+
+    description = NormDescription("IN", "channel", 2)
 
 
 class InstanceNorm3d(_AnyBatchMixin, nn.InstanceNorm3d):
     """:class:`torch.nn.InstanceNorm3d`, for empty batches too."""
+
+    description = NormDescription("IN", "channel", 3)

@@ -7,11 +7,12 @@ learning rate of the scale is the optimizer's part.
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fbn_plugin.layers.batch_norm import AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin, check_gamma_init
+from fbn_plugin.layers.batch_norm import FOLDED, AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin, check_gamma_init
 
 RECTIFIED_STD = 0.58  # standard deviation of a rectified unit Gaussian, as the paper rounds it
 
@@ -20,24 +21,18 @@ class _ScaledBatchNorm(BatchNormMixin):
     def __init__(
         self,
         num_features: int,
-        gamma_init: float = 0.1,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        gamma_init: float = 0.1,
     ) -> None:
-        super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            track_running_stats,
-            gamma_init=gamma_init,
-            device=device,
-            dtype=dtype,
-        )
+        options = {"device": device, "dtype": dtype, "bias": bias, "gamma_init": gamma_init}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
 
 
 _DOC = """Batch normalization over {shape} whose scale starts at ``gamma_init`` (Davis and Frank 2022, section 3.2).
@@ -46,9 +41,10 @@ _DOC = """Batch normalization over {shape} whose scale starts at ``gamma_init`` 
 
     Args:
         num_features: C.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.{base}`.
+        bias: False has a scale and no shift, as newer versions of :class:`torch.nn.{base}` have it.
         gamma_init: what gamma starts at, in (0, 1]; beta starts at 0. The paper tries 0.01 to 1 and finds 0.05 and 0.1
             the best of them.
-        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.{base}`.
 
     Shape:
         input and output {shape}.
@@ -56,6 +52,12 @@ _DOC = """Batch normalization over {shape} whose scale starts at ``gamma_init`` 
     Raises:
         ValueError: ``gamma_init`` out of range; in ``forward``, an input of another rank, or one value per channel in
         training.
+
+    Examples::
+
+        >>> layer = fbn_plugin.{name}(8)
+        >>> layer(torch.randn({size})).std().item() < 0.2
+        True
     """
 _PLAIN = """``y = gamma xhat + beta``, which is :class:`torch.nn.{base}` in all but the start of gamma: the same forward
     pass and ``state_dict`` keys. So weights of one load into the other, and gamma is then theirs."""
@@ -63,20 +65,38 @@ _PLAIN = """``y = gamma xhat + beta``, which is :class:`torch.nn.{base}` in all 
 
 class ScaledBatchNorm1d(_ScaledBatchNorm, nn.BatchNorm1d):
     __doc__ = _DOC.format(
-        shape="``(N, C)`` or ``(N, C, L)``", base="BatchNorm1d", equation=_PLAIN.format(base="BatchNorm1d")
+        name="ScaledBatchNorm1d",
+        size="4, 8, 16",
+        shape="``(N, C)`` or ``(N, C, L)``",
+        base="BatchNorm1d",
+        equation=_PLAIN.format(base="BatchNorm1d"),
     )
 
 
 class ScaledBatchNorm2d(_ScaledBatchNorm, nn.BatchNorm2d):
-    __doc__ = _DOC.format(shape="``(N, C, H, W)``", base="BatchNorm2d", equation=_PLAIN.format(base="BatchNorm2d"))
+    __doc__ = _DOC.format(
+        name="ScaledBatchNorm2d",
+        size="4, 8, 16, 16",
+        shape="``(N, C, H, W)``",
+        base="BatchNorm2d",
+        equation=_PLAIN.format(base="BatchNorm2d"),
+    )
 
 
 class ScaledBatchNorm3d(_ScaledBatchNorm, nn.BatchNorm3d):
-    __doc__ = _DOC.format(shape="``(N, C, D, H, W)``", base="BatchNorm3d", equation=_PLAIN.format(base="BatchNorm3d"))
+    __doc__ = _DOC.format(
+        name="ScaledBatchNorm3d",
+        size="4, 8, 4, 16, 16",
+        shape="``(N, C, D, H, W)``",
+        base="BatchNorm3d",
+        equation=_PLAIN.format(base="BatchNorm3d"),
+    )
 
 
 class ScaledBatchNormA1(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
     __doc__ = _DOC.format(
+        name="ScaledBatchNormA1",
+        size="4, 8, 16, 16",
         shape="``(N, C, *spatial)``",
         base="BatchNorm2d",
         equation="""``y = gamma (xhat + beta)``, the form A1 of section 4.4, whose scale scales the shift too.
@@ -85,12 +105,16 @@ class ScaledBatchNormA1(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
     the plain form is ``gamma beta``. So weights of the plain form, loaded or converted, make another function here.""",
     )
 
+    description = replace(FOLDED, splits_affine=False)
+
     def affine_terms(self) -> tuple[Tensor | None, Tensor | None]:
         return self.weight, None if self.bias is None else self.weight * self.bias
 
 
 class ScaledBatchNormA2(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
     __doc__ = _DOC.format(
+        name="ScaledBatchNormA2",
+        size="4, 8, 16, 16",
         shape="``(N, C, *spatial)``",
         base="BatchNorm2d",
         equation="""``y = gamma (lambda xhat + beta)``, the form A2 of section 4.4: A1 with one more learned parameter a
@@ -98,6 +122,8 @@ class ScaledBatchNormA2(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
 
     The paper does not say whether lambda, too, learns more slowly; its method slows down gamma alone.""",
     )
+
+    description = replace(FOLDED, splits_affine=False)
 
     @functools.wraps(ScaledBatchNorm2d.__init__)
     def __init__(self, *args, **kwargs) -> None:
@@ -123,32 +149,34 @@ class InputNorm2d(BatchNormMixin, nn.BatchNorm2d):
     which is what the network's other layers receive from a norm and a ReLU. There is no shift.
 
     Args:
-        num_channels: C.
-        gamma_init: that of the network's other norms, in (0, 1]; the attribute of this name is 0.58 times it, the
-            constant that this layer's scale starts at.
+        num_features: C.
         eps, momentum, device, dtype: as in :class:`torch.nn.BatchNorm2d`. The paper does not give them; an image
             with values in [0, 1] has a variance far above ``eps``.
+        gamma_init: that of the network's other norms, in (0, 1]; the attribute of this name is 0.58 times it, the
+            constant that this layer's scale starts at.
 
     Shape:
         input and output ``(N, C, H, W)``, the input not normalized before.
 
     Raises:
         ValueError: ``gamma_init`` out of range; in ``forward``, an input of another rank.
+
+    Examples::
+
+        >>> layer = fbn_plugin.InputNorm2d(3)
+        >>> layer(torch.rand(4, 3, 16, 16)).std().item() < 0.1
+        True
     """
 
     def __init__(
         self,
-        num_channels: int = 3,
-        gamma_init: float = 0.1,
+        num_features: int = 3,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        *,
+        gamma_init: float = 0.1,
         device=None,
         dtype=None,
     ) -> None:
         scale = RECTIFIED_STD * check_gamma_init(gamma_init)
-        super().__init__(num_channels, eps, momentum, gamma_init=scale, device=device, dtype=dtype)
-        self.register_parameter("bias", None)
-
-    def reset_parameters(self) -> None:
-        self.reset_running_stats()
-        nn.init.constant_(self.weight, self.gamma_init)  # the base class of PyTorch 2.6 wants a bias, too
+        super().__init__(num_features, eps, momentum, gamma_init=scale, bias=False, device=device, dtype=dtype)

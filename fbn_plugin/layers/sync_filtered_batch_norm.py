@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fbn_plugin.layers.batch_norm import AnyDimsMixin
+from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d
 from fbn_plugin.ops.sync import sync_filtered_batch_norm
 
@@ -32,11 +33,11 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
 
     Args:
         num_features: C.
-        t_sigma, eps, momentum, affine, track_running_stats, grad_mode, gaussian_correction, gamma_init, device,
-            dtype: as in :class:`FilteredBatchNorm2d`; with ``t_sigma=inf`` it is synchronized plain batch
-            normalization, on CPUs too.
+        eps, momentum, affine, track_running_stats, device, dtype: as in :class:`torch.nn.SyncBatchNorm`.
         process_group: the processes to synchronize, as in :class:`torch.nn.SyncBatchNorm`; None is all of them. A layer
             with a group of its own can neither be copied nor pickled, as no process group can.
+        bias, t_sigma, grad_mode, gaussian_correction, gamma_init: as in :class:`FilteredBatchNorm2d`; with
+            ``t_sigma=inf`` it is synchronized plain batch normalization, on CPUs too.
 
     Shape:
         input and output ``(N, C, *spatial)``, N 0 or more.
@@ -44,35 +45,46 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
     Raises:
         ValueError: an option out of range; in ``forward``, an input of fewer than two dimensions or, on every process
         alike, one value per channel on all processes together.
+
+    Examples::
+
+        >>> layer = fbn_plugin.SyncFilteredBatchNorm(8, t_sigma=4.0)
+        >>> layer(torch.randn(4, 8, 16, 16)).shape  # one process: FilteredBatchNorm2d
+        torch.Size([4, 8, 16, 16])
     """
+
+    description = NormDescription("BN", "channel", synchronized=True)
 
     def __init__(
         self,
         num_features: int,
-        t_sigma: float = 5.0,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        grad_mode: str = "exact",
-        gaussian_correction: bool = False,
-        gamma_init: float = 1.0,
         process_group: "dist.ProcessGroup | None" = None,
         device=None,
         dtype=None,
+        *,
+        bias: bool = True,
+        t_sigma: float = 5.0,
+        grad_mode: str = "exact",
+        gaussian_correction: bool = False,
+        gamma_init: float = 1.0,
     ) -> None:
         super().__init__(
             num_features,
-            t_sigma,
             eps,
             momentum,
             affine,
             track_running_stats,
-            grad_mode,
-            gaussian_correction,
-            gamma_init,
-            device=device,
-            dtype=dtype,
+            device,
+            dtype,
+            bias=bias,
+            t_sigma=t_sigma,
+            grad_mode=grad_mode,
+            gaussian_correction=gaussian_correction,
+            gamma_init=gamma_init,
         )
         self.process_group = process_group
 
@@ -82,13 +94,13 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
         running_mean, running_var, counter, _ = self._running(input)
         return sync_filtered_batch_norm(
             input,
-            self.weight,
-            self.bias,
             running_mean,
             running_var,
-            self.momentum,
-            self.eps,
-            **self._filter_options(),
+            self.weight,
+            self.bias,
+            momentum=self.momentum,
+            eps=self.eps,
+            **self.filter_options(),
             process_group=self.process_group,
             num_batches_tracked=counter,
         )

@@ -25,6 +25,19 @@ def check_filter(t_sigma: float, grad_mode: str = "exact") -> float:
     return float(min(t_sigma, _LARGEST)) if t_sigma != math.inf else math.inf
 
 
+def check_eps(eps: float) -> float:
+    """Return ``eps``; ValueError if it is no number in [0, 1).
+
+    What is added to a variance is tiny. A cut or a scale that stands where ``eps`` belongs is caught here.
+    """
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real) or not 0 <= eps < 1:
+        raise ValueError(
+            f"eps must be a number in [0, 1), got {eps!r}: arguments have PyTorch's order, and what PyTorch has not, "
+            "such as t_sigma or gamma_init, is passed by name"
+        )
+    return eps
+
+
 def check_activation(activation: str, negative_slope: float) -> None:
     """ValueError if the activation is none that :func:`fbn_plugin.ops.filtered_batch_norm_act` knows."""
     if activation not in ACTIVATIONS:

@@ -135,7 +135,13 @@ def fuses(x: Tensor, activation: str) -> bool:
 
 
 def backends() -> dict[str, str]:
-    """The backends in the order in which they are asked, each with what it is or why it cannot be used here."""
+    """The backends in the order in which they are asked, each with what it is or why it cannot be used here.
+
+    Examples::
+
+        >>> list(fbn_plugin.ops.backends())
+        ['cpu', 'cuda', 'triton', 'reference']
+    """
     return {name: backend.describe() for name, backend in (*BACKENDS.items(), ("reference", reference))}
 
 
@@ -146,6 +152,11 @@ def explain(x: Tensor, num_groups: int = 0) -> str:
     Raises:
         ValueError: what the filters take no tensor of: not floating point of shape (N, C, ...), or groups that do not
         divide the channels.
+
+    Examples::
+
+        >>> print(fbn_plugin.ops.explain(torch.randn(2, 8, 16, 16, dtype=torch.float64)).splitlines()[-1].split(":")[0])
+        reference
     """
     check_channels(x)
     if num_groups < 0 or (num_groups and x.shape[1] % num_groups):

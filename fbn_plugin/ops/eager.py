@@ -109,5 +109,36 @@ normalize: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Runnin
 normalize = _Norm.apply
 
 
+def hosted(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    num_batches: Tensor | None,
+    options: Options,
+) -> Tensor | None:
+    """The shortest way: all of the call from C++, with a gradient, by the kernels for CUDA.
+
+    None where C++ does not take it, and the caller goes on. It checks what the callers check, in their place, and takes
+    nothing that they or :func:`takes` might refuse.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    normalize = cuda.hosted.get("normalize")
+    if normalize is None:
+        return None
+    arguments = x, weight, bias, residual, running_mean, running_var, momentum, num_batches, options
+    y = normalize(*arguments)
+    if y is not False:
+        return y
+    if dispatch.backend_of(x, options[0], options[5]) is not cuda or not cuda.hand_over(x, options):
+        return None
+    y = normalize(*arguments)
+    return None if y is False else y
+
+
 # Backends that launch kernels are told, as they stand below this file.
 cuda.driver.use_for_current_stream(_raw_stream)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fbn_plugin.ops import dispatch, eager, library, reference
-from fbn_plugin.ops.checks import check_activation, check_batch, check_channels, check_filter
+from fbn_plugin.ops.checks import check_activation, check_batch, check_channels, check_eps, check_filter
 from fbn_plugin.ops.reference import Options, RunningStats
 
 
@@ -27,7 +27,9 @@ def _options(
     """The options, checked."""
     check_activation(activation, negative_slope)
     t_sigma = check_filter(t_sigma, grad_mode)
-    return Options(num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, float(negative_slope))
+    return Options(
+        num_groups, t_sigma, check_eps(eps), gaussian_correction, grad_mode, activation, float(negative_slope)
+    )
 
 
 _remembered = functools.lru_cache(maxsize=1024)(_options)  # a model's layers ask for the same ones at every step
@@ -80,6 +82,16 @@ def _batch_norm(
     residual: Tensor | None,
     options: Options,
 ) -> Tensor:
+    if running_mean is not None and running_mean.requires_grad:
+        raise ValueError(
+            "running_mean wants a gradient, so it is no running mean: the order is that of F.batch_norm, running_mean "
+            "and running_var before weight and bias"
+        )
+    if training:
+        running = running_mean, running_var
+        y = eager.hosted(x, weight, bias, residual, *running, momentum, num_batches, options)
+        if y is not None:
+            return y
     if not training or options.t_sigma == math.inf or x.numel() == 0:
         if training and num_batches is not None:
             num_batches.add_(1)
@@ -117,19 +129,21 @@ def _activate(y: Tensor, residual: Tensor | None, options: Options) -> Tensor:
 
 def filtered_batch_norm(
     x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     training: bool = False,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
+    *,
     t_sigma: float = 5.0,
     grad_mode: str = "exact",
     gaussian_correction: bool = False,
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
-    """Filtered batch normalization (Horváth and Al-afandi 2020, Eq. 2-8).
+    """Filtered batch normalization (Horváth and Al-afandi 2020, Eq. 2-8), with the arguments of ``F.batch_norm`` in
+    their order.
 
     In training the mean and variance of a channel are computed a second time, without the values further than
     ``t_sigma`` deviations from the first mean; every value is normalized by them. In evaluation it is ``F.batch_norm``,
@@ -137,11 +151,11 @@ def filtered_batch_norm(
 
     Args:
         x: ``(N, C, *spatial)`` of any floating dtype; statistics are float32, or float64 for float64.
+        running_mean, running_var: ``(C,)``, or None; updated in place in training, used in evaluation. They become
+            averages of the filtered mean and of the unbiased filtered variance ``var * M / (M - 1)``, ``M`` the number
+            of kept values. A channel whose batch holds a NaN or an infinity gives NaN, as in batch normalization, but
+            leaves its running statistics as they were.
         weight, bias: ``(C,)`` scale and shift, or None.
-        running_mean, running_var: ``(C,)``; updated in place in training, used in evaluation. They become averages of
-            the filtered mean and of the unbiased filtered variance ``var * M / (M - 1)``, ``M`` the number of kept
-            values. A channel whose batch holds a NaN or an infinity gives NaN, as in batch normalization, but leaves
-            its running statistics as they were.
         training: use the batch's moments.
         momentum: weight of the new batch in the running statistics; None is a cumulative average by
             ``num_batches_tracked``, or, without that, leaves them as they are.
@@ -157,8 +171,18 @@ def filtered_batch_norm(
         Tensor like ``x``.
 
     Raises:
-        ValueError: ``t_sigma`` or ``grad_mode`` out of range, one value per channel in training, or a channel count
-        that does not fit.
+        ValueError: an option out of range, one value per channel in training, a channel count that does not fit, or
+        running statistics that want a gradient, which weight and bias in their place would.
+
+    Examples::
+
+        >>> x = torch.randn(4, 8, 16, 16)
+        >>> x[0, 0, 0, 0] = 1000.0  # one huge activation
+        >>> y = fbn_plugin.ops.filtered_batch_norm(x, training=True, t_sigma=5.0)
+        >>> y[1:, 0].std().item() > 0.9  # the others are normalized as if it were not there
+        True
+        >>> torch.nn.functional.batch_norm(x, None, None, training=True)[1:, 0].std().item() < 0.1
+        True
     """
     options = _checked(0, t_sigma, eps, gaussian_correction, grad_mode)
     running = running_mean, running_var
@@ -166,7 +190,7 @@ def filtered_batch_norm(
 
 
 def filtered_batch_statistics(
-    x: Tensor, eps: float = 1e-5, t_sigma: float = 5.0, gaussian_correction: bool = False
+    x: Tensor, eps: float = 1e-5, *, t_sigma: float = 5.0, gaussian_correction: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`filtered_batch_norm` normalizes ``x`` by in training, without a gradient.
 
@@ -183,7 +207,7 @@ def filtered_batch_statistics(
     return mean, var, count
 
 
-def filtered_share(x: Tensor, num_groups: int = 0, eps: float = 1e-5, t_sigma: float = 5.0) -> Tensor:
+def filtered_share(x: Tensor, num_groups: int = 0, eps: float = 1e-5, *, t_sigma: float = 5.0) -> Tensor:
     """The share of the values of ``x`` that the filter leaves out, without a gradient.
 
     Args:
@@ -201,13 +225,14 @@ def filtered_share(x: Tensor, num_groups: int = 0, eps: float = 1e-5, t_sigma: f
 
 def filtered_batch_norm_act(
     x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     training: bool = False,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
+    *,
     t_sigma: float = 5.0,
     grad_mode: str = "exact",
     gaussian_correction: bool = False,
@@ -223,7 +248,7 @@ def filtered_batch_norm_act(
     is not like ``x``, the three steps are taken one by one.
 
     Args:
-        x, weight, bias, running_mean, running_var, training, momentum, eps, t_sigma, grad_mode, gaussian_correction:
+        x, running_mean, running_var, weight, bias, training, momentum, eps, t_sigma, grad_mode, gaussian_correction:
             as in :func:`filtered_batch_norm`.
         activation: ``"relu"``, ``"leaky_relu"``, ``"silu"`` or ``"identity"``.
         negative_slope: of ``"leaky_relu"``, not below 0.
@@ -235,6 +260,13 @@ def filtered_batch_norm_act(
 
     Raises:
         ValueError: as :func:`filtered_batch_norm`; an unknown activation or a negative slope.
+
+    Examples::
+
+        >>> x, shortcut = torch.randn(4, 8, 16, 16), torch.randn(4, 8, 16, 16)
+        >>> y = fbn_plugin.ops.filtered_batch_norm_act(x, training=True, t_sigma=5.0, residual=shortcut)
+        >>> y.min().item()
+        0.0
     """
     options = _checked(0, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope)
     running = running_mean, running_var
@@ -247,12 +279,13 @@ def filtered_group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
     t_sigma: float = 5.0,
     grad_mode: str = "exact",
     gaussian_correction: bool = False,
 ) -> Tensor:
     """Filtered group normalization: the filter of Eq. 4-8 on the values of each sample's group (Horváth and Al-afandi
-    2020, section IV-D).
+    2020, section IV-D), with the arguments of ``F.group_norm`` in their order.
 
     There are no running statistics: training and evaluation are the same.
 
@@ -266,10 +299,20 @@ def filtered_group_norm(
         Tensor like ``x``.
 
     Raises:
-        ValueError: ``t_sigma`` or ``grad_mode`` out of range, a single value in all, or groups that do not divide the
+        ValueError: an option out of range, a single value in all, or groups that do not divide the
         channels.
+
+    Examples::
+
+        >>> x = torch.randn(1, 8, 16, 16)
+        >>> y = fbn_plugin.ops.filtered_group_norm(x, 4, t_sigma=4.0)
+        >>> torch.allclose(fbn_plugin.ops.filtered_group_norm(x, 4, t_sigma=torch.inf), nn.functional.group_norm(x, 4))
+        True
     """
     options = _checked(num_groups, t_sigma, eps, gaussian_correction, grad_mode)
+    y = eager.hosted(x, weight, bias, None, None, None, None, None, options) if num_groups else None
+    if y is not None:
+        return y
     check_channels(x, weight, bias)
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:

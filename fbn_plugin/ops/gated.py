@@ -97,24 +97,25 @@ class _GatedNorm(torch.autograd.Function):
 
 def gated_batch_norm(
     x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
     pool_input: bool = False,
 ) -> Tensor:
     """``weight * sigmoid(gate_weight * GAP(z) + gate_bias) * xhat + bias`` (Davis and Frank 2022, section 4.5).
 
     Args:
         x: ``(N, C, *spatial)`` of any floating dtype; sums are float32, or float64 for float64.
+        running_mean, running_var, training, momentum, eps: as in ``F.batch_norm``.
         weight, bias: ``(C,)``, or None for 1 and 0.
         gate_weight, gate_bias: ``(C,)``, the paper's v and w.
-        running_mean, running_var, training, momentum, eps: as in ``F.batch_norm``.
         pool_input: ``z`` is ``x``; otherwise it is ``xhat``, the normalized values. GAP is the mean over ``spatial``.
 
     Returns:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fbn_plugin.ops import dispatch
-from fbn_plugin.ops.checks import check_channels, check_filter
+from fbn_plugin.ops.checks import check_channels, check_eps, check_filter
 from fbn_plugin.ops.dispatch import backend_of
 from fbn_plugin.ops.reference import FilteredMoments, RunningStats, accumulate_dtype, band, gaussian_kappa
 
@@ -26,10 +26,11 @@ _uncompiled: Callable[..., Tensor] | None = None
 
 def sync_filtered_batch_norm(
     x: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
     t_sigma: float = 5.0,
@@ -56,7 +57,7 @@ def sync_filtered_batch_norm(
 
     Args:
         x: this process's ``(N, C, *spatial)``; N may be 0.
-        weight, bias, running_mean, running_var, momentum, eps, t_sigma, grad_mode, gaussian_correction: as in
+        running_mean, running_var, weight, bias, momentum, eps, t_sigma, grad_mode, gaussian_correction: as in
             :func:`fbn_plugin.ops.filtered_batch_norm`; the running statistics end equal on all processes.
         process_group: of ``torch.distributed``, which is initialized; None is all processes.
         num_batches_tracked: as in :func:`fbn_plugin.ops.filtered_batch_norm`.
@@ -65,8 +66,16 @@ def sync_filtered_batch_norm(
         Tensor like ``x``.
 
     Raises:
-        ValueError: ``t_sigma`` or ``grad_mode`` out of range, a channel count that does not fit, or, on every process
+        ValueError: an option out of range, a channel count that does not fit, or, on every process
         alike, one value per channel on all processes together.
+
+    Examples::
+
+        >>> store = torch.distributed.HashStore()  # here for one process alone
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> fbn_plugin.ops.sync_filtered_batch_norm(torch.randn(4, 8, 16, 16), t_sigma=5.0).shape
+        torch.Size([4, 8, 16, 16])
+        >>> torch.distributed.destroy_process_group()
     """
     global _uncompiled
     if _uncompiled is None:
@@ -90,7 +99,7 @@ def _sync_filtered_batch_norm(
     process_group: "dist.ProcessGroup | None",
     num_batches: Tensor | None,
 ) -> Tensor:
-    t_sigma = check_filter(t_sigma, grad_mode)
+    t_sigma, eps = check_filter(t_sigma, grad_mode), check_eps(eps)
     check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     with torch.no_grad():

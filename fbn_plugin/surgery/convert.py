@@ -8,12 +8,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fbn_plugin import layers
-from fbn_plugin.layers.batch_norm import BatchNormMixin, FoldedBatchNormMixin
-from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin, FilterMixin
-from fbn_plugin.layers.frozen_batch_norm import FrozenBatchNormMixin
+from fbn_plugin.adapters import load_adapters
+from fbn_plugin.layers.description import affine_terms, describe, families, family, has_known_forward, outer_batch_norm
 from fbn_plugin.registry import NormFactory, NormSpec, norm_factory, norm_options
 from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
 from fbn_plugin.surgery.refit import refit_norms
@@ -22,71 +19,9 @@ from fbn_plugin.training.population_statistics import update_population_stats
 
 Converter = Callable[[nn.Module, NormFactory], nn.Module]
 
-FAMILIES = ("BN", "FrozenBN", "GN", "LN", "IN", "FRN", "LearnedNorm")
-
-_CONVERTERS: dict[type[nn.Module], Converter] = {}
-_SYNCHRONIZED_TYPES: set[type[nn.Module]] = {nn.SyncBatchNorm, layers.SyncFilteredBatchNorm}
-_PLAIN_FORWARDS = (
-    _BatchNorm.forward,
-    nn.SyncBatchNorm.forward,
-    FilteredBatchNormMixin.forward,
-    layers.SyncFilteredBatchNorm.forward,
-    FrozenBatchNormMixin.forward,
-    layers.ConvNorm2d.forward,
-    nn.GroupNorm.forward,
-    layers.FilteredGroupNorm.forward,
-    layers.LayerNorm2d.forward,
-    layers.FilteredLayerNorm2d.forward,
-    _InstanceNorm.forward,
-    layers.InstanceNorm2d.forward,  # of all three
-    layers.FilteredInstanceNorm2d.forward,
-    layers.FilterResponseNorm2d.forward,
-    layers.LearnedStatsNorm2d.forward,
-)
-_GATED_BY_IMAGE = (layers.RepresentativeBatchNorm2d, layers.InstanceEnhancementBatchNorm2d)
-_WITHOUT_SYNCHRONIZED_FORM = (FoldedBatchNormMixin, *_GATED_BY_IMAGE, layers.ConvNorm2d)
 _SYNCHRONIZED = "it is synchronized already"
+_OWN_FORWARD = "no converter for a forward of its own"
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-_FAMILY: dict[type[nn.Module], str] = {
-    _BatchNorm: "BN",
-    nn.GroupNorm: "GN",
-    nn.LayerNorm: "LN",
-    _InstanceNorm: "IN",
-    layers.FilteredInstanceNorm2d: "IN",
-    layers.FilterResponseNorm2d: "FRN",
-    layers.LearnedStatsNorm2d: "LearnedNorm",
-}
-
-
-def register_converter(
-    module_type: type[nn.Module], converter: Converter, family: str | None = None, synchronized: bool = False
-) -> None:
-    """Teach :func:`convert_norm` a norm class whose forward does more than normalize.
-
-    Args:
-        module_type: the class, for instances of it and of subclasses without a converter of their own.
-        converter: called with the old module and the factory of the new norm; returns the new module.
-            :func:`build_like` itself says that the class does no more than normalize.
-        family: which of ``FAMILIES`` it is of, if it derives from no norm of torch's or of this library.
-        synchronized: it takes the moments of all processes' batches, so :func:`convert_sync` leaves it.
-    """
-    _CONVERTERS[module_type] = converter
-    if synchronized:
-        _SYNCHRONIZED_TYPES.add(module_type)
-    if family is not None:
-        _FAMILY[module_type] = family
-
-
-def family(module: nn.Module) -> str | None:
-    """Which of ``FAMILIES`` a module belongs to, by what its moments are of; None if it is no norm that is known.
-
-    ``"BN"`` is every subclass of PyTorch's batch norms; ``"FrozenBN"`` a module that has all of batch normalization's
-    state as buffers, whoever made it.
-    """
-    for cls in type(module).__mro__:
-        if cls in _FAMILY:
-            return _FAMILY[cls]
-    return "FrozenBN" if all(name in module._buffers for name in _STATE[:4]) else None
 
 
 def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
@@ -98,7 +33,7 @@ def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
     """
     for name in _STATE:
         tensor, place = getattr(old, name, None), getattr(new, name, None)
-        if tensor is not None and place is not None:
+        if tensor is not None and place is not None and tensor.shape == place.shape:
             if isinstance(tensor, nn.Parameter) != isinstance(place, nn.Parameter):
                 tensor = tensor.detach().clone()
                 tensor = nn.Parameter(tensor) if isinstance(place, nn.Parameter) else tensor
@@ -128,7 +63,7 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     placement = {} if reference is None else {"device": reference.device, "dtype": reference.dtype}
     defaults = norm_options(factory.spec.name)
     inherited = {"eps", "momentum", "affine"} & defaults.keys()
-    if defaults.get("track_running_stats") and isinstance(old, _BatchNorm):
+    if defaults.get("track_running_stats") and family(old) == "BN":
         inherited.add("track_running_stats")
     if "gamma_init" in defaults and getattr(old, "gamma_init", 1.0) != 1.0:
         inherited.add("gamma_init")
@@ -143,28 +78,29 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
         new.process_group = old.process_group
     if "affine" not in factory.spec.options:
         for name in ("weight", "bias"):
-            if getattr(old, name) is None and isinstance(getattr(new, name), nn.Parameter):
+            if getattr(old, name, old) is None and isinstance(getattr(new, name, None), nn.Parameter):
                 setattr(new, name, None)
     return new
 
 
 def make_plain(module: nn.Module) -> None:
-    """Make a norm of this package whose weight and bias are not all of its affine part, in place, the plain batch
-    normalization that it equals in evaluation; leave any other module as it is.
+    """Make a batch norm of this package whose weight and bias are not all of its affine part, in place, the plain one
+    that it equals in evaluation; leave any other module as it is.
 
     For what reads weight and bias of a batch normalization to freeze, fold or replace it.
 
     Raises:
         ValueError: there is no such batch normalization, as the scale depends on the image.
     """
-    if isinstance(module, _GATED_BY_IMAGE):
-        raise ValueError(f"{type(module).__name__} is no batch norm in evaluation: its scale depends on the image")
-    if isinstance(module, FoldedBatchNormMixin):
-        weight, bias = module.affine_terms()
-    elif isinstance(module, layers.InputNorm2d):
-        weight, bias = module.weight, module.bias
-    else:
+    description = describe(module)
+    if description is None or not isinstance(module, _BatchNorm):
         return
+    if description.evaluation == "image":
+        raise ValueError(f"{type(module).__name__} is no batch norm in evaluation: its scale depends on the image")
+    plain, says_all = outer_batch_norm(type(module)), module.weight is None or module.bias is not None
+    if plain is type(module) or (description.affine_terms is None and says_all):
+        return
+    weight, bias = affine_terms(module)
     trains = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     for name in [name for name, _ in module.named_parameters(recurse=False) if name not in _STATE]:
         delattr(module, name)
@@ -172,14 +108,14 @@ def make_plain(module: nn.Module) -> None:
         module.affine = True
         module.weight = nn.Parameter(weight.detach(), trains)
         module.bias = nn.Parameter(torch.zeros_like(weight) if bias is None else bias.detach(), trains)
-    bases = (cls for cls in type(module).__mro__ if issubclass(cls, _BatchNorm) and not issubclass(cls, BatchNormMixin))
-    module.__class__ = next(bases)
+    module.__class__ = plain
 
 
-def _build_from_plain(old: nn.Module, factory: NormFactory) -> nn.Module:
-    """The same for a batch norm with weights of another meaning: those of the plain batch norm that evaluates as it."""
+def build_from(old: nn.Module, factory: NormFactory) -> nn.Module:
+    """As :func:`build_like`, but from a norm whose weights have another meaning than a batch norm's, the new one gets
+    those of the plain batch norm that evaluates as the old one."""
     new = build_like(old, factory)
-    if type(new) is type(old):
+    if type(new) is type(old) or describe(old).affine_terms is None:
         return new
     plain = copy.deepcopy(old)
     make_plain(plain)
@@ -190,25 +126,31 @@ def _num_channels(module: nn.Module) -> int:
     for name in ("num_features", "num_channels"):
         if hasattr(module, name):
             return getattr(module, name)
-    return module.normalized_shape[0] if isinstance(module, nn.LayerNorm) else len(module.weight)
+    if hasattr(module, "normalized_shape"):
+        return module.normalized_shape[0]
+    if getattr(module, "weight", None) is None:
+        raise ValueError(f"{type(module).__name__} has neither num_features nor a weight that tells its channels")
+    return len(module.weight)
 
 
 def _dims(module: nn.Module) -> int:
-    if isinstance(module, (nn.BatchNorm1d, nn.InstanceNorm1d, layers.FrozenBatchNorm1d)):
-        return 1
-    return 3 if isinstance(module, (nn.BatchNorm3d, nn.InstanceNorm3d, layers.FrozenBatchNorm3d)) else 2
+    return describe(module).dims or 2
 
 
-def converter_of(module: nn.Module) -> Converter | None:
-    """What turns this module into another norm; None for a module that stays."""
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) or getattr(module, "tau", None) is not None:
-        return None
-    for cls in type(module).__mro__:
-        if cls in _CONVERTERS:
-            return _CONVERTERS[cls]
-    if type(module).forward in _PLAIN_FORWARDS:
-        return build_like
-    return _build_from_plain if type(module).forward is FoldedBatchNormMixin.forward else None
+def _convert(module: nn.Module, factory: NormFactory) -> nn.Module:
+    return (describe(module).convert or build_from)(module, factory)
+
+
+def _why_left(module: nn.Module) -> str | None:
+    """Why a norm cannot become another."""
+    description = describe(module)
+    if description is None or not has_known_forward(type(module)):
+        return _OWN_FORWARD
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "it does not know its channels yet"
+    if description.evaluation == "image":
+        return "its scale depends on the image, which no other norm's does"
+    return None if description.why_left is None else description.why_left(module)
 
 
 def _note(old: nn.Module, new: nn.Module) -> str:
@@ -217,12 +159,16 @@ def _note(old: nn.Module, new: nn.Module) -> str:
     def has(module, name):
         return getattr(module, name, None) is not None
 
-    lost = [name for name in (*_STATE[:4], "momentum") if has(old, name) and not has(new, name)]
-    if not isinstance(old, FoldedBatchNormMixin):  # whose further parameters are in the new weight and bias
+    def fits(name):
+        return has(new, name) and getattr(new, name).shape == getattr(old, name).shape
+
+    lost = [name for name in _STATE[:4] if has(old, name) and not fits(name)]
+    lost += ["momentum"] if has(old, "momentum") and not has(new, "momentum") else []
+    if describe(old).affine_terms is None:  # else its further parameters are in the new weight and bias
         kept = {id(parameter) for parameter in new.parameters()}
         further = [name for name, parameter in old.named_parameters() if id(parameter) not in kept]
         lost += dict.fromkeys(name.partition(".")[0] for name in further if name not in _STATE)
-    if isinstance(old, FilterMixin) and not isinstance(new, FilterMixin):
+    if hasattr(old, "t_sigma") and not hasattr(new, "t_sigma"):
         lost.append("the filter")
     if getattr(old, "gamma_init", 1.0) != 1.0 and not hasattr(new, "gamma_init"):
         lost.append("gamma_init")
@@ -231,7 +177,8 @@ def _note(old: nn.Module, new: nn.Module) -> str:
     notes = [f"not carried over: {', '.join(lost)}"] if lost else []
     if has(new, "running_mean") and not has(old, "running_mean"):
         notes.append("running statistics are fresh")
-    if isinstance(new, (FoldedBatchNormMixin, *_GATED_BY_IMAGE)) and type(new) is not type(old):
+    meaning = describe(new)
+    if meaning is not None and not meaning.keeps_meaning and type(new) is not type(old):
         notes.append("weight and bias mean something else, so the evaluation changes")
     return "; ".join(notes)
 
@@ -265,7 +212,8 @@ def convert_norm(
         model: changed in place.
         spec: such as ``"FBN(t_sigma=4)"``, see :func:`fbn_plugin.parse_spec`.
         sources: families to replace, one or several of ``"BN"``, ``"FrozenBN"``, ``"GN"``, ``"LN"``, ``"IN"``,
-            ``"FRN"`` and ``"LearnedNorm"``. By default what is frozen stays frozen.
+            ``"FRN"`` and ``"LearnedNorm"``, or the name of a registered norm that is a family of its own. By default
+            what is frozen stays frozen.
         recalibrate: batches of data, each the model's input or a tuple that begins with it, to refit the new norms on.
             For norms of the BN family :func:`fbn_plugin.update_population_stats` measures their running statistics. For
             all others each scale and shift is fitted by least squares, in one pass through the old model in
@@ -287,11 +235,20 @@ def convert_norm(
             they are; or there is no such norm at all.
 
     Forward hooks of the old norms are not carried over.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> fbn_plugin.convert_norm(model, "FBN(t_sigma=4)")[1]
+        FilteredBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, t_sigma=4)
+        >>> type(fbn_plugin.convert_norm(model, "BN")[1]).__name__
+        'BatchNorm2d'
     """
+    load_adapters()
     sources = (sources,) if isinstance(sources, str) else tuple(sources)
     for source in sources:
-        if source not in FAMILIES:
-            raise ValueError(f"unknown family of norms {source!r}: accepted are {', '.join(FAMILIES)}")
+        if source not in (known := families()):
+            raise ValueError(f"unknown family of norms {source!r}: accepted are {', '.join(known)}")
     factories = {dims: norm_factory(spec, dims) for dims in (1, 2, 3)}
     report = NormReport() if report is None else report
     changed, left = [], []
@@ -301,16 +258,16 @@ def convert_norm(
         if any(name.startswith(f"{outer}.") for outer in unknown):  # the norms inside of a norm that is left
             continue
         kind = family(module)
-        converter = converter_of(module) if kind in sources else None
-        if converter is not None:
+        reason = _why_left(module) if kind in sources else None
+        if kind in sources and reason is None:
             try:
-                new = replaced[module] = converter(module, factories[_dims(module)])
+                new = replaced[module] = _convert(module, factories[_dims(module)])
             except ValueError as error:
                 raise ValueError(f"cannot convert {name or 'the module'!r} to {spec}: {error}") from error
             changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new)))
         elif kind in sources:
             unknown[name] = type(module).__name__
-            left.append(NormLeft(name, type(module).__name__, "no converter for a forward of its own"))
+            left.append(NormLeft(name, type(module).__name__, reason))
         elif kind is not None:
             left.append(NormLeft(name, type(module).__name__, f"{kind} is not among the sources"))
     if not replaced and not unknown:
@@ -363,7 +320,15 @@ def convert_sync(model: nn.Module, process_group=None, report: NormReport | None
     Warns:
         UserWarning: batch norms were left that still take the moments of each process's own batch; or there is no
             batch norm at all.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.FilteredBatchNorm2d(8, t_sigma=4.0))
+        >>> layer = fbn_plugin.convert_sync(model)[1]
+        >>> type(layer).__name__, layer.t_sigma
+        ('SyncFilteredBatchNorm', 4.0)
     """
+    load_adapters()
     report = NormReport() if report is None else report
     replaced: dict[nn.Module, nn.Module] = {}
     local: dict[str, str] = {}
@@ -376,9 +341,8 @@ def convert_sync(model: nn.Module, process_group=None, report: NormReport | None
             if kind == "BN" and reason is not _SYNCHRONIZED:
                 local[name] = type(module).__name__
             continue
-        options = module._filter_options() if isinstance(module, FilterMixin) else None
-        spec = NormSpec("SyncBN") if options is None else NormSpec("SyncFBN", options)
-        new = replaced[module] = converter_of(module)(module, norm_factory(spec))
+        spec = NormSpec(*describe(module).synchronized_form(module))
+        new = replaced[module] = _convert(module, norm_factory(spec))
         new.process_group = process_group
         report.changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new)))
     if not any(kind == "BN" for _, _, kind in norms):
@@ -391,17 +355,16 @@ def convert_sync(model: nn.Module, process_group=None, report: NormReport | None
 
 
 def _why_not_synchronized(module: nn.Module, kind: str) -> str | None:
+    description = describe(module)
     if kind == "FrozenBN":
         return "it is frozen"
+    if description.synchronized:
+        return _SYNCHRONIZED
+    if description.synchronized_form is not None:
+        return _why_left(module)
     if kind != "BN":
         return f"{kind} takes no moments of a batch, so there is nothing to synchronize"
-    if isinstance(module, tuple(_SYNCHRONIZED_TYPES)):
-        return _SYNCHRONIZED
-    if isinstance(module, layers.FilteredBatchNormAct2d):
-        return "it is fused with its activation: synchronize before fuse_norm_act"
-    if isinstance(module, _WITHOUT_SYNCHRONIZED_FORM):
-        return "it does more than normalize, and has no synchronized form"
-    return None if converter_of(module) is not None else "no converter for a forward of its own"
+    return description.why_not_synchronized
 
 
 def _swap(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -15,18 +15,15 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
-from fbn_plugin import layers
-from fbn_plugin.surgery.convert import build_like, converter_of, family
+from fbn_plugin.adapters import load_adapters
+from fbn_plugin.layers.description import describe, eval_affine, evaluates_by_constants, family, has_known_forward
 from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS_AFTER_LINEAR = (nn.BatchNorm1d, nn.SyncBatchNorm, layers.SyncFilteredBatchNorm, layers.FrozenBatchNorm1d)
-_ACTIVATIONS = {"identity": nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU}
 
 # The forward of a layer that can take a norm in, and the attributes that it applies to its output, if they are set.
 _LAYERS: dict[Callable, tuple[str, ...]] = {cls.forward: () for cls in (nn.Linear, *_CONVS, *_TRANSPOSED)}
-_RESTS: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {}
 
 
 def register_layer(module_type: type[nn.Module], *then: str) -> None:
@@ -39,47 +36,20 @@ def register_layer(module_type: type[nn.Module], *then: str) -> None:
     _LAYERS[module_type.forward] = then
 
 
-def register_norm_act(module_type: type[nn.Module], rest: Callable[[nn.Module], nn.Module]) -> None:
-    """Teach :func:`fold_norms` a norm that does more than normalize: ``rest(norm)`` is the module that takes its place
-    when the normalization is folded. Its evaluation is otherwise that of batch normalization."""
-    _RESTS[module_type] = rest
-
-
-def _activation(norm: layers.FilteredBatchNormAct2d) -> nn.Module:
-    if norm.activation == "leaky_relu":
-        return nn.LeakyReLU(norm.negative_slope)
-    return _ACTIVATIONS[norm.activation]()
-
-
-register_norm_act(layers.FilteredBatchNormAct2d, _activation)
-
-
-def _rest(norm: nn.Module) -> Callable[[nn.Module], nn.Module] | None:
-    return next((_RESTS[cls] for cls in type(norm).__mro__ if cls in _RESTS), None)
-
-
 def _hooked(module: nn.Module) -> bool:
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in names)
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    if hasattr(norm, "eval_affine"):
-        scale, shift = norm.eval_affine()
-        return scale.detach().double(), shift.detach().double()
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach()
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach()
-
-
 def _why_not_norm(norm: nn.Module) -> str | None:
-    if getattr(norm, "running_mean", None) is None and not hasattr(norm, "eval_affine"):
-        return "in evaluation it takes moments of its input"
-    if not (hasattr(norm, "eval_affine") or converter_of(norm) is build_like or _rest(norm) is not None):
+    description = describe(norm)
+    if not evaluates_by_constants(norm):
+        if description.evaluation == "image":
+            return "in evaluation its scale depends on the image"
+        if has_known_forward(type(norm)):
+            return "in evaluation it takes moments of its input"
         return "its evaluation is not known to be a scale and shift of each channel"
-    if norm.training and family(norm) != "FrozenBN":
+    if norm.training and description.family != "FrozenBN":
         return "it is in training mode"
     return "it has hooks" if _hooked(norm) else None
 
@@ -271,9 +241,20 @@ def fold_norms(model: nn.Module, *, report: NormReport | None = None) -> nn.Modu
 
     Raises:
         ValueError: the model is in training mode.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.FilteredBatchNorm2d(8), nn.ReLU()).eval()
+        >>> x = torch.randn(2, 3, 16, 16)
+        >>> before = model(x)
+        >>> [type(module).__name__ for module in fbn_plugin.fold_norms(model)]
+        ['Conv2d', 'Identity', 'ReLU']
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
     """
     if model.training:
         raise ValueError("fold_norms takes a model in evaluation mode, got one in training mode: call model.eval()")
+    load_adapters()
     report = NormReport() if report is None else report
     calls = _Calls(model)
     names = {module: name for name, module in model.named_modules()}
@@ -295,8 +276,8 @@ def _fold(norm: nn.Module, places: list[tuple[nn.Module, str]], calls: _Calls) -
     """Fold one norm; returns the layer that it is in now, or why it was left."""
     if reason := _why_not_norm(norm):
         return reason
-    scale, shift = _affine(norm)
-    rest = _rest(norm)
+    scale, shift = eval_affine(norm)
+    rest = describe(norm).rest
     replacement = nn.Identity() if rest is None else rest(norm)
     holder = places[0][0] if len(places) == 1 else None
     before = False
@@ -315,7 +296,7 @@ def _fold(norm: nn.Module, places: list[tuple[nn.Module, str]], calls: _Calls) -
                 layer, before = behind, True
         if isinstance(layer, str):
             return layer
-        if not isinstance(layer, _ConvNd) and not isinstance(norm, _NORMS_AFTER_LINEAR):
+        if not isinstance(layer, _ConvNd) and describe(norm).dims not in (1, None):
             return f"the {type(layer).__name__} beside it has channels in another place"
     if calls.read_elsewhere(layer) or calls.read_elsewhere(norm):
         return f"its weight or that of the {type(layer).__name__} beside it is used elsewhere too"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d
 from fbn_plugin.layers.filtered_batch_norm_act import FilteredBatchNormAct2d, activation_of
 from fbn_plugin.surgery.convert import copy_norm_state
@@ -32,7 +33,7 @@ def fused(norm: nn.Module, activation: Callable) -> FilteredBatchNormAct2d | Non
     names = ("num_features", "eps", "momentum", "affine", "track_running_stats", "gamma_init")
     options = {name: getattr(norm, name) for name in names}
     return copy_norm_state(
-        norm, FilteredBatchNormAct2d(**options, **norm._filter_options(), activation=known[0], negative_slope=known[1])
+        norm, FilteredBatchNormAct2d(**options, **norm.filter_options(), activation=known[0], negative_slope=known[1])
     )
 
 
@@ -73,7 +74,14 @@ def fuse_norm_act(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.FilteredBatchNorm2d(8), nn.ReLU())
+        >>> [type(module).__name__ for module in fbn_plugin.fuse_norm_act(model)]
+        ['Conv2d', 'FilteredBatchNormAct2d', 'Identity']
     """
+    load_adapters()
     for module in list(model.modules()):
         if type(module) in _FUSERS:
             _FUSERS[type(module)](module)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers import InputNorm2d
 
 Builder = Callable[[int], InputNorm2d]
@@ -49,7 +50,17 @@ def prepend_input_norm(model: nn.Module, gamma_init: float = 0.1) -> nn.Module:
     Raises:
         ValueError: a ``gamma_init`` out of range, a model that has an input norm, or one without a convolution, whose
         number of input channels is not known.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.ScaledBatchNorm2d(8))
+        >>> pixels = torch.rand(2, 3, 16, 16)  # not normalized
+        >>> fbn_plugin.prepend_input_norm(model)(pixels).shape
+        torch.Size([2, 8, 14, 14])
+        >>> round(model.input_norm.gamma_init, 3)  # 0.58 * 0.1
+        0.058
     """
+    load_adapters()
     if any(isinstance(module, InputNorm2d) for module in model.modules()):
         raise ValueError(f"the {type(model).__name__} has an input norm already")
     device = next((parameter.device for parameter in model.parameters()), None)

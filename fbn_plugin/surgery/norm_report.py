@@ -24,15 +24,19 @@ class NormLeft:
 
 @dataclass
 class NormReport:
-    """Pass one as ``report=`` and print it::
-
-        report = NormReport()
-        convert_norm(model, "GN", report=report)
-        print(report)
+    """Pass one as ``report=`` and print it.
 
     Attributes:
         changed, left: an entry for each norm, in the model's order, under its name in ``named_modules()``; the model
             itself is ``""``.
+
+    Examples::
+
+        >>> report = fbn_plugin.NormReport()
+        >>> model = fbn_plugin.convert_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), "FBN", report=report)
+        >>> print(report)
+        1 norms changed, 0 left
+          1 x BatchNorm2d -> FilteredBatchNorm2d: 1
     """
 
     changed: list[NormChange] = field(default_factory=list)

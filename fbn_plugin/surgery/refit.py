@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from fbn_plugin.layers import LearnedStatsNorm2d
+from fbn_plugin.layers.description import describe
 from fbn_plugin.training.evaluation_modes import device_of, evaluation_mode
 from fbn_plugin.training.population_statistics import forward_batch
 
@@ -37,7 +37,7 @@ class _Fit:
 def _bare(norm: nn.Module) -> nn.Module:
     """A copy without what follows the normalization in the same module."""
     norm = copy.deepcopy(norm).eval()
-    if not isinstance(norm, LearnedStatsNorm2d):  # which has its statistics from its children
+    if not describe(norm).owns_children:
         for name in norm._modules:
             norm._modules[name] = nn.Identity()
     return norm
@@ -56,7 +56,11 @@ def refit_norms(model: nn.Module, replaced: dict[nn.Module, nn.Module], batches:
     Raises:
         ValueError: no batch.
     """
-    fits = {old: _Fit(old, new) for old, new in replaced.items() if new.weight is not None and new.bias is not None}
+    fits = {
+        old: _Fit(old, new)
+        for old, new in replaced.items()
+        if getattr(new, "weight", None) is not None and getattr(new, "bias", None) is not None
+    }
     hooks = [old.register_forward_pre_hook(fit) for old, fit in fits.items()]
     number, device = 0, device_of(model)
     try:

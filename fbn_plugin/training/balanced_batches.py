@@ -76,6 +76,13 @@ class BalancedBatchSampler(Sampler[list[int]]):
     Raises:
         ValueError: labels that are none, a class without an image, with ``"drop"`` a class with too few images for one
             batch of each process, or an option out of range.
+
+    Examples::
+
+        >>> labels = [0, 0, 1, 1, 2, 2]
+        >>> batches = list(fbn_plugin.BalancedBatchSampler(labels))
+        >>> [sorted(labels[i] for i in batch) for batch in batches]
+        [[0, 1, 2], [0, 1, 2]]
     """
 
     def __init__(
@@ -236,6 +243,16 @@ def evaluate_balanced(
 
     Raises:
         ValueError: labels of another length than the dataset, or that :class:`BalancedBatchSampler` refuses.
+
+    Examples::
+
+        >>> images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 0, 1, 0, 1])
+        >>> data = torch.utils.data.TensorDataset(images, labels)
+        >>> layers = nn.Conv2d(3, 2, 3), fbn_plugin.FilteredBatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        >>> model = nn.Sequential(*layers)
+        >>> result = fbn_plugin.evaluate_balanced(model, data, labels)
+        >>> result.predictions.shape, result.conditional
+        (torch.Size([6]), True)
     """
     labels = _labels_of(labels if labels is not None else crops if isinstance(crops, Dataset) else crops[0])
     predictions = _predict(model, crops, labels, images_per_class, spread_crops, 0, **loader_options)
@@ -258,7 +275,8 @@ def self_label(
     not: start from standard inference. The paper found no gain.
 
     Args:
-        model, crops, images_per_class, spread_crops, **loader_options: as in :func:`evaluate_balanced`.
+        model, crops, images_per_class, spread_crops: as in :func:`evaluate_balanced`.
+        **loader_options: as in :func:`evaluate_balanced`.
         predictions: ``(N,)`` classes by which the first round is balanced. A class that no image is predicted to have
             is left out of that round's batches.
         rounds: how often to relabel; the paper has 20.
@@ -269,6 +287,15 @@ def self_label(
 
     Raises:
         ValueError: predictions or labels of another length than the dataset, or ``rounds`` below 1.
+
+    Examples::
+
+        >>> data = torch.utils.data.TensorDataset(torch.randn(6, 3, 8, 8))
+        >>> layers = nn.Conv2d(3, 2, 3), fbn_plugin.FilteredBatchNorm2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        >>> model = nn.Sequential(*layers)
+        >>> results = fbn_plugin.self_label(model, data, predictions=[0, 1, 0, 1, 0, 1], rounds=2)
+        >>> len(results), results[-1].conditional
+        (2, False)
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")

@@ -20,6 +20,13 @@ def apply_gamma_init(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.ScaledBatchNorm2d(8))
+        >>> _ = nn.init.zeros_(model[1].weight)  # as many models do with a block's last norm
+        >>> round(fbn_plugin.apply_gamma_init(model)[1].weight[0].item(), 3)
+        0.1
     """
     for module in model.modules():
         weight = getattr(module, "weight", None)

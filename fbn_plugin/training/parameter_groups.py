@@ -6,25 +6,9 @@ import fnmatch
 import math
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from fbn_plugin import layers
-
-_NORMS = {_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm}
-_NORMS |= {cls for cls in vars(layers).values() if isinstance(cls, type) and issubclass(cls, nn.Module)}
-_BATCH_NORMS = {_BatchNorm}
-
-
-def register_norm_type(*module_types: type[nn.Module], batch_norm: bool = False) -> None:
-    """Teach :func:`param_groups` norms that derive from no norm of torch's or of this library.
-
-    Args:
-        module_types: the classes; their subclasses count too.
-        batch_norm: their ``weight`` is the scale of a batch normalization.
-    """
-    _NORMS.update(module_types)
-    if batch_norm:
-        _BATCH_NORMS.update(module_types)
+from fbn_plugin.adapters import load_adapters
+from fbn_plugin.layers.description import describe
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divisor: float = 100.0) -> list[dict]:
@@ -50,26 +34,34 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divi
 
     Raises:
         ValueError: a value out of range.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.ScaledBatchNorm2d(8))
+        >>> groups = fbn_plugin.param_groups(model, lr=0.1, weight_decay=1e-4)
+        >>> [(group["lr"], group["weight_decay"], len(group["params"])) for group in groups]
+        [(0.1, 0.0001, 1), (0.1, 0.0, 2), (0.001, 0.0, 1)]
+        >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     """
+    load_adapters()
     for name, value in (("lr", lr), ("scale_lr_divisor", scale_lr_divisor)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be 0 or more and finite, got {weight_decay!r}")
-    norms, batch_norms = tuple(_NORMS), tuple(_BATCH_NORMS)
     named = _named_without_decay(model)
     weights, no_decay, scales = [], [], []
     seen = set()
     for module in model.modules():
-        is_norm = isinstance(module, norms)
-        has_scale = isinstance(module, batch_norms) or hasattr(module, "gamma_init")
+        norm = describe(module)
+        has_scale = hasattr(module, "gamma_init") or (norm is not None and norm.has_batch_scale)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in seen or not parameter.requires_grad:
                 continue
             seen.add(parameter)
             if has_scale and name == "weight":
                 scales.append(parameter)
-            elif is_norm or "bias" in name.split("_") or parameter in named:
+            elif norm is not None or "bias" in name.split("_") or parameter in named:
                 no_decay.append(parameter)
             else:
                 weights.append(parameter)

@@ -68,6 +68,14 @@ def update_population_stats(
     Raises:
         ValueError: no batch norm in training mode, no value reached one, statistics that are not finite, or for
             ``exact`` an iterator that can be used only once or a norm whose moments cannot be pooled.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.FilteredBatchNorm2d(8)).train()
+        >>> loader = [torch.randn(4, 3, 16, 16) for _ in range(3)]
+        >>> fbn_plugin.update_population_stats(model, loader)
+        >>> bool(model[1].running_var.eq(1).any())  # no longer what it started at
+        False
     """
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches must be at least 1 or None, got {num_batches}")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from fbn_plugin.layers import LearnedStatsNorm2d
+from fbn_plugin.layers.description import describe
 
 
 @torch.no_grad()
@@ -26,8 +26,15 @@ def revised_init(model: nn.Module) -> nn.Module:
 
     Returns:
         ``model``.
+
+    Examples::
+
+        >>> model = fbn_plugin.revised_init(nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.ScaledBatchNorm2d(8)))
+        >>> model[0].bias.abs().max().item()
+        0.0
     """
-    in_norms = {part for norm in model.modules() if isinstance(norm, LearnedStatsNorm2d) for part in norm.modules()}
+    described = [(norm, describe(norm)) for norm in model.modules()]
+    in_norms = {part for norm, what in described if what is not None and what.owns_children for part in norm.modules()}
     for module in model.modules():
         if isinstance(module, _ConvNd) and module not in in_norms:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

@@ -216,7 +216,7 @@ def test_conv_norm_in_timms_hands():
     back = fbn_plugin.convert_norm(model, "BN")
     torch.testing.assert_close(back(images), before)
     again = fbn_plugin.convert_norm(back, "ConvNorm(init_spread=0)").train()
-    assert all(type(m).__name__ == "ConvNormAndAct2d" for m in norms_of(again).values())
+    assert all(type(m).__name__ == "ConvNormAct2d" for m in norms_of(again).values())
 
 
 def test_create_norm_layer_functions_know_specs():
@@ -312,8 +312,8 @@ def test_a_norm_that_is_registered_later_works_where_it_can():
 
     try:
         assert timm.layers.get_norm_layer("later(eps=0.5)")(8).eps == 0.5
-        with pytest.raises(ValueError, match=r"'Later' has no norm\+activation form in timm: accepted are BN.*FBN"):
-            timm.layers.get_norm_act_layer("later", nn.ReLU)
+        norm = timm.layers.get_norm_act_layer("later", nn.ReLU)(8, apply_act=True)
+        assert isinstance(norm, nn.GroupNorm) and norm(torch.randn(2, 8, 3, 3)).min() == 0
     finally:
         NORMS._obj_map.pop("Later")
 
@@ -434,11 +434,11 @@ def test_timms_synchronized_norms_convert():
     assert isinstance(fbn_plugin.convert_norm(SyncBatchNormAct(4), "FBN").act, nn.Identity)  # made without either
 
 
-def test_a_norm_without_norm_act_form_is_refused_before_anything_changes():
+def test_a_norm_that_cannot_hold_an_activation_is_refused_before_anything_changes():
     model = timm.create_model("test_efficientnet")
-    NORMS._obj_map["Later"] = lambda num_channels, dims=2, device=None, dtype=None: nn.GroupNorm(1, num_channels)
+    NORMS._obj_map["Later"] = lambda num_channels, dims=2, device=None, dtype=None: nn.Sequential(nn.Identity())
     try:
-        with pytest.raises(ValueError, match="cannot convert 'bn1' to Later: .*no norm.activation form"):
+        with pytest.raises(ValueError, match="cannot convert 'bn1' to Later: a Sequential cannot hold the activation"):
             fbn_plugin.convert_norm(model, "Later")
     finally:
         NORMS._obj_map.pop("Later")

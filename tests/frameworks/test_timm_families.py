@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import fbn_plugin
 from fbn_plugin.frameworks import timm as adapter
+from fbn_plugin.layers import description
 
 _spec = importlib.util.spec_from_file_location(
     "check_timm_families", Path(__file__).parents[2] / "tools" / "check_timm_families.py"
@@ -58,8 +60,8 @@ def test_smallest_model_is_the_smallest():
 
 @pytest.mark.parametrize("name", ["regnetx_002", "test_coatnet"])  # by norm_layer, by convert_norm
 def test_a_lost_activation_is_noticed(name, monkeypatch):
-    forms = {key: _without_activation(form) for key, form in adapter._FORMS.items()}
-    monkeypatch.setattr(adapter, "_FORMS", forms)
+    form = adapter._form
+    monkeypatch.setattr(adapter, "_form", lambda spec: _without_activation(form(spec)))
     convert = adapter._convert
 
     def losing(old, factory):
@@ -68,7 +70,8 @@ def test_a_lost_activation_is_noticed(name, monkeypatch):
         return new
 
     for cls in (adapter.BatchNormAct2d, adapter.SyncBatchNormAct):
-        monkeypatch.setitem(fbn_plugin.surgery.convert._CONVERTERS, cls, losing)
+        described = replace(description.describe_type(cls), convert=losing)
+        monkeypatch.setitem(description._DESCRIPTIONS, cls, described)
     assert any("other modules changed" in problem for problem in tool.check(name).problems)
 
 

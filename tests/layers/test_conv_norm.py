@@ -170,7 +170,7 @@ def test_the_spread_is_small_and_not_nothing():
     ],
 )
 def test_number_of_parameters(channels, kernel_sizes, weights):
-    norm = ConvNorm2d(channels, kernel_sizes)
+    norm = ConvNorm2d(channels, kernel_sizes=kernel_sizes)
     assert sum(kernel.numel() for kernel in norm.kernels) == channels * weights
     assert sum(p.numel() for p in norm.parameters()) == channels * (weights + 2)
 
@@ -302,7 +302,7 @@ def test_evaluation_exports_and_folds_as_batch_norm():
 
 
 def test_weight_decay_is_told_the_kernels():
-    norm = ConvNorm2d(4, (2, 3))
+    norm = ConvNorm2d(4, kernel_sizes=(2, 3))
     assert norm.no_weight_decay() == {"kernel0", "kernel1"} <= dict(norm.named_parameters()).keys()
     assert not list(norm.children()), "frameworks treat the parameters of leaf modules as a norm's"
 
@@ -411,7 +411,7 @@ def test_learned_statistics_have_the_papers_parameters():
         (True, (4, 4, 1), (4, 3, 3), 170),
         (False, (4, 4, 2, 1), (4, 3, 2, 3), 194),
     ):
-        norm = LearnedStatsNorm2d(192, first_layer)
+        norm = LearnedStatsNorm2d(192, first_layer=first_layer)
         assert sum(p.numel() for p in norm.parameters()) == count < 2 * 192
         for network in (norm.mean_network, norm.std_network):
             convs = [m for m in network if isinstance(m, nn.Conv1d)]

@@ -50,7 +50,7 @@ def test_is_the_equation(shape):
     norm = randomize(FilterResponseNorm2d(4, eps=1e-2, dtype=torch.float64))
     np.testing.assert_allclose(norm(x).detach().numpy(), equations(norm, x.numpy()))
     for correction in (False, True):
-        norm = FilteredFilterResponseNorm2d(4, 1.5, 1e-2, gaussian_correction=correction, dtype=torch.float64)
+        norm = FilteredFilterResponseNorm2d(4, 1e-2, t_sigma=1.5, gaussian_correction=correction, dtype=torch.float64)
         expected = equations(randomize(norm), x.numpy(), 1.5, gaussian_kappa(1.5) if correction else 1.0)
         np.testing.assert_allclose(norm(x).detach().numpy(), expected)
     assert (norm(x) - FilterResponseNorm2d(4, dtype=torch.float64)(x)).abs().max() > 0.1
@@ -80,7 +80,7 @@ def test_starts_as_the_rectified_response():
 
 
 def test_infinite_cut_is_the_plain_norm():
-    norms = [randomize(FilterResponseNorm2d(4)), randomize(FilteredFilterResponseNorm2d(4, math.inf))]
+    norms = [randomize(FilterResponseNorm2d(4)), randomize(FilteredFilterResponseNorm2d(4, t_sigma=math.inf))]
     x = data(dtype=torch.float32)
     torch.testing.assert_close(norms[0](x), norms[1](x))
     assert list(norms[0].state_dict()) == list(norms[1].state_dict())
@@ -106,13 +106,13 @@ def test_gradcheck(make, options):
 )
 def test_at_least_one_value_is_kept(values, t_sigma, eps):
     x = torch.tensor(values).view(1, 1, -1)
-    mean_square = FilteredFilterResponseNorm2d(1, t_sigma, eps).mean_square(x)
+    mean_square = FilteredFilterResponseNorm2d(1, eps, t_sigma=t_sigma).mean_square(x)
     squares = x.square()
     assert (mean_square >= squares.min() * 0.999).all() and (mean_square <= squares.mean() * 1.001).all()
 
 
 def test_a_constant_map_keeps_its_values_for_the_smallest_cut():
-    norm = FilteredFilterResponseNorm2d(1, math.nextafter(1, 2), eps=1e-6, tlu=False)
+    norm = FilteredFilterResponseNorm2d(1, t_sigma=math.nextafter(1, 2), tlu=False)
     torch.testing.assert_close(norm(torch.full((1, 1, 37, 41), 0.1)), torch.ones(1, 1, 37, 41), rtol=1e-3, atol=1e-3)
 
 

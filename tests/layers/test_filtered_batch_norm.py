@@ -56,7 +56,7 @@ def test_layer_is_the_operator(filtered, plain, shape):
     mean, var = torch.zeros(4), torch.ones(4)
     options = {"training": True, "momentum": 0.2, "eps": 1e-3, "t_sigma": 2.0}
     options.update(grad_mode="paper", gaussian_correction=True)
-    expected = filtered_batch_norm(data(shape), layer.weight, layer.bias, mean, var, **options)
+    expected = filtered_batch_norm(data(shape), mean, var, layer.weight, layer.bias, **options)
     assert torch.equal(layer(data(shape)), expected)
     assert torch.equal(layer.running_mean, mean) and torch.equal(layer.running_var, var)
     assert layer.num_batches_tracked == 1
@@ -81,7 +81,7 @@ def test_cumulative_average():
         x = data((3, 4, 5, 6), step)
         layer(x)
         mean, var = torch.zeros(4), torch.ones(4)
-        filtered_batch_norm(x, None, None, mean, var, training=True, momentum=1.0, t_sigma=2.0)
+        filtered_batch_norm(x, mean, var, training=True, momentum=1.0, t_sigma=2.0)
         single.append((mean, var))
     torch.testing.assert_close(layer.running_mean, torch.stack([m for m, _ in single]).mean(0))
     torch.testing.assert_close(layer.running_var, torch.stack([v for _, v in single]).mean(0))

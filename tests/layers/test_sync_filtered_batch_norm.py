@@ -56,7 +56,7 @@ def test_it_is_taken_for_a_batch_norm_and_for_no_sync_batch_norm():
 
 
 def test_copies_keep_the_options():
-    layer = SyncFilteredBatchNorm(4, 2.5, grad_mode="paper", gaussian_correction=True, gamma_init=0.1)
+    layer = SyncFilteredBatchNorm(4, t_sigma=2.5, grad_mode="paper", gaussian_correction=True, gamma_init=0.1)
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
@@ -66,7 +66,7 @@ def test_copies_keep_the_options():
 
 
 def test_it_is_not_fused_with_an_activation_and_folds_into_a_linear_layer():
-    model = nn.Sequential(nn.Linear(3, 4), SyncFilteredBatchNorm(4, 2.0), nn.ReLU())
+    model = nn.Sequential(nn.Linear(3, 4), SyncFilteredBatchNorm(4, t_sigma=2.0), nn.ReLU())
     for step in range(3):
         model(data((8, 3), step, torch.float32))
     assert fbn_plugin.fuse_norm_act(model) is model and type(model[1]) is SyncFilteredBatchNorm
@@ -117,7 +117,7 @@ def two_steps(layer, steps):
 def compiled_first(rank):
     """The graph breaks at the exchange, also if that is the first in this process."""
     sync._uncompiled = None
-    layer = SyncFilteredBatchNorm(3, 2.0, dtype=torch.float64)
+    layer = SyncFilteredBatchNorm(3, t_sigma=2.0, dtype=torch.float64)
     compiled = torch.compile(copy.deepcopy(layer), backend="eager")
     x = data((2 + rank, 3, 4, 4), rank)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -134,7 +134,7 @@ def all_layers(rank):
         layer = SyncFilteredBatchNorm(3, dtype=torch.float64, **LAYERS[name])
         results[name, shares] = two_steps(layer, [batches(shares, (4, 5), step)[rank] for step in range(2)])
     for spatial in SPATIAL:
-        layer = SyncFilteredBatchNorm(3, 1.5, dtype=torch.float64)
+        layer = SyncFilteredBatchNorm(3, t_sigma=1.5, dtype=torch.float64)
         results[spatial] = two_steps(layer, [batches(SHARES[count][0], spatial, step)[rank] for step in range(2)])
     return results | others(rank, count)
 
@@ -146,7 +146,7 @@ def others(rank, count):
     except ValueError as error:
         results["one value"] = str(error)
 
-    layer = SyncFilteredBatchNorm(3, 2.0)
+    layer = SyncFilteredBatchNorm(3, t_sigma=2.0)
     x = data((rank, 3, 4, 4), rank, torch.float32).contiguous(memory_format=torch.channels_last).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x.bfloat16())
@@ -154,18 +154,20 @@ def others(rank, count):
     results["autocast"] = y.dtype, y.is_contiguous(memory_format=torch.channels_last), layer.running_var
 
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])] if count == 4 else [dist.new_group([0, 1])]
-    layer = SyncFilteredBatchNorm(3, 2.0, process_group=pairs[rank // 2], dtype=torch.float64)
+    layer = SyncFilteredBatchNorm(3, t_sigma=2.0, process_group=pairs[rank // 2], dtype=torch.float64)
     layer(data((2, 3, 4, 4), rank))
     results["group"] = layer.running_mean
     alone = [dist.new_group([each]) for each in range(count)][rank]
-    layer = SyncFilteredBatchNorm(3, 2.0, process_group=alone, dtype=torch.float64)
+    layer = SyncFilteredBatchNorm(3, t_sigma=2.0, process_group=alone, dtype=torch.float64)
     layer(data((2, 3, 4, 4), rank))
     results["group of one"] = layer.running_mean
     for copies in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="pickle"):
             copies(layer)
 
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), SyncFilteredBatchNorm(3, 2.0), nn.ReLU(), SyncFilteredBatchNorm(3))
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), SyncFilteredBatchNorm(3, t_sigma=2.0), nn.ReLU(), SyncFilteredBatchNorm(3)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
@@ -233,7 +235,7 @@ class Head(nn.Module):
 
 def ddp_steps(rank):
     torch.manual_seed(0)
-    model = DistributedDataParallel(Head(lambda channels: SyncFilteredBatchNorm(channels, 2.0)))
+    model = DistributedDataParallel(Head(lambda channels: SyncFilteredBatchNorm(channels, t_sigma=2.0)))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for step in range(3):
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ BOTH_FORMS = [0, 2]
 def norm(x, weight, bias, num_groups, **options):
     """Either form by one name; ``num_groups`` 0 is the batch form."""
     if num_groups == 0:
-        return filtered_batch_norm(x, weight, bias, training=True, **options)
+        return filtered_batch_norm(x, weight=weight, bias=bias, training=True, **options)
     return filtered_group_norm(x, num_groups, weight, bias, **options)
 
 

@@ -86,7 +86,7 @@ def test_running_statistics_that_kernels_cannot_write(kind):
         mean, var = torch.zeros(6)[::2], torch.ones(6)[::2]
     else:
         counter = counter.int()
-    filtered_batch_norm(x, None, None, mean, var, True, None, t_sigma=2.0, num_batches_tracked=counter)
+    filtered_batch_norm(x, mean, var, None, None, True, None, t_sigma=2.0, num_batches_tracked=counter)
     _, moments = reference.forward(x, None, None, None, None, Options(0, 2.0, 1e-5, False, "exact"))
     unbiased = moments[1] * moments[4] / (moments[4] - 1)
     torch.testing.assert_close(mean.float(), moments[0] / 2, rtol=1e-3, atol=1e-4)
@@ -101,7 +101,7 @@ def test_the_batch_is_counted_and_autograd_told(dtype, momentum):
     x = torch.randn(4, 3, 5, 5, dtype=dtype)
     running = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype), torch.tensor(4)
     options = {"t_sigma": 2.0, "num_batches_tracked": running[2]}
-    filtered_batch_norm(x, None, None, *running[:2], True, momentum, **options)
+    filtered_batch_norm(x, *running[:2], None, None, True, momentum, **options)
     weight = 1 / 5 if momentum is None else momentum
     expected = RunningStats(torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype), weight, None)
     mean, var, _, _, count = reference.forward(x, None, None, None, None, Options(0, 2.0, 1e-5, False, "exact"))[1]
@@ -116,5 +116,5 @@ def test_without_statistics_the_batch_is_counted_and_without_a_counter_none_move
     filtered_batch_norm(x, training=True, num_batches_tracked=counter)
     assert counter == 1
     mean, var = torch.zeros(3), torch.ones(3)
-    filtered_batch_norm(x, None, None, mean, var, True, momentum=None)
+    filtered_batch_norm(x, mean, var, None, None, True, momentum=None)
     assert mean.eq(0).all() and var.eq(1).all()

@@ -132,7 +132,7 @@ def test_the_short_way_is_the_operator_that_a_mode_sees(num_groups, mode, dtype)
         if num_groups:
             y = filtered_group_norm(x, num_groups, weight, bias, t_sigma=1.5, grad_mode=mode)
         else:
-            y = filtered_batch_norm(x, weight, bias, *running, True, t_sigma=1.5, grad_mode=mode)
+            y = filtered_batch_norm(x, *running, weight, bias, True, t_sigma=1.5, grad_mode=mode)
             assert all(each._version for each in running), "autograd is told of the new statistics"
         return [y, *running, *torch.autograd.grad(y, [x, weight, bias], grad)]
 
@@ -151,7 +151,7 @@ def test_function_transforms_see_through_the_fused_layer(fused, monkeypatch):
     x, weight, bias, residual = act_inputs()
 
     def loss(x, residual):
-        y = filtered_batch_norm_act(x, weight, bias, training=True, t_sigma=2.0, residual=residual)
+        y = filtered_batch_norm_act(x, weight=weight, bias=bias, training=True, t_sigma=2.0, residual=residual)
         return y.square().sum()
 
     gradients = torch.func.grad(loss, argnums=(0, 1))(x.detach(), residual.detach())
@@ -213,7 +213,7 @@ def test_only_what_needs_a_gradient_gets_one(needs, fused, monkeypatch):
     monkeypatch.setattr(functional, "_fuses", lambda *_: fused)
     leaves = [t.detach().requires_grad_(need) for t, need in zip(act_inputs(torch.float32), needs)]
     x, weight, bias, residual = leaves
-    filtered_batch_norm_act(x, weight, bias, training=True, residual=residual).sum().backward()
+    filtered_batch_norm_act(x, weight=weight, bias=bias, training=True, residual=residual).sum().backward()
     assert tuple(t.grad is not None for t in leaves) == needs
 
 
@@ -255,23 +255,23 @@ def test_no_private_name_is_needed(name, fused, without, monkeypatch):
     def results():
         running = torch.zeros(3), torch.ones(3), torch.tensor(3)
         y = filtered_batch_norm_act(
-            x, weight, bias, *running[:2], True, None, t_sigma=1.5, residual=residual, num_batches_tracked=running[2]
+            x, *running[:2], weight, bias, True, None, t_sigma=1.5, residual=residual, num_batches_tracked=running[2]
         )
         grouped = filtered_group_norm(x, 3, weight, bias, t_sigma=1.5)
         got = [y, grouped, *running, *torch.autograd.grad((y.sin() + grouped).sum(), leaves)]
-        plain = filtered_batch_norm(x, weight, bias, training=True, t_sigma=1.5)
+        plain = filtered_batch_norm(x, weight=weight, bias=bias, training=True, t_sigma=1.5)
         got += torch.autograd.grad(plain, x, torch.stack([y, grouped]), is_grads_batched=True, retain_graph=True)
         (first,) = torch.autograd.grad(plain.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
             first.sum().backward()
 
         def loss(x):
-            return filtered_batch_norm(x, weight, bias, training=True, t_sigma=1.5).sin().sum()
+            return filtered_batch_norm(x, weight=weight, bias=bias, training=True, t_sigma=1.5).sin().sum()
 
         got.append(torch.func.grad(loss)(x.detach()))
         got.append(torch.func.vmap(lambda x: filtered_group_norm(x, 1, t_sigma=1.5))(x.detach()[None]))
         for lazy in (torch._neg_view(x), torch._efficientzerotensor(x.shape)):
-            got.append(filtered_batch_norm(lazy, weight, bias, training=True, t_sigma=1.5))
+            got.append(filtered_batch_norm(lazy, weight=weight, bias=bias, training=True, t_sigma=1.5))
         return got
 
     expected = results()

@@ -87,11 +87,7 @@ def test_without_a_cut_it_is_batch_norm(shape, dtype, t_sigma):
     for function, options in ((F.batch_norm, {}), (filtered_batch_norm, {"t_sigma": t_sigma})):
         x, weight, bias = (t.requires_grad_() for t in batch(shape, dtype=dtype))
         mean, var = torch.zeros(shape[1], dtype=dtype), torch.ones(shape[1], dtype=dtype)
-        y = (
-            function(x, mean, var, weight, bias, True, 0.3, 1e-4)
-            if function is F.batch_norm
-            else function(x, weight, bias, mean, var, True, 0.3, 1e-4, **options)
-        )
+        y = function(x, mean, var, weight, bias, True, 0.3, 1e-4, **options)
         y.backward(torch.arange(y.numel(), dtype=dtype).view(y.shape).sin())
         results.append((y, x.grad, weight.grad, bias.grad, mean, var))
     for ours, native in zip(results[1], results[0]):
@@ -108,7 +104,7 @@ def test_without_a_cut_it_is_group_norm(shape, num_groups, t_sigma):
     for filtered in (False, True):
         x, weight, bias = (t.requires_grad_() for t in batch(shape))
         if filtered:
-            y = filtered_group_norm(x, num_groups, weight, bias, 1e-4, t_sigma)
+            y = filtered_group_norm(x, num_groups, weight, bias, 1e-4, t_sigma=t_sigma)
         else:
             y = F.group_norm(x, num_groups, weight, bias, 1e-4)
         y.backward(torch.arange(y.numel(), dtype=y.dtype).view(y.shape).sin())
@@ -120,7 +116,7 @@ def test_without_a_cut_it_is_group_norm(shape, num_groups, t_sigma):
 def test_running_statistics_average_the_filtered_unbiased_moments():
     x, weight, bias = batch((3, 4, 5, 5))
     mean, var = torch.full((4,), 0.5, dtype=x.dtype), torch.full((4,), 2.0, dtype=x.dtype)
-    filtered_batch_norm(x, weight, bias, mean, var, training=True, momentum=0.25, t_sigma=2.0)
+    filtered_batch_norm(x, mean, var, weight, bias, training=True, momentum=0.25, t_sigma=2.0)
     _, moments = paper_forward(x.numpy(), weight.numpy(), bias.numpy(), 2.0, 1e-5)
     for c, (batch_mean, batch_var, kept) in enumerate(moments):
         assert kept < 75
@@ -146,16 +142,16 @@ def test_the_band_is_inclusive_and_outliers_beyond_it_are_dropped():
     # Nine values at -1 and one at 9: mean 0, variance 9, so with eps 0 the last lies exactly 3 deviations away.
     x = torch.tensor([-1.0] * 9 + [9.0], dtype=torch.float64).view(10, 1)
     mean, var = torch.zeros(1, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)
-    filtered_batch_norm(x, None, None, mean, var, training=True, momentum=1.0, eps=0.0, t_sigma=3.0)
+    filtered_batch_norm(x, mean, var, training=True, momentum=1.0, eps=0.0, t_sigma=3.0)
     assert (mean.item(), var.item()) == (0.0, 10.0)
-    filtered_batch_norm(x, None, None, mean, var, training=True, momentum=1.0, eps=0.0, t_sigma=2.99)
+    filtered_batch_norm(x, mean, var, training=True, momentum=1.0, eps=0.0, t_sigma=2.99)
     assert (mean.item(), var.item()) == (-1.0, 0.0)
 
 
 def test_evaluation_is_batch_norm_to_the_bit():
     x, weight, bias = batch((2, 4, 5, 5), dtype=torch.float32)
     mean, var = torch.randn(4), torch.rand(4) + 0.5
-    ours = filtered_batch_norm(x, weight, bias, mean, var, training=False, t_sigma=1.5)
+    ours = filtered_batch_norm(x, mean, var, weight, bias, training=False, t_sigma=1.5)
     assert torch.equal(ours, F.batch_norm(x, mean, var, weight, bias, False))
 
 
@@ -220,7 +216,7 @@ def test_empty_batch(num_groups):
 
 def test_empty_batch_leaves_running_statistics():
     mean, var = torch.zeros(4), torch.ones(4)
-    filtered_batch_norm(torch.empty(0, 4, 3, 3), None, None, mean, var, training=True)
+    filtered_batch_norm(torch.empty(0, 4, 3, 3), mean, var, training=True)
     assert mean.eq(0).all() and var.eq(1).all()
 
 
@@ -248,7 +244,7 @@ def test_one_kept_value_divides_by_nothing():
     """Two values, each as far out as two can be; with a third at the mean and a narrow band only that one is kept."""
     x = torch.tensor([[-10.0], [0.0], [10.0]], requires_grad=True)
     mean, var = torch.ones(1), torch.ones(1)
-    y = filtered_batch_norm(x, None, None, mean, var, training=True, momentum=1.0, t_sigma=1.01)
+    y = filtered_batch_norm(x, mean, var, training=True, momentum=1.0, t_sigma=1.01)
     y.sum().backward()
     assert (mean.item(), var.item()) == (0.0, 0.0)
     assert torch.isfinite(y).all() and torch.isfinite(x.grad).all()
@@ -275,7 +271,7 @@ def test_non_finite_input_stays_out_of_the_running_statistics(bad):
     x, _, _ = batch((2, 4, 5, 5), dtype=torch.float32)
     x[1, 1, 2, 2] = bad
     mean, var = torch.zeros(4), torch.ones(4)
-    filtered_batch_norm(x, None, None, mean, var, training=True, t_sigma=2.0)
+    filtered_batch_norm(x, mean, var, training=True, t_sigma=2.0)
     assert (mean[1].item(), var[1].item()) == (0.0, 1.0)
     assert mean[[0, 2, 3]].ne(0).all() and torch.isfinite(var).all()
 
@@ -286,7 +282,7 @@ def test_gaussian_correction_leaves_a_gaussian_as_it_is(t_sigma):
     mean, var = torch.zeros(1, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)
     for correction, expected in ((False, gaussian_kappa(t_sigma)), (True, 1.0)):
         options = {"t_sigma": t_sigma, "gaussian_correction": correction}
-        filtered_batch_norm(x, None, None, mean, var, training=True, momentum=1.0, **options)
+        filtered_batch_norm(x, mean, var, training=True, momentum=1.0, **options)
         assert var.item() == pytest.approx(expected, abs=6e-3)
 
 
@@ -311,7 +307,7 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="grad_mode must be one of 'exact', 'paper', got 'true'"):
         filtered_batch_norm(x, training=True, grad_mode="true")
     with pytest.raises(ValueError, match="weight has 5 elements, but the input has 6 channels"):
-        filtered_batch_norm(x, torch.ones(5), training=True)
+        filtered_batch_norm(x, weight=torch.ones(5), training=True)
     with pytest.raises(ValueError, match="got 4 groups for 6 channels"):
         filtered_group_norm(x, 4)
 
@@ -339,7 +335,7 @@ def test_parameters_on_another_device_are_refused(num_groups):
         norm(x, None, torch.ones(8, device="meta"), num_groups)
     running = torch.zeros(8, device="meta"), torch.ones(8, device="meta")
     with pytest.raises(ValueError, match="running_mean is on meta, but the input is on cpu"):
-        filtered_batch_norm(x, None, None, *running, training=True)
+        filtered_batch_norm(x, *running, training=True)
 
 
 @pytest.mark.parametrize("x", [torch.ones(4, 3, dtype=torch.int64), torch.ones(4)], ids=["integer", "1-D"])
@@ -404,9 +400,9 @@ def test_equals_the_three_steps(activation, add, training, dtype, fused, monkeyp
     leaves = [t for t in (x, weight, bias, residual) if t is not None]
     statistics = [(torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)) for _ in range(2)]
     y = filtered_batch_norm_act(
-        x, weight, bias, *statistics[0], training, t_sigma=2.0, activation=activation, residual=residual
+        x, *statistics[0], weight, bias, training, t_sigma=2.0, activation=activation, residual=residual
     )
-    steps = filtered_batch_norm(x, weight, bias, *statistics[1], training, t_sigma=2.0)
+    steps = filtered_batch_norm(x, *statistics[1], weight, bias, training, t_sigma=2.0)
     steps = activate(steps + residual if add else steps, activation, 0.01)
     torch.testing.assert_close(y, steps)
     gradients = [torch.autograd.grad(result.square().sum(), leaves) for result in (y, steps)]

@@ -281,7 +281,7 @@ def test_more_than_two_to_the_31_values(backend, last):
         y_ref, ref = reference.forward(x_, None, None, None, None, options)
         dx_ref, d_weight_ref, d_bias_ref, _ = reference.backward(grad_, x_, None, None, None, ref, options)
         ours = FilteredMoments(*moments[:, channel : channel + 1])
-        assert torch.equal(ours.count.double(), FilteredMoments(*ref).count)
+        assert torch.equal(ours.count, FilteredMoments(*ref).count.float())  # 2^24 and more are rounded
         for each, truth in ((y, y_ref), (dx, dx_ref)):
             torch.testing.assert_close(each[:, channel : channel + 1].float(), truth.float(), rtol=1e-2, atol=1e-2)
         scale = grad_.abs().sum()  # they are nearly 0, of many terms
@@ -461,6 +461,7 @@ def test_launches(backend, last):
     layer = FilteredBatchNorm2d(SMALL[1], t_sigma=2.0, device=DEVICE)
     x, grad, *_ = inputs(SMALL, torch.float32, last, device=DEVICE)
     x.requires_grad_()
+    grad = torch.empty_like(x).copy_(grad)
 
     def step():
         return torch.autograd.grad(layer(x), [x, *layer.parameters()], grad)

@@ -40,7 +40,7 @@ def test_gradients_without_the_value_before_the_activation(activation, add, mode
     if num_groups:
         steps = filtered_group_norm(x, num_groups, weight, bias, **options)
     else:
-        steps = filtered_batch_norm(x, weight, bias, training=True, **options)
+        steps = filtered_batch_norm(x, weight=weight, bias=bias, training=True, **options)
     steps = activate(steps + residual if add else steps, activation, 0.1)
     torch.testing.assert_close(y, steps)
     gradients = [torch.autograd.grad(result.square().sum(), leaves) for result in (y, steps)]
@@ -113,9 +113,11 @@ def test_compiles_without_a_graph_break(training, activation, add, momentum, fus
         statistics = dict(zip(("running_mean", "running_var", "num_batches_tracked"), running))
         options = {"training": training, "momentum": momentum, "t_sigma": 2.0, **statistics}
         if activation == "identity":
-            return filtered_batch_norm(x, weight, bias, **options).tanh()
+            return filtered_batch_norm(x, weight=weight, bias=bias, **options).tanh()
         residual_ = residual if add else None
-        return filtered_batch_norm_act(x, weight, bias, **options, activation=activation, residual=residual_)
+        return filtered_batch_norm_act(
+            x, weight=weight, bias=bias, **options, activation=activation, residual=residual_
+        )
 
     def running():
         return torch.zeros(3), torch.ones(3), torch.tensor(3)

@@ -40,16 +40,16 @@ def data(sizes, channels=3, spatial=(4, 5), dtype=torch.float64, seed=0):
 
 
 def parameters(channels, dtype=torch.float64):
-    """Weight, bias, running mean and running variance."""
+    """Running mean and variance, weight and bias."""
     weight, bias = torch.linspace(0.5, 1.5, channels), torch.linspace(-1, 1, channels)
     mean, var = torch.linspace(0, 1, channels), torch.linspace(1, 2, channels)
-    return [*(p.to(dtype).requires_grad_() for p in (weight, bias)), mean.to(dtype), var.to(dtype)]
+    return [mean.to(dtype), var.to(dtype), *(p.to(dtype).requires_grad_() for p in (weight, bias))]
 
 
 def once(x, grad, operator, channels, dtype, **options):
     """Output, gradients and running statistics of an operator."""
-    x, (weight, bias, mean, var) = x.clone(memory_format=torch.preserve_format), parameters(channels, dtype)
-    y = operator(x.requires_grad_(), weight, bias, mean, var, **options)
+    x, (mean, var, weight, bias) = x.clone(memory_format=torch.preserve_format), parameters(channels, dtype)
+    y = operator(x.requires_grad_(), mean, var, weight, bias, **options)
     y.backward(grad)
     return {"y": y.detach(), "dx": x.grad, "dw": weight.grad, "db": bias.grad, "mean": mean, "var": var}
 
@@ -120,7 +120,7 @@ def test_two_exchanges_forward_and_one_backward(t_sigma, gathers, group_of):
 
     def both(rank):
         weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
-        y = sync_filtered_batch_norm(shares[rank], weight, t_sigma=t_sigma)
+        y = sync_filtered_batch_norm(shares[rank], weight=weight, t_sigma=t_sigma)
         if rank == 0:
             counted.append(dict(group.calls))
         y.sum().backward()
@@ -236,7 +236,7 @@ def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="t_sigma must be a number greater than 1"):
         sync_filtered_batch_norm(torch.ones(2, 3), t_sigma=1.0)
     with pytest.raises(ValueError, match="weight has 4 elements, but the input has 3 channels"):
-        sync_filtered_batch_norm(torch.ones(2, 3), torch.ones(4))
+        sync_filtered_batch_norm(torch.ones(2, 3), weight=torch.ones(4))
 
 
 def test_it_cannot_be_differentiated_twice(group_of):

@@ -12,7 +12,8 @@ from torch import nn
 
 import fbn_plugin
 from fbn_plugin import convert_norm
-from fbn_plugin.surgery.convert import _CONVERTERS, copy_norm_state, register_converter
+from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.surgery.convert import copy_norm_state
 
 
 def network():
@@ -125,19 +126,19 @@ class Loud(nn.BatchNorm2d):
         return super().forward(x) * 2
 
 
-def test_a_forward_of_its_own_is_left_with_a_warning_or_converted_by_its_converter():
+def test_a_forward_of_its_own_is_left_with_a_warning_or_converted_as_it_says(monkeypatch):
     model = nn.Sequential(Loud(4), nn.BatchNorm2d(4))
     with pytest.warns(UserWarning, match="1 norms are left as they are: no converter for Loud .*'0'"):
         convert_norm(model, "FBN")
     assert type(model[0]) is Loud and isinstance(model[1], fbn_plugin.FilteredBatchNorm2d)
 
-    register_converter(Loud, lambda old, factory: nn.Sequential(copy_norm_state(old, factory(4)), nn.Dropout()))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            convert_norm(model, "FBN")
-    finally:
-        _CONVERTERS.pop(Loud)
+    def convert(old, factory):
+        return nn.Sequential(copy_norm_state(old, factory(4)), nn.Dropout())
+
+    monkeypatch.setattr(Loud, "description", NormDescription("BN", convert=convert), raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_norm(model, "FBN")
     assert isinstance(model[0][0], fbn_plugin.FilteredBatchNorm2d)
 
 
@@ -540,7 +541,7 @@ def test_convert_sync_reports_what_it_leaves_and_warns_of_local_moments():
 
 def test_process_groups_stay_between_synchronized_norms():
     group = object()
-    norm = convert_norm(fbn_plugin.SyncFilteredBatchNorm(4, 2.0, process_group=group), "SyncBN")
+    norm = convert_norm(fbn_plugin.SyncFilteredBatchNorm(4, t_sigma=2.0, process_group=group), "SyncBN")
     assert type(norm) is nn.SyncBatchNorm and norm.process_group is group
     assert convert_norm(norm, "SyncFBN(t_sigma=3)").process_group is group
     assert convert_norm(fbn_plugin.FilteredBatchNorm2d(4), "SyncFBN").process_group is None

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 import fbn_plugin
 from fbn_plugin import get_norm, param_groups
 from fbn_plugin.frameworks.timm import param_groups as timm_param_groups
-from fbn_plugin.training.parameter_groups import register_norm_type
+from fbn_plugin.layers.description import NormDescription, describe_class
 
 LR, DECAY, DIVISOR = 0.4, 1e-3, 50.0
 
@@ -120,9 +120,9 @@ def test_a_norm_of_ones_own():
     scaled = MyNorm()
     scaled.gamma_init = 0.1
     in_group(scaled, scale=["weight"])
-    register_norm_type(MyNorm)
+    describe_class(NormDescription(), MyNorm)
     in_group(MyNorm(), no_decay=["weight", "lam"])
-    register_norm_type(MyNorm, batch_norm=True)
+    describe_class(NormDescription(batch_scale=True), MyNorm)
     in_group(MyNorm(), scale=["weight"], no_decay=["lam"])
 
 

@@ -131,6 +131,10 @@ def _target_rows(settings: Settings) -> list[Row]:
     half = "float16" if settings.device == "cuda" else "bfloat16"
     rows += [step(DETECTORS[0], size(DETECTORS[0]), "contiguous", dtype, 11) for dtype in ("float32", half)]
     rows += [step("vgg16", size("vgg16"), *form, 7) for form in STEP_FORMATS]
+    rows += [step(DETECTORS[1], size(DETECTORS[1]), "contiguous", dtype, 14) for dtype in ("float32", half)]
+    for layout, dtype in (("channels_last", "bfloat16"), ("contiguous", "float32")):
+        measure = functools.partial(_compiled, settings, layout, dtype)
+        rows.append(Row("compiled", f"compiled ResNet {layout} {dtype}", measure, 80))
     first = size("resnet50")
     rows.append(
         Row(
@@ -140,10 +144,6 @@ def _target_rows(settings: Settings) -> list[Row]:
             50,
         )
     )
-    rows += [step(DETECTORS[1], size(DETECTORS[1]), "contiguous", dtype, 14) for dtype in ("float32", half)]
-    for layout, dtype in (("channels_last", "bfloat16"), ("contiguous", "float32")):
-        measure = functools.partial(_compiled, settings, layout, dtype)
-        rows.append(Row("compiled", f"compiled ResNet {layout} {dtype}", measure, 80))
     return rows
 
 

@@ -19,7 +19,6 @@ from fvcore.common.param_scheduler import (
     ParamScheduler,
 )
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -27,6 +26,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from fbn_plugin import param_groups, prepend_input_norm
 from fbn_plugin.engine.data.coco_data import scaled_size
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.layers.description import describe
 from fbn_plugin.models.mask_rcnn import mask_rcnn_fpn
 
 __all__ = ["DetectionTransform", "build_model", "build_optimizer", "build_scheduler"]
@@ -227,7 +227,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     seen = set()
     for module in model.modules():
-        is_norm = isinstance(module, _NormBase | nn.GroupNorm | nn.LayerNorm)
+        is_norm = describe(module) is not None
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue

@@ -2,7 +2,8 @@
 batch and group form, with an optional residual and activation; one launch forward and one backward.
 
 They are compiled when the first tensor asks for them (``compiler.py``), cut for its shape by ``plan.py`` and launched
-by ``driver.py``, whose packages are imported then. Nothing here waits for the GPU or looks at a value, so that CUDA
+by ``driver.py``, whose packages are imported then; or, if ``host.py`` has been told to build it, by ``host.cpp``, which
+is given the plans that are made here. Nothing here waits for the GPU or looks at a value, so that CUDA
 graphs can capture it. Where the packages or the card do not allow it, :func:`refuses` says why and the next backend is
 taken.
 """
@@ -11,12 +12,13 @@ import ctypes
 import struct
 import threading
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fbn_plugin.ops import reference
-from fbn_plugin.ops.cuda import driver, plan
+from fbn_plugin.ops.cuda import compiler, driver, plan
 from fbn_plugin.ops.reference import Options, RunningStats, gaussian_kappa
 
 _ACTIVATIONS = {"identity": 0, "relu": 1, "leaky_relu": 1, "silu": 2}
@@ -60,6 +62,10 @@ class _Launch:
         arguments.memory[arguments.size :] = self.packed
         driver.launch(self.kernel, self.grid, self.threads, self.dynamic, arguments.parameters, stream)
 
+    def parts(self) -> tuple:
+        """As ``host.cpp`` takes it."""
+        return self.kernel.handle, self.grid, self.threads, self.dynamic, self.packed, self.floats, self.counters
+
 
 class _Planned:
     """What a shape needs, ready to be launched."""
@@ -101,10 +107,17 @@ _workspaces: dict[int, tuple[Tensor, Tensor]] = {}
 _streams: dict[int, set[int]] = {}
 _launches: dict[int, int] = {}
 
+# What launches from C++, once it is looked for: "table", None where it cannot be; with one "normalize", what eager.py
+# calls; without, "reason".
+hosted: dict[str, Any] = {}
+
 
 def describe() -> str:
-    """What the backend is, or why it cannot be used here."""
-    return driver.describe()
+    """What the backend is and which language launches its kernels, or why it cannot be used here."""
+    if driver.reason(0) is not None:
+        return driver.describe()
+    by = "C++" if _host() is not None else f"Python ({hosted['reason']})"
+    return f"{driver.describe()}; launched by {by}"
 
 
 def forget() -> None:
@@ -112,6 +125,8 @@ def forget() -> None:
     with _lock:
         for kept in (_planned, _kernels, _workspaces, _streams, _launches):
             kept.clear()
+        if (table := hosted.get("table")) is not None:
+            table.forget(True)
 
 
 def _channels_last(x: Tensor) -> bool | None:
@@ -147,6 +162,8 @@ def _find(x: Tensor, num_groups: int, activation: int = 0, phases: int = plan.AL
         found = _make(x, *key[2:])
         if len(_planned) >= _MOST_PLANS:
             _planned.clear()
+            if (table := hosted.get("table")) is not None:
+                table.forget(False)
         if not _is_full(found):
             _planned[key] = found
     return found
@@ -251,6 +268,8 @@ def _workspace(device: int, stream: int, launch: _Launch) -> tuple[Tensor | None
         with _lock:
             found = _new(device, 2 * launch.floats), _new(device, 2 * launch.counters, torch.int32)
             _workspaces[device] = found
+            if (table := hosted.get("table")) is not None:
+                table.workspace(device, *found)
     return found
 
 
@@ -267,6 +286,8 @@ def _note(device: int, stream: int) -> None:
         grown = len(streams) + 1 > _launches.get(device, 4)
         if grown:
             _launches[device] = 2 * _launches.get(device, 4)
+        if (table := hosted.get("table")) is not None:
+            table.stream(device, stream, grown)
     if grown and driver.DEVICE_TYPE == "cuda":
         with driver.on(device):
             if not driver.capturing(device):
@@ -314,6 +335,8 @@ def forward(
     kappa = gaussian_kappa(t_sigma) if correction else 1.0
     slope = slope if activation == "leaky_relu" else 0.0
     _forward(planned, stream, x, y, weight, bias, residual, running, moments, t_sigma, eps, kappa, slope)
+    if not hosted:
+        _host()  # takes the next call
     return y, moments
 
 
@@ -477,6 +500,54 @@ def _finish(planned: _Planned, stream: int, sums, weight, moments, coefficients,
         )
         grid = -(-(2 * shape.channels + sets) // threads)
         driver.launch(kernel, grid, threads, 0, arguments.parameters, stream)
+
+
+# --- the same from C++ ------------------------------------------------------------------------------------------------
+
+
+def _host():
+    """The ``Table`` of ``host.cpp``, what it launches by; None where there is none, and why in ``hosted``."""
+    with _lock:
+        if not hosted:
+            from fbn_plugin.ops.cuda import host  # here, as it is a command, too
+
+            try:
+                table = host.load().Table(driver.DEVICE_TYPE, driver.addresses(), driver.current_stream)
+            except compiler.Unavailable as reason:
+                hosted.update(table=None, reason=str(reason))
+            else:
+                for device, kept in _workspaces.items():
+                    table.workspace(device, *kept)
+                for device, streams in _streams.items():
+                    for stream in streams:
+                        table.stream(device, stream, False)
+                hosted.update(table=table, normalize=table.normalize)
+        return hosted["table"]
+
+
+def hand_over(x: Tensor, options: Options) -> bool:
+    """Give the table what it lacks to take a call with a tensor like ``x``; whether it will."""
+    num_groups, t_sigma, _, correction, _, activation, _ = options
+    stream, activation = _stream(x), _ACTIVATIONS[activation]
+    planned = _find(x, num_groups, activation)
+    if isinstance(planned, str):
+        return False
+    table, device, shape = hosted["table"], planned.device, planned.shape
+    launches = planned.forward, planned.backward, planned.result
+    if not stream:  # on others, what is made may be part of a graph
+        for launch in launches:
+            if launch is not None:
+                _workspace(device, stream, launch)
+    finish = None
+    if planned.finish is not None:
+        finish = planned.finish.handle, 0, planned.backward.threads, 0, b"", 0, 0
+    given = [None if launch is None else launch.parts() for launch in launches]
+    table.context(device, driver.context(device))
+    if correction:
+        table.kappa(t_sigma, gaussian_kappa(t_sigma))
+    sizes = planned.sum_samples, shape.set_channels, shape.sets
+    table.add(x, num_groups, activation, *given, finish, *sizes)
+    return True
 
 
 # --- the single steps of a batch that is spread over processes --------------------------------------------------------

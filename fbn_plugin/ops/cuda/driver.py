@@ -3,13 +3,14 @@
 
 What is here is what ``tests/ops/cuda/emulated.py`` has as well, so that the rest of the backend runs on a machine
 without a card: ``DEVICE_TYPE``, ``on``, ``current_stream``,
-``capturing``, ``card``, ``load``, ``launch``, ``reason``, ``describe``.
+``capturing``, ``card``, ``load``, ``launch``, ``reason``, ``describe``, ``addresses``, ``context``.
 
 Everything happens in the primary context of a device, which is the one that PyTorch uses; the calling thread's own
 current context is left as it was.
 """
 
 import contextlib
+import ctypes
 import functools
 import re
 import threading
@@ -302,6 +303,22 @@ def launch(
         # A thread that PyTorch has not yet given a context, or one whose current device is another.
         with _context(kernel.device):
             _call("cuLaunchKernel", *arguments)
+
+
+def addresses() -> tuple[int, ...]:
+    """Where the driver's functions are that ``host.cpp`` calls, in its order. Raises ``Unavailable``."""
+    names = "cuLaunchKernel", "cuCtxGetCurrent", "cuCtxSetCurrent", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        functions = [getattr(library, name) for name in (*names, "cuGetErrorName")]
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"libcuda.so.1 does not give away its functions: {error}") from error
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+
+
+def context(device: int) -> int:
+    """The handle of the context that the kernels of ``device`` are loaded in, which is there once one is."""
+    return int(_contexts[device])
 
 
 def prepare(device: int, variants: list[tuple[str, ...]]) -> None:

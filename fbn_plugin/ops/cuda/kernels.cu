@@ -16,6 +16,7 @@
 //   ACTIVATION   0 none, 1 ReLU or leaky ReLU, 2 SiLU
 //   RUN_CHANNELS planes, group form, forward: the runs of a set are its channels, each with its own weight
 //   BACKWARD     1 for the kernels of the backward pass
+//   WIDE         1 for tensors of 2^31 values or more, whose offsets take 64 bits
 //   PHASES       of a pass, added up: 1 first sums, 2 sums of kept values, 4 the result; SyncFBN takes them one by one
 // and tested on the CPU (tests/ops/cuda): keep to the functions that tests/ops/cuda/cuda_on_cpu.h has.
 //
@@ -47,14 +48,39 @@ INLINE int add_acquire_release(int* p, int v) {
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(v) : "memory");
   return old;
 }
-INLINE int load_acquire(const int* p) { int v; asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); return v; }
+INLINE int load_relaxed(const int* p) { int v; asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p)); return v; }
+INLINE void acquire(const int*) { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }  // what was released before that was seen
+// One store of all bytes: the compiler takes a vector of floats apart.
+INLINE void put(void* p, uint4 v) { asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)); }
+INLINE void put(void* p, uint2 v) { asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y)); }
+INLINE void put(void* p, u32 v) { *(u32*)p = v; }
+INLINE void put(void* p, u16 v) { *(u16*)p = v; }
+#if __CUDA_ARCH__ >= 800 && VECTOR * (DTYPE ? 2 : 4) >= 4  // it copies no less than 4 bytes
+#define ASYNC 1
+// From global to shared memory, without a register and without waiting; wait_copies<N> waits for all but the last N groups.
+template <int BYTES> INLINE void copy_later(void* to, const void* from) {
+  const u32 at = (u32)__cvta_generic_to_shared(to);
+  if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from));
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES));
+}
+INLINE void end_group() { asm volatile("cp.async.commit_group;"); }
+template <int N> INLINE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+#endif
 #else  // the same on the CPU
 inline u16 to_bfloat16(float f) { u32 u = __float_as_uint(f); return f != f ? 0x7FFF : (u + 0x7FFF + (u >> 16 & 1)) >> 16; }
 inline u16 to_half(float f) { _Float16 h = f; u16 r; memcpy(&r, &h, 2); return f != f ? 0x7FFF : r; }
 inline float from_half(u16 v) { _Float16 h; memcpy(&h, &v, 2); return h; }
 inline void add_release(int* p, int v) { cuda_on_cpu::atomic<__ATOMIC_RELEASE>(p, [=](int old) { return old + v; }); }
 inline int add_acquire_release(int* p, int v) { return cuda_on_cpu::atomic<__ATOMIC_ACQ_REL>(p, [=](int old) { return old + v; }); }
-inline int load_acquire(const int* p) { return cuda_on_cpu::poll(p); }
+inline int load_relaxed(const int* p) { return cuda_on_cpu::poll<__ATOMIC_RELAXED>(p); }
+inline void acquire(const int* p) { __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+template <class W> inline void put(void* p, W v) { *(W*)p = v; }
+#if VECTOR * (DTYPE ? 2 : 4) >= 4
+#define ASYNC 1
+template <int BYTES> inline void copy_later(void* to, const void* from) { cuda_on_cpu::copy_later(to, from, BYTES); }
+inline void end_group() { cuda_on_cpu::end_group(); }
+template <int N> inline void wait_copies() { cuda_on_cpu::wait_copies(N); }
+#endif
 #endif
 INLINE float from_bfloat16(u16 v) { return __uint_as_float((u32)v << 16); }
 
@@ -78,6 +104,8 @@ template <> struct Raw<8> { typedef uint2 type; };
 template <> struct Raw<4> { typedef u32 type; };
 template <> struct Raw<2> { typedef u16 type; };
 typedef Raw<VECTOR * sizeof(T)>::type Word;
+template <int FLOATS> struct Few { typedef float type; };
+template <> struct Few<4> { typedef float4 type; };
 union Vector {
   Word word;
   T value[VECTOR];
@@ -91,18 +119,22 @@ constexpr int ROW_VECTORS = CHANNELS / VECTOR;  // of a block of channels in a r
 constexpr int ROWS = THREADS / ROW_VECTORS;     // that a block of threads loads at once
 static_assert(ROW_VECTORS <= 32 && (ROW_VECTORS & (ROW_VECTORS - 1)) == 0, "a warp holds whole rows");
 #else
-constexpr int WIDTH = 1, OWN = 1, ROWS = 1;
+constexpr int WIDTH = 1, OWN = 1, ROWS = 1, ROW_VECTORS = 1;
 #endif
 // Members whose partial sums are added up side by side.
-constexpr int STRIPES = LAYOUT == 1 && THREADS > 4 * WIDTH ? THREADS / (4 * WIDTH) : 1;
+constexpr int STRIPES = LAYOUT == 1 && THREADS > WIDTH ? THREADS / WIDTH : 1;
 static_assert(THREADS % 32 == 0 && THREADS >= 32, "warps are whole");
 // A shift that lies so many variances from the mean eats digits. The sums around it are not good enough to be the kept
 // values' if those are summed anyway (STRICT), to be all values' moments (ROUGH), or even to draw the band (POOR).
-constexpr double STRICT = 0.25, ROUGH = 1, POOR = 8;
+constexpr double STRICT = 0.25, ROUGH = 4, POOR = 8;
+constexpr double DIFFERENCE = 2;  // so many times the kept values' squares may all values' be, to take the difference
 constexpr int REPEATS = 3;  // of the kept values' sums: each brings the shift 2^23 times as near to a mean without spread
 constexpr int SLOTS = 8;    // partial sums of a member, four for each of two rounds in turn
 // Vectors that a thread loads before it uses the first: as many as registers allow.
-constexpr int LOADS = 4, LATER_LOADS = 2;
+constexpr int LOADS = BACKWARD && ACTIVATION ? 1 : BACKWARD || LAYOUT == 1 ? 2 : 4;
+constexpr int LATER_LOADS = LOADS < 2 || (BACKWARD && DTYPE == 1 && LAYOUT == 0) || (!BACKWARD && LAYOUT == 1) ? 1 : 2;
+constexpr int SEARCH_LOADS = LAYOUT == 1 ? 1 : 2;  // where values are compared with the band, too
+constexpr int AHEAD = (BACKWARD ? 4 : 8) / LOADS;  // so many times LOADS are on their way while others are added up
 // Blocks that a multiprocessor is to hold: what plan.py reckons with, and what bounds a thread's registers.
 constexpr int BLOCKS = LAYOUT == 1 ? 512 / THREADS : THREADS < 128 ? 8 : 1024 / THREADS;
 constexpr int FLUSH = 16;   // vectors that it adds up before it adds the sum to the others: sums of sums are more exact
@@ -190,21 +222,23 @@ INLINE void meet(int* counter, int members, int round) {
   __syncthreads();
   if (threadIdx.x == 0) {
     add_release(counter, 1);
-    while (load_acquire(counter) < members * round) {}
+    while (load_relaxed(counter) < members * round) {}  // acquiring at each look would empty the L1 cache each time
+    acquire(counter);
   }
   __syncthreads();
 }
 
-// The last block of a launch leaves all counters at zero. (An atomic that acquires and releases, as __threadfence is a
-// fence of sequential consistency, the dearest that there is, and each block would end with it.)
-template <bool MEETS> INLINE void leave(const Cut& c, int* counters) {
-  if (MEETS && c.members > 1) {
-    __shared__ int last;
-    __syncthreads();
-    if (threadIdx.x == 0) last = add_acquire_release(counters + 1, 1) == c.groups * c.members - 1;
-    __syncthreads();
+// The last block of a launch leaves all counters at zero. Each says that it needs them no more when it has met for the
+// last time, and looks only at its end whether it was the last to say so, as the answer takes long. (An atomic that
+// acquires and releases: __threadfence is a fence of sequential consistency, the dearest that there is.)
+template <bool MEETS> INLINE int say_goodbye(const Cut& c, int* counters) {
+  return MEETS && c.members > 1 && threadIdx.x == 0 ? add_acquire_release(counters + 1, 1) : -1;
+}
+template <bool MEETS> INLINE void leave(const Cut& c, int* counters, int before) {
+  if (MEETS && c.members > 1 && threadIdx.x < 32) {
+    const bool last = __shfl_sync(~0u, before, 0) == c.groups * c.members - 1;
     if (last)
-      for (int i = threadIdx.x; i < 2 + c.groups; i += THREADS) counters[i] = 0;
+      for (int i = threadIdx.x; i < 2 + c.groups; i += 32) counters[i] = 0;
   }
 }
 
@@ -220,9 +254,17 @@ template <int N, class F> INLINE void spread(F f) {
 
 INLINE double joined(bool minimum, double a, double b) { return minimum ? fmin(a, b) : a + b; }
 
-// Over lanes that are a multiple of LANES apart: the smallest value, or the sum, with what its roundings lose (Knuth's
-// two-sum), as the last few additions would otherwise cost as many digits as all before.
-template <int LANES> INLINE double of_lanes(bool minimum, float v) {
+// a + b, and what the rounding of that loses, added to `lost` (Knuth's two-sum): the last few additions would otherwise
+// cost as many digits as all before.
+INLINE float add_exactly(float a, float b, float& lost) {
+  const float sum = a + b, part = sum - a;
+  lost += (a - (sum - part)) + (b - part);
+  return sum;
+}
+INLINE float with_lost(float v, float lost) { return lost == lost ? v + lost : v; }  // nothing is lost of an infinity
+
+// Over lanes that are a multiple of LANES apart: the sum, or the smallest value.
+template <int LANES> INLINE float of_lanes(bool minimum, float v) {
   float lost = 0;
 #pragma unroll
   for (int o = 16; o >= LANES; o >>= 1) {
@@ -231,12 +273,43 @@ template <int LANES> INLINE double of_lanes(bool minimum, float v) {
       v = fminf(v, other);
     } else {
       const float other_lost = __shfl_xor_sync(~0u, lost, o);
-      const float sum = v + other, part = sum - v;
-      lost += other_lost + ((v - (sum - part)) + (other - part));
-      v = sum;
+      v = add_exactly(v, other, lost), lost += other_lost;
     }
   }
-  return lost == lost ? (double)v + lost : v;  // nothing is lost of an infinity
+  return with_lost(v, lost);
+}
+
+constexpr int power_of_two(int n) {
+  int p = 1;
+  while (p < n) p *= 2;
+  return p;
+}
+constexpr int log_of(int power) { return power <= 1 ? 0 : 1 + log_of(power / 2); }
+
+// Adds up N values (a power of two) over lanes that are LANES apart, or takes the smallest: in each step a lane gives half
+// of its values away, as long as it has more than one. `first` is the number of the first that it ends up with; there are
+// max(1, N * LANES / 32).
+template <int LANES, int N, bool MINIMUM, int O = 16> INLINE void fold(float* v, float* lost, int& first) {
+  if constexpr (O >= LANES) {
+    constexpr int HALF = N > 1 ? N / 2 : 1;
+    const bool upper = N > 1 && (threadIdx.x & O);
+    if (upper) first += HALF;
+#pragma unroll
+    for (int i = 0; i < HALF; i++) {
+      const float mine = upper ? v[(i + HALF) % N] : v[i], given = N == 1 || upper ? v[i] : v[(i + HALF) % N];
+      const float other = __shfl_xor_sync(~0u, given, O);
+      if (MINIMUM) {
+        v[i] = fminf(mine, other);
+      } else {
+        const float mine_lost = upper ? lost[(i + HALF) % N] : lost[i];
+        const float given_lost = N == 1 || upper ? lost[i] : lost[(i + HALF) % N];
+        const float other_lost = O == 16 ? 0.f : __shfl_xor_sync(~0u, given_lost, O);
+        lost[i] = mine_lost + other_lost;
+        v[i] = add_exactly(mine, other, lost[i]);
+      }
+    }
+    fold<LANES, HALF, MINIMUM, O / 2>(v, lost, first);
+  }
 }
 
 struct Scratch {  // shared memory of the sums
@@ -247,22 +320,30 @@ struct Scratch {  // shared memory of the sums
   double total[4][WIDTH];
 };
 
+// Of COUNT values, numbered q * OWN + channel from quantity FROM on, what the warp has of each: to scratch.of_warp.
+template <int FROM, int COUNT, bool MINIMUM> INLINE void fold_warp(Scratch& scratch, const float* a) {
+  constexpr int LANES = ROW_VECTORS;  // lanes that are LANES apart have the same channels
+  constexpr int N = power_of_two(COUNT), ENDS = N * LANES > 32 ? N * LANES / 32 : 1;
+  constexpr int ALIKE = N * LANES < 32 ? 32 / (N * LANES) : 1;  // so many lanes end up with the same
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  float v[N], lost[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) v[i] = i < COUNT ? a[i] : 0.f, lost[i] = 0;
+  int first = 0;
+  fold<LANES, N, MINIMUM>(v, lost, first);
+  if (lane / LANES % ALIKE == 0)
+#pragma unroll
+    for (int i = 0; i < ENDS; i++) {
+      const int n = first + i, q = n / OWN, channel = lane % LANES * OWN + n % OWN;
+      if (n < COUNT) scratch.of_warp[FROM + q][warp][channel] = MINIMUM ? v[i] : with_lost(v[i], lost[i]);
+    }
+}
+
 // Adds up what the threads of a block have, scratch.total[q][channel]; from quantity SUMS on it takes the smallest.
 template <int QUANTITIES, int SUMS>
 INLINE void add_block(Scratch& scratch, float (&a)[QUANTITIES][OWN]) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-#if LAYOUT == 1
-  constexpr int LANES = ROW_VECTORS;  // lanes that are LANES apart have the same channels
-#else
-  constexpr int LANES = 1;
-#endif
-#pragma unroll
-  for (int q = 0; q < QUANTITIES; q++)
-#pragma unroll
-    for (int j = 0; j < OWN; j++) {
-      const float v = (float)of_lanes<LANES>(q >= SUMS, a[q][j]);
-      if (lane < LANES) scratch.of_warp[q][warp][lane * OWN + j] = v;
-    }
+  fold_warp<0, SUMS * OWN, false>(scratch, a[0]);
+  if constexpr (QUANTITIES > SUMS) fold_warp<SUMS, (QUANTITIES - SUMS) * OWN, true>(scratch, a[SUMS]);
   __syncthreads();
   spread<QUANTITIES * WIDTH>([&](int i) {
     const int q = i / WIDTH;
@@ -288,33 +369,56 @@ INLINE void add_group(Scratch& scratch, const Cut& c, Place place, float* partia
       [&](int i) { group[(i64)place.member * SLOTS * WIDTH + i] = (float)scratch.total[i / WIDTH][i % WIDTH]; });  // its own
   meet(counters + 2 + place.group, c.members, round);
 #if LAYOUT == 1
-  constexpr int COLUMNS = QUANTITIES * WIDTH;
-  spread<STRIPES * COLUMNS>([&](int i) {
-    const int column = i % COLUMNS;
-    const bool minimum = column / WIDTH >= SUMS;
-    double v = minimum ? (double)INFINITE : 0;
-#pragma unroll 4
-    for (int m = i / COLUMNS; m < c.members; m += STRIPES) {
-      const float w = __ldcg(group + (i64)m * SLOTS * WIDTH + column);
-      v = joined(minimum, v, w);
+  // Every thread asks for all that it adds up at once: one after the other would take a microsecond each.
+  constexpr int COLUMNS = QUANTITIES * WIDTH, FOUR = WIDTH % 4 ? 1 : 4, QUADS = COLUMNS / FOUR;
+  constexpr int ACROSS = THREADS / QUADS < 1 ? 1 : THREADS / QUADS < STRIPES ? THREADS / QUADS : STRIPES;
+  spread<ACROSS * QUADS>([&](int i) {
+    constexpr int AT_ONCE = WIDTH < 64 ? 4 : 3;
+    const int first = i % QUADS * FOUR;
+    double sum[FOUR];
+#pragma unroll
+    for (int n = 0; n < FOUR; n++) sum[n] = (first + n) / WIDTH >= SUMS ? (double)INFINITE : 0;
+#pragma unroll 1
+    for (int m = i / QUADS; m < c.members; m += AT_ONCE * ACROSS) {
+      union {
+        Few<FOUR>::type all;
+        float value[FOUR];
+      } v[AT_ONCE];
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++)
+        if (m + u * ACROSS < c.members)
+          v[u].all = __ldcg((const Few<FOUR>::type*)(group + (i64)(m + u * ACROSS) * SLOTS * WIDTH + first));
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; u++)
+        if (m + u * ACROSS < c.members)
+#pragma unroll
+          for (int n = 0; n < FOUR; n++) sum[n] = joined((first + n) / WIDTH >= SUMS, sum[n], v[u].value[n]);
     }
-    scratch.of_stripe[i / COLUMNS][column] = v;
+#pragma unroll
+    for (int n = 0; n < FOUR; n++) scratch.of_stripe[i / QUADS][first + n] = sum[n];
   });
   __syncthreads();
   spread<COLUMNS>([&](int i) {
     double v = scratch.of_stripe[0][i];
-    for (int s = 1; s < STRIPES; s++) v = joined(i / WIDTH >= SUMS, v, scratch.of_stripe[s][i]);
+#pragma unroll 4
+    for (int s = 1; s < ACROSS; s++) v = joined(i / WIDTH >= SUMS, v, scratch.of_stripe[s][i]);
     scratch.total[i / WIDTH][i % WIDTH] = v;
   });
 #else
   const int lane = threadIdx.x & 31;
 #pragma unroll 1
   for (int q = threadIdx.x >> 5; q < QUANTITIES; q += WARPS) {
-    double v = q >= SUMS ? (double)INFINITE : 0;
+    const double none = q >= SUMS ? (double)INFINITE : 0;
+    double v = none;
 #pragma unroll 1
-    for (int m = lane; m < c.members; m += 32) {
-      const float w = __ldcg(group + (i64)m * SLOTS * WIDTH + q);
-      v = joined(q >= SUMS, v, w);
+    for (int m = lane; m < c.members; m += 128) {
+      float w[4];
+#pragma unroll
+      for (int u = 0; u < 4; u++)
+        if (m + 32 * u < c.members) w[u] = __ldcg(group + (i64)(m + 32 * u) * SLOTS * WIDTH + q);
+#pragma unroll
+      for (int u = 0; u < 4; u++)
+        if (m + 32 * u < c.members) v = joined(q >= SUMS, v, w[u]);
     }
 #pragma unroll
     for (int o = 16; o; o >>= 1) {
@@ -329,10 +433,17 @@ INLINE void add_group(Scratch& scratch, const Cut& c, Place place, float* partia
 
 // ---- where a thread's values are
 
+#if WIDE
+typedef i64 Offset;
+#else
+typedef int Offset;
+#endif
+
 struct Values {
-  i64 base, step;
+  Offset base;  // of its set, rows: of the thread
+  Offset step;  // planes: from the end of a run to the begin of the next, rows: between the thread's rows
   int channel;  // of the first of OWN
-  int first, vectors, length;
+  int first, count, length;  // its first vector; how many it has
   u32 multiplier, shift;
 
   // planes: `channel` is that of the first run; rows: of the first of the thread's own
@@ -341,70 +452,150 @@ struct Values {
     const int sample = p.group / c.blocks;
     channel = (p.group - sample * c.blocks) * CHANNELS + threadIdx.x % ROW_VECTORS * VECTOR;
     first = p.member * c.steps * ROWS + threadIdx.x / ROW_VECTORS;
-    vectors = channel < c.channels ? c.runs : 0;
-    base = (i64)sample * c.runs * c.channels + channel, step = c.channels;
+    const int left = (channel < c.channels ? c.runs : 0) - first;
+    count = left <= 0 ? 0 : min(c.steps, (left + ROWS - 1) / ROWS);
+    base = ((Offset)sample * c.runs + first) * c.channels + channel, step = (Offset)ROWS * c.channels;
 #else
     channel = channel_of_plane;
     first = p.member * c.steps * THREADS + threadIdx.x;
-    vectors = c.vectors, length = c.length, multiplier = c.multiplier, shift = c.shift;
-    base = p.group * c.set_stride, step = c.run_stride;
+    const int left = c.vectors - first;
+    count = left <= 0 ? 0 : min(c.steps, (left + THREADS - 1) / THREADS);
+    length = c.length, multiplier = c.multiplier, shift = c.shift;
+    base = (Offset)(p.group * c.set_stride), step = (Offset)(c.run_stride - (i64)c.length * VECTOR);
 #endif
   }
 
-  // Whether there is a k-th vector, where it is, and in which run of the set.
-  INLINE bool at(int k, i64& offset, int& run) const {
+  // Where the k-th vector is, and in which run of the set.
+  INLINE Offset at(int k, int& run) const {
 #if LAYOUT == 1
-    const int row = first + k * ROWS;
-    offset = base + row * step, run = 0;
-    return row < vectors;
+    return run = 0, base + k * step;
 #else
-    const int i = first + k * THREADS;
-    return find(i, offset, run), i < vectors;
+    return of_set(first + k * THREADS, run);
 #endif
   }
-  INLINE bool is(int k) const { return first + k * (LAYOUT == 1 ? ROWS : THREADS) < vectors; }
-  INLINE i64 offset(int k) const {
-    i64 offset;
+  INLINE Offset at(int k) const {
     int run;
-    return at(k, offset, run), offset;
+    return at(k, run);
   }
-  // Of the i-th vector of a set; rows: of the i-th row.
-  INLINE void find(int i, i64& offset, int& run) const {
-#if LAYOUT == 1
-    offset = base + i * step, run = 0;
-#else
+  // Planes: where the i-th vector of the set is.
+  INLINE Offset of_set(int i, int& run) const {
     run = (__umulhi((u32)i, multiplier) + (u32)i) >> shift;  // i / length
-    offset = base + run * step + (i64)(i - run * length) * VECTOR;
+    return base + run * step + (Offset)i * VECTOR;
+  }
+};
+
+template <int N> struct Number { static constexpr int value = N; };
+
+// Calls body(size, k) for the vectors from k on, `size` of them: SIZE as long as there are so many, then one by one.
+template <int SIZE, class Body> INLINE void for_vectors(int begin, int end, Body body) {
+  int k = begin;
+#pragma unroll 1
+  for (; k + SIZE <= end; k += SIZE) body(Number<SIZE>(), k);
+  if (SIZE > 1)
+#pragma unroll 1
+    for (; k < end; k++) body(Number<1>(), k);
+}
+
+#if !ASYNC
+INLINE void end_group() {}
+template <int N> INLINE void wait_copies() {}
 #endif
-  }
-};
+INLINE void copy(Word* to, const T* from) {
+#if ASYNC
+  copy_later<sizeof(Word)>(to, from);
+#else
+  *to = *(const Word*)from;
+#endif
+}
 
-// A few vectors of a thread. `kept` is a multiple of LOADS, or all of them: a batch is kept as a whole or not at all.
-template <int SIZE> struct Batch {
-  Vector v[SIZE];
-  bool is[SIZE];
+// A thread's place in what its block keeps in shared memory: the k-th of its `count` vectors in slot k % slots, so that in
+// the end those from `first` on are there.
+struct Ring {
+  Word* words;
+  int slots, count, first;
 
-  INLINE Batch(const Values& values, int k, int end, const T* x) {  // from global memory
+  INLINE Ring(Word* keep, int slots, int count)
+      : words(keep + threadIdx.x), slots(slots), count(count), first(max(0, count - slots)) {}
+  INLINE int wrap(int slot) const { return slot >= slots ? slot - slots : slot; }
+  INLINE Word& operator[](int slot) const { return words[slot * THREADS]; }
+
+  // Whether there is room to copy AHEAD times LOADS vectors while others are used, or for all.
+  INLINE bool roomy(const Cut& c) const { return slots >= c.steps || slots >= (AHEAD + 1) * LOADS; }
+  // Begins to copy the vectors from k on, LOADS of them or as many as there are.
+  INLINE void fetch(const Values& values, int k, int slot, const T* x) const {
+    if (k + LOADS <= count) {
+#if ASYNC
 #pragma unroll
-    for (int u = 0; u < SIZE; u++) {
-      i64 offset;
-      int run;
-      is[u] = values.at(k + u, offset, run) && k + u < end;
-      if (is[u]) v[u].word = *(const Word*)(x + offset);
-    }
-  }
-  INLINE Batch(const Values& values, int k, int end, const T* x, const Word* keep, int kept) {  // from where they are
-    if (k < kept) {
+      for (int u = 0; u < LOADS; u++) copy_later<sizeof(Word)>(&(*this)[slot + u], x + values.at(k + u));
+#else
+      Word v[LOADS];
 #pragma unroll
-      for (int u = 0; u < SIZE; u++) {
-        is[u] = values.is(k + u) && k + u < end;
-        if (is[u]) v[u].word = keep[(k + u) * THREADS + threadIdx.x];
-      }
+      for (int u = 0; u < LOADS; u++) v[u] = *(const Word*)(x + values.at(k + u));
+#pragma unroll
+      for (int u = 0; u < LOADS; u++) (*this)[slot + u] = v[u];
+#endif
     } else {
-      *this = Batch(values, k, end, x);
+#pragma unroll 1
+      for (; k < count; k++, slot++) (*this)[slot] = *(const Word*)(x + values.at(k));
+    }
+  }
+  // The k-th vector and the next ones, from where they are: all before `first` or none.
+  template <int N> INLINE void load(Vector (&v)[N], const Values& values, int k, const T* x) const {
+    if (k >= first) {
+      const int slot = k % slots;
+#pragma unroll
+      for (int u = 0; u < N; u++) v[u].word = (*this)[wrap(slot + u)];
+    } else {
+#pragma unroll
+      for (int u = 0; u < N; u++) v[u].word = *(const Word*)(x + values.at(k + u));
     }
   }
 };
+
+// Calls body(size, k) for all vectors of a thread, SIZE of them where so many lie in the same memory.
+template <int SIZE, class Body> INLINE void for_all(const Ring& ring, Body body) {
+  for_vectors<SIZE>(0, ring.first, body);
+  for_vectors<SIZE>(ring.first, ring.count, body);
+}
+
+// Calls body(size, k, rings' vectors) for all vectors of a thread once more: first for those that its rings still have,
+// then for the others, the latest read first; if `copies`, these are copied, in time, to where the first ones were.
+template <int RINGS, class Body>
+INLINE void for_all_again(const Ring (&rings)[RINGS], const Values& values, const T* const (&from)[RINGS], bool copies, Body body) {
+  const int count = rings[0].count, slots = rings[0].slots, first = rings[0].first, kept = count - first;
+  constexpr int BATCHES = AHEAD * LOADS / LATER_LOADS, DISTANCE = BATCHES * LATER_LOADS;
+  copies = copies && first > 0 && slots >= DISTANCE + LATER_LOADS;
+  int slot = slots ? first % slots : 0;
+  auto number = [&](int i) { return i < kept ? first + i : count - 1 - i; };
+  auto some = [&](auto size, int i) {
+    constexpr int N = decltype(size)::value;
+    Vector v[RINGS][N];
+    int k[N];
+#pragma unroll
+    for (int u = 0; u < N; u++) k[u] = number(i + u);
+    if (copies) {
+#pragma unroll
+      for (int u = 0; u < N; u++) {
+        const int later = i + DISTANCE + u;
+#pragma unroll
+        for (int r = 0; r < RINGS; r++)
+          if (later >= kept && later < count) copy(&rings[r][rings[r].wrap(slot + DISTANCE + u)], from[r] + values.at(number(later)));
+      }
+      end_group();
+      if (N == LATER_LOADS) wait_copies<BATCHES>();
+      else wait_copies<0>();
+    }
+#pragma unroll
+    for (int u = 0; u < N; u++)
+#pragma unroll
+      for (int r = 0; r < RINGS; r++)
+        v[r][u].word = copies || i + u < kept ? rings[r][rings[r].wrap(slot + u)] : *(const Word*)(from[r] + values.at(k[u]));
+    body(size, k, v);
+    slot += N;
+    if (slot >= slots) slot -= slots;
+  };
+  for_vectors<LATER_LOADS>(0, count, some);
+}
 
 INLINE float middle(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
 
@@ -475,13 +666,51 @@ INLINE float activate(float z, float slope) {
 }
 
 #if LAYOUT < 2
+// What a set's first sums are taken around: the middle of three places' means, so that an outlier is seldom near it.
+INLINE void shift_of(const Cut& cut, const Values& values, const T* x, float (&shift)[OWN]) {
+  float mean[3][OWN] = {};
+#if LAYOUT == 1
+  const int rows = cut.runs, more = rows >= 6;
+  const bool is = values.channel < cut.channels;
+  const T* const from = x + (values.base - (Offset)values.first * cut.channels);
+  Vector v[3][2];
+#pragma unroll
+  for (int i = 0; i < 3; i++)
+#pragma unroll
+    for (int u = 0; u < 2; u++)
+      if (is) v[i][u].word = *(const Word*)(from + (Offset)((i64)rows * i / 3 + u * more) * cut.channels);
+#pragma unroll
+  for (int i = 0; i < 3; i++)
+#pragma unroll
+    for (int j = 0; j < OWN; j++) mean[i][j] = is ? 0.5f * up(v[i][0].value[j]) + 0.5f * up(v[i][1].value[j]) : 0.f;
+#else
+  Vector v[3];
+#pragma unroll
+  for (int i = 0; i < 3; i++) {
+    int run;
+    v[i].word = *(const Word*)(x + values.of_set((int)((i64)cut.vectors * i / 3), run));
+  }
+#pragma unroll
+  for (int i = 0; i < 3; i++)
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) mean[i][0] += up(v[i].value[j]) * (1.f / VECTOR);
+#endif
+#pragma unroll
+  for (int j = 0; j < OWN; j++) shift[j] = middle(mean[0][j], mean[1][j], mean[2][j]);
+}
+#endif
+
+#if LAYOUT < 2
 #if !BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forward a) {
   extern __shared__ __align__(16) char smem[];
-  Word* keep = (Word*)smem;
   __shared__ Scratch scratch;
+  __shared__ double whole[2][WIDTH];  // sums of all values
   __shared__ float shifts[WIDTH], lower[WIDTH], upper[WIDTH], center[WIDTH], scale[WIDTH], lift[WIDTH];
-  __shared__ int again[2], outside;  // whether sums are taken again; whether there is a value outside of the band
+  // Whether sums are taken again, first and later; whether there is a value outside of the band; whether the kept values'
+  // sums cannot be had from all values'.
+  __shared__ int again[2], outside, apart;
+  float* const reach = scale;  // how far from the shift all values are surely inside; until the scale is known
   double (&total)[4][WIDTH] = scratch.total;
   const Cut& cut = a.cut;
   const Place place = take_place<FIRST || FILTERED>(cut, a.counters);
@@ -490,77 +719,109 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
   const int first_channel = values.channel - threadIdx.x % ROW_VECTORS * VECTOR;  // of the group
   const int first_set = place.group / cut.blocks * (cut.channels / cut.set_channels);
   const int set_channels = cut.set_channels, own = values.channel - first_channel;
-  const double each = cut.runs;
+  const int each = cut.runs;
 #else
   const Values values(cut, place, (int)((u32)(place.group * cut.set_channels) % (u32)cut.channels));
   const int first_channel = values.channel, first_set = place.group;
   const int set_channels = 1, own = 0;
-  const double each = (double)cut.vectors * VECTOR;
+  const int each = cut.vectors * VECTOR;
 #endif
   // the statistic of a group's c-th channel
   auto set_of = [&](int c) { return LAYOUT == 1 ? first_set + (first_channel + c) / set_channels : first_set; };
   auto exists = [&](int c) { return LAYOUT != 1 || first_channel + c < cut.channels; };
-  const int kept = cut.kept, steps = cut.steps, sets = cut.sets;
+  const Ring ring((Word*)smem, cut.kept, values.count);
+  const int count = values.count, sets = cut.sets;
+  const T* const x = a.x;
   int round = 0;
 
+  float shift[OWN], big[OWN];  // what sums are taken around, and how far from it a thread's values reach
   if (FIRST) {
-    // The middle of three values, so that an outlier is seldom what all others are measured from.
-    float shift[OWN];
-    {
-      Vector v[3];
+    const bool roomy = ring.roomy(cut);
+    if (roomy)
 #pragma unroll
-      for (int i = 0; i < 3; i++) {
-        i64 o;
-        int run;
-        values.find((int)((i64)(LAYOUT == 1 ? cut.runs : cut.vectors) * i / 3), o, run);
-        if (values.vectors) v[i].word = *(const Word*)(a.x + o);
-      }
-#pragma unroll
-      for (int j = 0; j < OWN; j++)
-        shift[j] = values.vectors ? middle(up(v[0].value[j]), up(v[1].value[j]), up(v[2].value[j])) : 0.f;
-    }
+      for (int i = 0; i < AHEAD; i++) ring.fetch(values, i * LOADS, i * LOADS, x), end_group();
+    shift_of(cut, values, a.x, shift);
 #pragma unroll 1
     for (bool repeated = false;; repeated = true) {
-      float sums[4][OWN];
+      float sums[3][OWN];
 #pragma unroll
-      for (int j = 0; j < OWN; j++) sums[0][j] = sums[1][j] = 0, sums[2][j] = sums[3][j] = INFINITE;
-#pragma unroll 1
-      for (int begin = 0; begin < steps; begin += FLUSH) {
-        float sum[OWN] = {}, square[OWN] = {};
-        const int end = min(begin + FLUSH, steps);
-#pragma unroll 1
-        for (int k = begin; k < end; k += LOADS) {
-          const Batch<LOADS> b(values, k, end, a.x, keep, repeated ? kept : 0);
+      for (int j = 0; j < OWN; j++) sums[0][j] = sums[1][j] = big[j] = 0;
+      float sum[OWN] = {}, square[OWN] = {};
+      auto flush = [&] {
 #pragma unroll
-          for (int u = 0; u < LOADS; u++) {
-            if (!b.is[u]) continue;
-            if (!repeated && k + u < kept) keep[(k + u) * THREADS + threadIdx.x] = b.v[u].word;
+        for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sum[j] = square[j] = 0;
+      };
+      auto add = [&](const Vector& v) {
+        float part[OWN], squares[OWN];
 #pragma unroll
-            for (int i = 0; i < VECTOR; i++) {
-              const int j = i % OWN;
-              const float v = up(b.v[u].value[i]), d = v - shift[j];
-              sum[j] += d, square[j] += d * d;
-              sums[2][j] = fminf(sums[2][j], v), sums[3][j] = fminf(sums[3][j], -v);
-            }
-          }
+        for (int i = 0; i < VECTOR; i++) {
+          const int j = i % OWN;
+          const float d = up(v.value[i]) - shift[j];
+          part[j] = i < OWN ? d : part[j] + d, squares[j] = i < OWN ? d * d : squares[j] + d * d;
+          big[j] = fmaxf(big[j], fabsf(d));
         }
 #pragma unroll
-        for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j];
+        for (int j = 0; j < OWN; j++) sum[j] += part[j], square[j] += squares[j];
+      };
+      int filled = 0;
+      auto filling = [&](int vectors) {
+        if ((filled += vectors) >= FLUSH) flush(), filled = 0;
+      };
+      if (ring.slots && !repeated) {
+        int to = roomy ? AHEAD * LOADS : 0, from = 0;  // slots
+        const int ahead = to;
+        to = ring.wrap(to);
+#pragma unroll 1
+        for (int k = 0; k < count; k += LOADS) {
+          ring.fetch(values, k + ahead, to, x), end_group();
+          if (roomy) wait_copies<AHEAD>();
+          else wait_copies<0>();
+          if (k + LOADS <= count) {
+            Vector v[LOADS];
+#pragma unroll
+            for (int u = 0; u < LOADS; u++) v[u].word = ring[from + u];
+#pragma unroll
+            for (int u = 0; u < LOADS; u++) add(v[u]);
+          } else {
+#pragma unroll 1
+            for (int u = 0; k + u < count; u++) {
+              Vector v;
+              v.word = ring[from + u];
+              add(v);
+            }
+          }
+          to = ring.wrap(to + LOADS), from = ring.wrap(from + LOADS);
+          filling(LOADS);
+        }
+      } else {
+        for_all<LOADS>(ring, [&](auto size, int k) {
+          constexpr int N = decltype(size)::value;
+          Vector v[N];
+          ring.load(v, values, k, x);
+#pragma unroll
+          for (int u = 0; u < N; u++) add(v[u]);
+          filling(N);
+        });
       }
-      if (threadIdx.x == 0) again[0] = outside = 0;
+      flush();
+#pragma unroll
+      for (int j = 0; j < OWN; j++) sums[2][j] = -big[j];
+      if (threadIdx.x == 0) again[0] = outside = apart = 0;
       if (threadIdx.x < WIDTH / OWN)
 #pragma unroll
         for (int j = 0; j < OWN; j++) shifts[own + j] = shift[j];
-      add_group<4, 2>(scratch, cut, place, a.partial, a.counters, ++round, sums);
+      add_group<3, 2>(scratch, cut, place, a.partial, a.counters, ++round, sums);
       spread<WIDTH>([&](int c) {
         const Moments m = moments_of<false>(total, shifts, c, set_channels, each);
         if (m.lost > (FILTERED ? POOR : ROUGH) && !repeated) atomicMax(&again[0], 1);
         const double width = half_width(m, a.t_sigma, a.eps);
         lower[c] = FILTERED ? (float)(m.mean - width) : -INFINITE;
         upper[c] = FILTERED ? (float)(m.mean + width) : INFINITE;
-        const bool all_inside = total[2][c] >= lower[c] && -total[3][c] <= upper[c];  // not if there is a NaN
-        if (FILTERED && !(all_inside && m.lost <= ROUGH)) atomicMax(&outside, 1);
-        center[c] = (float)(shifts[c] + total[0][c] / each);  // what the next sums are taken around
+        reach[c] = (1 - 1e-6f) * fminf(upper[c] - shifts[c], shifts[c] - lower[c]);
+        if (FILTERED && !(-total[2][c] <= reach[c])) atomicMax(&outside, 1);  // if there is a NaN, too
+        if (FILTERED && m.lost > ROUGH) atomicMax(&apart, 1);
+        whole[0][c] = total[0][c], whole[1][c] = total[1][c];
+        center[c] = (float)(shifts[c] + total[0][c] / each);  // what sums are taken around if they are taken again
       });
       __syncthreads();
       if (!again[0]) break;
@@ -569,7 +830,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
       __syncthreads();
     }
   } else if (FILTERED) {
-    if (threadIdx.x == 0) outside = 1;
+    if (threadIdx.x == 0) outside = apart = 1;
     spread<WIDTH>([&](int c) {
       const int s = exists(c) ? set_of(c) : 0;
       center[c] = a.moments[s], lower[c] = a.moments[2 * sets + s], upper[c] = a.moments[3 * sets + s];
@@ -577,39 +838,89 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
     __syncthreads();
   }
 
-  // With no value outside of the band the sums of all are those of the kept (Eq. 6, 7), if they are good enough.
+  // With no value outside of the band the sums of all are those of the kept (Eq. 6, 7). With few they are the difference:
+  // most threads know that they have none outside. Where that loses digits, the kept values are added up.
   const bool filters = FILTERED && outside;
-  if (filters) {
-    float shift[OWN], lo[OWN], hi[OWN];
+  if (FIRST && filters && !apart) {
+    bool none = true;
 #pragma unroll
-    for (int j = 0; j < OWN; j++) shift[j] = center[own + j], lo[j] = lower[own + j], hi[j] = upper[own + j];
+    for (int j = 0; j < OWN; j++) none = none && big[j] <= reach[own + j];
+    float sums[3][OWN] = {};
+    if (!none) {
+      float lo[OWN], hi[OWN];
+      const volatile float* from = shifts + own;  // registers are for what every value needs
+#pragma unroll
+      for (int j = 0; j < OWN; j++) lo[j] = lower[own + j], hi[j] = upper[own + j];
+      float sum[OWN] = {}, square[OWN] = {};
+      int filled = 0;
+      auto flush = [&] {
+#pragma unroll
+        for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sum[j] = square[j] = 0;
+      };
+      for_all<SEARCH_LOADS>(ring, [&](auto size, int k) {
+        constexpr int N = decltype(size)::value;
+        Vector v[N];
+        ring.load(v, values, k, x);
+#pragma unroll
+        for (int u = 0; u < N; u++)
+#pragma unroll
+          for (int i = 0; i < VECTOR; i++) {
+            const int j = i % OWN;
+            const float w = up(v[u].value[i]);
+            if (!(w >= lo[j] && w <= hi[j])) {
+              const float d = w - from[j];
+              sum[j] += d, square[j] += d * d, sums[2][j] += 1;
+            }
+          }
+        if ((filled += N) >= FLUSH) flush(), filled = 0;
+      });
+      flush();
+    }
+    add_group<3, 3>(scratch, cut, place, a.partial, a.counters, ++round, sums);
+    spread<WIDTH>([&](int c) {  // from here on of the kept
+      total[0][c] = whole[0][c] - total[0][c], total[1][c] = whole[1][c] - total[1][c], total[2][c] = each - total[2][c];
+    });
+    __syncthreads();
+    spread<WIDTH>([&](int c) {
+      const Moments m = moments_of<true>(total, shifts, c, set_channels, each);
+      // What all values' squares are too many of the kept's, their difference loses, too.
+      if (m.lost > ROUGH || whole[1][c] > DIFFERENCE * total[1][c]) atomicMax(&apart, 1);
+      if (total[2][c] != 0) center[c] = (float)(shifts[c] + total[0][c] / total[2][c]);
+    });
+    __syncthreads();
+  }
+  const bool resums = FILTERED && apart;
+  if (resums) {
+    const volatile float *lo = lower + own, *hi = upper + own;  // registers are for the sums
+#pragma unroll
+    for (int j = 0; j < OWN; j++) shift[j] = center[own + j];
 #pragma unroll 1
     for (int repeated = 0;; repeated++) {
       float sums[3][OWN] = {};
-#pragma unroll 1
-      for (int begin = 0; begin < steps; begin += FLUSH) {
-        float sum[OWN] = {}, square[OWN] = {}, count[OWN] = {};
-        const int end = min(begin + FLUSH, steps);
-#pragma unroll 1
-        for (int k = begin; k < end; k += LATER_LOADS) {
-          const Batch<LATER_LOADS> b(values, k, end, a.x, keep, kept);
+      float sum[OWN] = {}, square[OWN] = {};
+      int filled = 0;
+      auto flush = [&] {
 #pragma unroll
-          for (int u = 0; u < LATER_LOADS; u++) {
-            if (!b.is[u]) continue;
+        for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sum[j] = square[j] = 0;
+      };
+      for_all<SEARCH_LOADS>(ring, [&](auto size, int k) {
+        constexpr int N = decltype(size)::value;
+        Vector v[N];
+        ring.load(v, values, k, x);
 #pragma unroll
-            for (int i = 0; i < VECTOR; i++) {
-              const int j = i % OWN;
-              const float v = up(b.v[u].value[i]);
-              if (v >= lo[j] && v <= hi[j]) {
-                const float d = v - shift[j];
-                sum[j] += d, square[j] += d * d, count[j] += 1;
-              }
+        for (int u = 0; u < N; u++)
+#pragma unroll
+          for (int i = 0; i < VECTOR; i++) {
+            const int j = i % OWN;
+            const float w = up(v[u].value[i]);
+            if (w >= lo[j] && w <= hi[j]) {
+              const float d = w - shift[j];
+              sum[j] += d, square[j] += d * d, sums[2][j] += 1;
             }
           }
-        }
-#pragma unroll
-        for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sums[2][j] += count[j];
-      }
+        if ((filled += N) >= FLUSH) flush(), filled = 0;
+      });
+      flush();
       if (threadIdx.x == 0) again[1] = 0;
       if (threadIdx.x < WIDTH / OWN)
 #pragma unroll
@@ -627,72 +938,77 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
       __syncthreads();
     }
   }
+  const int before = say_goodbye<FIRST || FILTERED>(cut, a.counters);
 
-  spread<WIDTH>([&](int c) {
-    if (!exists(c)) return;
-    const int s = set_of(c);
-    Moments m = {0, 0, 0, 0};
-    if (FIRST || FILTERED) {
-      m = filters ? moments_of<true>(total, shifts, c, set_channels, each)
-                  : moments_of<false>(total, shifts, c, set_channels, each);
-      m.var /= a.kappa;
-      if (place.member == 0 && c % set_channels == 0) {
-        if (FIRST) a.moments[2 * sets + s] = lower[c], a.moments[3 * sets + s] = upper[c];
-        store(a, s, m);
+  auto moments = [&](int c) {
+    Moments m = filters || resums ? moments_of<true>(total, shifts, c, set_channels, each)
+                                  : moments_of<false>(total, shifts, c, set_channels, each);
+    m.var /= a.kappa;
+    return m;
+  };
+  if (APPLY)
+    spread<WIDTH>([&](int c) {
+      if (!exists(c)) return;
+      Moments m = {0, 0, 0, 0};
+      if (FIRST || FILTERED) {
+        m = moments(c);
+      } else {
+        const int s = set_of(c);
+        m.mean = a.moments[s], m.var = a.moments[sets + s];
       }
-    } else {
-      m.mean = a.moments[s], m.var = a.moments[sets + s];
-    }
-    if (APPLY) {
-      const double rstd = 1 / sqrt(m.var + a.eps);
+      const double rstd = rsqrt(m.var + a.eps);
       const int channel = first_channel + c;
       const float w = RUN_CHANNELS ? 1.f : parameter(a.weight, a.weight_type, channel, 1.f);
       const float b = RUN_CHANNELS ? 0.f : parameter(a.bias, a.bias_type, channel, 0.f);
       center[c] = (float)m.mean;
       scale[c] = (float)(rstd * w);
       lift[c] = (float)(b - (m.mean - center[c]) * (rstd * w));  // what the mean's rounding leaves
-    }
-  });
-  if (a.num_batches && a.momentum >= 0 && blockIdx.x == 0 && threadIdx.x == 0) *a.num_batches += 1;
-  if (!APPLY) {
-    leave<true>(cut, a.counters);
-    return;
-  }
+    });
   __syncthreads();
+  if ((FIRST || FILTERED) && place.member == 0)  // nobody waits for these
+    spread<WIDTH>([&](int c) {
+      if (!exists(c) || c % set_channels) return;
+      const int s = set_of(c);
+      if (FIRST) a.moments[2 * sets + s] = lower[c], a.moments[3 * sets + s] = upper[c];
+      store(a, s, moments(c));
+    });
+  if (a.num_batches && a.momentum >= 0 && blockIdx.x == 0 && threadIdx.x == 0) *a.num_batches += 1;
 
-  float middle_of[OWN], by[OWN], plus[OWN];
+  if (APPLY) {
+    float middle_of[OWN], by[OWN], plus[OWN];
 #pragma unroll
-  for (int j = 0; j < OWN; j++) middle_of[j] = center[own + j], by[j] = scale[own + j], plus[j] = lift[own + j];
-#pragma unroll 1
-  for (int k = 0; k < steps; k += LATER_LOADS) {
-    Batch<LATER_LOADS> b(values, k, steps, a.x, keep, kept);
-    Vector r[LATER_LOADS];
-    if (a.residual)
+    for (int j = 0; j < OWN; j++) middle_of[j] = center[own + j], by[j] = scale[own + j], plus[j] = lift[own + j];
+    const Ring rings[1] = {ring};
+    const T* const from[1] = {x};
+    for_all_again(rings, values, from, true, [&](auto size, const int* k, auto& read) {
+      constexpr int N = decltype(size)::value;
+      Vector(&v)[N] = read[0], r[N];
+      Offset offset[N];
+      int run[N];
 #pragma unroll
-      for (int u = 0; u < LATER_LOADS; u++)
-        if (b.is[u]) r[u].word = *(const Word*)(a.residual + values.offset(k + u));
+      for (int u = 0; u < N; u++) offset[u] = values.at(k[u], run[u]);
+      if (a.residual)
 #pragma unroll
-    for (int u = 0; u < LATER_LOADS; u++) {
-      if (!b.is[u]) continue;
-      i64 offset;
-      int run;
-      values.at(k + u, offset, run);
-      float w = by[0], rest = plus[0];
-      if (RUN_CHANNELS) {
-        const float weight = parameter(a.weight, a.weight_type, values.channel + run, 1.f);
-        w *= weight, rest = rest * weight + parameter(a.bias, a.bias_type, values.channel + run, 0.f);
+        for (int u = 0; u < N; u++) r[u].word = *(const Word*)(a.residual + offset[u]);
+#pragma unroll
+      for (int u = 0; u < N; u++) {
+        float w = by[0], rest = plus[0];
+        if (RUN_CHANNELS) {
+          const float weight = parameter(a.weight, a.weight_type, values.channel + run[u], 1.f);
+          w *= weight, rest = rest * weight + parameter(a.bias, a.bias_type, values.channel + run[u], 0.f);
+        }
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) {
+          const int j = i % OWN;
+          float z = fmaf(up(v[u].value[i]) - middle_of[j], RUN_CHANNELS ? w : by[j], RUN_CHANNELS ? rest : plus[j]);
+          if (a.residual) z += up(r[u].value[i]);
+          v[u].value[i] = down(activate(z, a.slope));
+        }
+        put(a.y + offset[u], v[u].word);
       }
-#pragma unroll
-      for (int i = 0; i < VECTOR; i++) {
-        const int j = i % OWN;
-        float z = fmaf(up(b.v[u].value[i]) - middle_of[j], RUN_CHANNELS ? w : by[j], RUN_CHANNELS ? rest : plus[j]);
-        if (a.residual) z += up(r[u].value[i]);
-        b.v[u].value[i] = down(activate(z, a.slope));
-      }
-      *(Word*)(a.y + offset) = b.v[u].word;
-    }
+    });
   }
-  leave<FIRST || FILTERED>(cut, a.counters);
+  leave<FIRST || FILTERED>(cut, a.counters, before);
 }
 
 #endif  // !BACKWARD
@@ -721,11 +1037,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
   extern __shared__ __align__(16) char smem[];
   __shared__ Scratch scratch;
   __shared__ float each_of[WIDTH], times[WIDTH];  // what is subtracted where a value is kept, and subtracted times x - mean
+  __shared__ float lower[WIDTH], upper[WIDTH];
   const Cut& cut = a.cut;
-  Word *keep_x = (Word*)smem, *keep_grad = keep_x + cut.kept * THREADS;
   const Place place = take_place<FIRST>(cut, a.counters);
   const Values values(cut, place, (int)((u32)place.group % (u32)cut.channels));
-  const int steps = cut.steps, kept = cut.kept, sets = cut.sets;
+  const Ring rings[2] = {{(Word*)smem, cut.kept, values.count}, {(Word*)smem + cut.kept * THREADS, cut.kept, values.count}};
+  const Ring &ring = rings[0], &ring_grad = rings[1];
+  const int count = values.count, sets = cut.sets;
 #if LAYOUT == 1
   const int first_channel = values.channel - threadIdx.x % ROW_VECTORS * VECTOR, own = values.channel - first_channel;
   const int sample = place.group / cut.blocks, first_set = sample * (cut.channels / cut.set_channels);
@@ -737,122 +1055,192 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward(const Bac
   auto set_of = [&](int c) { return place.group / cut.set_channels; };
   auto exists = [&](int c) { return true; };
 #endif
+  const T *const x = a.x, *const grad = a.grad;
 
-  float mean[OWN], rstd[OWN], lower[OWN], upper[OWN], weight[OWN], bias[OWN];
+  const bool roomy = ring.roomy(cut);
+  auto fetch_both = [&](int k, int slot) {
+    ring.fetch(values, k, slot, x), ring_grad.fetch(values, k, slot, grad);
+    end_group();
+  };
+  if (FIRST && roomy)
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) fetch_both(i * LOADS, i * LOADS);
+
+  float mean[OWN], weight[OWN], bias[OWN];
 #pragma unroll
   for (int j = 0; j < OWN; j++) {
     const bool is = exists(own + j);
     const int s = is ? set_of(own + j) : 0, channel = is ? first_channel + own + j : 0;
-    mean[j] = a.moments[s], lower[j] = a.moments[2 * sets + s], upper[j] = a.moments[3 * sets + s];
-    rstd[j] = 1 / sqrtf(a.moments[sets + s] + (float)a.eps);  // not in double, which many cards are slow at
-    weight[j] = rstd[j] * parameter(a.weight, a.weight_type, channel, 1.f);
+    mean[j] = a.moments[s];
+    const float rstd = 1 / sqrtf(a.moments[sets + s] + (float)a.eps);  // not in double, which many cards are slow at
+    weight[j] = rstd * parameter(a.weight, a.weight_type, channel, 1.f);
     bias[j] = ACTIVATION ? parameter(a.bias, a.bias_type, channel, 0.f) : 0.f;
   }
+  spread<WIDTH>([&](int c) {
+    const int s = exists(c) ? set_of(c) : 0;
+    lower[c] = a.moments[2 * sets + s], upper[c] = a.moments[3 * sets + s];
+  });
+  __syncthreads();
 
-  // A batch's gradients before the activation.
-  auto undo_activation = [&](int k, const Batch<LATER_LOADS>& x, Batch<LATER_LOADS>& grad) {
+  // Gradients before the activation.
+  auto undo_activation = [&](auto size, const Offset* offset, const Vector* v, Vector* g) {
+    constexpr int N = decltype(size)::value;
+    Vector o[N];
+    if (a.other)
 #pragma unroll
-    for (int u = 0; u < LATER_LOADS; u++) {
-      if (!x.is[u]) continue;
-      Vector other;
-      if (a.other) other.word = *(const Word*)(a.other + values.offset(k + u));
+      for (int u = 0; u < N; u++) o[u].word = *(const Word*)(a.other + offset[u]);
+#pragma unroll
+    for (int u = 0; u < N; u++)
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
         const int j = i % OWN;
-        float z = (up(x.v[u].value[i]) - mean[j]) * weight[j] + bias[j];
-        if (a.other) z = up(other.value[i]) + (a.output ? 0.f : z);
-        grad.v[u].value[i] = down(before_activation(up(grad.v[u].value[i]), z, a.slope));
+        float z = fmaf(up(v[u].value[i]) - mean[j], weight[j], bias[j]);
+        if (a.other) z = up(o[u].value[i]) + (a.output ? 0.f : z);
+        g[u].value[i] = down(before_activation(up(g[u].value[i]), z, a.slope));
       }
-    }
   };
 
   if (FIRST) {
-    float sums[2][OWN] = {};
-#pragma unroll 1
-    for (int begin = 0; begin < steps; begin += FLUSH) {
-      float sum[OWN] = {}, product[OWN] = {};
-      const int end = min(begin + FLUSH, steps);
-#pragma unroll 1
-      for (int k = begin; k < end; k += LATER_LOADS) {
-        const Batch<LATER_LOADS> x(values, k, end, a.x);
-        Batch<LATER_LOADS> grad(values, k, end, a.grad);
-        if (ACTIVATION) undo_activation(k, x, grad);
+    float sums[2][OWN] = {}, sum[OWN] = {}, product[OWN] = {};
+    auto flush = [&] {
 #pragma unroll
-        for (int u = 0; u < LATER_LOADS; u++) {
-          if (!x.is[u]) continue;
-          if (k + u < kept) {
-            keep_x[(k + u) * THREADS + threadIdx.x] = x.v[u].word;
-            keep_grad[(k + u) * THREADS + threadIdx.x] = grad.v[u].word;
-          }
-          if (ACTIVATION && a.dz) *(Word*)(a.dz + values.offset(k + u)) = grad.v[u].word;
+      for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += product[j], sum[j] = product[j] = 0;
+    };
+    int filled = 0;
+    auto add = [&](auto size, int k, int slot, Vector* v, Vector* g) {  // slot: where they are kept, or -1
+      constexpr int N = decltype(size)::value;
+      if (ACTIVATION) {
+        Offset offset[N];
 #pragma unroll
-          for (int i = 0; i < VECTOR; i++) {
-            const int j = i % OWN;
-            const float v = up(x.v[u].value[i]), g = up(grad.v[u].value[i]);
-            if (!a.paper || (v >= lower[j] && v <= upper[j])) sum[j] += g, product[j] += g * (v - mean[j]);
-          }
+        for (int u = 0; u < N; u++) offset[u] = values.at(k + u);
+        undo_activation(size, offset, v, g);
+#pragma unroll
+        for (int u = 0; u < N; u++) {
+          if (slot >= 0) ring_grad[slot + u] = g[u].word;
+          if (a.dz) put(a.dz + offset[u], g[u].word);
         }
       }
 #pragma unroll
-      for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += product[j];
-    }
-    add_group<2, 2>(scratch, cut, place, a.partial, a.counters, 1, sums);
-  }
-
-  spread<WIDTH>([&](int c) {
-    if (!exists(c)) return;
-    const int s = set_of(c);
-    const double root = 1 / sqrt(a.moments[sets + s] + a.eps);
-    if (FIRST && place.member == 0) {
-      a.sums[first_sum + c] = (float)scratch.total[0][c];
-      a.sums[all_sums + first_sum + c] = (float)(scratch.total[1][c] * root);
-    }
-    if (!APPLY) return;
-    double g = 0, g_xhat = 0;
-    if (FIRST) {
-#if LAYOUT == 1
-      const int from = c - c % cut.set_channels, to = from + cut.set_channels;
-#else
-      const int from = 0, to = 1;
-#endif
-      for (int k = from; k < to; k++) {
-        const double w = parameter(a.weight, a.weight_type, first_channel + k, 1.f);
-        g += w * scratch.total[0][k], g_xhat += w * scratch.total[1][k] * root;
-      }
-      const double count = a.moments[4 * sets + s];
-      g /= count, g_xhat /= count * a.kappa;
-    } else {
-      g = a.coefficients[s], g_xhat = a.coefficients[sets + s];
-    }
-    each_of[c] = (float)(g * root), times[c] = (float)(g_xhat * root * root);
-  });
-  if (APPLY) {
-    __syncthreads();
-    float subtract[OWN], slope[OWN];
-#pragma unroll
-    for (int j = 0; j < OWN; j++) subtract[j] = each_of[own + j], slope[j] = times[own + j];
-    const T* source = ACTIVATION && a.dz ? a.dz : a.grad;  // of what was not kept
-#pragma unroll 1
-    for (int k = 0; k < steps; k += LATER_LOADS) {
-      const Batch<LATER_LOADS> x(values, k, steps, a.x, keep_x, kept);
-      Batch<LATER_LOADS> grad(values, k, steps, source, keep_grad, kept);
-      if (ACTIVATION && !a.dz && k >= kept) undo_activation(k, x, grad);
-#pragma unroll
-      for (int u = 0; u < LATER_LOADS; u++) {
-        if (!x.is[u]) continue;
+      for (int u = 0; u < N; u++) {
+        float part[OWN], products[OWN];
 #pragma unroll
         for (int i = 0; i < VECTOR; i++) {
           const int j = i % OWN;
-          const float v = up(x.v[u].value[i]), d = v - mean[j];
-          const bool inside = v >= lower[j] && v <= upper[j];
-          const float g = up(grad.v[u].value[i]);
-          grad.v[u].value[i] = down(input_gradient(g, d, inside, a.paper, weight[j], subtract[j], slope[j]));
+          const float w = up(v[u].value[i]), d = w - mean[j];
+          float e = up(g[u].value[i]);
+          if (a.paper && !(w >= lower[own + j] && w <= upper[own + j])) e = 0;
+          part[j] = i < OWN ? e : part[j] + e, products[j] = i < OWN ? e * d : products[j] + e * d;
         }
-        *(Word*)(a.dx + values.offset(k + u)) = grad.v[u].word;
+#pragma unroll
+        for (int j = 0; j < OWN; j++) sum[j] += part[j], product[j] += products[j];
       }
+      if ((filled += N) >= FLUSH) flush(), filled = 0;
+    };
+    if (ring.slots) {
+      const int ahead = roomy ? AHEAD * LOADS : 0;
+      int to = ring.wrap(ahead), slot = 0;
+#pragma unroll 1
+      for (int k = 0; k < count; k += LOADS) {
+        fetch_both(k + ahead, to);
+        if (roomy) wait_copies<AHEAD>();
+        else wait_copies<0>();
+        for_vectors<LOADS>(k, min(k + LOADS, count), [&](auto size, int i) {
+          constexpr int N = decltype(size)::value;
+          Vector v[N], g[N];
+#pragma unroll
+          for (int u = 0; u < N; u++) v[u].word = ring[slot + i - k + u], g[u].word = ring_grad[slot + i - k + u];
+          add(size, i, slot + i - k, v, g);
+        });
+        to = ring.wrap(to + LOADS), slot = ring.wrap(slot + LOADS);
+      }
+    } else {
+      for_vectors<LATER_LOADS>(0, count, [&](auto size, int k) {
+        constexpr int N = decltype(size)::value;
+        Vector v[N], g[N];
+#pragma unroll
+        for (int u = 0; u < N; u++)
+          v[u].word = *(const Word*)(x + values.at(k + u)), g[u].word = *(const Word*)(grad + values.at(k + u));
+        add(size, k, -1, v, g);
+      });
     }
+    flush();
+    add_group<2, 2>(scratch, cut, place, a.partial, a.counters, 1, sums);
   }
-  leave<FIRST>(cut, a.counters);
+  const int before = say_goodbye<FIRST>(cut, a.counters);
+
+  if (APPLY) {
+    spread<WIDTH>([&](int c) {
+      if (!exists(c)) return;
+      const int s = set_of(c);
+      double g = 0, g_xhat = 0;
+      const double root = rsqrt(a.moments[sets + s] + a.eps);
+      if (FIRST) {
+#if LAYOUT == 1
+        const int from = c - c % cut.set_channels, to = from + cut.set_channels;
+#else
+        const int from = 0, to = 1;
+#endif
+        for (int k = from; k < to; k++) {
+          const double w = parameter(a.weight, a.weight_type, first_channel + k, 1.f);
+          g += w * scratch.total[0][k], g_xhat += w * scratch.total[1][k] * root;
+        }
+        const double kept_values = a.moments[4 * sets + s];
+        g /= kept_values, g_xhat /= kept_values * a.kappa;
+      } else {
+        g = a.coefficients[s], g_xhat = a.coefficients[sets + s];
+      }
+      each_of[c] = (float)(g * root), times[c] = (float)(g_xhat * root * root);
+    });
+    __syncthreads();
+  }
+  if (FIRST && place.member == 0)  // nobody waits for these
+    spread<WIDTH>([&](int c) {
+      if (!exists(c)) return;
+      a.sums[first_sum + c] = (float)scratch.total[0][c];
+      a.sums[all_sums + first_sum + c] = (float)(scratch.total[1][c] * rsqrt(a.moments[sets + set_of(c)] + a.eps));
+    });
+  if (APPLY) {
+    float subtract[OWN], slope[OWN], reach[OWN];  // reach: how far from the mean all values are surely kept
+#pragma unroll
+    for (int j = 0; j < OWN; j++) {
+      subtract[j] = each_of[own + j], slope[j] = times[own + j];
+      reach[j] = a.paper ? -1.f : (1 - 1e-6f) * fminf(upper[own + j] - mean[j], mean[j] - lower[own + j]);
+    }
+    // Of what was not kept. What this thread has stored, and what is still to be computed, is not copied ahead.
+    const T* const from[2] = {x, ACTIVATION && a.dz ? a.dz : grad};
+    for_all_again(rings, values, from, !ACTIVATION, [&](auto size, const int* k, auto& read) {
+      constexpr int N = decltype(size)::value;
+      Vector(&v)[N] = read[0], (&g)[N] = read[1];
+      Offset offset[N];
+#pragma unroll
+      for (int u = 0; u < N; u++) offset[u] = values.at(k[u]);
+      if (ACTIVATION && !a.dz && k[0] < ring.first) undo_activation(size, offset, v, g);
+#pragma unroll
+      for (int u = 0; u < N; u++) {
+        bool near = true;
+        Vector result;
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) {
+          const int j = i % OWN;
+          const float d = up(v[u].value[i]) - mean[j];
+          near = near && fabsf(d) <= reach[j];
+          result.value[i] = down(fmaf(up(g[u].value[i]), weight[j], -fmaf(d, slope[j], subtract[j])));
+        }
+        if (!near) {  // seldom: one of them may be outside of the band
+#pragma unroll
+          for (int i = 0; i < VECTOR; i++) {
+            const int j = i % OWN;
+            const float w = up(v[u].value[i]);
+            const bool inside = w >= lower[own + j] && w <= upper[own + j];
+            result.value[i] = down(
+                input_gradient(up(g[u].value[i]), w - mean[j], inside, a.paper, weight[j], subtract[j], slope[j]));
+          }
+        }
+        put(a.dx + offset[u], result.word);
+      }
+    });
+  }
+  leave<FIRST>(cut, a.counters, before);
 }
 #endif  // LAYOUT < 2 && BACKWARD
 
@@ -952,7 +1340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward_lines(const Forwar
         if (a.residual) z += up(r.value[i]);
         v.value[i] = down(z);
       }
-      *(Word*)(a.y + s * cut.set_channels + at) = v.word;
+      put(a.y + s * cut.set_channels + at, v.word);
     }
   }
 }
@@ -1004,7 +1392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) backward_lines(const Backw
         const bool inside = v >= lower && v <= upper;
         grad.value[i] = down(input_gradient(up(grad.value[i]), d, inside, a.paper, w, subtract, slope));
       }
-      *(Word*)(a.dx + s * cut.set_channels + at) = grad.word;
+      put(a.dx + s * cut.set_channels + at, grad.word);
     }
   }
   __syncthreads();
@@ -1059,16 +1447,31 @@ template <int SIZE, class Load, class Use> INLINE void for_vectors(const Bundle&
   }
 }
 
-// Calls f(index) for the thread's share of its team's channel, which lies in shared memory with the others of a sample.
+// Copies all vectors to shared memory: copy(i, offset) begins it for one. All have come when it returns.
+template <class Copy> INLINE void for_copies(const Bundle& bundle, Copy copy) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < bundle.cut.vectors; i += THREADS) {
+    int place;
+    copy(i, bundle.offset(i, place));
+  }
+  end_group();
+  wait_copies<0>();
+}
+
+// Calls f(index, which) for the thread's share of its team's channel, which lies in shared memory with the others of a
+// sample; `which` is 0 and 1 in turn, for sums of half as many terms.
 template <class F> INLINE void for_channel(const Cut& cut, F f) {
-  const int own = threadIdx.x % TEAM, s = cut.positions, sample = CHANNELS * s;
+  const int own = threadIdx.x % TEAM, s = cut.positions, sample = CHANNELS * s, all = cut.runs * s;
   const int skip = TEAM / s, step = TEAM - skip * s;
   int position = own % s, at = own / s * sample + threadIdx.x / TEAM * s + position;
-#pragma unroll 2
-  for (int v = own; v < cut.runs * s; v += TEAM) {
-    f(at);
+  auto advance = [&] {
     position += step, at += skip * sample + step;
     if (position >= s) position -= s, at += sample - s;
+  };
+#pragma unroll 1
+  for (int v = own; v < all; v += 2 * TEAM) {
+    f(at, 0), advance();
+    if (v + TEAM < all) f(at, 1), advance();
   }
 }
 
@@ -1094,8 +1497,8 @@ INLINE void add_team(double (*of_warp)[WARPS], const float (&a)[QUANTITIES], dou
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(const Forward a) {
   extern __shared__ __align__(16) char smem[];
   __shared__ double of_warp[4][WARPS];
-  __shared__ float lower[CHANNELS], upper[CHANNELS], center[CHANNELS], scale[CHANNELS], lift[CHANNELS];
-  __shared__ int again[2], outside;
+  __shared__ float lower[CHANNELS], upper[CHANNELS], center[CHANNELS], scale[CHANNELS], lift[CHANNELS], reach[CHANNELS];
+  __shared__ int again[2], outside, apart;
   const Cut& cut = a.cut;
   const Bundle bundle(cut);
   Word* keep = (Word*)smem;
@@ -1103,47 +1506,73 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(co
   const int team = threadIdx.x / TEAM;
   const bool leads = threadIdx.x % TEAM == 0;
   const double each = (double)cut.runs * cut.positions;
-  if (threadIdx.x == 0) again[0] = again[1] = outside = 0;
-  {
-    Vector v[4];
-    for_vectors<4>(bundle, [&](int u, i64 offset) { v[u].word = *(const Word*)(a.x + offset); },
-                [&](int u, int i, i64, int) { keep[i] = v[u].word; });
-  }
+  if (threadIdx.x == 0) again[0] = again[1] = outside = apart = 0;
+  for_copies(bundle, [&](int i, i64 offset) { copy(keep + i, a.x + offset); });
   __syncthreads();
 
   const int sample = CHANNELS * cut.positions, first = team * cut.positions;
-  float shift = middle(up(x[first]), up(x[cut.runs / 3 * sample + first + cut.positions / 3]),
-                       up(x[cut.runs * 2 / 3 * sample + first + cut.positions * 2 / 3]));
+  // A plane has two values at least.
+  auto mean_at = [&](int i) { return 0.5f * up(x[i]) + 0.5f * up(x[i + 1]); };
+  float shift = middle(mean_at(first), mean_at(cut.runs / 3 * sample + first + cut.positions / 3),
+                       mean_at(cut.runs * 2 / 3 * sample + first + cut.positions * 2 / 3)), big;
   Moments m;
+  double whole[2];
   for (bool repeated = false;; repeated = true) {
-    float sums[4] = {0, 0, INFINITE, INFINITE};
-    for_channel(cut, [&](int i) {
-      const float v = up(x[i]), d = v - shift;
-      sums[0] += d, sums[1] += d * d, sums[2] = fminf(sums[2], v), sums[3] = fminf(sums[3], -v);
+    float sum[2] = {}, square[2] = {};
+    big = 0;
+    for_channel(cut, [&](int i, int which) {
+      const float d = up(x[i]) - shift;
+      sum[which] += d, square[which] += d * d, big = fmaxf(big, fabsf(d));
     });
-    double total[4];
-    add_team<4, 2>(of_warp, sums, total);
+    const float sums[3] = {sum[0] + sum[1], square[0] + square[1], -big};
+    double total[3];
+    add_team<3, 2>(of_warp, sums, total);
     if (leads) {
       m = moments_around(shift, total[0], total[1], each);
       if (m.lost > POOR && !repeated) atomicMax(&again[0], 1);
       const double width = half_width(m, a.t_sigma, a.eps);
       lower[team] = (float)(m.mean - width), upper[team] = (float)(m.mean + width), center[team] = (float)m.mean;
-      if (!(total[2] >= lower[team] && -total[3] <= upper[team] && m.lost <= ROUGH)) atomicMax(&outside, 1);
+      reach[team] = (1 - 1e-6f) * fminf(upper[team] - shift, shift - lower[team]);
+      if (!(-total[2] <= reach[team])) atomicMax(&outside, 1);
+      if (m.lost > ROUGH) atomicMax(&apart, 1);
+      whole[0] = total[0], whole[1] = total[1];
     }
     __syncthreads();
-    shift = center[team];
     if (repeated || !again[0]) break;
+    shift = center[team];
   }
   const float lo = lower[team], hi = upper[team];
-  for (int repeated = 0; outside; repeated++) {
+  if (outside && !apart) {  // all values' sums less those of the values outside, which few threads have
     float sums[3] = {};
-    for_channel(cut, [&](int i) {
+    if (!(big <= reach[team]))
+      for_channel(cut, [&](int i, int) {
+        const float v = up(x[i]);
+        if (!(v >= lo && v <= hi)) {
+          const float d = v - shift;
+          sums[0] += d, sums[1] += d * d, sums[2] += 1;
+        }
+      });
+    double total[3];
+    add_team<3, 3>(of_warp, sums, total);
+    if (leads) {
+      const double square = whole[1] - total[1];
+      m = moments_around(shift, whole[0] - total[0], square, each - total[2]);
+      if (m.lost > ROUGH || whole[1] > DIFFERENCE * square) atomicMax(&apart, 1);
+      center[team] = (float)m.mean;
+    }
+    __syncthreads();
+  }
+  if (apart) shift = center[team];
+  for (int repeated = 0; apart; repeated++) {
+    float sum[2] = {}, square[2] = {}, kept = 0;
+    for_channel(cut, [&](int i, int which) {
       const float v = up(x[i]);
       if (v >= lo && v <= hi) {
         const float d = v - shift;
-        sums[0] += d, sums[1] += d * d, sums[2] += 1;
+        sum[which] += d, square[which] += d * d, kept += 1;
       }
     });
+    const float sums[3] = {sum[0] + sum[1], square[0] + square[1], kept};
     double total[3];
     add_team<3, 3>(of_warp, sums, total);
     if (leads) {
@@ -1189,7 +1618,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward_bundles(co
           if (a.residual) z += up(residual[u].value[k]);
           v.value[k] = down(activate(z, a.slope));
         }
-        *(Word*)(a.y + offset) = v.word;
+        put(a.y + offset, v.word);
       });
 }
 #else
@@ -1208,47 +1637,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward_bundles(c
   const bool leads = threadIdx.x % TEAM == 0;
   double root = 0;
   if (leads) {
-    root = 1 / sqrt(a.moments[sets + channel] + a.eps);
+    root = rsqrt(a.moments[sets + channel] + a.eps);
     Channel& c = channels[team];
     c.mean = a.moments[channel], c.lower = a.moments[2 * sets + channel], c.upper = a.moments[3 * sets + channel];
     c.weight = (float)(root * parameter(a.weight, a.weight_type, channel, 1.f));
     c.bias = ACTIVATION ? parameter(a.bias, a.bias_type, channel, 0.f) : 0.f;
   }
   __syncthreads();
-  {
-    Vector v[LATER_LOADS], g[LATER_LOADS], other[LATER_LOADS];
+  for_copies(bundle, [&](int i, i64 offset) { copy(keep_x + i, a.x + offset), copy(keep_grad + i, a.grad + offset); });
+  if (ACTIVATION) {
+    Vector other[LATER_LOADS];
     for_vectors<LATER_LOADS>(
         bundle,
         [&](int u, i64 offset) {
-          v[u].word = *(const Word*)(a.x + offset), g[u].word = *(const Word*)(a.grad + offset);
-          if (ACTIVATION && a.other) other[u].word = *(const Word*)(a.other + offset);
+          if (a.other) other[u].word = *(const Word*)(a.other + offset);
         },
         [&](int u, int i, i64 offset, int place) {
-          keep_x[i] = v[u].word;
-          if (ACTIVATION) {
-            int of_it;
-            const int c = bundle.channel(place, of_it), d = bundle.next(c);
-            const Channel &one = channels[c], &two = channels[d];
+          int of_it;
+          const int c = bundle.channel(place, of_it), d = bundle.next(c);
+          const Channel &one = channels[c], &two = channels[d];
+          Vector v, g;
+          v.word = keep_x[i], g.word = keep_grad[i];  // its own
 #pragma unroll
-            for (int k = 0; k < VECTOR; k++) {
-              const bool is = k < of_it;
-              float z = (up(v[u].value[k]) - (is ? one.mean : two.mean)) * (is ? one.weight : two.weight) +
-                        (is ? one.bias : two.bias);
-              if (a.other) z = up(other[u].value[k]) + (a.output ? 0.f : z);
-              g[u].value[k] = down(before_activation(up(g[u].value[k]), z, a.slope));
-            }
-            if (a.dz) *(Word*)(a.dz + offset) = g[u].word;
+          for (int k = 0; k < VECTOR; k++) {
+            const bool is = k < of_it;
+            float z = fmaf(up(v.value[k]) - (is ? one.mean : two.mean), is ? one.weight : two.weight,
+                           is ? one.bias : two.bias);
+            if (a.other) z = up(other[u].value[k]) + (a.output ? 0.f : z);
+            g.value[k] = down(before_activation(up(g.value[k]), z, a.slope));
           }
-          keep_grad[i] = g[u].word;
+          if (a.dz) put(a.dz + offset, g.word);
+          keep_grad[i] = g.word;
         });
   }
   __syncthreads();
   const Channel own = channels[team];
-  float sums[2] = {};
-  for_channel(cut, [&](int i) {
-    const float v = up(x[i]), g = up(grad[i]);
-    if (!a.paper || (v >= own.lower && v <= own.upper)) sums[0] += g, sums[1] += g * (v - own.mean);
+  float sum[2] = {}, product[2] = {};
+  for_channel(cut, [&](int i, int which) {
+    const float v = up(x[i]);
+    float g = up(grad[i]);
+    if (a.paper && !(v >= own.lower && v <= own.upper)) g = 0;
+    sum[which] += g, product[which] += g * (v - own.mean);
   });
+  const float sums[2] = {sum[0] + sum[1], product[0] + product[1]};
   double total[2];
   add_team<2, 2>(of_warp, sums, total);
   if (leads) {
@@ -1275,7 +1706,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) backward_bundles(c
           const float weight = is ? one.weight : two.weight;
           g.value[k] = down(input_gradient(up(g.value[k]), e, inside, a.paper, weight, subtract, slope));
         }
-        *(Word*)(a.dx + offset) = g.word;
+        put(a.dx + offset, g.word);
       });
 }
 #endif  // BACKWARD

@@ -34,12 +34,16 @@ CUT = struct.Struct("@2q2i2Ii2I9i")
 
 SLOTS = 8  # partial sums of a member, kernels.cu
 _LOADS = 4, 2  # forward and backward: what is kept is a multiple of these
-_ROUNDS = 2, 1  # forward and backward: how often what is not kept is read again, and members wait
+_ROUNDS = 2, 1  # forward and backward: how often members wait
 _LINE_THREADS, _LINE_SUMS = (256, 64), 24 << 10
 _MOST = 2**30  # values in a set, channels of samples: they are counted in 32 bits, and past the end by what blocks
 # have too many
-_BANDWIDTH = 22e3  # bytes that a multiprocessor moves in a microsecond: 132 of them 2.9 TB/s
-_WAIT = 2.5  # microseconds until the last of a group's members has come
+# Fitted to times of 400 plans on an H200.
+_BANDWIDTH = 42e3  # bytes that a multiprocessor moves in a microsecond, were there nothing else
+_START, _STEP = 8.5, 0.35  # microseconds of a block, and of each of its loads, besides
+_WAIT = 5.0  # microseconds until a group's members know their sums
+_AGAIN = 0.8  # of a byte that is read again
+_NEXT = 0.4  # of a block's microseconds that the next in its place cannot hide behind others'
 
 
 class Variant(NamedTuple):
@@ -54,6 +58,7 @@ class Variant(NamedTuple):
     run_channels: int = 0
     phases: int = ALL
     backward: int = 0
+    wide: int = 0
 
     def defines(self) -> tuple[str, ...]:
         return tuple(f"{name.upper()}={value}" for name, value in zip(self._fields, self))
@@ -68,9 +73,14 @@ class Variant(NamedTuple):
         return 512 // self.threads if self.layout == ROWS else min(8, 1024 // self.threads)
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of one tensor that a block's threads load at once."""
+        return self.threads * self.vector * self.itemsize
+
+    @property
     def step_shared(self) -> int:
         """Shared memory in bytes for what each thread of a block keeps of one load: x, and backward the gradient."""
-        return self.threads * self.vector * self.itemsize * (2 if self.backward else 1)
+        return self.step_bytes * (2 if self.backward else 1)
 
     @property
     def static_shared(self) -> int:
@@ -80,8 +90,8 @@ class Variant(NamedTuple):
         if self.layout == BUNDLES:
             return self.threads + 32 * self.channels + 64
         width = self.channels if self.layout == ROWS else 1
-        stripes = max(1, self.threads // (4 * width))
-        return max(16 * self.threads // 32 * width, 32 * width * stripes) + 80 * width + 64
+        stripes = max(1, self.threads // width) if self.layout == ROWS else 1
+        return max(16 * self.threads // 32 * width, 32 * width * stripes) + 72 * width + 64
 
 
 class Shape(NamedTuple):
@@ -155,7 +165,8 @@ def room_for(card, variant: Variant) -> Room:
     loads = _LOADS[variant.backward]
     can_keep = shared // variant.step_shared // loads * loads if variant.phases == ALL else 0
     width = variant.channels * variant.itemsize if variant.layout == ROWS else 128
-    reach = _BANDWIDTH / (1.0 if width >= 64 else 1.05 if width >= 32 else 1.3)  # part of a sector is wasted
+    # Rows of few bytes: parts of sectors, and of what memory delivers at once, are wasted.
+    reach = _BANDWIDTH / (1.0 if width >= 128 else 1.6 if width >= 64 else 2.2 if width >= 32 else 4.0)
     return Room(variant, card.multiprocessors * blocks, can_keep, shared, reach, card.multiprocessors)
 
 
@@ -180,11 +191,11 @@ def refuses(shape: Shape) -> str | None:
 
 @functools.lru_cache(maxsize=2048)
 def _widths(itemsize: int, vector: int, channels: int, set_channels: int) -> tuple[int, ...]:
-    """Channels that a block of threads may handle side by side, channels-last, the most first: of 16 to 128 bytes, if
+    """Channels that a block of threads may handle side by side, channels-last, the most first: of 32 to 128 bytes, if
     there are so many, and whole sets."""
     most = min(128 // itemsize, vector * 32)
     widths = [vector << i for i in range(6) if vector << i <= most]
-    needed = max(vector, min(16 // itemsize, most))
+    needed = max(vector, min(32 // itemsize, most))
     enough = [width for width in widths if width >= needed] or widths[-1:]
     covering = next((width for width in enough if width >= channels), enough[-1])
     return tuple(width for width in reversed(enough) if width <= covering and width % set_channels == 0)
@@ -197,23 +208,33 @@ def _rooms(card, itemsize: int, channels: int, set_channels: int, variant: Varia
     return tuple(room_for(card, variant._replace(channels=width)) for width in widths)
 
 
-def _spread(room: Room, groups: int, steps: int, launches: int) -> tuple[int, int, int]:
-    """Members of a group whose sets take ``steps`` loads of a block, the loads of each member, and how many of these
-    it keeps."""
+def _spread(room: Room, groups: int, steps: int, launches: int) -> tuple[float, int, int, int]:
+    """How a group whose sets take ``steps`` loads of a block is shared out: microseconds of the launch by the model,
+    members of the group, the loads of each member, and how many of these it keeps."""
     variant = room.variant
     if variant.phases == APPLY:  # nothing is added up, nothing is kept
         each = min(steps, 8)
-        return -(-steps // each), each, 0
-    can_keep = room.can_keep
+        return 0.0, -(-steps // each), each, 0
+    can_keep, places, loads, tensors = room.can_keep, room.places, _LOADS[variant.backward], 1 + variant.backward
+    most = max(1, min(places // launches, -(-steps // loads)))
     fitting = -(-steps // can_keep) if can_keep else 1
-    filling = min(-(-room.places // groups), -(-steps // 4))
-    members = max(1, min(max(fitting, filling), room.places // launches))
-    each = -(-steps // members)
-    if members > 1:
-        loads = _LOADS[variant.backward]
-        each = -(-each // loads) * loads
-        members = -(-steps // each)
-    return members, each, min(each, can_keep)
+    best = (math.inf, 1, steps, 0)
+    for wanted in {min(fitting, most), min(max(1, places // groups), most), min(-(-places // groups), most)}:
+        members, each = wanted, -(-steps // wanted)
+        if members > 1:
+            each = -(-each // loads) * loads
+            members = -(-steps // each)
+        kept = min(each, can_keep)
+        grid = groups * members
+        waves = grid / places
+        waves = math.ceil(waves) if waves < 4 else waves + 0.5
+        beside = -(-min(grid, places) // room.multiprocessors)  # blocks on one multiprocessor
+        moved = ((tensors + 1) * each + _AGAIN * tensors * (each - kept)) * variant.step_bytes
+        waits = _START + _STEP * each + (_WAIT * _ROUNDS[variant.backward] if members > 1 else 0.0)
+        time = waves * moved * beside / room.reach + waits * (1 + _NEXT * (waves - 1))
+        if time < best[0]:
+            best = time, members, each, kept
+    return best
 
 
 def _divisor(length: int) -> tuple[int, int]:
@@ -222,9 +243,14 @@ def _divisor(length: int) -> tuple[int, int]:
     return ((1 << 32) * ((1 << shift) - length) // length + 1) & 0xFFFFFFFF, shift
 
 
-def _threads(vectors: int) -> int:
-    """Threads for a set of so many vectors: each is to have four, if there are as many."""
-    return 512 if vectors > 1024 else 256 if vectors > 256 else 64
+def _threads(vectors: int) -> tuple[int, ...]:
+    """Threads that a block may have for a set of so many vectors: each is to have four or more, if there are as
+    many."""
+    return tuple(
+        threads
+        for threads in (64, 128, 256, 512)
+        if (threads == 64 or vectors > 3 * threads) and (threads >= 256 or vectors <= 32 * threads)
+    )
 
 
 def _planes(shape: Shape, card, launches: int, variant: Variant, rows: bool) -> Cut:
@@ -239,9 +265,13 @@ def _planes(shape: Shape, card, launches: int, variant: Variant, rows: bool) -> 
     vector = shape.vector(s)
     length = s // vector
     vectors = runs * length
-    variant = variant._replace(vector=vector, threads=_threads(vectors), run_channels=int(inside > 1))
-    room = room_for(card, variant)
-    members, each, kept = _spread(room, groups, -(-vectors // variant.threads), launches)
+    least = math.inf
+    for threads in _threads(vectors):
+        each_way = variant._replace(vector=vector, threads=threads, run_channels=int(inside > 1))
+        found = _spread(room_for(card, each_way), groups, -(-vectors // threads), launches)
+        if found[0] < least:
+            least, chosen, best = found[0], each_way, found
+    variant, (_, members, each, kept) = chosen, best
     packed = CUT.pack(
         set_stride, run_stride, runs, length, *_divisor(length), 0, 0, 0, vectors, groups, members, each, kept, c,
         set_channels, shape.sets, 1,
@@ -255,19 +285,13 @@ def _rows(shape: Shape, card, launches: int, variant: Variant) -> Cut:
     set_channels = c // num_groups if num_groups else 1
     samples, rows = (n, s) if num_groups else (1, n * s)
     variant = variant._replace(vector=shape.vector(c), threads=256)
-    tensors, rounds = 2 if variant.backward else 1, _ROUNDS[variant.backward]
-    size = n * c * s * variant.itemsize
-    least = 0.0
+    least = math.inf
     for room in _rooms(card, variant.itemsize, c, set_channels, variant):
         width = room.variant.channels
         blocks = -(-c // width)
         groups, steps = samples * blocks, -(-rows * width // (256 * variant.vector))
-        members, each, kept = _spread(room, groups, steps, launches)
-        moved = size * (tensors + 1 + (tensors * rounds * (each - kept) / each if room.can_keep else 0))
-        time = moved / (room.reach * min(room.multiprocessors, groups * members))
-        if members > 1:
-            time += _WAIT * rounds
-        if not least or time < least:
+        time, members, each, kept = _spread(room, groups, steps, launches)
+        if time < least:
             least, best = time, (room.variant, blocks, groups, members, each, kept)
     variant, blocks, groups, members, each, kept = best
     packed = CUT.pack(
@@ -301,7 +325,7 @@ def _bundles(shape: Shape, card, variant: Variant) -> Cut | None:
     n, c, s, _, _, num_groups, alignment = shape
     vector = min(16, alignment) // variant.itemsize
     channels = vector // math.gcd(s, vector)
-    if num_groups or channels == 1 or c % channels or s < vector or variant.phases != ALL:
+    if num_groups or shape.vector(s) > 1 or channels == 1 or c % channels or s < vector or variant.phases != ALL:
         return None
     variant = variant._replace(layout=BUNDLES, vector=vector, channels=channels, threads=512 if n * s >= 1024 else 256)
     kept = n * channels * s * variant.itemsize * (2 if variant.backward else 1)
@@ -332,7 +356,8 @@ def make(shape: Shape, card, launches: int, activation: int = 0, phases: int = A
         phases: of the kernels; all of them, or one of the steps of synchronized batch normalization.
     """
     layout, samples = shape.layout, shape.samples if shape.num_groups else 0
-    forward = Variant(DTYPES[shape.dtype], layout, 1, 1, 256, activation, 0, phases)
+    wide = int(shape.samples * shape.channels * shape.positions >= 2**31)
+    forward = Variant(DTYPES[shape.dtype], layout, 1, 1, 256, activation, 0, phases, wide=wide)
     backward = forward._replace(backward=1)
     if layout == LINES:
         back = _lines(shape, card, backward)

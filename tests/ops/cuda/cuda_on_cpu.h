@@ -26,7 +26,8 @@
 //
 // What kernels must keep to
 //   - A loop that waits goes through cuda_on_cpu::poll, an atomic or __nanosleep; another one ends in "does not end".
-//   - Inline PTX stands in functions that have a second body for the CPU (#ifdef __CUDACC__). No header is included.
+//   - Inline PTX stands in functions that have a second body for the CPU (#ifdef __CUDACC__): cp.async's is copy_later,
+//     end_group and wait_copies. No header is included.
 //   - Dynamic shared memory is `extern __shared__ char smem[]`. Threads and blocks have one dimension, x.
 //   - Warp functions match by line: one a line. No return before a barrier. No other thread_local.
 //
@@ -142,6 +143,9 @@ struct Thread {
   uint64_t value = 0, result = 0;    // what it gives there or at a barrier, and what it gets
   unsigned barriers = 0, syncs = 0;  // how many __syncthreads, __syncwarp it has come to
   bool fenced = false;               // has called __threadfence: from then on its atomics acquire and release
+  struct Copy { void* to; const void* from; int bytes; unsigned group; };
+  std::vector<Copy> copies;          // those of copy_later that nobody has waited for
+  unsigned groups = 0;
   IF_TSAN(void* fiber = __tsan_create_fiber(0);)
 };
 struct Launch {
@@ -284,6 +288,21 @@ template <int order = __ATOMIC_ACQUIRE, class T> T poll(const T* p) {
   T v = __atomic_load_n(p, __ATOMIC_RELAXED);
   if (Quiet q; true) self().state = polling, self().value = v, wait();
   return __atomic_load_n(p, order);
+}
+// cp.async: nothing is copied before it is waited for.
+inline void copy_later(void* to, const void* from, int bytes) {
+  Quiet q;
+  if (uintptr_t(to) % bytes || uintptr_t(from) % bytes) fail("misaligned copy");
+  self().copies.push_back({to, from, bytes, self().groups});
+}
+inline void end_group() { Quiet q; self().groups++; }
+inline void wait_copies(unsigned last) {  // for all but the last groups
+  std::vector<Thread::Copy> due, left;
+  if (Quiet q; true) {
+    for (auto& c : self().copies) (c.group + last < self().groups ? due : left).push_back(c);
+    self().copies = left;
+  }
+  for (auto& c : due) memcpy(c.to, c.from, c.bytes);
 }
 inline void sleep() {
   Quiet q;

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,11 +154,15 @@ class EmulatedDriver:
         registers, static_shared: of every kernel, for plans that ask.
         source: the kernels; None: ``fbn_plugin/ops/cuda/kernels.cu``.
         sanitizer: "", "thread", "address" or "undefined"; None: what ``$CUDA_ON_CPU_SANITIZER`` says.
+        hosted: whether ``host.cpp`` may launch, too.
 
     Attributes:
         stream: what ``current_stream`` gives. Launches of one stream run one after the other.
         captures: what ``capturing`` gives.
         launched: names of the kernels launched so far.
+        from_cpp: how many of them ``host.cpp`` launched, each in a context of ``launched_in``, the last of
+            ``contexts``.
+        fails: codes that launches of ``host.cpp`` give instead of running, one each.
     """
 
     DEVICE_TYPE = "cpu"
@@ -172,16 +177,19 @@ class EmulatedDriver:
         static_shared: int = 0,
         source: str | None = None,
         sanitizer: str | None = None,
+        hosted: bool = False,
     ):
         self._card, self.places, self.seed = card, places, seed
         self.registers, self.static_shared, self.stream = registers, static_shared, 0
         self.captures = False
-        self._source = source
+        self.fails: list[int] = []
+        self._source, self._hosted = source, hosted
         self._sanitizer = os.environ.get("CUDA_ON_CPU_SANITIZER", "") if sanitizer is None else sanitizer
         self._loaded: dict[tuple[str, ...], dict[str, Kernel]] = {}
-        self._functions: list[tuple[ctypes.CDLL, Callable]] = []  # a kernel's handle is its index here
+        self._functions: list[tuple[ctypes.CDLL, Callable, Kernel]] = []  # a kernel's handle is its index here
         self._together: list[tuple[ctypes.CDLL, int]] | None = None  # libraries and places of the launches that wait
         self.launched: list[str] = []
+        self.from_cpp, self.contexts, self.launched_in = 0, [], []
 
     # --- the face of the driver ---
 
@@ -222,8 +230,8 @@ class EmulatedDriver:
             enqueue.argtypes = _ENQUEUE
             enqueue.restype = None
             handle = len(self._functions)
-            self._functions.append((loaded, enqueue))
             kernels[name] = Kernel(name, device, handle, self.registers, self.static_shared, 0)
+            self._functions.append((loaded, enqueue, kernels[name]))
         self._loaded[defines] = kernels
         return kernels
 
@@ -244,7 +252,7 @@ class EmulatedDriver:
             places = self.places
         if cooperative and grid > places:
             raise DriverError("cuLaunchCooperativeKernel", "CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE")
-        loaded, enqueue = self._functions[kernel.handle]
+        loaded, enqueue, _ = self._functions[kernel.handle]
         with _one_runs:
             enqueue(grid, threads, dynamic_shared, params, stream, cooperative)
             self.launched.append(kernel.name)
@@ -252,6 +260,52 @@ class EmulatedDriver:
                 self._run(loaded, places)
             else:
                 self._together.append((loaded, places))
+
+    def context(self, device: int) -> int:
+        return 1
+
+    def addresses(self) -> tuple[int, ...]:
+        if not self._hosted:
+            raise real.Unavailable("the emulation has no functions with addresses")
+
+        def launch(handle, gx, gy, gz, bx, by, bz, shared, stream, params, extra):
+            if self.fails:
+                return self.fails.pop(0)
+            self.launched_in.append(self.contexts[-1] if self.contexts else None)
+            self.from_cpp += 1
+            try:
+                self.launch(self._functions[handle or 0][2], gx, bx, shared, params, stream or 0)
+            except Exception:
+                traceback.print_exc()
+                return 999
+            return 0
+
+        def get_context(where):
+            where[0] = self.contexts[-1] if self.contexts else None
+            return 0
+
+        def set_context(context):
+            self.contexts[-1:] = [context]
+            return 0
+
+        def pop_context(where):
+            where[0] = self.contexts.pop()
+            return 0
+
+        def push_context(context):
+            self.contexts.append(context)
+            return 0
+
+        pointer, places = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
+        kinds = {
+            launch: (pointer, *(ctypes.c_uint,) * 7, pointer, pointer, pointer),
+            get_context: (places,),
+            set_context: (pointer,),
+            push_context: (pointer,),
+            pop_context: (places,),
+        }
+        self._entries = [ctypes.CFUNCTYPE(ctypes.c_int, *kind)(function) for function, kind in kinds.items()]
+        return *(ctypes.cast(entry, pointer).value for entry in self._entries), 0
 
     # --- what only the emulation has ---
 

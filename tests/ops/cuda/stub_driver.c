@@ -18,6 +18,9 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = (void*)0x1000, device != 100; }
 int cuCtxPushCurrent_v2(void* context) { return current = context, 0; }
 int cuCtxPopCurrent_v2(void** context) { return *context = current, current = 0, 0; }
+int cuCtxGetCurrent(void** context) { return *context = current, 0; }
+int cuCtxSetCurrent(void* context) { return current = context, 0; }
+int cuGetErrorName(int error, const char** name) { return *name = error == 201 ? "CUDA_ERROR_INVALID_CONTEXT" : 0, 0; }
 int cuThreadExchangeStreamCaptureMode(int* mode) { return *mode = 0, 0; }
 int cuModuleLoadData(void** module, const void* image) {
   if (current != (void*)0x1000) return 201;

@@ -15,7 +15,7 @@ def test_graphs_of_compiled_training_steps():
     cuda.forget()
 
     def step(x, weight):
-        y = ops.filtered_batch_norm(x, weight, training=True, t_sigma=2.0)
+        y = ops.filtered_batch_norm(x, weight=weight, training=True, t_sigma=2.0)
         return ops.filtered_group_norm(y, 4, t_sigma=2.0).sin().sum()
 
     x = torch.randn(2, 16, 250, 250, device="cuda", requires_grad=True)  # of several blocks a channel

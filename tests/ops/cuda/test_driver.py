@@ -368,6 +368,20 @@ except driver.DriverError as error:
     assert error.name == "CUDA_ERROR_INVALID_VALUE", error
 else:
     raise AssertionError
+assert driver.context(0) == 0x1000
+first, get, put, push, pop, name = driver.addresses()
+integer, pointer = ctypes.c_int, ctypes.c_void_p
+where, text = pointer(), ctypes.c_char_p()
+for context in (0x1000, None):
+    assert ctypes.CFUNCTYPE(integer, pointer)(put)(context) == 0
+    assert ctypes.CFUNCTYPE(integer, pointer)(get)(ctypes.addressof(where)) == 0 and where.value == context
+assert ctypes.CFUNCTYPE(integer, pointer)(push)(0x1000) == 0
+launch = ctypes.CFUNCTYPE(integer, pointer, *[ctypes.c_uint] * 7, pointer, pointer, pointer)(first)
+block = ctypes.addressof(params)
+assert launch(0x7FFFF0003000, 2**31 - 1, 1, 1, 512, 1, 1, 4096, 0x4000, block, None) == 0
+assert ctypes.CFUNCTYPE(integer, pointer)(pop)(ctypes.addressof(where)) == 0 and where.value == 0x1000
+assert ctypes.CFUNCTYPE(integer, integer, pointer)(name)(201, ctypes.addressof(text)) == 0
+assert text.value == b"CUDA_ERROR_INVALID_CONTEXT"
 assert driver.reason(1, ("NT=512",)) == "NVIDIA's driver fails on cuda:1: cuDeviceGet: CUDA_ERROR_INVALID_DEVICE"
 compiler.compile_cubin = lambda *arguments: b"no ELF"
 assert driver.reason(0, ("NT=64",)).endswith("CUDA_ERROR_INVALID_IMAGE"), driver.reason(0, ("NT=64",))

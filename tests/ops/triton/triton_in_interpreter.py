@@ -192,7 +192,7 @@ def test_non_finite_input_is_loud_in_its_channel_and_absent_elsewhere(bad):
     clean = ops.filtered_batch_norm(x, training=True, t_sigma=2.0)
     x[1, 1, 2, 2] = bad
     mean, var = torch.zeros(4), torch.ones(4)
-    y = ops.filtered_batch_norm(x.requires_grad_(), None, None, mean, var, training=True, t_sigma=2.0)
+    y = ops.filtered_batch_norm(x.requires_grad_(), mean, var, training=True, t_sigma=2.0)
     others = [0, 2, 3]
     assert y[:, 1].isnan().all() and torch.equal(y[:, others], clean[:, others])
     y.sum().backward()
@@ -244,7 +244,7 @@ def test_operator_with_activation_uses_the_kernels(monkeypatch):
         arguments = (x, weight, bias, added, 0, 2.0, 1e-5, False, "exact", activation, 0.01)
         torch.library.opcheck(torch.ops.fbn_plugin.filtered_norm, arguments)
     mean, var = torch.zeros(4), torch.ones(4)
-    y = ops.filtered_batch_norm_act(x, weight, bias, mean, var, True, t_sigma=2.0, residual=residual)
+    y = ops.filtered_batch_norm_act(x, mean, var, weight, bias, True, t_sigma=2.0, residual=residual)
     y.sum().backward()
     assert mean.ne(0).all() and residual.grad.isfinite().all()
 

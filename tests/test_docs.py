@@ -1,0 +1,76 @@
+"""The pages of docs/: their snippets run as they are printed, and their tables leave nothing out."""
+
+import re
+from pathlib import Path
+
+import pytest
+from documentation import run_snippet, snippets
+
+import fbn_plugin
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def text_of(page: str) -> str:
+    return (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("snippet", [snippet for page in PAGES for snippet in snippets(page)])
+def test_snippet_runs(snippet):
+    run_snippet(snippet)
+
+
+def test_every_file_that_is_named_exists():
+    texts = [path.read_text(encoding="utf-8") for path in (*PAGES, ROOT / "README.md", *ROOT.glob("tools/*.py"))]
+    configs = {name for text in texts for name in re.findall(r"configs/[\w/-]+\.yaml", text)}
+    others = {name for text in texts for name in re.findall(r"(?:tools|examples)/\w+\.py\b", text)}
+    assert len(configs) > 3 and len(others) > 8
+    assert [name for name in sorted(configs | others) if not (ROOT / name).is_file()] == []
+
+
+def test_the_table_of_norms_is_the_registry():
+    table = re.findall(r"^\| (`.*?) \|", text_of("norms"), re.MULTILINE)
+    assert {name for name, _ in fbn_plugin.NORMS} <= set(re.findall(r"`([\w-]+)`", "".join(table)))
+
+
+def test_the_api_page_has_every_public_name():
+    documented = set(re.findall(r"fbn_plugin\.((?:ops\.)?\w+)$", text_of("api"), re.MULTILINE))
+    public = {*fbn_plugin.__all__, *(f"ops.{name}" for name in fbn_plugin.ops.__all__)} - {"ops"}
+    assert documented == public
+
+
+def flatten(cfg, prefix: str = "") -> dict:
+    keys = {}
+    for name, value in cfg.items():
+        keys |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return keys
+
+
+def keys_of(part: str) -> dict[str, str]:
+    """Key -> value in the tables between a heading and the next of its rank."""
+    section = re.search(rf"^## {part}$(.*?)(?=^## |\Z)", text_of("config-keys"), re.DOTALL | re.MULTILINE)[1]
+    return dict(re.findall(r"^\| `([\w.]+)` \| `(.*?)` \|", section, re.MULTILINE))
+
+
+@pytest.mark.parametrize("part", ["Detection", "Classification"])
+def test_every_config_key_is_there_with_its_default(part):
+    if part == "Detection":
+        from fbn_plugin.engine.run.detection_keys import detection_config as defaults
+    else:
+        pytest.importorskip("timm")
+        from fbn_plugin.engine.classification.config import classification_config as defaults
+    assert keys_of(part) == {key: repr(value) for key, value in flatten(defaults()).items()}
+
+
+def test_the_config_page_names_the_keys_that_detectron2_is_given():
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from detectron2.config import get_cfg
+
+    from fbn_plugin.engine.detectron2.config import add_config
+
+    cfg = get_cfg()
+    plain = set(flatten(cfg))
+    add_config(cfg)
+    added = set(flatten(cfg)) - plain
+    assert added and added <= set(re.findall(r"`([\w.]+)`", text_of("config-keys").split("###")[0]))

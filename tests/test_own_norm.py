@@ -1,0 +1,207 @@
+"""A norm of one's own, registered by one line, works wherever ours do: a class that derives from a batch norm and says
+what it is, one that derives from none, and a function."""
+
+import copy
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from small_mask_rcnn import batch, small
+from torch import nn
+
+import fbn_plugin
+from fbn_plugin import NORMS, NormReport, convert_norm, convert_sync, fold_norms, get_norm, norm_factory, param_groups
+from fbn_plugin.layers import description
+from fbn_plugin.layers.description import NormDescription, affine_terms
+
+ROOT = Path(__file__).parents[1]
+
+
+class DoubledNorm(nn.BatchNorm2d):
+    """Batch normalization with twice its scale."""
+
+    description = NormDescription("BN", "channel", affine_terms=lambda norm: (2 * norm.weight, norm.bias))
+
+    def forward(self, input):
+        shift = self.bias.view(-1, 1, 1)
+        return 2 * super().forward(input) - shift
+
+
+class MaxNorm(nn.Module):
+    """Division by the largest value of an image, and a scale."""
+
+    def __init__(self, num_features, eps=1e-5, *, power=1.0, device=None, dtype=None):
+        super().__init__()
+        self.num_features, self.eps, self.power = num_features, eps, power
+        self.weight = nn.Parameter(torch.ones(num_features, 1, 1, device=device, dtype=dtype))
+
+    def forward(self, input):
+        largest = input.abs().amax((1, 2, 3), keepdim=True) if input.numel() else 1.0
+        return input / (largest + self.eps) ** self.power * self.weight
+
+
+class Secret(nn.BatchNorm2d):
+    """A batch norm with a forward of its own that says nothing about it."""
+
+    def forward(self, input):
+        return super().forward(input).tanh()
+
+
+def AnyNorm(num_channels, eps=1e-5, *, dims=2, device=None, dtype=None):
+    return MaxNorm(num_channels, eps, device=device, dtype=dtype)
+
+
+NAMES = ["DoubledNorm", "MaxNorm", "Secret", "AnyNorm"]
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    fbn_plugin.register()
+    known = dict(description._DESCRIPTIONS)
+    for norm in (DoubledNorm, MaxNorm, Secret, AnyNorm):
+        NORMS.register(norm)
+    yield
+    fbn_plugin.unregister()
+    for name in NAMES:
+        NORMS._obj_map.pop(name)
+    description._DESCRIPTIONS.clear()
+    description._DESCRIPTIONS.update(known)
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+
+
+def kinds(model):
+    return [type(module).__name__ for module in model.modules()]
+
+
+def test_a_spec_builds_it_with_its_options():
+    norm = get_norm("MaxNorm(power=0.5)", 8)
+    assert isinstance(norm, MaxNorm) and norm.power == 0.5
+    assert norm_factory("MaxNorm")(8, 1e-3).eps == 1e-3 == norm_factory("AnyNorm")(8, 1e-3).eps
+    with pytest.raises(ValueError, match="unknown option of MaxNorm 'pover'.*'power'"):
+        get_norm("MaxNorm(pover=1)", 8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_built_model_gets_it(name):
+    model = convert_norm(network(), name)
+    assert sum(kind in (name, "MaxNorm") for kind in kinds(model)) == 2
+    assert model(torch.randn(2, 3, 9, 9)).isfinite().all()
+
+
+def test_and_gives_it_up_again():
+    model = convert_norm(network(), "MaxNorm")
+    with torch.no_grad():
+        model[1].weight.fill_(3.0)
+    report = NormReport()
+    convert_norm(model, "FBN", sources="MaxNorm", report=report)
+    assert kinds(model).count("FilteredBatchNorm2d") == 2 and "not carried over: weight" in str(report)
+
+    model = convert_norm(network(), "DoubledNorm")
+    for _ in range(3):
+        model(torch.randn(4, 3, 9, 9))
+    images = torch.randn(2, 3, 9, 9)
+    before = model.eval()(images)
+    torch.testing.assert_close(convert_norm(model, "FBN")(images), before, rtol=1e-4, atol=1e-4)
+
+    with pytest.warns(UserWarning, match="2 norms are left as they are: no converter for Secret"):
+        convert_norm(convert_norm(network(), "Secret"), "FBN")
+
+
+def test_folding_is_right_or_refused():
+    images = torch.randn(2, 3, 9, 9)
+    for name, folded in (("DoubledNorm", 2), ("MaxNorm", 0), ("Secret", 0)):
+        model = convert_norm(network(), name)
+        model(torch.randn(4, 3, 9, 9))
+        before, report = model.eval()(images), NormReport()
+        after = fold_norms(model, report=report)(images)
+        assert (len(report.changed), len(report.left)) == (folded, 2 - folded), name
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["DoubledNorm", "Secret"])
+def test_a_batch_norm_without_a_synchronized_form_is_left_with_a_warning(name):
+    with pytest.warns(UserWarning, match=f"2 batch norms are left unsynchronized, such as {name}"):
+        convert_sync(convert_norm(network(), name))
+
+
+def test_its_parameters_do_not_decay():
+    for name in NAMES:
+        model = convert_norm(network(), name)
+        groups = param_groups(model, 0.1, 1e-4, 10.0)
+        decayed = [id(p) for group in groups if group["weight_decay"] for p in group["params"]]
+        assert decayed == [id(model[0].weight), id(model[3].weight)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_timms_models_hold_their_activation_in_it(name):
+    model = timm.create_model("test_efficientnet", norm_layer=name.lower(), num_classes=4)
+    norms = [module for module in model.modules() if isinstance(module, DoubledNorm | MaxNorm | Secret)]
+    assert norms and any(isinstance(norm.act, nn.SiLU) for norm in norms)
+    keys = timm.create_model("test_efficientnet", num_classes=4).state_dict().keys()
+    assert model.state_dict().keys() <= keys
+    images = torch.randn(2, 3, 64, 64)
+    before = model.eval()(images)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(images), before)
+
+    built = convert_norm(timm.create_model("test_efficientnet", num_classes=4), name).eval()
+    built.load_state_dict(model.state_dict())
+    torch.testing.assert_close(built(images), before)
+
+
+def test_timm_does_not_freeze_what_would_lose_its_activation():
+    model = timm.create_model("test_efficientnet", norm_layer="secret")
+    with pytest.raises(ValueError, match="Secret is no batch norm that timm knows"):
+        timm.layers.freeze_batch_norm_2d(model)
+
+
+@pytest.mark.parametrize("name", ["DoubledNorm", "MaxNorm"])
+def test_torchvisions_detector_trains_with_it(name):
+    model = small(norm=name, norm_fpn=name, norm_mask_head=name)
+    assert kinds(model).count(name) > 20
+    images, targets = batch()
+    sum(model.train()(images, targets).values()).backward()
+    state = io.BytesIO()
+    torch.save(model.state_dict(), state)
+    state.seek(0)
+    model.load_state_dict(torch.load(state))
+
+
+RUN = """
+import sys
+sys.path[:0] = ["{root}/tools", "{root}/tests"]
+import test_own_norm, {tool}
+from fbn_plugin import NORMS
+NORMS.register(test_own_norm.MaxNorm)
+{tool}.main(sys.argv[1:])
+"""
+
+
+def test_a_training_tool_takes_it(tmp_path):
+    """Its own process, as a script of one's own would do it: register, then the tool's main."""
+    options = ["MODEL.NORM", "MaxNorm(power=0.5)", "MODEL.NAME", "test_byobnet", "SOLVER.MAX_ITER", "2"]
+    command = [sys.executable, "-c", RUN.format(root=ROOT, tool="train_classification")]
+    command += [
+        "--config-file",
+        str(ROOT / "configs/Digits/test_resnet_FBN.yaml"),
+        *options,
+        "OUTPUT_DIR",
+        str(tmp_path),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0 and "test_byobnet with MaxNorm(power=0.5)" in run.stdout, run.stdout + run.stderr
+    assert any("total_loss" in json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines())
+
+
+def test_terms_of_a_described_norm():
+    norm = DoubledNorm(3)
+    assert affine_terms(norm)[0].eq(2).all() and affine_terms(nn.BatchNorm2d(3))[0].eq(1).all()
