@@ -27,7 +27,7 @@ def _shape(text: str) -> tuple[int, ...]:
     try:
         return tuple(map(int, text.lower().split("x")))
     except ValueError:
-        raise ValueError(f"a shape is NxCxHxW, such as 16x64x56x56, not {text!r}") from None
+        raise ValueError(f"a shape must be N x C x H x W, such as 16x64x56x56, got {text!r}") from None
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

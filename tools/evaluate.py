@@ -20,8 +20,8 @@ from pathlib import Path
 from fbn_plugin.engine.run.cli import check_outputs, format_table, user_errors
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Run the command line; return the figures of each data set."""
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with the default of ``--output``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help="a run's OUTPUT_DIR")
     parser.add_argument(
@@ -33,7 +33,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--results", metavar="FILE", help="score this coco_instances_results.json; no model is run")
     parser.add_argument("--output", metavar="FILE", type=Path, help="JSON file; default: RUN_DIR/evaluation.json")
     args = parser.parse_args(argv)
-    output = args.output or (Path(args.run_dir, "evaluation.json") if args.run_dir else None)
+    args.output = args.output or (Path(args.run_dir, "evaluation.json") if args.run_dir else None)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    """Run the command line; return the figures of each data set."""
+    args = parse_args(argv)
+    output = args.output
     with user_errors():
         check_outputs(output)
         if args.results and args.weights:

@@ -27,7 +27,7 @@ def read_labels(given: Sequence[str], folders: Sequence[Path]) -> dict[Path, str
     for pair in given:
         label, _, folder = pair.rpartition("=")
         if not label or not folder:
-            raise ValueError(f"--label takes LABEL=RUN_DIR, not {pair!r}")
+            raise ValueError(f"--label must be LABEL=RUN_DIR, got {pair!r}")
         if Path(folder) not in folders:
             raise ValueError(f"--label {pair!r}: {folder} is none of the run folders given")
         labels[Path(folder)] = label

@@ -7,21 +7,18 @@
 
 `KEY VALUE` pairs at the end override the file, as in detectron2; `classification_config` in
 fbn_plugin/engine/classification/config.py lists the keys. OUTPUT_DIR receives `metrics.json`, TensorBoard files,
-`log.txt`, `config.yaml`, `results.json` and checkpoints (`model_final.pth`).
+`log.txt`, `config.yaml`, `run_info.json`, `results.json` and checkpoints (`model_final.pth`).
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.run.cli import UserError, add_config_arguments, interruptible, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, interruptible, parse_config_arguments, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the command line; return the last evaluation's metrics."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_config_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parse_config_arguments(__doc__, argv)
     with user_errors():
         from fbn_plugin.engine.classification.config import classification_config
         from fbn_plugin.engine.classification.trainer import ClassificationTrainer
@@ -31,9 +28,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
         setup_logging()
         cfg = load_config(classification_config(), args.config_file, args.overrides)
-        trainer = ClassificationTrainer(cfg, resume=args.resume, eval_only=args.eval_only)
-    with interruptible(cfg.OUTPUT_DIR), user_errors(UserError, FloatingPointError, OSError):
-        result = trainer.evaluate() if args.eval_only else trainer.train()
+    with distributed.peers_lost(), interruptible(cfg.OUTPUT_DIR):
+        with user_errors():
+            trainer = ClassificationTrainer(cfg, args.resume, args.eval_only, args.log_period)
+        with user_errors(*RUN_ERRORS):
+            result = trainer.evaluate() if args.eval_only else trainer.train()
     if distributed.is_main():
         print(trainer.describe(result))
     distributed.finish()

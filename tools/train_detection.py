@@ -8,23 +8,15 @@ files, ``log.txt``, ``config.yaml``, ``run_info.json``, checkpoints (``model_fin
 ``inference/``; with ``--eval-only``, ``evaluation.json`` and the detections.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.run.cli import UserError, add_config_arguments, interruptible, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, interruptible, parse_config_arguments, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the command line; return the last evaluation's metrics."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_config_arguments(parser)
-    parser.add_argument(
-        "--log-period", type=int, default=20, metavar="N", help="iterations between two lines of metrics.json"
-    )
-    args = parser.parse_args(argv)
-    if args.log_period < 1:
-        parser.error(f"--log-period must be 1 or more, not {args.log_period}")
+    args = parse_config_arguments(__doc__, argv)
     with user_errors():
         from fbn_plugin.engine.run import distributed
         from fbn_plugin.engine.run.logging import setup_logging
@@ -35,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         cfg = load_detection_config(args.config_file, args.overrides)
     with distributed.peers_lost(), interruptible(cfg.OUTPUT_DIR):
         with user_errors():
-            trainer = DetectionTrainer(cfg, resume=args.resume, eval_only=args.eval_only, log_period=args.log_period)
-        with user_errors(UserError, FloatingPointError, OSError):
+            trainer = DetectionTrainer(cfg, args.resume, args.eval_only, args.log_period)
+        with user_errors(*RUN_ERRORS):
             if args.eval_only:
                 trainer.write_evaluation(metrics := trainer.evaluate())
             else:

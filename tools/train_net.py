@@ -18,7 +18,7 @@ same bits as a run that was never stopped.
 import importlib.util
 import sys
 
-from fbn_plugin.engine.run.cli import interruptible, user_errors
+from fbn_plugin.engine.run.cli import add_log_period, interruptible, user_errors
 
 try:
     from detectron2.engine import default_argument_parser
@@ -43,15 +43,11 @@ def main(argv: list[str] | None = None) -> None:
         epilog="--num-gpus is the number of processes; with MODEL.DEVICE cpu they train on the CPU."
     )
     parser.set_defaults(dist_url="auto")
-    parser.add_argument(
-        "--log-period", type=int, default=20, metavar="N", help="iterations between two lines of metrics.json"
-    )
+    add_log_period(parser)
     args = parser.parse_args(argv)
-    if args.log_period < 1:
-        parser.error(f"--log-period must be 1 or more, not {args.log_period}")
     if not 0 <= args.machine_rank < args.num_machines:
         parser.error(
-            f"--machine-rank must be from 0 to --num-machines - 1, not {args.machine_rank} of {args.num_machines}"
+            f"--machine-rank must be from 0 to --num-machines - 1, got {args.machine_rank} of {args.num_machines}"
         )
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines wants --dist-url tcp://HOST:PORT of the first machine")

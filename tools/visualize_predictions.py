@@ -32,11 +32,11 @@ def main(argv: Sequence[str] | None = None) -> Path:
     with user_errors():
         check_outputs(output)
         if output.suffix.lower() != ".png":
-            raise ValueError(f"--output must end in .png, the one format that is written, not {str(output)!r}")
+            raise ValueError(f"--output must end in .png, the one format that is written, got {str(output)!r}")
         if not 1 <= args.num_images <= MOST_IMAGES:
-            raise ValueError(f"--num-images must be from 1 to {MOST_IMAGES}, not {args.num_images}")
+            raise ValueError(f"--num-images must be from 1 to {MOST_IMAGES}, got {args.num_images}")
         if not 0 <= args.threshold <= 1:
-            raise ValueError(f"--threshold must be from 0 to 1, not {args.threshold}")
+            raise ValueError(f"--threshold must be from 0 to 1, got {args.threshold}")
 
         from fbn_plugin.engine.data.coco_data import resolve_dataset
         from fbn_plugin.engine.reports.evaluation import read_detections

@@ -40,7 +40,7 @@ def test_runs_on_data_of_ones_own(tmp_path):
     again = demo("--output", tmp_path / "out", "--data", data, *overrides)
     assert again.returncode == 0 and [row for row in again.stdout.splitlines() if row.startswith("|")] == table
     other = demo("--output", tmp_path / "out", "--data", data, *overrides, "SEED", 5)
-    assert other.returncode == 2 and other.stderr.startswith("error: SEED is 1 in the run that OUTPUT_DIR")
+    assert other.returncode == 2 and other.stderr.startswith("error: SEED must be 1 as in the run that OUTPUT_DIR")
     annotations = data / "annotations" / "instances_val.json"
     annotations.write_text(annotations.read_text().replace('"iscrowd": 0', '"iscrowd": 1', 1))
     edited = demo("--output", tmp_path / "out", "--data", data, *overrides)

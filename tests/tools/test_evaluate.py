@@ -281,7 +281,7 @@ def test_bad_runs_and_weights(tool, run, shapes, tmp_path, capsys):
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("DETECTIONS_PER_IMAGE: 100", "DETECTIONS_PER_IMAGE: many"))
     error = refusal(tool, capsys, run, "--results", run / RESULTS)
-    assert "config.yaml: TEST.DETECTIONS_PER_IMAGE must be an integer, not 'many'" in error
+    assert "config.yaml: TEST.DETECTIONS_PER_IMAGE must be an integer, got 'many'" in error
 
     (run / "model_final.pth").unlink()
     (run / "last_checkpoint").unlink()

@@ -123,7 +123,7 @@ BAD_OVERRIDES = {
     "detectron2's dataset not there": (["DATASETS.TRAIN", "('coco_2017_train',)"], ["instances_train2017.json"]),
     "dataset of another evaluation": (["DATASETS.TEST", "('lvis_v1_val',)"], ["lvis_v1_val", "AP"]),
     "no dataset": (["DATASETS.TRAIN", "()"], ["DATASETS.TRAIN"]),
-    "number of classes": (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], ["80", "has 2", "disc, square"]),
+    "number of classes": (["MODEL.ROI_HEADS.NUM_CLASSES", "80"], ["NUM_CLASSES must be 2", "80", "disc, square"]),
     "weights": (["MODEL.WEIGHTS", "no_such.pth"], ["no_such.pth"]),
     "nearest key": (["MODEL.RESNETS.NORMS", "BN"], ["MODEL.RESNETS.NORMS", "did you mean 'MODEL.RESNETS.NORM'"]),
     "groups that do not divide": (["MODEL.FPN.NORM", "FGN(num_groups=48)"], ["MODEL", "FGN(num_groups=48)", "16"]),
@@ -141,7 +141,7 @@ BAD_OVERRIDES = {
     "divisor": (["SOLVER.SCALE_LR_DIVISOR", "-1.0"], ["SOLVER.SCALE_LR_DIVISOR", "-1.0"]),
     "divisor and decay": (
         ["SOLVER.SCALE_LR_DIVISOR", "100.0", "SOLVER.WEIGHT_DECAY_NORM", "0.1"],
-        ["SOLVER.SCALE_LR_DIVISOR", "WEIGHT_DECAY_NORM 0"],
+        ["SOLVER.WEIGHT_DECAY_NORM must be 0 with SCALE_LR_DIVISOR", "0.1"],
     ),
     "input norm": (["INPUT.NORM_GAMMA_INIT", "1.5"], ["INPUT.NORM_GAMMA_INIT", "1.5"]),
     "augmented evaluation": (["TEST.AUG.ENABLED", "True"], ["TEST.AUG.ENABLED"]),
@@ -150,7 +150,7 @@ BAD_OVERRIDES = {
         ["TEST.EVAL_ITERATIONS", "increasing", "(30, 20)"],
     ),
     "evaluation before the start": (["TEST.EVAL_ITERATIONS", "(0,)"], ["TEST.EVAL_ITERATIONS", "from 1 on", "(0,)"]),
-    "no checkpoints": (["SOLVER.CHECKPOINT_PERIOD", "0"], ["SOLVER.CHECKPOINT_PERIOD", "1 or more", "not 0"]),
+    "no checkpoints": (["SOLVER.CHECKPOINT_PERIOD", "0"], ["SOLVER.CHECKPOINT_PERIOD", "1 or more", "got 0"]),
     "no batches": (["TEST.PRECISE_BN.NUM_ITER", "0"], ["TEST.PRECISE_BN.NUM_ITER", "1 or more"]),
     "period": (["NORM_STATS_PERIOD", "-1"], ["NORM_STATS_PERIOD", "0 or more", "-1"]),
     "best of what": (["SOLVER.BEST_CHECKPOINT_METRIC", "mAP"], ["'mAP'", "bbox/AP50, ", "segm/APl"]),
@@ -160,14 +160,14 @@ BAD_OVERRIDES = {
     ),
     "best without evaluation": (
         ["SOLVER.BEST_CHECKPOINT_METRIC", "bbox/AP", "DATASETS.TEST", "()"],
-        ["SOLVER.BEST_CHECKPOINT_METRIC", "DATASETS.TEST is empty"],
+        ["SOLVER.BEST_CHECKPOINT_METRIC", "DATASETS.TEST is empty", "'bbox/AP'"],
     ),
     "reference": (
         ["SOLVER.REFERENCE_WORLD_SIZE", "3", "SOLVER.IMS_PER_BATCH", "4"],
         ["SOLVER.REFERENCE_WORLD_SIZE", "3", "multiple"],
     ),
     "sampler": (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], ["SAMPLER_TRAIN", "'TrainingSampler'"]),
-    "seed": (["SEED", "2147483648"], ["SEED", "2**31"]),
+    "seed": (["SEED", "9223372036854775808"], ["SEED", "2**63"]),
     "precision": (["FLOAT32_PRECISION", "low"], ["FLOAT32_PRECISION", "'medium'", "'low'"]),
     "keypoints of a folder": (["MODEL.KEYPOINT_ON", "True"], ["shapes", "keypoints", "detectron2's own"]),
     "panoptic data": (["MODEL.META_ARCHITECTURE", "PanopticFPN"], ["shapes", "no semantic classes", "PanopticFPN"]),
@@ -249,10 +249,10 @@ def test_bad_arguments(tool, folder, capsys, tmp_path, monkeypatch):
     assert "MODEL.WEIGHTS" in refusal(tool, capsys, "--eval-only", "--config-file", CONFIG, *data)
     with pytest.raises(SystemExit):
         tool.main(["--log-period", "0"])
-    assert "--log-period must be 1 or more, not 0" in capsys.readouterr().err
+    assert "--log-period: must be 1 or more, got 0" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tool.main(["--num-machines", "2", "--machine-rank", "2"])
-    assert "--machine-rank must be from 0 to --num-machines - 1, not 2 of 2" in capsys.readouterr().err
+    assert "--machine-rank must be from 0 to --num-machines - 1, got 2 of 2" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert "OUTPUT_DIR" in refusal(tool, capsys, "--config-file", CONFIG, *data, "OUTPUT_DIR", tmp_path / "file")
     assert not (tmp_path / "output").exists()
@@ -455,7 +455,7 @@ def test_an_image_that_cannot_be_read_is_named(tool, folder, tmp_path, capsys):
 def test_what_training_wants_is_not_asked_of_an_evaluation(tool, folder, tmp_path):
     """As many processes as one likes, and mixed precision on a CPU; no further than to the missing weights."""
     amp = ["SOLVER.AMP.ENABLED", True, "OUTPUT_DIR", tmp_path / "out"]
-    with pytest.raises(ValueError, match="--eval-only wants MODEL.WEIGHTS"):
+    with pytest.raises(ValueError, match="nothing to evaluate: set MODEL.WEIGHTS"):
         prepare(*datasets(folder, 2), *amp, eval_only=True, num_gpus=3)
 
 

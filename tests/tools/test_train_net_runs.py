@@ -181,9 +181,9 @@ def test_what_a_resumed_run_may_change(undisturbed, shapes, capsys):
     arguments = [*datasets(shapes, 2), "OUTPUT_DIR", undisturbed, *EVERYTHING]
     seed = checkpoint(undisturbed)["trainer"]["seed"]
     for change, words in {
-        ("SOLVER.BASE_LR", 0.5): "SOLVER.BASE_LR is 0.01 in the run",
-        ("MODEL.FPN.NORM", "BN"): "MODEL.FPN.NORM is 'FBN.t_sigma=3.' in the run",
-        ("SOLVER.MAX_ITER", 4): "SOLVER.MAX_ITER 4 is too few: .*has 5 iterations",
+        ("SOLVER.BASE_LR", 0.5): "SOLVER.BASE_LR must be 0.01 as in the run .*, got 0.5",
+        ("MODEL.FPN.NORM", "BN"): "MODEL.FPN.NORM must be 'FBN.t_sigma=3.' as in the run .*, got 'BN'",
+        ("SOLVER.MAX_ITER", 4): "SOLVER.MAX_ITER must be enough for the 5 iterations .*, got 4",
     }.items():
         with pytest.raises(ValueError, match=words):
             prepare(*arguments, "SEED", seed, *change, resume=True)
@@ -289,7 +289,7 @@ def test_the_linear_rule(shapes, tmp_path):
     (tmp_path / "last_checkpoint").write_text("gone.pth")
     with pytest.raises(FileNotFoundError, match="gone.pth"):  # all settings fit
         prepare(*common, num_gpus=2, resume=True)
-    with pytest.raises(ValueError, match="made by 2 process.es., not 4"):
+    with pytest.raises(ValueError, match="made by 2 process.es., got 4"):
         prepare(*common, num_gpus=4, resume=True)
 
 
@@ -461,7 +461,7 @@ def test_faster_rcnn_on_two_test_sets(shapes, tmp_path):
     assert found == {f"{shapes}:val/bbox/AP", f"{shapes}:train/bbox/AP"}
     files = sorted((tmp_path / "inference").glob("*/coco_instances_results.json"))
     assert [file.parent.name.rpartition("_")[2] for file in files] == ["train", "val"]
-    with pytest.raises(ValueError, match="is 'bbox/AP'; the metrics of this run are .*:val/bbox/AP, "):
+    with pytest.raises(ValueError, match="METRIC must be one of .*:val/bbox/AP, .*got 'bbox/AP'"):
         prepare(*sets, *best, "SOLVER.BEST_CHECKPOINT_METRIC", "bbox/AP", "MODEL.MASK_ON", False)
 
 
@@ -500,9 +500,9 @@ def test_keypoints(keypoints, tmp_path):
     train(*named(*keypoints), *SHORT, *model, "OUTPUT_DIR", tmp_path)
     last = metrics(tmp_path)[-1]
     assert {"loss_keypoint", "bbox/AP", "keypoints/AP", "keypoints/APl"} <= last.keys()
-    with pytest.raises(ValueError, match="ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is 5, and dataset 'people_train' has 17"):
+    with pytest.raises(ValueError, match="ROI_KEYPOINT_HEAD.NUM_KEYPOINTS must be 17, .*'people_train', got 5"):
         prepare(*named(*keypoints), *model, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 5)
-    with pytest.raises(ValueError, match="TEST.KEYPOINT_OKS_SIGMAS must be 17 numbers, not 2"):
+    with pytest.raises(ValueError, match="TEST.KEYPOINT_OKS_SIGMAS must be a list of 17, got .0.1, 0.2."):
         prepare(*named(*keypoints), *model, "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.2]")
 
 
@@ -522,6 +522,11 @@ def test_panoptic(panoptic, tmp_path, capfd):
         best = ["SOLVER.BEST_CHECKPOINT_METRIC", "sem_seg/foo", "SOLVER.MAX_ITER", 1]
         train(*named(*panoptic), *SHORT, *model, *best, "OUTPUT_DIR", tmp_path / "foo")
     said = capfd.readouterr().err
-    assert exit.value.code == 2 and "'sem_seg/foo'; this evaluation gives" in said and "sem_seg/mIoU" in said
-    with pytest.raises(ValueError, match="SEM_SEG_HEAD.NUM_CLASSES is 54, and dataset 'panoptic_train' has 3"):
+    assert (
+        exit.value.code == 2
+        and "BEST_CHECKPOINT_METRIC must be " in said
+        and "sem_seg/mIoU, " in said
+        and "got 'sem_seg/foo'" in said
+    )
+    with pytest.raises(ValueError, match="SEM_SEG_HEAD.NUM_CLASSES must be 3, .*'panoptic_train' .*, got 54"):
         prepare(*named(*panoptic), *model, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 54)

@@ -59,8 +59,8 @@ def test_bad_input(tool, run, shapes, tmp_path, capsys):
 
     assert "nowhere is not there" in refusal(tmp_path / "nowhere")
     assert "no config.yaml" in refusal(tmp_path)
-    assert "--num-images must be from 1 to 100, not 0" in refusal(run, "--num-images", "0")
-    assert "--threshold must be from 0 to 1, not 50.0" in refusal(run, "--threshold", "50")
+    assert "--num-images must be from 1 to 100, got 0" in refusal(run, "--num-images", "0")
+    assert "--threshold must be from 0 to 1, got 50.0" in refusal(run, "--threshold", "50")
     assert "no image '9.png'" in refusal(run, "--images", "9.png")
     assert "given more than once" in refusal(run, run)
     assert "no is not there" in refusal(run, "--output", tmp_path / "no" / "a.png")

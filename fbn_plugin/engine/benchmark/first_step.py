@@ -23,21 +23,14 @@ CACHES = ("FBN_PLUGIN_CACHE_DIR", "TRITON_CACHE_DIR")
 
 def time_first_step(norm: str, device: str, name: str, size: tuple[int, int, int]) -> float:
     """Seconds of the first step with a model's batch norms replaced by ``norm``."""
-    import torch
-
     from fbn_plugin.engine.benchmark import models
+    from fbn_plugin.engine.benchmark.timing import wall_timer
 
     model = models.build_model(name)
     if norm != "BN":
         model = fbn_plugin.convert_norm(model, norm)
     step = models.training_step(model, *models.training_data(name, size, device), "contiguous", "float32", device)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return wall_timer(device)(step)
 
 
 def _in_a_new_process(

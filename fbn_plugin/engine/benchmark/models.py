@@ -133,16 +133,12 @@ def measure_model(
     where = f" of {name} {'x'.join(map(str, size))} {layout} {dtype}"
     steps = {peer: training_step(model, *data, layout, dtype, settings.device) for peer, model in models.items()}
     steps = usable(steps, dict.fromkeys(steps, "BN"), notes, where)
-    seconds = min(settings.seconds("models"), until - time.perf_counter())
-    times = interleave(steps, seconds, settings.min_rounds, wall_timer(settings.device))
-    results = summarize(times, dict.fromkeys(steps, "BN"))
+    results = _timed(settings, "models", steps, until)
     for peer, step in steps.items():
         results[peer] |= memory_of(step, settings.device, list(models[peer].parameters()))
         if not step().isfinite():
             notes.append(f"the loss of {peer} is not finite in a step{where}")
-    return {
-        "model": name, "batch": size[0], "image": list(size[1:]), "layout": layout, "dtype": dtype, "peers": results,
-    }  # fmt: skip
+    return _row(name, size, layout, dtype, results)
 
 
 def measure_compiled(
@@ -177,11 +173,19 @@ def measure_compiled(
                 raise
             continue
         steps[peer], took[peer] = step, time.perf_counter() - start
-    seconds = min(settings.seconds("compiled"), until - time.perf_counter())
-    times = interleave(steps, seconds, settings.min_rounds, wall_timer(settings.device))
-    results = summarize(times, dict.fromkeys(steps, "BN"))
+    results = _timed(settings, "compiled", steps, until)
     for peer, result in results.items():
         result["compile_seconds"] = took[peer]
-    return {
-        "model": name, "batch": size[0], "image": list(size[1:]), "layout": layout, "dtype": dtype, "peers": results,
-    }  # fmt: skip
+    return _row(name, size, layout, dtype, results)
+
+
+def _timed(settings: Settings, kind: str, steps: Mapping[str, Callable[[], Tensor]], until: float) -> dict[str, dict]:
+    """The steps timed in turn, against BN, for as long as a row of this kind may take."""
+    seconds = min(settings.seconds(kind), until - time.perf_counter())
+    times = interleave(steps, seconds, settings.min_rounds, wall_timer(settings.device))
+    return summarize(times, dict.fromkeys(steps, "BN"))
+
+
+def _row(name: str, size: tuple[int, int, int], layout: str, dtype: str, peers: dict[str, dict]) -> dict:
+    image = list(size[1:])
+    return {"model": name, "batch": size[0], "image": image, "layout": layout, "dtype": dtype, "peers": peers}

@@ -89,7 +89,7 @@ class Settings:
                 raise ValueError(f"unknown {name} {unknown[0]!r}: accepted are {', '.join(known)}")
         for shape in self.shapes or ():
             if len(shape) != 4 or min(shape) < 1 or math.prod(shape) < 4 * shape[1]:
-                raise ValueError(f"a shape is N x C x H x W with at least 4 values a channel, got {shape}")
+                raise ValueError(f"a shape must be N x C x H x W with at least 4 values a channel, got {shape}")
         for name in ("seconds_per_row", "minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -2,19 +2,27 @@
 speak detectron2's vocabulary where it has a word.
 """
 
-import math
+import copy
 
-from fvcore.common.config import CfgNode
 from timm.optim import list_optimizers
 
-from fbn_plugin import parse_spec
 from fbn_plugin.engine.classification.data import build_train_transform
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.rules import (
+    COMMON_RULES,
+    Rule,
+    above,
+    at_least,
+    between,
+    check_norms,
+    check_values,
+    each,
+    exactly,
+    one_of,
+)
 
 __all__ = ["MAY_CHANGE", "check_config", "classification_config"]
-
-SCHEDULERS = ("constant", "cosine", "multistep", "poly", "tanh")
-TRAIN_CROPS = ("none", "padded", "random_resized")
 
 # What a resumed run may have otherwise; the learning rate's schedule is computed anew.
 MAY_CHANGE = (
@@ -31,152 +39,143 @@ MAY_CHANGE = (
 )
 
 
-def classification_config() -> CfgNode:
-    """Every key of `tools/train_classification.py` with its default."""
-    cfg = CfgNode()
+_MODEL = {
+    "NAME": "resnet50",  # a timm model, or one of fbn_plugin.models
+    "NORM": "",  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
+    "PRETRAINED": False,  # start from timm's weights
+    "WEIGHTS": "",  # start from, or with --eval-only evaluate, this checkpoint or state dict
+    "REVISED_INIT": False,  # convolutions and linear layers start as Davis and Frank (2022) have them
+    "DROP_RATE": 0.0,  # dropout before the classifier
+    "DEVICE": "cuda",  # where there is no GPU: cpu
+    "PIXEL_MEAN": (123.675, 116.28, 103.53),  # of the channels of INPUT.FORMAT, in 0..255
+    "PIXEL_STD": (58.395, 57.12, 57.375),
+}
 
-    cfg.MODEL = CfgNode()
-    cfg.MODEL.NAME = "resnet50"  # a timm model, or one of fbn_plugin.models
-    cfg.MODEL.NORM = ""  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
-    cfg.MODEL.PRETRAINED = False  # start from timm's weights
-    cfg.MODEL.WEIGHTS = ""  # start from, or with --eval-only evaluate, this checkpoint or state dict
-    cfg.MODEL.REVISED_INIT = False  # convolutions and linear layers start as Davis and Frank (2022) have them
-    cfg.MODEL.DROP_RATE = 0.0  # dropout before the classifier
-    cfg.MODEL.DEVICE = "cuda"  # where there is no GPU: cpu
-    cfg.MODEL.PIXEL_MEAN = (123.675, 116.28, 103.53)  # of the channels of INPUT.FORMAT, in 0..255
-    cfg.MODEL.PIXEL_STD = (58.395, 57.12, 57.375)
-
-    cfg.INPUT = CfgNode()
-    cfg.INPUT.FORMAT = "RGB"  # or "L", grey
-    cfg.INPUT.SIZE = 224  # height and width that the model sees, in pixels
-    cfg.INPUT.INTERPOLATION = "bilinear"
-    cfg.INPUT.CROP_PCT = 0.875  # evaluation: resize the short side to SIZE / CROP_PCT, take the centre
+_INPUT = {
+    "FORMAT": "RGB",  # or "L", grey
+    "SIZE": 224,  # height and width that the model sees, in pixels
+    "INTERPOLATION": "bilinear",
+    "CROP_PCT": 0.875,  # evaluation: resize the short side to SIZE / CROP_PCT, take the centre
     # Training: "random_resized" crops of SCALE (share of the area) and RATIO; "padded": SIZE, PADDING zeros on each
     # side, a random crop; "none": resize and centre crop, and no augmentation at all.
-    cfg.INPUT.TRAIN_CROP = "random_resized"
-    cfg.INPUT.SCALE = (0.08, 1.0)
-    cfg.INPUT.RATIO = (3 / 4, 4 / 3)
-    cfg.INPUT.PADDING = 4
-    cfg.INPUT.HFLIP = 0.5  # probability
-    cfg.INPUT.COLOR_JITTER = 0.0
-    cfg.INPUT.AUTO_AUGMENT = ""  # timm's policy string, such as "rand-m9-mstd0.5"
+    "TRAIN_CROP": "random_resized",
+    "SCALE": (0.08, 1.0),
+    "RATIO": (3 / 4, 4 / 3),
+    "PADDING": 4,
+    "HFLIP": 0.5,  # probability
+    "COLOR_JITTER": 0.0,
+    "AUTO_AUGMENT": "",  # timm's policy string, such as "rand-m9-mstd0.5"
     # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
-    cfg.INPUT.NORM_GAMMA_INIT = 0.0
-    cfg.INPUT.MIXUP = 0.0  # alpha
-    cfg.INPUT.CUTMIX = 0.0  # alpha
+    "NORM_GAMMA_INIT": 0.0,
+    "MIXUP": 0.0,  # alpha
+    "CUTMIX": 0.0,  # alpha
+}
 
-    cfg.DATASETS = CfgNode()
-    cfg.DATASETS.NAME = "image_folder"  # how the images are stored, see image_data.load_image_data
-    cfg.DATASETS.ROOT = "imagenet"  # folder, as it is or below $DETECTRON2_DATASETS
-
-    cfg.DATALOADER = CfgNode()
-    cfg.DATALOADER.NUM_WORKERS = 4
-    # Above 0: every batch holds so many images of each class (Hajaj and Gillies 2018: 1), in each process.
-    cfg.DATALOADER.IMAGES_PER_CLASS = 0
-
-    cfg.SOLVER = CfgNode()
-    cfg.SOLVER.MAX_EPOCH = 100
-    cfg.SOLVER.MAX_ITER = 0  # stop early after so many iterations, on the schedule of MAX_EPOCH; 0: do not
-    cfg.SOLVER.IMS_PER_BATCH = 256  # over all processes
-    cfg.SOLVER.OPTIMIZER = "momentum"  # timm's names: "momentum" is SGD, "sgd" is SGD with Nesterov's momentum
-    cfg.SOLVER.BASE_LR = 0.1
-    cfg.SOLVER.MOMENTUM = 0.9
-    cfg.SOLVER.WEIGHT_DECAY = 1e-4
-    cfg.SOLVER.FILTER_BIAS_AND_BN = True  # no weight decay on biases and norms
+_SOLVER = {
+    "MAX_EPOCH": 100,
+    "MAX_ITER": 0,  # stop early after so many iterations, on the schedule of MAX_EPOCH; 0: do not
+    "IMS_PER_BATCH": 256,  # over all processes
+    "OPTIMIZER": "momentum",  # timm's names: "momentum" is SGD, "sgd" is SGD with Nesterov's momentum
+    "BASE_LR": 0.1,
+    "MOMENTUM": 0.9,
+    "WEIGHT_DECAY": 1e-4,
+    "FILTER_BIAS_AND_BN": True,  # no weight decay on biases and norms
     # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100), and norms and biases are told
     # by their types, not by their shapes; 1 is all at one rate. 0: timm's groups.
-    cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
-    cfg.SOLVER.LR_SCHEDULER_NAME = "cosine"  # constant, cosine, multistep, poly or tanh, stepped each iteration
-    cfg.SOLVER.STEPS = (30, 60, 90)  # multistep: epochs at which the rate is multiplied with GAMMA
-    cfg.SOLVER.GAMMA = 0.1  # of multistep; the power of poly
-    cfg.SOLVER.MIN_LR = 0.0  # of cosine, poly and tanh
-    cfg.SOLVER.WARMUP_EPOCHS = 0
-    cfg.SOLVER.WARMUP_FACTOR = 0.001  # share of BASE_LR that warm-up starts from
-    cfg.SOLVER.LABEL_SMOOTHING = 0.0
-    cfg.SOLVER.CHECKPOINT_PERIOD = 0  # iterations; 0: an epoch
-    cfg.SOLVER.AMP = CfgNode()
-    cfg.SOLVER.AMP.ENABLED = False  # float16 on a GPU, bfloat16 on a CPU
+    "SCALE_LR_DIVISOR": 0.0,
+    "LR_SCHEDULER_NAME": "cosine",  # constant, cosine, multistep, poly or tanh, stepped each iteration
+    "STEPS": (30, 60, 90),  # multistep: epochs at which the rate is multiplied with GAMMA
+    "GAMMA": 0.1,  # of multistep; the power of poly
+    "MIN_LR": 0.0,  # of cosine, poly and tanh
+    "WARMUP_EPOCHS": 0,
+    "WARMUP_FACTOR": 0.001,  # share of BASE_LR that warm-up starts from
+    "LABEL_SMOOTHING": 0.0,
+    "CHECKPOINT_PERIOD": 0,  # iterations; 0: an epoch
+    "AMP": {"ENABLED": False},  # float16 on a GPU, bfloat16 on a CPU
+}
 
-    cfg.TEST = CfgNode()
-    cfg.TEST.EVAL_PERIOD = 1  # epochs; 0: only at the end
-    cfg.TEST.IMS_PER_BATCH = 256
 
-    cfg.SEED = 0
-    cfg.OUTPUT_DIR = "./output"
-    return cfg
+def classification_config() -> CfgNode:
+    """Every key of `tools/train_classification.py` with its default."""
+    return CfgNode(
+        {
+            "MODEL": copy.deepcopy(_MODEL),
+            "INPUT": copy.deepcopy(_INPUT),
+            "DATASETS": {
+                "NAME": "image_folder",  # how the images are stored, see image_data.load_image_data
+                "ROOT": "imagenet",  # folder, as it is or below $DETECTRON2_DATASETS
+            },
+            "DATALOADER": {
+                "NUM_WORKERS": 4,
+                # Above 0: every batch holds so many images of each class (Hajaj and Gillies 2018: 1), in each process.
+                "IMAGES_PER_CLASS": 0,
+            },
+            "SOLVER": copy.deepcopy(_SOLVER),
+            "TEST": {
+                "EVAL_PERIOD": 1,  # epochs; 0: only at the end
+                "IMS_PER_BATCH": 256,
+            },
+            "SEED": 0,
+            "OUTPUT_DIR": "./output",
+        }
+    )
+
+
+_RULES = {
+    **COMMON_RULES,
+    "DATALOADER.IMAGES_PER_CLASS": at_least(0),
+    "INPUT.CROP_PCT": Rule("above 0, and 1 or less", lambda given: 0 < given <= 1),
+    "INPUT.CUTMIX": at_least(0),
+    "INPUT.FORMAT": one_of("RGB", "L"),
+    "INPUT.HFLIP": between(0, 1),
+    "INPUT.INTERPOLATION": one_of("bilinear", "bicubic", "nearest"),
+    "INPUT.MIXUP": at_least(0),
+    "INPUT.PADDING": at_least(0),
+    "INPUT.SCALE": Rule(
+        "two shares of the image's area, the smaller first", lambda given: len(given) == 2 and 0 < given[0] <= given[1]
+    ),
+    "INPUT.SIZE": at_least(1),
+    "INPUT.TRAIN_CROP": one_of("none", "padded", "random_resized"),
+    "MODEL.DROP_RATE": between(0, 1),
+    "MODEL.PIXEL_STD": each(above(0)),
+    "SEED": Rule("0 or more, and below 2**63", lambda given: 0 <= given < 2**63),
+    "SOLVER.BASE_LR": above(0),
+    "SOLVER.CHECKPOINT_PERIOD": at_least(0),
+    "SOLVER.LABEL_SMOOTHING": between(0, 1),
+    "SOLVER.LR_SCHEDULER_NAME": one_of("constant", "cosine", "multistep", "poly", "tanh"),
+    "SOLVER.MAX_EPOCH": at_least(1),
+    "SOLVER.MAX_ITER": at_least(0),
+    "SOLVER.WEIGHT_DECAY": at_least(0),
+    "TEST.IMS_PER_BATCH": at_least(1),
+}
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Refuse values that would fail later, or do something else than they say."""
+    """Refuse values that would fail later, or do something else than they say.
 
-    def need(condition: bool, sentence: str) -> None:
-        if not condition:
-            raise ValueError(sentence)
-
-    solver, world_size = cfg.SOLVER, distributed.world_size()
-    for key, value, least in (
-        ("SOLVER.MAX_EPOCH", solver.MAX_EPOCH, 1),
-        ("SOLVER.MAX_ITER", solver.MAX_ITER, 0),
-        ("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, 1),
-        ("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, 0),
-        ("DATALOADER.IMAGES_PER_CLASS", cfg.DATALOADER.IMAGES_PER_CLASS, 0),
-        ("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, 1),
-        ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, 0),
-        ("INPUT.SIZE", cfg.INPUT.SIZE, 1),
-        ("INPUT.PADDING", cfg.INPUT.PADDING, 0),
-        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, 0),
-        ("SEED", cfg.SEED, 0),
-    ):
-        need(value >= least, f"{key} must be at least {least}, got {value}")
-    for key, value, low, high in (
-        ("MODEL.DROP_RATE", cfg.MODEL.DROP_RATE, 0, 1),
-        ("SOLVER.LABEL_SMOOTHING", solver.LABEL_SMOOTHING, 0, 1),
-        ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY, 0, math.inf),
-        ("SOLVER.SCALE_LR_DIVISOR", solver.SCALE_LR_DIVISOR, 0, math.inf),
-        ("INPUT.HFLIP", cfg.INPUT.HFLIP, 0, 1),
-        ("INPUT.NORM_GAMMA_INIT", cfg.INPUT.NORM_GAMMA_INIT, 0, 1),
-        ("INPUT.MIXUP", cfg.INPUT.MIXUP, 0, math.inf),
-        ("INPUT.CUTMIX", cfg.INPUT.CUTMIX, 0, math.inf),
-    ):
-        need(low <= value <= high, f"{key} must lie between {low} and {high}, got {value}")
-    need(
-        not (cfg.MODEL.REVISED_INIT and cfg.MODEL.PRETRAINED),
-        "MODEL.REVISED_INIT would replace the weights that MODEL.PRETRAINED loads",
-    )
-    need(
-        solver.FILTER_BIAS_AND_BN or not solver.SCALE_LR_DIVISOR,
-        "SOLVER.SCALE_LR_DIVISOR sets the decay of norms and biases to 0: it wants FILTER_BIAS_AND_BN True",
-    )
-    need(solver.BASE_LR > 0, f"SOLVER.BASE_LR must be above 0, got {solver.BASE_LR}")
-    scale = cfg.INPUT.SCALE
-    need(
-        len(scale) == 2 and 0 < scale[0] <= scale[1],
-        f"INPUT.SCALE takes two shares of the image's area, the smaller first, got {scale}",
-    )
-    if cfg.MODEL.NORM:
-        try:
-            parse_spec(cfg.MODEL.NORM)
-        except ValueError as error:
-            raise ValueError(f"MODEL.NORM: {error}") from None
-    need(
-        solver.IMS_PER_BATCH % world_size == 0,
-        f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of the number of processes, {world_size}",
-    )
-    need(
-        0 <= solver.WARMUP_EPOCHS < solver.MAX_EPOCH,
-        f"SOLVER.WARMUP_EPOCHS must be from 0 to less than MAX_EPOCH {solver.MAX_EPOCH}, got {solver.WARMUP_EPOCHS}",
-    )
-    need(min(cfg.MODEL.PIXEL_STD) > 0, f"MODEL.PIXEL_STD must be positive, got {cfg.MODEL.PIXEL_STD}")
-    need(0 < cfg.INPUT.CROP_PCT <= 1, f"INPUT.CROP_PCT must be in (0, 1], got {cfg.INPUT.CROP_PCT}")
-    need(
-        not (cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX) or solver.IMS_PER_BATCH // world_size % 2 == 0,
-        f"INPUT.MIXUP and CUTMIX need an even batch in each process, got {solver.IMS_PER_BATCH // world_size}",
-    )
-    for key, value, accepted in (
-        ("INPUT.TRAIN_CROP", cfg.INPUT.TRAIN_CROP, TRAIN_CROPS),
-        ("INPUT.INTERPOLATION", cfg.INPUT.INTERPOLATION, ("bilinear", "bicubic", "nearest")),
-        ("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, SCHEDULERS),
-        ("SOLVER.OPTIMIZER", solver.OPTIMIZER, list_optimizers()),
-    ):
-        need(value in accepted, f"{key} {value!r} is not known; accepted are {', '.join(accepted)}")
+    Raises:
+        ValueError: the first of them, in one sentence.
+    """
+    check_values(cfg, _RULES)
+    check_values(cfg, _dependent_rules(cfg))
+    check_norms({"MODEL.NORM": cfg.MODEL.NORM})
     build_train_transform(cfg, prefetch=False)
+
+
+def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
+    """Rules that follow from other values of the config."""
+    epochs = cfg.SOLVER.MAX_EPOCH
+    rules = {
+        "SOLVER.OPTIMIZER": one_of(*list_optimizers()),
+        "SOLVER.WARMUP_EPOCHS": Rule(f"from 0 to less than MAX_EPOCH, {epochs}", lambda given: 0 <= given < epochs),
+    }
+    if cfg.MODEL.REVISED_INIT:
+        rules["MODEL.PRETRAINED"] = exactly(False, "with REVISED_INIT, which would replace the weights")
+    if cfg.SOLVER.SCALE_LR_DIVISOR:
+        reason = "with SCALE_LR_DIVISOR, which sets the decay of norms and biases to 0"
+        rules["SOLVER.FILTER_BIAS_AND_BN"] = exactly(True, reason)
+    if cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX:
+        processes = distributed.world_size()
+        what = f"an even number for each process ({processes}) with INPUT.MIXUP or CUTMIX"
+        rules["SOLVER.IMS_PER_BATCH"] = Rule(what, lambda given: given // processes % 2 == 0)
+    return rules

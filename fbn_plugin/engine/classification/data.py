@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, RandomCrop, Resize
 
-from fbn_plugin.engine.data.sampling import BalancedSampler, InfiniteSampler, SeededDataset
+from fbn_plugin.engine.data.loaders import training_loader
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.rules import refusal
 
 __all__ = ["build_train_loader", "build_train_transform", "build_val_loader", "pixel_statistics"]
 
@@ -22,12 +23,10 @@ __all__ = ["build_train_loader", "build_train_transform", "build_val_loader", "p
 def pixel_statistics(cfg: CfgNode) -> dict[str, tuple[float, ...]]:
     """Mean and standard deviation of the channels in timm's scale, 0..1: 0 and 1 for an input norm."""
     mean, std = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
-    channels = len(cfg.INPUT.FORMAT) if cfg.INPUT.FORMAT in ("RGB", "L") else None
-    if len(mean) != channels or len(std) != channels:
-        raise ValueError(
-            f"MODEL.PIXEL_MEAN {mean} and PIXEL_STD {std} need one value for each channel of INPUT.FORMAT "
-            f"{cfg.INPUT.FORMAT!r}, which is 'RGB' or 'L'"
-        )
+    channels = len(cfg.INPUT.FORMAT)
+    for key, values in (("MODEL.PIXEL_MEAN", mean), ("MODEL.PIXEL_STD", std)):
+        if len(values) != channels:
+            raise refusal(key, f"one value for each channel of INPUT.FORMAT {cfg.INPUT.FORMAT!r}", values)
     if cfg.INPUT.NORM_GAMMA_INIT:
         return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
     return {"mean": tuple(x / 255 for x in mean), "std": tuple(x / 255 for x in std)}
@@ -55,7 +54,7 @@ def build_train_transform(cfg: CfgNode, prefetch: bool) -> Callable:
             **pixel_statistics(cfg),
         )
     except AssertionError:
-        raise ValueError(f"INPUT.AUTO_AUGMENT {cfg.INPUT.AUTO_AUGMENT!r} is not a policy that timm knows") from None
+        raise refusal("INPUT.AUTO_AUGMENT", "a policy that timm knows", cfg.INPUT.AUTO_AUGMENT) from None
     if crop == "padded":  # timm has no crop of a padded image; it stands where timm has its random resized crop
         resize = Resize(size, str_to_interp_mode(cfg.INPUT.INTERPOLATION))
         transform.transforms[0] = Compose([resize, RandomCrop(size, cfg.INPUT.PADDING)])
@@ -73,16 +72,12 @@ def build_train_loader(
     """
     prefetch = device.type == "cuda"
     dataset.transform = build_train_transform(cfg, prefetch)
-    rank, world_size = distributed.rank(), distributed.world_size()
-    batch_size = cfg.SOLVER.IMS_PER_BATCH // world_size
-    if cfg.DATALOADER.IMAGES_PER_CLASS:
-        sampler = BalancedSampler(dataset, cfg.DATALOADER.IMAGES_PER_CLASS, cfg.SEED, rank, world_size, start)
-    else:
-        sampler = InfiniteSampler(len(dataset), cfg.SEED, rank, world_size, start * batch_size)
-    loader = DataLoader(
-        SeededDataset(dataset, cfg.SEED),
-        batch_size,
-        sampler=sampler,
+    loader = training_loader(
+        dataset,
+        cfg.SEED,
+        cfg.SOLVER.IMS_PER_BATCH // distributed.world_size(),
+        start,
+        images_per_class=cfg.DATALOADER.IMAGES_PER_CLASS,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=fast_collate if prefetch else None,
         pin_memory=prefetch,

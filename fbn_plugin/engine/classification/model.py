@@ -1,15 +1,22 @@
-"""timm's models with another norm in the place of their batch normalization."""
+"""timm's models with another norm in the place of their batch normalization, and timm's optimizers and schedules for
+a config."""
 
 import difflib
 
 import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin import apply_gamma_init, convert_norm
+from fbn_plugin import apply_gamma_init, convert_norm, prepend_input_norm, revised_init
+from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.frameworks import timm_models
+from fbn_plugin.frameworks.timm import param_groups
 
-__all__ = ["create_model"]
+__all__ = ["build_model", "build_optimizer", "build_scheduler", "create_model"]
 
 
 def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
@@ -42,3 +49,54 @@ def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
     if left := [type(module).__name__ for module in model.modules() if module in old]:
         raise ValueError(f"{len(left)} norms of {name} cannot be replaced by {norm}, the first is a {left[0]}")
     return model if kwargs.get("pretrained") else apply_gamma_init(model)
+
+
+def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
+    """The model that a config describes, on the CPU; errors as :func:`create_model`."""
+    model = create_model(
+        cfg.MODEL.NAME,
+        cfg.MODEL.NORM,
+        num_classes=num_classes,
+        in_chans=len(cfg.INPUT.FORMAT),
+        pretrained=cfg.MODEL.PRETRAINED,
+        drop_rate=cfg.MODEL.DROP_RATE,
+    )
+    if cfg.MODEL.REVISED_INIT:
+        revised_init(model)
+    if cfg.INPUT.NORM_GAMMA_INIT:
+        prepend_input_norm(model, cfg.INPUT.NORM_GAMMA_INIT)
+    return model
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer over its own parameter groups, or with SCALE_LR_DIVISOR over those of ``param_groups``."""
+    solver = cfg.SOLVER
+    parameters = model
+    if solver.SCALE_LR_DIVISOR:
+        parameters = param_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
+    return create_optimizer_v2(
+        parameters,
+        solver.OPTIMIZER,
+        lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        momentum=solver.MOMENTUM,
+        filter_bias_and_bn=solver.FILTER_BIAS_AND_BN,
+    )
+
+
+def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer, iters_per_epoch: int) -> Scheduler:
+    """timm's schedule over SOLVER.MAX_EPOCH, one step an iteration."""
+    solver = cfg.SOLVER
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        solver.LR_SCHEDULER_NAME,
+        num_epochs=solver.MAX_EPOCH,
+        decay_milestones=solver.STEPS,
+        decay_rate=solver.GAMMA,
+        min_lr=solver.MIN_LR,
+        warmup_epochs=solver.WARMUP_EPOCHS,
+        warmup_lr=solver.WARMUP_FACTOR * solver.BASE_LR,
+        step_on_epochs=False,
+        updates_per_epoch=iters_per_epoch,
+    )
+    return scheduler

@@ -6,36 +6,32 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-import platform
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import timm
 import torch
-from fvcore.common.config import CfgNode
 from timm.data import Mixup
 from timm.data.loader import PrefetchLoader
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from fbn_plugin import prepend_input_norm, revised_init
 from fbn_plugin.engine.classification.config import MAY_CHANGE, check_config, classification_config
 from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
-from fbn_plugin.engine.classification.model import create_model
-from fbn_plugin.engine.data.image_data import load_image_data
+from fbn_plugin.engine.classification.model import build_model, build_optimizer, build_scheduler
+from fbn_plugin.engine.data.image_data import ImageData, load_image_data
 from fbn_plugin.engine.data.sampling import BalancedSampler
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write
-from fbn_plugin.engine.run.config import check_resume, save_config
+from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
-from fbn_plugin.frameworks.timm import param_groups
+from fbn_plugin.engine.run.output_dir import make_output_dir
+from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
+from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
+from fbn_plugin.engine.run.schedule import is_evaluated_after
+from fbn_plugin.engine.run.seeding import seed_iteration
 
 __all__ = ["ClassificationTrainer", "evaluate"]
 
@@ -81,101 +77,52 @@ class ClassificationTrainer:
         resume: continue from the last checkpoint in OUTPUT_DIR, if there is one, with the settings it began with;
             only the device, the rates, the number of iterations or workers, and when to save and evaluate may change.
         eval_only: only evaluate: MODEL.WEIGHTS, which must fit the whole model, or with `resume` the last checkpoint.
+        log_period: iterations between two lines of `metrics.json`.
 
     Raises:
         ValueError, OSError: bad values in the config, missing or damaged files.
     """
 
-    def __init__(self, cfg: CfgNode, resume: bool = False, eval_only: bool = False):
+    def __init__(self, cfg: CfgNode, resume: bool = False, eval_only: bool = False, log_period: int = 20):
         self.cfg, solver = cfg, cfg.SOLVER
+        self.log_period = log_period
         self.device = distributed.init(cfg.MODEL.DEVICE)
         check_config(cfg)
-        if self.device.type == "cpu" and cfg.MODEL.NORM.startswith("SyncBN"):
-            raise ValueError(
-                "SyncBN runs on GPUs only; use BN or, over several processes, SyncFBN(t_sigma=inf) on the CPU"
-            )
-        previous = os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-        if eval_only and not (cfg.MODEL.WEIGHTS or cfg.MODEL.PRETRAINED or (resume and previous)):
-            raise ValueError(
-                "nothing to evaluate: set MODEL.WEIGHTS, MODEL.PRETRAINED, or --resume with a checkpoint in OUTPUT_DIR"
-            )
-        if os.path.exists(cfg.OUTPUT_DIR) and not os.path.isdir(cfg.OUTPUT_DIR):
-            raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} is a file, not a folder")
-        if previous and not (resume or eval_only):
-            raise ValueError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds a run; add --resume to continue it, or choose another")
-        if previous and resume and not eval_only:
-            check_resume(cfg, classification_config(), MAY_CHANGE)
+        continues = check_run(
+            *(cfg, {"MODEL.NORM": cfg.MODEL.NORM}, self.device, distributed.world_size(), resume, eval_only),
+            lambda: saved_config(cfg.OUTPUT_DIR, classification_config()),
+            MAY_CHANGE,
+        )
         self.data = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
-        if not eval_only and len(self.data.train) < solver.IMS_PER_BATCH:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is more than the {len(self.data.train)} training images"
-            )
-        per_class, world_size = cfg.DATALOADER.IMAGES_PER_CLASS, distributed.world_size()
-        if per_class and not eval_only:
-            balanced = BalancedSampler(self.data.train, per_class, cfg.SEED).batch_size
-            if balanced * world_size != solver.IMS_PER_BATCH:
-                raise ValueError(
-                    f"DATALOADER.IMAGES_PER_CLASS {per_class} of {len(self.data.classes)} classes in {world_size} "
-                    f"processes need SOLVER.IMS_PER_BATCH {balanced * world_size}, got {solver.IMS_PER_BATCH}"
-                )
+        if not eval_only:
+            _check_batch(cfg, self.data)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
         torch.manual_seed(cfg.SEED)
-        self.model = create_model(
-            cfg.MODEL.NAME,
-            cfg.MODEL.NORM,
-            num_classes=len(self.data.classes),
-            in_chans=len(cfg.INPUT.FORMAT),
-            pretrained=cfg.MODEL.PRETRAINED,
-            drop_rate=cfg.MODEL.DROP_RATE,
-        )
-        if cfg.MODEL.REVISED_INIT:
-            revised_init(self.model)
-        if cfg.INPUT.NORM_GAMMA_INIT:
-            prepend_input_norm(self.model, cfg.INPUT.NORM_GAMMA_INIT)
-        self.model.to(self.device)
-        parameters = self.model
-        if solver.SCALE_LR_DIVISOR:
-            parameters = param_groups(self.model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
-        self.optimizer = create_optimizer_v2(
-            parameters,
-            solver.OPTIMIZER,
-            lr=solver.BASE_LR,
-            weight_decay=solver.WEIGHT_DECAY,
-            momentum=solver.MOMENTUM,
-            filter_bias_and_bn=solver.FILTER_BIAS_AND_BN,
-        )
-        self.scheduler, _ = create_scheduler_v2(
-            self.optimizer,
-            solver.LR_SCHEDULER_NAME,
-            num_epochs=solver.MAX_EPOCH,
-            decay_milestones=solver.STEPS,
-            decay_rate=solver.GAMMA,
-            min_lr=solver.MIN_LR,
-            warmup_epochs=solver.WARMUP_EPOCHS,
-            warmup_lr=solver.WARMUP_FACTOR * solver.BASE_LR,
-            step_on_epochs=False,
-            updates_per_epoch=self.iters_per_epoch,
-        )
+        self.model = build_model(cfg, len(self.data.classes)).to(self.device)
+        self.optimizer = build_optimizer(cfg, self.model)
+        self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
         self.scaler = torch.amp.GradScaler(enabled=solver.AMP.ENABLED and self.device.type == "cuda")
         self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, optimizer=self.optimizer, scaler=self.scaler)
         self.start_iter = 0
-        if resume and previous:
-            last = self.checkpointer.get_checkpoint_file()
-            state = self.checkpointer.load(last)
-            if "iteration" not in state:
-                raise ValueError(f"checkpoint {last} is not of a run of this tool: it has no iteration")
-            self.start_iter = state["iteration"] + 1
-            if self.start_iter > self.max_iter and not eval_only:
-                key = "MAX_ITER" if self.max_iter == solver.MAX_ITER else "MAX_EPOCH"
-                raise ValueError(
-                    f"SOLVER.{key} {solver[key]} ends the training after {self.max_iter} iterations, but the run that "
-                    f"OUTPUT_DIR {cfg.OUTPUT_DIR} holds has {self.start_iter}"
-                )
+        if continues:
+            self._continue(eval_only)
         else:
             self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
+
+    def _continue(self, eval_only: bool) -> None:
+        """Load the last checkpoint."""
+        last = self.checkpointer.get_checkpoint_file()
+        state = self.checkpointer.load(last)
+        check_state(last, state)
+        self.start_iter = state["iteration"] + 1
+        if not eval_only:
+            solver = self.cfg.SOLVER
+            key = "MAX_ITER" if self.max_iter == solver.MAX_ITER else "MAX_EPOCH"
+            end = f"SOLVER.{key}", solver[key], self.max_iter
+            check_enough_iterations(*end, self.start_iter, self.cfg.OUTPUT_DIR)
 
     def evaluate(self) -> dict[str, float]:
         """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set."""
@@ -194,77 +141,39 @@ class ClassificationTrainer:
     def train(self) -> dict[str, float]:
         """Train from the start, or from where the checkpoint left off, to the end; return the final evaluation.
 
-        Writes config.yaml, log.txt, metrics.json, TensorBoard files, checkpoints and results.json to OUTPUT_DIR.
-        On the CPU a run that is interrupted and resumed ends with the same bits as one that is not; on a GPU some
-        backward passes add in no fixed order.
+        Writes config.yaml, log.txt, metrics.json, TensorBoard files, checkpoints, run_info.json and results.json to
+        OUTPUT_DIR. On the CPU a run that is interrupted and resumed ends with the same bits as one that is not; on a
+        GPU some backward passes add in no fixed order.
 
         Raises:
             FloatingPointError: the loss is not finite.
             UserError: an image cannot be decoded.
         """
-        cfg, solver, data = self.cfg, self.cfg.SOLVER, self.data
-        if distributed.is_main():
-            os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-            save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
-        distributed.barrier()
-        setup_logging(cfg.OUTPUT_DIR)
-        logger.info(
-            f"{data.title}: {len(data.train)} training images, {len(data.val)} validation images, "
-            f"{len(data.classes)} classes; {self.iters_per_epoch} iterations an epoch"
-        )
+        cfg, data = self.cfg, self.data
+        self._open_output_dir()
         saver = PeriodicCheckpointer(
             self.checkpointer,
-            solver.CHECKPOINT_PERIOD or self.iters_per_epoch,
+            cfg.SOLVER.CHECKPOINT_PERIOD or self.iters_per_epoch,
             self.max_iter,
             max_to_keep=2 if distributed.is_main() else None,  # only one process may delete the older ones
         )
-        model: nn.Module = self.model.train()
-        if distributed.world_size() > 1:
-            model = DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
-        mixup = None
-        if cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX:
-            mixup = Mixup(
-                cfg.INPUT.MIXUP,
-                cfg.INPUT.CUTMIX,
-                label_smoothing=solver.LABEL_SMOOTHING,
-                num_classes=len(data.classes),
-            )
-        criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else solver.LABEL_SMOOTHING)
-        amp_dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
+        model = distributed.data_parallel(self.model.train(), self.device)
+        mixup = _build_mixup(cfg, len(data.classes))
         batches = build_train_loader(cfg, data.train, self.device, self.start_iter)
+        period = cfg.TEST.EVAL_PERIOD * self.iters_per_epoch
         result = None
-        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter) as log:
+        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, self.log_period) as log:
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
                 timer()
                 images, targets = (tensor.to(self.device) for tensor in next(batches))
                 data_time = timer()
-                _seed(cfg.SEED, iteration)
-                if mixup:
-                    images, targets = mixup(images, targets)
-                self.scheduler.step_update(iteration)
-                with torch.autocast(self.device.type, amp_dtype, enabled=solver.AMP.ENABLED):
-                    loss = criterion(model(images), targets)
-                self.optimizer.zero_grad()
-                self.scaler.scale(loss).backward()
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-
-                losses = distributed.reduce_mean({"total_loss": loss.item()}, self.device)
-                if not math.isfinite(losses["total_loss"]):
-                    raise FloatingPointError(
-                        f"the loss is {losses['total_loss']} at iteration {iteration}; lower SOLVER.BASE_LR"
-                    )
+                seed_iteration(cfg.SEED, iteration)
+                losses = self._step(model, iteration, *(mixup(images, targets) if mixup else (images, targets)))
                 lr = self.optimizer.param_groups[0]["lr"]
                 log.step(iteration, **losses, lr=lr, time=data_time + timer(), data_time=data_time)
-
-                epoch, rest = divmod(iteration + 1, self.iters_per_epoch)
-                due = rest == 0 and cfg.TEST.EVAL_PERIOD and epoch % cfg.TEST.EVAL_PERIOD == 0
-                if due or iteration + 1 == self.max_iter:
-                    result = self.evaluate()
-                    values = {f"val/{name}": value for name, value in result.items()}
-                    log.write(iteration, {"epoch": (iteration + 1) / self.iters_per_epoch, **values})
-                    logger.info("epoch %.4g: %s", (iteration + 1) / self.iters_per_epoch, self.describe(result))
+                if is_evaluated_after(iteration + 1, self.max_iter, period):
+                    result = self._evaluate_and_log(log, iteration)
                 saver.step(iteration)  # after the evaluation, so that a resumed run has not missed it
         if result is None:  # there was nothing left to train
             result = self.evaluate()
@@ -273,9 +182,52 @@ class ClassificationTrainer:
             atomic_write(os.path.join(cfg.OUTPUT_DIR, "results.json"), record.encode())
         return result
 
+    def _open_output_dir(self) -> None:
+        """Make OUTPUT_DIR, and write there what is known before training."""
+        cfg, data = self.cfg, self.data
+        if distributed.is_main():
+            make_output_dir(cfg.OUTPUT_DIR)
+            save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
+            write_run_info(
+                cfg.OUTPUT_DIR,
+                "classification",
+                self.device,
+                distributed.world_size(),
+                cfg.SOLVER.IMS_PER_BATCH,
+                {data.title: len(data.train)},
+                {data.title: len(data.val)},
+            )
+        distributed.barrier()
+        setup_logging(cfg.OUTPUT_DIR)
+        logger.info(
+            f"{data.title}: {len(data.train)} training images, {len(data.val)} validation images, "
+            f"{len(data.classes)} classes; {self.iters_per_epoch} iterations an epoch"
+        )
+
+    def _step(self, model: nn.Module, iteration: int, images: Tensor, targets: Tensor) -> dict[str, float]:
+        """One update of the weights; the loss, as the mean over processes."""
+        self.scheduler.step_update(iteration)
+        amp_dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
+        smoothing = 0.0 if targets.is_floating_point() else self.cfg.SOLVER.LABEL_SMOOTHING  # mixup has smoothed them
+        with torch.autocast(self.device.type, amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
+            loss = nn.functional.cross_entropy(model(images), targets, label_smoothing=smoothing)
+        losses = distributed.reduce_mean({"total_loss": loss.item()}, self.device)
+        check_finite(losses, iteration)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return losses
+
+    def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
+        result = self.evaluate()
+        epoch = (iteration + 1) / self.iters_per_epoch
+        log.write(iteration, {"epoch": epoch, **{f"val/{name}": value for name, value in result.items()}})
+        logger.info("epoch %.4g: %s", epoch, self.describe(result))
+        return result
+
     def _provenance(self) -> dict[str, Any]:
-        cfg, cuda = self.cfg, self.device.type == "cuda"
-        device = torch.cuda.get_device_name(self.device) if cuda else f"{platform.machine()} CPU"
+        cfg = self.cfg
         return {
             "dataset": self.data.title,
             "train_images": len(self.data.train),
@@ -286,14 +238,26 @@ class ClassificationTrainer:
             "iterations": self.max_iter,
             "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
             "seed": cfg.SEED,
-            "hardware": f"{distributed.world_size()} x {device}"
-            + (f", {torch.get_num_threads()} threads" * (not cuda)),
-            "versions": {"torch": torch.__version__, "timm": timm.__version__},
+            "hardware": f"{distributed.world_size()} x {hardware(self.device)}",
+            "versions": package_versions(),
         }
 
 
-def _seed(seed: int, iteration: int) -> None:
-    """Seed what training draws (dropout, mixup) for one iteration, so that no state has to outlive an interruption."""
-    for_torch, for_numpy = np.random.SeedSequence([seed, iteration, distributed.rank()]).generate_state(2)
-    torch.manual_seed(int(for_torch))
-    np.random.seed(for_numpy)
+def _check_batch(cfg: CfgNode, data: ImageData) -> None:
+    """Refuse a batch that the training images cannot fill, or not in equal shares of the classes."""
+    images, per_class, processes = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.IMAGES_PER_CLASS, distributed.world_size()
+    if len(data.train) < images:
+        raise refusal("SOLVER.IMS_PER_BATCH", f"{len(data.train)}, the number of training images, or less", images)
+    if per_class:
+        balanced = BalancedSampler(data.train, per_class, cfg.SEED).batch_size * processes
+        if balanced != images:
+            share = f"DATALOADER.IMAGES_PER_CLASS {per_class} of {len(data.classes)} classes"
+            raise refusal("SOLVER.IMS_PER_BATCH", f"{balanced}, {share} in {processes} process(es)", images)
+
+
+def _build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:
+    """timm's mixup and CutMix, which smooth the labels too, or None where neither is on."""
+    if not (cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX):
+        return None
+    smoothing = cfg.SOLVER.LABEL_SMOOTHING
+    return Mixup(cfg.INPUT.MIXUP, cfg.INPUT.CUTMIX, label_smoothing=smoothing, num_classes=num_classes)

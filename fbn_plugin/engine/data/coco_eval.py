@@ -12,11 +12,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
+from fbn_plugin.engine.run.evaluation_names import METRICS
 
 __all__ = ["coco_results", "evaluate_coco", "metric_names"]
 
-# Name: (IoU threshold or None for all of 0.5:0.95, index of the area range in COCOeval: all, small, medium, large).
-_METRICS = {"AP": (None, 0), "AP50": (0.5, 0), "AP75": (0.75, 0), "APs": (None, 1), "APm": (None, 2), "APl": (None, 3)}
+# (IoU threshold or None for all of 0.5:0.95, index of the area range in COCOeval: all, small, medium, large).
+_METRICS = dict(zip(METRICS, ((None, 0), (0.5, 0), (0.75, 0), (None, 1), (None, 2), (None, 3))))
 
 
 def coco_results(data: CocoDataset, image_id: int, output: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 
 from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.rules import refusal
 
 CIFAR10_JPEG_FILE = "cifar10_jpeg.npz"
 
@@ -248,8 +249,7 @@ def load_image_data(name: str, root: str = "", mode: str = "RGB") -> ImageData:
         ValueError: unknown name or mode, damaged files, or validation classes that the training set lacks.
         FileNotFoundError: files are missing.
     """
-    if name not in IMAGE_DATA:
-        raise ValueError(f"DATASETS.NAME '{name}' is not known; accepted are {', '.join(IMAGE_DATA)}")
-    if mode not in ("RGB", "L"):
-        raise ValueError(f"INPUT.FORMAT '{mode}' is not known; accepted are RGB and L")
+    for key, value, known in (("DATASETS.NAME", name, IMAGE_DATA), ("INPUT.FORMAT", mode, ("RGB", "L"))):
+        if value not in known:
+            raise refusal(key, f"one of {', '.join(map(repr, known))}", value)
     return IMAGE_DATA[name](root, mode)

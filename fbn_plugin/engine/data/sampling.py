@@ -4,19 +4,17 @@ Nothing depends on worker processes or on how often a run was interrupted: a res
 augmented the same way, as one that was never stopped.
 """
 
-import contextlib
 import itertools
-import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset, Sampler
 
+from fbn_plugin.engine.run.seeding import seeded_rng
 from fbn_plugin.training.balanced_batches import BalancedBatchSampler
 
-__all__ = ["BalancedSampler", "GroupedBatchSampler", "InfiniteSampler", "SeededDataset", "seeded_rng"]
+__all__ = ["BalancedSampler", "GroupedBatchSampler", "InfiniteSampler", "SeededDataset"]
 
 
 class InfiniteSampler(Sampler):
@@ -118,22 +116,6 @@ class GroupedBatchSampler(Sampler):
             if len(batch) == self.batch_size:
                 yield batch.copy()
                 batch.clear()
-
-
-@contextlib.contextmanager
-def seeded_rng(*entropy: int) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and PyTorch (CPU) for the length of a block, then put them back."""
-    python_seed, numpy_seed, torch_seed = (int(x) for x in np.random.SeedSequence(entropy).generate_state(3))
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(python_seed)
-    np.random.seed(numpy_seed)
-    torch.default_generator.manual_seed(torch_seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 class SeededDataset(Dataset):

@@ -2,15 +2,13 @@
 reported on in a few lines."""
 
 import logging
-import os
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from fbn_plugin.engine.run import distributed
-from fbn_plugin.engine.run.checkpoint import atomic_write, load_file
+from fbn_plugin.engine.run.checkpoint import AtomicSaving, load_file
 from fbn_plugin.engine.run.weights import loading_report, refuse_foreign, refuse_misfit
 
 __all__ = ["AtomicCheckpointer", "LossNormalizer"]
@@ -38,45 +36,16 @@ class LossNormalizer:
             self.model.loss_normalizer = values[distributed.rank()] if same else sum(values) / len(values)
 
 
-class AtomicCheckpointer(DetectionCheckpointer):
+class AtomicCheckpointer(AtomicSaving, DetectionCheckpointer):
     """detectron2's checkpointer, whose files are whole or not there when a run is interrupted.
 
-    ``save`` is called by every process, gathers what is theirs, and rank 0 writes.
+    Weights to start from may be of another model in part, but must have something of this one.
     """
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        if not self.save_dir:
-            return
-        data = {"model": self.model.state_dict()}
-        data.update({key: each.state_dict() for key, each in self.checkpointables.items()}, **kwargs)
-        if self.save_to_disk:
-            path = os.path.join(self.save_dir, f"{name}.pth")
-            self.logger.info(f"Saving checkpoint to {path}")
-            atomic_write(path, write=lambda file: torch.save(data, file))
-            self.tag_last_checkpoint(os.path.basename(path))
-        distributed.barrier()
-
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        atomic_write(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename.encode())
-
     def load(self, path: str, checkpointables: list[str] | None = None, strict: bool | None = None) -> dict[str, Any]:
-        """Load a file, or nothing for an empty path; see detectron2.
-
-        Args:
-            path: file or address.
-            checkpointables: names of what to load besides the model; None is all, to resume.
-            strict: refuse weights that are not of this very model, not only those that have nothing of it; by default
-                when resuming.
-
-        Raises:
-            FileNotFoundError, ValueError: one sentence.
-        """
-        if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
-            raise FileNotFoundError(f"checkpoint {path} is not there")
-        self._path = path
-        self._strict = checkpointables is None if strict is None else strict
+        """See :meth:`AtomicSaving.load`."""
         try:
-            return super().load(path, checkpointables)
+            return super().load(path, checkpointables, strict)
         except (FileNotFoundError, ValueError):
             raise
         except Exception as error:  # unpickling what is no checkpoint may raise anything

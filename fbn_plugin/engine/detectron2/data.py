@@ -7,7 +7,6 @@ import json
 import os
 from collections import defaultdict
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
@@ -19,9 +18,12 @@ from pycocotools import mask as mask_utils
 from torch.utils.data import DataLoader
 
 from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
-from fbn_plugin.engine.data.sampling import GroupedBatchSampler, InfiniteSampler, SeededDataset
+from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
+from fbn_plugin.engine.data.loaders import training_loader
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
+from fbn_plugin.engine.run.rules import refusal
 
 __all__ = [
     "NamingMapper",
@@ -51,11 +53,8 @@ _EVALUATED = {
 }
 _BY_AP = ("coco", "COCO's box, mask and keypoint AP")
 
-_METRICS = {
-    "bbox": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    "segm": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
-    "keypoints": ("AP", "AP50", "AP75", "APm", "APl"),
-}
+# COCO has no small people with keypoints.
+_METRICS = {"bbox": METRICS, "segm": METRICS, "keypoints": tuple(name for name in METRICS if name != "APs")}
 
 folders: dict[str, CocoDataset] = {}
 
@@ -67,17 +66,14 @@ def register_datasets(cfg: CfgNode, evaluate_only: bool) -> None:
         ValueError, OSError: there is no such dataset, its files are missing or wrong, or it does not fit the model.
     """
     needed = ["TEST"] if evaluate_only else ["TRAIN", "TEST"]
-    if not cfg.DATASETS[needed[0]]:
-        raise ValueError(f"DATASETS.{needed[0]} is empty")
+    check_named_sets(cfg, evaluate_only)
     names = list(dict.fromkeys(name for key in needed for name in cfg.DATASETS[key]))
     for name in names:
         if name not in DatasetCatalog:
             _register_folder(name, cfg)
         _check_dataset(name, cfg)
-    named = [name for name in names if MetadataCatalog.get(name).get("thing_classes") is not None]
-    for name in named[1:]:
-        if MetadataCatalog.get(name).thing_classes != MetadataCatalog.get(named[0]).thing_classes:
-            raise ValueError(f"datasets {named[0]!r} and {name!r} have different classes")
+    classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
+    check_same_classes({name: known for name, known in classes.items() if known is not None})
 
 
 def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
@@ -136,33 +132,26 @@ def _check_dataset(name: str, cfg: CfgNode) -> None:
             raise FileNotFoundError(f"dataset {name!r} wants {path}, which is not there; set DETECTRON2_DATASETS")
     group = _NUM_CLASSES.get(architecture)
     if group:
-        _check_classes(name, f"MODEL.{group}", cfg.MODEL[group].NUM_CLASSES, metadata.get("thing_classes"))
+        classes = metadata.get("thing_classes")
+        if classes:
+            check_number_of_classes(f"MODEL.{group}.NUM_CLASSES", cfg.MODEL[group].NUM_CLASSES, name, classes)
     if architecture in _EVALUATED:
         stuff = metadata.get("stuff_classes")
         if stuff is None:
             raise ValueError(f"MODEL.META_ARCHITECTURE {architecture}: dataset {name!r} has no semantic classes")
-        _check_classes(name, "MODEL.SEM_SEG_HEAD", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, stuff)
+        check_number_of_classes("MODEL.SEM_SEG_HEAD.NUM_CLASSES", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, name, stuff)
     if cfg.MODEL.KEYPOINT_ON:
         if name in folders:
             raise ValueError(f"dataset {name!r}: keypoints are read from detectron2's own datasets only")
         points, sigmas = metadata.get("keypoint_names"), cfg.TEST.KEYPOINT_OKS_SIGMAS
         if points is None:
             raise ValueError(f"MODEL.KEYPOINT_ON: dataset {name!r} has no keypoints")
-        if len(points) != cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS:
-            raise ValueError(
-                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS}, and dataset "
-                f"{name!r} has {len(points)}"
-            )
+        number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        if len(points) != number:
+            what = f"{len(points)}, the number of keypoints of dataset {name!r}"
+            raise refusal("MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", what, number)
         if len(sigmas) != len(points) and (sigmas or len(points) != 17):
-            raise ValueError(f"TEST.KEYPOINT_OKS_SIGMAS must be {len(points)} numbers, not {len(sigmas)}")
-
-
-def _check_classes(name: str, group: str, number: int, classes: list[str] | None) -> None:
-    if classes and len(classes) != number:
-        listed = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
-        raise ValueError(
-            f"{group}.NUM_CLASSES is {number}, and dataset {name!r} has {len(classes)} such classes: {listed}"
-        )
+            raise refusal("TEST.KEYPOINT_OKS_SIGMAS", f"a list of {len(points)}", sigmas)
 
 
 def records(data: CocoDataset, masks: bool) -> list[dict]:
@@ -220,7 +209,7 @@ def metric_names(cfg: CfgNode) -> list[str]:
     """What the run's evaluations give, such as ``"bbox/AP50"``; ``"sem_seg/..."`` stands for all of a group."""
     names = []
     for data in cfg.DATASETS.TEST:
-        prefix = f"{data}/" if len(cfg.DATASETS.TEST) > 1 else ""
+        prefix = metric_prefix(data, cfg.DATASETS.TEST)
         kind, classes = MetadataCatalog.get(data).evaluator_type, MetadataCatalog.get(data).get("thing_classes")
         if kind != "sem_seg":
             for task in tasks(cfg):
@@ -276,23 +265,13 @@ class TrainingData:
         self._images = MapDataset(DatasetFromList(data, copy=False), NamingMapper(cfg, is_train=True))
 
     def loader(self, seed: int, start: int = 0) -> DataLoader:
-        """Batches of this process, from batch ``start`` on, without end.
-
-        The same seed gives the same batches, whatever was drawn or loaded before and by whichever worker.
-        """
-        rank, world = distributed.rank(), distributed.world_size()
-        size = self.cfg.SOLVER.IMS_PER_BATCH // world
-        if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-            stream = InfiniteSampler(len(self._images), seed, rank, world)
-            how = {"batch_sampler": GroupedBatchSampler(stream, self._groups, size, skip=start)}
-        else:
-            stream = InfiniteSampler(len(self._images), seed, rank, world, start=start * size)
-            how = {"sampler": stream, "batch_size": size}
-        return DataLoader(
-            SeededDataset(self._images, seed),
+        """Batches of this process, from batch ``start`` on, without end, see ``training_loader``."""
+        return training_loader(
+            self._images,
+            seed,
+            self.cfg.SOLVER.IMS_PER_BATCH // distributed.world_size(),
+            start,
+            self._groups if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
-            # A generator of its own: the loader's draw would move the global one, and a resumed run would differ.
-            generator=torch.Generator(),
-            **how,
         )

@@ -4,9 +4,6 @@ Each of them asks the trainer what is due after an iteration, so that they agree
 generators that training draws from.
 """
 
-import json
-import logging
-import math
 import os
 
 import numpy as np
@@ -14,25 +11,22 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, JSONWriter, TensorboardXWriter
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin.engine.data.sampling import seeded_rng
 from fbn_plugin.engine.run import distributed
-from fbn_plugin.engine.run.checkpoint import atomic_write, load_file
-from fbn_plugin.engine.run.cli import UserError
-from fbn_plugin.engine.run.logging import read_metrics
-from fbn_plugin.training.population_statistics import forward_batch, update_population_stats
+from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint
+from fbn_plugin.engine.run.logging import forget_metrics
+from fbn_plugin.engine.run.population import refresh_population_stats
+from fbn_plugin.engine.run.schedule import recorded_evaluation
+from fbn_plugin.engine.run.seeding import seeded_rng
+from fbn_plugin.training.population_statistics import forward_batch
 
 __all__ = ["Evaluation", "MetricsWriter", "PopulationStatistics"]
-
-logger = logging.getLogger(__name__)
 
 
 class PopulationStatistics(HookBase):
     """Before each evaluation, and at the end: running statistics computed anew, the same in every process.
 
-    The batches are training batches, of a loader and an order of their own that follow from (seed, iteration). Frozen
-    norms keep their statistics; a model without batch norms in training is left as it is.
+    The batches are training batches, of a loader and an order of their own that follow from (seed, iteration).
 
     Args:
         num_iter: batches of each process.
@@ -51,23 +45,17 @@ class PopulationStatistics(HookBase):
             self._update(finished)
 
     def _update(self, finished: int) -> None:
-        model = self.trainer.bare_model
-        if not any(isinstance(m, _BatchNorm) and m.training and m.running_mean is not None for m in model.modules()):
-            logger.info("TEST.PRECISE_BN: the model has no running statistics to compute")
-            return
-        logger.info("Population statistics over %d batches", self.num_iter)
-        seed = int(np.random.SeedSequence([self.trainer.seed, finished]).generate_state(1)[0])
+        model, trainer = self.trainer.bare_model, self.trainer
+        seed = int(np.random.SeedSequence([trainer.seed, finished]).generate_state(1)[0])
         forward = _without_postprocessing if isinstance(model, GeneralizedRCNN) else forward_batch
-        try:
-            with EventStorage(), seeded_rng(seed):
-                update_population_stats(
-                    model,
-                    self.trainer.train_data.loader(seed),
-                    self.num_iter,
-                    forward=lambda model, batch: forward(model, batch, next(model.parameters()).device),
-                )
-        except ValueError as error:
-            raise UserError(f"population statistics after {finished} iterations: {error}") from None
+        with EventStorage(), seeded_rng(seed):
+            refresh_population_stats(
+                model,
+                lambda: trainer.train_data.loader(seed),
+                self.num_iter,
+                finished,
+                lambda model, batch: forward(model, batch, next(model.parameters()).device),
+            )
 
 
 def _without_postprocessing(model: GeneralizedRCNN, batch: list[dict], device: torch.device) -> None:
@@ -75,29 +63,20 @@ def _without_postprocessing(model: GeneralizedRCNN, batch: list[dict], device: t
 
 
 class Evaluation(HookBase):
-    """Evaluates when the trainer says so, and keeps the best model.
+    """Evaluates when the trainer says so, and keeps the best model, see ``BestCheckpoint``.
 
     After a resumption, an evaluation that the interruption prevented is made up for.
 
     Args:
         metric: what the best model is best in; "" keeps none.
-
-    ``model_best.pth`` holds the model with the metric that it was kept for. That file alone says what is to be beaten,
-    so it survives any interruption.
     """
 
     def __init__(self, metric: str = ""):
         self.metric = metric
-        self.best = -math.inf
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
-        folder = self.trainer.cfg.OUTPUT_DIR
-        self.path = os.path.join(folder, "model_best.pth")
-        if start and self.metric and distributed.is_main() and os.path.isfile(self.path):
-            best = load_file(self.path)
-            if best.get("metric") == self.metric:
-                self.best = best["value"]
+        self.best = BestCheckpoint(self.trainer.cfg.OUTPUT_DIR, self.metric, resume=start > 0)
         if _missed_evaluation(self.trainer):
             self._evaluate(start - 1)
 
@@ -110,43 +89,16 @@ class Evaluation(HookBase):
         distributed.broadcast_buffers(model)  # training keeps running statistics of its own in each process
         with seeded_rng(self.trainer.seed, iteration):
             metrics = self.trainer.metrics = self.trainer.evaluate(self.trainer.cfg, model)
+        self.best.update(model, iteration, metrics)
         if distributed.is_main():
-            self._keep_best(iteration, metrics)
             self.trainer.storage.put_scalars(cur_iter=iteration, smoothing_hint=False, **metrics)
         distributed.barrier()
-
-    def _keep_best(self, iteration: int, metrics: dict[str, float]) -> None:
-        if not self.metric:
-            return
-        if self.metric not in metrics:
-            raise UserError(
-                f"SOLVER.BEST_CHECKPOINT_METRIC is {self.metric!r}; this evaluation gives {', '.join(metrics)}"
-            )
-        value = metrics[self.metric]
-        if value > self.best:
-            self.best = value
-            content = {
-                "model": self.trainer.bare_model.state_dict(),
-                "iteration": iteration,
-                "metric": self.metric,
-                "value": value,
-            }
-            atomic_write(self.path, write=lambda file: torch.save(content, file))
-            logger.info("The best %s so far, %.3f: saved %s", self.metric, value, self.path)
 
 
 def _missed_evaluation(trainer) -> bool:
     """Whether a resumed run begins where an evaluation is due that ``metrics.json`` does not have."""
     start = trainer.start_iter
-    if not start or not trainer.is_evaluated_after(start):
-        return False
-    rows = read_metrics(os.path.join(trainer.cfg.OUTPUT_DIR, "metrics.json"))
-    done = any(row["iteration"] == start - 1 and _is_evaluation(row) for row in rows)
-    return not distributed.broadcast_object(done)
-
-
-def _is_evaluation(row: dict[str, float]) -> bool:
-    return any(name.rpartition("/")[2].startswith(("AP", "AR@", "mIoU", "PQ")) for name in row if "/" in name)
+    return trainer.is_evaluated_after(start) and not recorded_evaluation(trainer.cfg.OUTPUT_DIR, start)
 
 
 class MetricsWriter(HookBase):
@@ -163,8 +115,7 @@ class MetricsWriter(HookBase):
     def before_train(self) -> None:
         start, folder = self.trainer.start_iter, self.trainer.cfg.OUTPUT_DIR
         path = os.path.join(folder, "metrics.json")
-        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["iteration"] < start]
-        atomic_write(path, "".join(kept).encode())
+        forget_metrics(path, start)
         self.printer = CommonMetricPrinter(self.trainer.max_iter, window_size=self.period)
         self.writers = [
             JSONWriter(path, window_size=self.period),

@@ -7,6 +7,8 @@ from detectron2.solver import build as solver_build
 from torch import nn
 
 from fbn_plugin import apply_gamma_init, param_groups, prepend_input_norm
+from fbn_plugin.engine.run.detection_rules import divisor_rules
+from fbn_plugin.engine.run.rules import check_values
 
 __all__ = ["build_model", "build_optimizer"]
 
@@ -27,16 +29,13 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """detectron2's optimizer, with SOLVER.SCALE_LR_DIVISOR over the groups of :func:`fbn_plugin.param_groups`.
 
     Raises:
-        ValueError: a divisor below 0; or one together with a weight decay on norms or biases, or with BIAS_LR_FACTOR.
+        ValueError: a divisor below 0; or one together with a weight decay on norms or biases, or with BIAS_LR_FACTOR,
+            see ``divisor_rules``.
     """
     solver = cfg.SOLVER
     if not solver.SCALE_LR_DIVISOR:
         return solver_build.build_optimizer(cfg, model)
-    if solver.WEIGHT_DECAY_NORM != 0 or solver.WEIGHT_DECAY_BIAS or solver.BIAS_LR_FACTOR != 1:
-        raise ValueError(
-            "SOLVER.SCALE_LR_DIVISOR sets the decay of norms and biases to 0: it wants WEIGHT_DECAY_NORM 0, "
-            "WEIGHT_DECAY_BIAS None and BIAS_LR_FACTOR 1"
-        )
+    check_values(cfg, divisor_rules(cfg))
     groups = param_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
     optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, foreach=True)
     return solver_build.maybe_add_gradient_clipping(cfg, optimizer)

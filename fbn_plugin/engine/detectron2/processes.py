@@ -1,17 +1,18 @@
 """One process or many for a detectron2 run, on GPUs or on the CPU, and what is said when one of them dies."""
 
 import datetime
-import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch import multiprocessing as mp
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+from fbn_plugin.engine.run.output_dir import how_to_continue
 
 __all__ = ["launch"]
 
@@ -64,26 +65,39 @@ def launch(
             process.join()
         raise
     except (ProcessExitedException, ProcessRaisedException) as error:
-        # One that was killed makes the others fail, or be stopped, and may not be the first that is noticed.
-        codes = {number: process.exitcode for number, process in enumerate(context.processes)}
-        if 2 in codes.values():  # bad input: one process said what is wrong with it
-            raise SystemExit(2) from None
-        killed = {number: code for number, code in codes.items() if code < 0 and code != -signal.SIGTERM}
-        if isinstance(error, ProcessExitedException) and not killed:
-            if error.exit_code >= 0:
-                raise SystemExit(error.exit_code) from None
-            killed = {error.error_index: error.exit_code}
-        if not killed:
-            raise
-        number, code = next(iter(killed.items()))
-        saved = os.path.isfile(os.path.join(folder, "last_checkpoint"))
+        codes = [process.exitcode for process in context.processes]
+        number, code = _killed(error, codes)
         print(
             f"error: process {machine_rank * processes + number} of {processes * machines} was killed by "
-            f"{signal.Signals(-code).name}, and the others were stopped; the same command with --resume continues "
-            + (f"from the last checkpoint in {folder}" if saved else "at the start, as nothing is saved"),
+            f"{signal.Signals(-code).name}, and the others were stopped; {how_to_continue(folder)}",
             file=sys.stderr,
         )
         raise SystemExit(1) from None
+
+
+def _killed(error: ProcessExitedException | ProcessRaisedException, codes: Sequence[int]) -> tuple[int, int]:
+    """The process that was killed and brought the others down, with its exit code, a signal's number below 0.
+
+    One that was killed makes the others fail, or be stopped, and may not be the first that is noticed.
+
+    Args:
+        error: what was noticed first.
+        codes: exit codes of all processes of this machine.
+
+    Raises:
+        SystemExit: none was, and one ended with a code of its own, having said why.
+        ProcessRaisedException: none was, and one raised an error.
+    """
+    if 2 in codes:  # bad input: one process said what is wrong with it
+        raise SystemExit(2) from None
+    killed = [(number, code) for number, code in enumerate(codes) if code < 0 and code != -signal.SIGTERM]
+    if killed:
+        return killed[0]
+    if isinstance(error, ProcessRaisedException):
+        raise error
+    if error.exit_code >= 0:
+        raise SystemExit(error.exit_code) from None
+    return error.error_index, error.exit_code
 
 
 def _free_port() -> int:

@@ -7,8 +7,6 @@ What detectron2 does well is taken from it: model, optimizer, schedule, the trai
 import argparse
 import logging
 import os
-import random
-import re
 import shutil
 import warnings
 import weakref
@@ -17,7 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
@@ -33,7 +30,6 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import fbn_plugin
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer, LossNormalizer
@@ -48,11 +44,15 @@ from fbn_plugin.engine.detectron2.data import (
 from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, PopulationStatistics
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.checkpoint import RandomState
-from fbn_plugin.engine.run.cli import UserError, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, user_errors
 from fbn_plugin.engine.run.config import save_config
+from fbn_plugin.engine.run.evaluation_names import inference_folder
 from fbn_plugin.engine.run.norm_stats import FilterMeter
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
+from fbn_plugin.engine.run.schedule import is_evaluated_after
+from fbn_plugin.engine.run.seeding import choose_seed, seed_generators
 
 __all__ = ["Trainer", "run"]
 
@@ -79,22 +79,16 @@ class Trainer(DefaultTrainer):
         self.log_period = log_period
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.metrics: dict[str, float] = {}
-        self.seed = distributed.broadcast_object(
-            cfg.SEED if cfg.SEED >= 0 else int.from_bytes(os.urandom(4), "little") % 2**31
-        )
+        self.seed = choose_seed(cfg.SEED)
         self.train_data = TrainingData(cfg)
-        _seed_generators(self.seed)  # the same weights in every process
+        seed_generators(self.seed)  # the same weights in every process
         model = self.build_model(cfg)
-        _seed_generators(self.seed + distributed.rank())
+        seed_generators(self.seed + distributed.rank())
         optimizer = build_optimizer(cfg, model)
         self.meter = FilterMeter(model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)
-        if distributed.world_size() > 1:
-            device = next(model.parameters()).device
-            with warnings.catch_warnings():  # a name that newer releases of PyTorch want otherwise
-                warnings.simplefilter("ignore", FutureWarning)
-                model = DistributedDataParallel(
-                    model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-                )
+        with warnings.catch_warnings():  # a name that newer releases of PyTorch want otherwise
+            warnings.simplefilter("ignore", FutureWarning)
+            model = distributed.data_parallel(model, next(model.parameters()).device, broadcast_buffers=False)
         self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, None, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), random=RandomState())
@@ -144,11 +138,8 @@ class Trainer(DefaultTrainer):
     def is_evaluated_after(self, iterations: int) -> bool:
         """Whether there is an evaluation when so many iterations are finished."""
         test = self.cfg.TEST
-        return bool(self.cfg.DATASETS.TEST) and (
-            iterations == self.max_iter
-            or iterations in test.EVAL_ITERATIONS
-            or (test.EVAL_PERIOD > 0 and iterations % test.EVAL_PERIOD == 0)
-        )
+        due = is_evaluated_after(iterations, self.max_iter, test.EVAL_PERIOD, test.EVAL_ITERATIONS)
+        return due and bool(self.cfg.DATASETS.TEST)
 
     def is_measured_after(self, iterations: int) -> bool:
         """Whether the filtered norms were measured in the last of so many iterations."""
@@ -174,7 +165,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
         kind = MetadataCatalog.get(dataset_name).evaluator_type
-        folder = str(_inference_folder(cfg, "inference.tmp", dataset_name))
+        folder = inference_folder(cfg.OUTPUT_DIR, dataset_name, cfg.DATASETS.TEST, "inference.tmp")
         evaluators = []
         if kind in ("sem_seg", "coco_panoptic_seg"):
             evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
@@ -207,30 +198,22 @@ class Trainer(DefaultTrainer):
         if distributed.is_main():
             shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"), ignore_errors=True)
             for name in cfg.DATASETS.TEST:
-                _inference_folder(cfg, "inference.tmp", name).mkdir(parents=True)
+                os.makedirs(inference_folder(cfg.OUTPUT_DIR, name, cfg.DATASETS.TEST, "inference.tmp"))
         distributed.barrier()
         results = cls.test(cfg, model)
         if not distributed.is_main():
             return {}
         for name in cfg.DATASETS.TEST:
-            target = _inference_folder(cfg, "inference", name)
+            made, target = (
+                Path(inference_folder(cfg.OUTPUT_DIR, name, cfg.DATASETS.TEST, parent))
+                for parent in ("inference.tmp", "inference")
+            )
             target.mkdir(parents=True, exist_ok=True)
-            for file in _inference_folder(cfg, "inference.tmp", name).iterdir():
+            for file in made.iterdir():
                 if file.is_file():
                     os.replace(file, target / file.name)
         shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"))
         return {name: float(value) for name, value in flatten_results_dict(results).items()}
-
-
-def _inference_folder(cfg: CfgNode, parent: str, dataset_name: str) -> Path:
-    words = re.sub(r"\W+", "_", dataset_name)  # as the torchvision engine has it, and run_folder.py reads it
-    return Path(cfg.OUTPUT_DIR, parent, words if len(cfg.DATASETS.TEST) > 1 else "")
-
-
-def _seed_generators(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -239,7 +222,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
     What may still turn up on the way (a diverged loss, an image that cannot be read or is unlike its annotation) ends
     the process with one sentence and exit code 2.
     """
-    with user_errors(FloatingPointError, UserError, OSError):
+    with user_errors(*RUN_ERRORS):
         fbn_plugin.register()
         register_datasets(cfg, args.eval_only)  # with several processes, this is a new one
         _set_up(cfg, args)
@@ -284,10 +267,7 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
     logger.info("Config:\n%s", cfg.dump())
     if distributed.is_main() and not args.eval_only:
         save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK and not args.eval_only
-    if cfg.FLOAT32_PRECISION and torch.cuda.is_available():
-        torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
-        torch.backends.cudnn.allow_tf32 = cfg.FLOAT32_PRECISION != "highest"
+    set_backends(cfg, args.eval_only)
 
 
 def _evaluate_only(cfg: CfgNode, resume: bool) -> None:

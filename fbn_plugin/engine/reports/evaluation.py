@@ -12,7 +12,8 @@ from typing import Any
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.coco_eval import evaluate_coco
 from fbn_plugin.engine.run.checkpoint import load_file
-from fbn_plugin.engine.run.run_folder import METRICS, Run
+from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
+from fbn_plugin.engine.run.run_folder import Run
 
 __all__ = [
     "averages_note",
@@ -100,7 +101,7 @@ def read_detections(path: str | os.PathLike, data: CocoDataset) -> list[dict[str
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON, perhaps cut short: {error}") from None
     if not isinstance(detections, list):
-        raise ValueError(f"{path} must hold a list of detections, not a {type(detections).__name__}")
+        raise ValueError(f"{path} must hold a list of detections, got a {type(detections).__name__}")
     sizes = {image["id"]: [image["height"], image["width"]] for image in data.images}
     categories = set(data.category_ids)
     masks = any(isinstance(each, dict) and "segmentation" in each for each in detections)
@@ -122,7 +123,7 @@ def _check_detection(each: Any, sizes: Mapping, categories: set, masks: bool) ->
             raise ValueError(f"has the {field} {each[field]!r}, which is unknown there")
     numbers = [each["score"], *each["bbox"]] if isinstance(each["bbox"], list) else []
     if len(numbers) != 5 or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
-        raise ValueError(f"must have a number as 'score' and 4 as 'bbox', not {each['score']!r} and {each['bbox']!r}")
+        raise ValueError(f"must have a number as 'score' and 4 as 'bbox', got {each['score']!r} and {each['bbox']!r}")
     if masks:
         mask, size = each["segmentation"], sizes[each["image_id"]]
         if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str):
@@ -149,7 +150,7 @@ def score_detections(
     masks = "segmentation" in detections[0] if detections else config.get("MODEL.MASK_ON", True)
     limit = config.get("TEST.DETECTIONS_PER_IMAGE", 100)
     if not isinstance(limit, int):
-        raise ValueError(f"{run.folder / 'config.yaml'}: TEST.DETECTIONS_PER_IMAGE must be an integer, not {limit!r}")
+        raise ValueError(f"{run.folder / 'config.yaml'}: TEST.DETECTIONS_PER_IMAGE must be an integer, got {limit!r}")
     return evaluate_coco(data, detections, masks, max(100, limit))
 
 
@@ -165,7 +166,5 @@ def flat_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]
     """Figures of each set -> all of them under the names of ``metrics.json``: with more than one set, its name is in
     front."""
     return {
-        f"{name}/{key}" if len(metrics) > 1 else key: value
-        for name, figures in metrics.items()
-        for key, value in figures.items()
+        metric_prefix(name, metrics) + key: value for name, figures in metrics.items() for key, value in figures.items()
     }

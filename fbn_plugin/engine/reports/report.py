@@ -13,8 +13,8 @@ import torch
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.reports.pictures import draw_detections
+from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.logging import read_metrics
-from fbn_plugin.engine.run.run_folder import METRICS
 from fbn_plugin.engine.run.run_info import hardware
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")

@@ -1,5 +1,5 @@
-"""Checkpoints that survive an interruption: fvcore's Checkpointer (file names, ``last_checkpoint``, loading) with
-atomic writes, one sentence for a damaged file, and the random states of every process.
+"""Checkpoints that survive an interruption: fvcore's and detectron2's checkpointers (file names, ``last_checkpoint``,
+loading) with atomic writes, one sentence for a damaged file, and the random states of every process.
 """
 
 import logging
@@ -12,10 +12,11 @@ import torch
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.weights import refuse_misfit
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["AtomicCheckpointer", "PeriodicCheckpointer", "RandomState", "atomic_write", "load_file"]
+__all__ = ["AtomicCheckpointer", "AtomicSaving", "PeriodicCheckpointer", "RandomState", "atomic_write", "load_file"]
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | None = None, write=None) -> None:
@@ -100,8 +101,9 @@ class RandomState:
             torch.cuda.set_rng_state(own["cuda"])
 
 
-class AtomicCheckpointer(Checkpointer):
-    """fvcore's Checkpointer with atomic writes; a run is resumed only into the very same model.
+class AtomicSaving:
+    """What fvcore's Checkpointer and its descendants get before them in a class's bases: atomic writes, and a run that
+    is resumed only into the very same model.
 
     ``save`` is called by every process, gathers what is theirs, and rank 0 writes.
     """
@@ -116,30 +118,35 @@ class AtomicCheckpointer(Checkpointer):
             logger.info("saved %s", path)
         distributed.barrier()
 
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        atomic_write(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename.encode())
+
     def load(self, path: str, checkpointables: list[str] | None = None, strict: bool | None = None) -> dict[str, Any]:
         """Load a file, or nothing for an empty path; see fvcore.
 
         Args:
-            path: file or http(s) address.
+            path: file or address; what follows a ``?`` is no part of the file's name.
             checkpointables: names of what to load besides the model; None is all, to resume.
-            strict: ValueError, not a warning, where the weights do not fit the model; by default when resuming.
+            strict: refuse weights that are not of this very model; by default when resuming.
+
+        Raises:
+            FileNotFoundError, ValueError: one sentence.
         """
-        if path and "://" not in path and not os.path.isfile(path):
+        if path and "://" not in path and not any(map(os.path.isfile, (path, path.partition("?")[0]))):
             raise FileNotFoundError(f"checkpoint {path} is not there")
+        self._path = path
         self._strict = checkpointables is None if strict is None else strict
         return super().load(path, checkpointables)
 
-    def _log_incompatible_keys(self, incompatible) -> None:
-        wrong = [f"{key} (shape {old}, the model's is {new})" for key, old, new in incompatible.incorrect_shapes]
-        shapes = {key for key, _, _ in incompatible.incorrect_shapes}
-        wrong += [f"{key} (missing)" for key in incompatible.missing_keys if key not in shapes]
-        wrong += [f"{key} (not in the model)" for key in incompatible.unexpected_keys]
-        if self._strict and wrong:
-            raise ValueError(f"the checkpoint does not fit this model in {len(wrong)} entries, such as {wrong[0]}")
-        super()._log_incompatible_keys(incompatible)
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        atomic_write(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename.encode())
+class AtomicCheckpointer(AtomicSaving, Checkpointer):
+    """fvcore's Checkpointer with atomic writes; a run is resumed only into the very same model."""
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        if self._strict:
+            wrong = incompatible.missing_keys, incompatible.incorrect_shapes, incompatible.unexpected_keys
+            refuse_misfit(f"checkpoint {self._path}", *wrong)
+        super()._log_incompatible_keys(incompatible)
 
     def _load_file(self, f: str) -> dict[str, Any]:
         return load_file(f)

@@ -8,11 +8,26 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["UserError", "add_config_arguments", "check_outputs", "format_table", "interruptible", "user_errors"]
+from fbn_plugin.engine.run.output_dir import how_to_continue
+
+__all__ = [
+    "RUN_ERRORS",
+    "UserError",
+    "add_log_period",
+    "check_outputs",
+    "format_table",
+    "interruptible",
+    "parse_config_arguments",
+    "user_errors",
+]
 
 
 class UserError(ValueError):
     """Bad input that shows up late, in the middle of a run: an image file cut short, a diverged loss."""
+
+
+# What bad input may still raise while a run computes; all else is a bug.
+RUN_ERRORS = (UserError, FloatingPointError, OSError)
 
 
 @contextlib.contextmanager
@@ -20,7 +35,7 @@ def user_errors(*types: type[BaseException]) -> Iterator[None]:
     """Print an error of the given types as ``error: sentence`` and exit with code 2; all else keeps its traceback.
 
     Without types: what set-up raises for bad input (ValueError, OSError, missing package). Wrap the training itself in
-    ``user_errors(UserError)``, so that a bug keeps its traceback.
+    ``user_errors(*RUN_ERRORS)``, so that a bug keeps its traceback.
     """
     types = types or (ValueError, OSError, ModuleNotFoundError)
     try:
@@ -41,20 +56,41 @@ def interruptible(output_dir: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        saved = os.path.isfile(os.path.join(output_dir, "last_checkpoint"))
-        what = "--resume continues from the last checkpoint" if saved else "nothing is saved yet"
-        print(f"stopped; {what} in {output_dir}", file=sys.stderr)
+        print(f"stopped; {how_to_continue(output_dir)}", file=sys.stderr)
         raise SystemExit(130) from None
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add detectron2's ``--config-file``, ``--resume``, ``--eval-only`` and trailing ``KEY VALUE ...`` overrides."""
+def parse_config_arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line of a training tool: detectron2's ``--config-file``, ``--resume``, ``--eval-only`` and
+    trailing ``KEY VALUE ...`` overrides, and ``--log-period``.
+
+    Args:
+        description: the tool's docstring.
+        argv: without the tool's name; None is that of the process.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_log_period(parser)
     parser.add_argument("--config-file", metavar="FILE", help="YAML configuration file")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint"
     )
     parser.add_argument("overrides", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="config overrides, in pairs")
+    return parser.parse_args(argv)
+
+
+def add_log_period(parser: argparse.ArgumentParser) -> None:
+    """Add ``--log-period``."""
+
+    def period(given: str) -> int:
+        number = int(given)
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+        return number
+
+    parser.add_argument(
+        "--log-period", type=period, default=20, metavar="N", help="iterations between two lines of metrics.json"
+    )
 
 
 def check_outputs(*files: Path | None) -> None:

@@ -18,7 +18,7 @@ from fvcore.common.config import CfgNode
 
 from fbn_plugin.engine.run.checkpoint import atomic_write
 
-__all__ = ["CfgNode", "check_resume", "load_config", "read_config", "refuse_changes", "save_config"]
+__all__ = ["CfgNode", "load_config", "pairs", "read_config", "refuse_changes", "save_config", "saved_config"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def load_config(
     cfg.defrost()
     known = dict(_flatten(defaults))
     ignored = []
-    for key, value in [*_read(config_file), *_pairs(overrides)]:
+    for key, value in [*_read(config_file), *pairs(overrides)]:
         if key in known:
             _set(cfg, key, _coerce(key, value, known[key]))
         elif any(fnmatch.fnmatchcase(key, pattern) for pattern in unused):
@@ -70,22 +70,18 @@ def save_config(cfg: CfgNode, path: str | os.PathLike) -> None:
     atomic_write(path, cfg.dump().encode())
 
 
-def check_resume(cfg: CfgNode, defaults: CfgNode, may_change: Sequence[str]) -> None:
-    """Refuse to continue the run in OUTPUT_DIR with settings other than those of its ``config.yaml``.
-
-    Args:
-        cfg: the settings to continue with.
-        defaults: as for ``load_config``.
-        may_change: keys (with shell wildcards) that a continued run may have otherwise.
-
-    Raises:
-        FileNotFoundError, ValueError: no ``config.yaml``; the first key that differs, with its old and new value.
-    """
-    refuse_changes(load_config(defaults, os.path.join(cfg.OUTPUT_DIR, "config.yaml")), cfg, may_change)
+def saved_config(output_dir: str | os.PathLike, defaults: CfgNode) -> CfgNode:
+    """The settings of the run in OUTPUT_DIR, its ``config.yaml``; arguments and errors as ``load_config``."""
+    return load_config(defaults, os.path.join(output_dir, "config.yaml"))
 
 
 def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change: Sequence[str]) -> None:
-    """``check_resume`` for settings that are read already.
+    """Refuse to continue the run in OUTPUT_DIR with settings other than those that it began with.
+
+    Args:
+        saved: those.
+        cfg: the settings to continue with. Tuples and lists of the same values are the same.
+        may_change: keys (with shell wildcards) that a continued run may have otherwise.
 
     Raises:
         ValueError: the first key that differs, with its old and new value.
@@ -93,16 +89,21 @@ def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change:
     old = dict(_flatten(saved))
     # First, as the linear rule changes other keys with it.
     for key, new in sorted(_flatten(cfg), key=lambda item: item[0] != "SOLVER.REFERENCE_WORLD_SIZE"):
-        if new != old[key] and not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
-            if key == "SOLVER.REFERENCE_WORLD_SIZE" and new and old[key]:  # the linear rule sets it to their number
-                raise ValueError(
-                    f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds was made by {old[key]} process(es), not {new}: "
-                    "resume it with as many, or choose another OUTPUT_DIR"
-                )
+        if _as_lists(new) == _as_lists(old[key]) or any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
+            continue
+        if key == "SOLVER.REFERENCE_WORLD_SIZE" and new and old[key]:  # the linear rule sets it to their number
             raise ValueError(
-                f"{key} is {old[key]!r} in the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds, not {new!r}; "
-                "resume it with the old value, or choose another OUTPUT_DIR"
+                f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds was made by {old[key]} process(es), got {new}: "
+                "resume it with as many, or choose another OUTPUT_DIR"
             )
+        raise ValueError(
+            f"{key} must be {old[key]!r} as in the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds, got {new!r}; resume "
+            "it with the old value, or choose another OUTPUT_DIR"
+        )
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -135,7 +136,8 @@ def _read(config_file: str | os.PathLike | None) -> list[tuple[str, Any]]:
     return list(_flatten(loaded))
 
 
-def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+def pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """``[KEY, VALUE, ...]`` as pairs; ValueError where the last key has no value."""
     if len(overrides) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, and {overrides[-1]!r} has no partner")
     return list(zip(overrides[::2], overrides[1::2]))
@@ -158,7 +160,7 @@ def _coerce(key: str, value: Any, default: Any) -> Any:
     try:
         return _cast(value, default)
     except ValueError:
-        raise ValueError(f"{key} must be of type {_type_name(default)}, such as {default!r}, not {value!r}") from None
+        raise ValueError(f"{key} must be of type {_type_name(default)}, such as {default!r}, got {value!r}") from None
 
 
 def _cast(value: Any, default: Any) -> Any:

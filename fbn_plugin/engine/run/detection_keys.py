@@ -5,6 +5,8 @@ Keys, defaults and meaning are those of detectron2's ``config/defaults.py``, so 
 keys are this project's.
 """
 
+import copy
+
 from fbn_plugin.engine.run.config import CfgNode
 
 __all__ = ["FIXED", "MAY_CHANGE", "detection_config"]
@@ -61,142 +63,146 @@ MAY_CHANGE = (
 )
 
 
+_MODEL = {
+    "DEVICE": "cuda",  # the CPU where there is no GPU
+    "WEIGHTS": "",
+    "MASK_ON": False,
+    "PIXEL_MEAN": [103.530, 116.280, 123.675],
+    "PIXEL_STD": [1.0, 1.0, 1.0],
+    "BACKBONE": {"FREEZE_AT": 2},
+    "RESNETS": {
+        "DEPTH": 50,
+        "NORM": "FrozenBN",
+        "NUM_GROUPS": 1,
+        "WIDTH_PER_GROUP": 64,
+        "STEM_OUT_CHANNELS": 64,
+        "RES2_OUT_CHANNELS": 256,
+        "STRIDE_IN_1X1": True,  # as MSRA's weights want it; False for Caffe2's and torchvision's
+    },
+    "FPN": {"OUT_CHANNELS": 256, "NORM": ""},
+    "ANCHOR_GENERATOR": {
+        "SIZES": [[32], [64], [128], [256], [512]],
+        "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
+    },
+    "PROPOSAL_GENERATOR": {"MIN_SIZE": 0},
+    "RPN": {
+        "CONV_DIMS": [-1],
+        "BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0),
+        "BBOX_REG_LOSS_WEIGHT": 1.0,
+        "SMOOTH_L1_BETA": 0.0,
+        "LOSS_WEIGHT": 1.0,
+        "IOU_THRESHOLDS": [0.3, 0.7],
+        "BATCH_SIZE_PER_IMAGE": 256,
+        "POSITIVE_FRACTION": 0.5,
+        "PRE_NMS_TOPK_TRAIN": 2000,
+        "PRE_NMS_TOPK_TEST": 1000,
+        "POST_NMS_TOPK_TRAIN": 1000,
+        "POST_NMS_TOPK_TEST": 1000,
+        "NMS_THRESH": 0.7,
+    },
+    "ROI_HEADS": {
+        "NUM_CLASSES": 80,
+        "IOU_THRESHOLDS": [0.5],
+        "BATCH_SIZE_PER_IMAGE": 512,
+        "POSITIVE_FRACTION": 0.25,
+        "SCORE_THRESH_TEST": 0.05,
+        "NMS_THRESH_TEST": 0.5,
+    },
+    "ROI_BOX_HEAD": {
+        "BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0),
+        "BBOX_REG_LOSS_WEIGHT": 1.0,
+        "SMOOTH_L1_BETA": 0.0,
+        "POOLER_RESOLUTION": 7,
+        "POOLER_SAMPLING_RATIO": 0,
+        "NUM_FC": 2,
+        "FC_DIM": 1024,
+        "NUM_CONV": 0,
+        "CONV_DIM": 256,
+        "NORM": "",
+    },
+    "ROI_MASK_HEAD": {
+        "POOLER_RESOLUTION": 14,
+        "POOLER_SAMPLING_RATIO": 0,
+        "NUM_CONV": 4,
+        "CONV_DIM": 256,
+        "NORM": "",
+    },
+}
+
+_INPUT = {
+    "MIN_SIZE_TRAIN": (800,),
+    "MIN_SIZE_TRAIN_SAMPLING": "choice",
+    "MAX_SIZE_TRAIN": 1333,
+    "MIN_SIZE_TEST": 800,
+    "MAX_SIZE_TEST": 1333,
+    "RANDOM_FLIP": "horizontal",
+    "FORMAT": "BGR",
+    # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
+    "NORM_GAMMA_INIT": 0.0,
+}
+
+_SOLVER = {
+    # The number of processes that batch, rate and schedule are meant for: see `scale_to_processes`; 0 is off.
+    # It stands first: of all that differs when a run is resumed on another number, this is what to say.
+    "REFERENCE_WORLD_SIZE": 0,
+    "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
+    "MAX_ITER": 40000,
+    "BASE_LR": 0.001,
+    "BASE_LR_END": 0.0,
+    "MOMENTUM": 0.9,
+    "NESTEROV": False,
+    "WEIGHT_DECAY": 0.0001,
+    "WEIGHT_DECAY_NORM": 0.0,
+    # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100), and neither norms nor
+    # biases decay; 1 is all at one rate. 0: detectron2's groups.
+    "SCALE_LR_DIVISOR": 0.0,
+    "GAMMA": 0.1,
+    "STEPS": (30000,),
+    "WARMUP_FACTOR": 0.001,
+    "WARMUP_ITERS": 1000,
+    "WARMUP_METHOD": "linear",
+    "RESCALE_INTERVAL": False,
+    "CHECKPOINT_PERIOD": 5000,
+    # A metric of the evaluations, such as "segm/AP": each that beats the best so far writes model_best.pth.
+    "BEST_CHECKPOINT_METRIC": "",
+    "IMS_PER_BATCH": 16,
+    "BIAS_LR_FACTOR": 1.0,
+    "WEIGHT_DECAY_BIAS": None,
+    "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "value", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
+    "AMP": {"ENABLED": False},
+}
+
+_TEST = {
+    "EVAL_PERIOD": 0,
+    "EVAL_ITERATIONS": (),  # further numbers of iterations after which to evaluate
+    "DETECTIONS_PER_IMAGE": 100,
+    # Before each evaluation, running statistics from so many training batches of each process.
+    "PRECISE_BN": {"ENABLED": False, "NUM_ITER": 200},
+}
+
+
 def detection_config() -> CfgNode:
     """detectron2's defaults for the keys that are used here, with the MODEL section of its ``Base-RCNN-FPN.yaml``."""
-    cfg = CfgNode()
-    cfg.MODEL = CfgNode(
+    cfg = CfgNode(
         {
-            "DEVICE": "cuda",  # the CPU where there is no GPU
-            "WEIGHTS": "",
-            "MASK_ON": False,
-            "PIXEL_MEAN": [103.530, 116.280, 123.675],
-            "PIXEL_STD": [1.0, 1.0, 1.0],
-            "BACKBONE": {"FREEZE_AT": 2},
-            "RESNETS": {
-                "DEPTH": 50,
-                "NORM": "FrozenBN",
-                "NUM_GROUPS": 1,
-                "WIDTH_PER_GROUP": 64,
-                "STEM_OUT_CHANNELS": 64,
-                "RES2_OUT_CHANNELS": 256,
-                "STRIDE_IN_1X1": True,  # as MSRA's weights want it; False for Caffe2's and torchvision's
-            },
-            "FPN": {"OUT_CHANNELS": 256, "NORM": ""},
-            "ANCHOR_GENERATOR": {
-                "SIZES": [[32], [64], [128], [256], [512]],
-                "ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
-            },
-            "PROPOSAL_GENERATOR": {"MIN_SIZE": 0},
-            "RPN": {
-                "CONV_DIMS": [-1],
-                "BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0),
-                "BBOX_REG_LOSS_WEIGHT": 1.0,
-                "SMOOTH_L1_BETA": 0.0,
-                "LOSS_WEIGHT": 1.0,
-                "IOU_THRESHOLDS": [0.3, 0.7],
-                "BATCH_SIZE_PER_IMAGE": 256,
-                "POSITIVE_FRACTION": 0.5,
-                "PRE_NMS_TOPK_TRAIN": 2000,
-                "PRE_NMS_TOPK_TEST": 1000,
-                "POST_NMS_TOPK_TRAIN": 1000,
-                "POST_NMS_TOPK_TEST": 1000,
-                "NMS_THRESH": 0.7,
-            },
-            "ROI_HEADS": {
-                "NUM_CLASSES": 80,
-                "IOU_THRESHOLDS": [0.5],
-                "BATCH_SIZE_PER_IMAGE": 512,
-                "POSITIVE_FRACTION": 0.25,
-                "SCORE_THRESH_TEST": 0.05,
-                "NMS_THRESH_TEST": 0.5,
-            },
-            "ROI_BOX_HEAD": {
-                "BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0),
-                "BBOX_REG_LOSS_WEIGHT": 1.0,
-                "SMOOTH_L1_BETA": 0.0,
-                "POOLER_RESOLUTION": 7,
-                "POOLER_SAMPLING_RATIO": 0,
-                "NUM_FC": 2,
-                "FC_DIM": 1024,
-                "NUM_CONV": 0,
-                "CONV_DIM": 256,
-                "NORM": "",
-            },
-            "ROI_MASK_HEAD": {
-                "POOLER_RESOLUTION": 14,
-                "POOLER_SAMPLING_RATIO": 0,
-                "NUM_CONV": 4,
-                "CONV_DIM": 256,
-                "NORM": "",
-            },
+            "MODEL": copy.deepcopy(_MODEL),
+            "INPUT": copy.deepcopy(_INPUT),
+            "DATASETS": {"TRAIN": (), "TEST": ()},
+            "DATALOADER": {"NUM_WORKERS": 4, "ASPECT_RATIO_GROUPING": True, "FILTER_EMPTY_ANNOTATIONS": True},
+            "SOLVER": copy.deepcopy(_SOLVER),
+            "TEST": copy.deepcopy(_TEST),
+            # Iterations between two measurements of the share of values that each filtered norm leaves out; 0 is off.
+            "NORM_STATS_PERIOD": 0,
+            "OUTPUT_DIR": "./output",
+            "SEED": -1,
+            "CUDNN_BENCHMARK": False,
+            "FLOAT32_PRECISION": "",
         }
     )
-    cfg.INPUT = CfgNode(
-        {
-            "MIN_SIZE_TRAIN": (800,),
-            "MIN_SIZE_TRAIN_SAMPLING": "choice",
-            "MAX_SIZE_TRAIN": 1333,
-            "MIN_SIZE_TEST": 800,
-            "MAX_SIZE_TEST": 1333,
-            "RANDOM_FLIP": "horizontal",
-            "FORMAT": "BGR",
-            # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
-            "NORM_GAMMA_INIT": 0.0,
-        }
-    )
-    cfg.DATASETS = CfgNode({"TRAIN": (), "TEST": ()})
-    cfg.DATALOADER = CfgNode({"NUM_WORKERS": 4, "ASPECT_RATIO_GROUPING": True, "FILTER_EMPTY_ANNOTATIONS": True})
-    cfg.SOLVER = CfgNode(
-        {
-            # The number of processes that batch, rate and schedule are meant for: see `scale_to_processes`; 0 is off.
-            # It stands first: of all that differs when a run is resumed on another number, this is what to say.
-            "REFERENCE_WORLD_SIZE": 0,
-            "LR_SCHEDULER_NAME": "WarmupMultiStepLR",
-            "MAX_ITER": 40000,
-            "BASE_LR": 0.001,
-            "BASE_LR_END": 0.0,
-            "MOMENTUM": 0.9,
-            "NESTEROV": False,
-            "WEIGHT_DECAY": 0.0001,
-            "WEIGHT_DECAY_NORM": 0.0,
-            # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100), and neither norms nor
-            # biases decay; 1 is all at one rate. 0: detectron2's groups.
-            "SCALE_LR_DIVISOR": 0.0,
-            "GAMMA": 0.1,
-            "STEPS": (30000,),
-            "WARMUP_FACTOR": 0.001,
-            "WARMUP_ITERS": 1000,
-            "WARMUP_METHOD": "linear",
-            "RESCALE_INTERVAL": False,
-            "CHECKPOINT_PERIOD": 5000,
-            # A metric of the evaluations, such as "segm/AP": each that beats the best so far writes model_best.pth.
-            "BEST_CHECKPOINT_METRIC": "",
-            "IMS_PER_BATCH": 16,
-            "BIAS_LR_FACTOR": 1.0,
-            "WEIGHT_DECAY_BIAS": None,
-            "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "value", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
-            "AMP": {"ENABLED": False},
-        }
-    )
-    cfg.TEST = CfgNode(
-        {
-            "EVAL_PERIOD": 0,
-            "EVAL_ITERATIONS": (),  # further numbers of iterations after which to evaluate
-            "DETECTIONS_PER_IMAGE": 100,
-            # Before each evaluation, running statistics from so many training batches of each process.
-            "PRECISE_BN": {"ENABLED": False, "NUM_ITER": 200},
-        }
-    )
-    # Iterations between two measurements of the share of values that each filtered norm leaves out; 0 is off.
-    cfg.NORM_STATS_PERIOD = 0
-    cfg.OUTPUT_DIR = "./output"
-    cfg.SEED = -1
-    cfg.CUDNN_BENCHMARK = False
-    cfg.FLOAT32_PRECISION = ""
     for key, value in FIXED.items():
         *groups, name = key.split(".")
         node = cfg
         for group in groups:
             node = node.setdefault(group, CfgNode())
-        node[name] = value
+        node[name] = copy.deepcopy(value)
     return cfg

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
     "all_gather",
     "barrier",
     "broadcast_buffers",
     "broadcast_object",
+    "data_parallel",
     "finish",
     "init",
     "is_main",
@@ -136,6 +138,20 @@ def broadcast_buffers(model: nn.Module) -> None:
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
+
+
+def data_parallel(model: nn.Module, device: str | torch.device, **options: Any) -> nn.Module:
+    """The model in ``DistributedDataParallel``; of one process alone, the model itself.
+
+    Args:
+        model: on ``device``.
+        device: of this process.
+        options: of ``DistributedDataParallel``.
+    """
+    if world_size() == 1:
+        return model
+    device = torch.device(device)
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None, **options)
 
 
 def reduce_mean(values: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.checkpoint import atomic_write
 
-__all__ = ["TrainingLog", "read_metrics", "setup_logging"]
+__all__ = ["Timer", "TrainingLog", "forget_metrics", "read_metrics", "setup_logging"]
 
 
 class _BarHandler(logging.StreamHandler):
@@ -57,6 +57,12 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
     return rows
 
 
+def forget_metrics(path: str | os.PathLike, start: int) -> None:
+    """Take out of a ``metrics.json`` what an interrupted run wrote from iteration ``start`` on, which comes again."""
+    kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["iteration"] < start]
+    atomic_write(path, "".join(kept).encode())
+
+
 class TrainingLog:
     """Collects what each iteration reports and writes its mean every ``period`` iterations; silent on ranks but 0.
 
@@ -84,8 +90,7 @@ class TrainingLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and of no use to the other ranks
 
         path = os.path.join(output_dir, "metrics.json")
-        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["iteration"] < start]
-        atomic_write(path, "".join(kept).encode())
+        forget_metrics(path, start)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
         self._board = SummaryWriter(os.fspath(output_dir), purge_step=start if start else None)
         self._terminal = sys.stderr.isatty()

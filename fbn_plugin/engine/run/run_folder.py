@@ -3,21 +3,18 @@ evaluations, weights, detections."""
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fbn_plugin.engine.run.config import read_config
+from fbn_plugin.engine.run.evaluation_names import folder_name, metric_prefix
 from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.run.run_info import read_run_info
 from fbn_plugin.registry import NormSpec, norm_options, parse_spec
 
-__all__ = ["METRICS", "NORM_KEYS", "Run", "norm_label", "read_run", "run_titles"]
-
-# COCO's APs under detectron2's names; in metrics.json after "bbox/" or "segm/".
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+__all__ = ["NORM_KEYS", "Run", "norm_label", "read_run", "run_titles"]
 
 # Where a config names a norm, the backbone's first.
 NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"))
@@ -89,7 +86,7 @@ class Run:
         path = self.folder / "metrics.json"
         if not path.is_file():
             raise FileNotFoundError(f"{self.folder} is no run folder with evaluations: it has no metrics.json")
-        prefix = f"{dataset}/" if len(self.test_sets) > 1 else ""
+        prefix = metric_prefix(dataset, self.test_sets)
         found: dict[int, dict[str, float | None]] = {}
         for row in read_metrics(path):
             if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
@@ -98,7 +95,7 @@ class Run:
             for key, value in row.items():
                 if key.startswith((f"{prefix}bbox/", f"{prefix}segm/")):
                     if value is not None and not isinstance(value, int | float):
-                        raise ValueError(f"{path}: {key} must be a number or null, not {value!r}")
+                        raise ValueError(f"{path}: {key} must be a number or null, got {value!r}")
                     known = value is not None and not math.isnan(value)
                     values[key.removeprefix(prefix)] = float(value) if known else None
             if values:  # detectron2 counts the evaluation at the end one iteration further
@@ -131,7 +128,7 @@ class Run:
             FileNotFoundError: there are none.
         """
         folder = self.folder / "inference"
-        own = folder / re.sub(r"\W+", "_", dataset)  # where DATASETS.TEST has more than one
+        own = folder / folder_name(dataset)  # where DATASETS.TEST has more than one
         places = [own, folder] if len(self.test_sets) == 1 else [own]
         found = [path for path in (place / "coco_instances_results.json" for place in places) if path.is_file()]
         if not found:
@@ -157,13 +154,14 @@ def read_run(folder: str | os.PathLike) -> Run:
         if key not in config:
             raise ValueError(f"{folder} is no run folder of a detector: its config.yaml has no {key}")
         if not isinstance(config[key], kind):
-            raise ValueError(f"{path}: {key} must be of type {kind.__name__}, not {config[key]!r}")
-    if min(config["SOLVER.IMS_PER_BATCH"], config["SOLVER.MAX_ITER"]) < 1:
-        raise ValueError(f"{path}: SOLVER.IMS_PER_BATCH and SOLVER.MAX_ITER must be 1 or more")
+            raise ValueError(f"{path}: {key} must be of type {kind.__name__}, got {config[key]!r}")
+    for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER"):
+        if config[key] < 1:
+            raise ValueError(f"{path}: {key} must be 1 or more, got {config[key]}")
     info = read_run_info(folder)
     images = info.get("images_per_batch", 1)
     if not isinstance(images, int) or images < 1:
-        raise ValueError(f"{folder / 'run_info.json'}: images_per_batch must be 1 or more, not {images!r}")
+        raise ValueError(f"{folder / 'run_info.json'}: images_per_batch must be 1 or more, got {images!r}")
     for key, kind in (
         ("engine", str),
         ("hardware", str),
@@ -172,7 +170,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         ("test_images", dict),
     ):
         if not isinstance(info.get(key, kind()), kind):
-            raise ValueError(f"{folder / 'run_info.json'}: {key} must be of type {kind.__name__}, not {info[key]!r}")
+            raise ValueError(f"{folder / 'run_info.json'}: {key} must be of type {kind.__name__}, got {info[key]!r}")
     return Run(folder, config, info)
 
 

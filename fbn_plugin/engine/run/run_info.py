@@ -16,10 +16,10 @@ import torch
 import fbn_plugin
 from fbn_plugin.engine.run.checkpoint import atomic_write
 
-__all__ = ["cpu_name", "hardware", "read_run_info", "write_evaluation", "write_run_info"]
+__all__ = ["cpu_name", "hardware", "package_versions", "read_run_info", "write_evaluation", "write_run_info"]
 
 _FILE = "run_info.json"
-_PACKAGES = ("torch", "torchvision", "detectron2", "pycocotools")
+_PACKAGES = ("torch", "torchvision", "timm", "detectron2", "pycocotools")
 
 
 def cpu_name() -> str:
@@ -58,7 +58,7 @@ def write_run_info(
 
     Args:
         folder: OUTPUT_DIR.
-        engine: what trains: ``"detectron2"`` or ``"torchvision"``.
+        engine: what trains: ``"detectron2"``, ``"torchvision"`` or ``"classification"``.
         device: of one process.
         processes: how many processes share a batch.
         images_per_batch: of all processes together, after any scaling.
@@ -71,7 +71,7 @@ def write_run_info(
         "images_per_batch": images_per_batch,
         "train_images": dict(train_images),
         "test_images": dict(test_images),
-        "versions": {"fbn_plugin": fbn_plugin.__version__, "python": platform.python_version(), **_versions()},
+        "versions": package_versions(),
     }
     atomic_write(os.path.join(folder, _FILE), json.dumps(info, indent=2).encode())
 
@@ -126,8 +126,9 @@ def read_run_info(folder: str | os.PathLike) -> dict[str, Any]:
     return info
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def package_versions() -> dict[str, str]:
+    """Name -> version of this package, Python, and what a run computes with, as far as it is installed."""
+    found = {"fbn_plugin": fbn_plugin.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)

@@ -6,6 +6,7 @@ torchvision's.
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,65 +116,8 @@ def _detectron2_start(model: nn.Module) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def build_model(cfg: CfgNode) -> nn.Module:
-    """The Mask R-CNN (without MODEL.MASK_ON: Faster R-CNN) that the config describes, with random weights, on the CPU.
-
-    It takes float RGB images in 0..1 of any size, whatever INPUT.FORMAT, and classes count from 1.
-    """
-    m = cfg.MODEL
-    r = m.RESNETS
-    options = {}
-    if (r.NUM_GROUPS, r.WIDTH_PER_GROUP) != (1, 64):
-        options |= {"groups": r.NUM_GROUPS, "width_per_group": r.WIDTH_PER_GROUP}
-    res2 = 64 if r.DEPTH < 50 else 256
-    if r.STEM_OUT_CHANNELS != 64 or res2 != r.RES2_OUT_CHANNELS:
-        options |= {"stem_channels": r.STEM_OUT_CHANNELS, "res2_channels": r.RES2_OUT_CHANNELS}
-    if m.ROI_BOX_HEAD.NORM and not m.ROI_BOX_HEAD.NUM_CONV:
-        logger.warning("MODEL.ROI_BOX_HEAD.NORM has no effect: the box head has no convolution (NUM_CONV 0)")
-    model = mask_rcnn_fpn(
-        f"resnet{r.DEPTH}",
-        r.NORM,
-        m.FPN.NORM,
-        m.ROI_BOX_HEAD.NORM,
-        m.ROI_MASK_HEAD.NORM,
-        num_classes=m.ROI_HEADS.NUM_CLASSES + 1,
-        masks=m.MASK_ON,
-        trainable_layers=5 - m.BACKBONE.FREEZE_AT,
-        backbone_options=options,
-        bottleneck_stride="1x1" if r.STRIDE_IN_1X1 else "3x3",
-        fpn_channels=m.FPN.OUT_CHANNELS,
-        anchor_sizes=m.ANCHOR_GENERATOR.SIZES,
-        aspect_ratios=m.ANCHOR_GENERATOR.ASPECT_RATIOS,
-        rpn_convs=len(m.RPN.CONV_DIMS),
-        box_convs=[m.ROI_BOX_HEAD.CONV_DIM] * m.ROI_BOX_HEAD.NUM_CONV,
-        box_fcs=[m.ROI_BOX_HEAD.FC_DIM] * m.ROI_BOX_HEAD.NUM_FC,
-        box_resolution=m.ROI_BOX_HEAD.POOLER_RESOLUTION,
-        box_sampling_ratio=m.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO,
-        mask_convs=[m.ROI_MASK_HEAD.CONV_DIM] * m.ROI_MASK_HEAD.NUM_CONV,
-        mask_resolution=m.ROI_MASK_HEAD.POOLER_RESOLUTION,
-        mask_sampling_ratio=m.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO,
-        rpn_pre_nms_top_n_train=m.RPN.PRE_NMS_TOPK_TRAIN,
-        rpn_pre_nms_top_n_test=m.RPN.PRE_NMS_TOPK_TEST,
-        rpn_post_nms_top_n_train=m.RPN.POST_NMS_TOPK_TRAIN,
-        rpn_post_nms_top_n_test=m.RPN.POST_NMS_TOPK_TEST,
-        rpn_nms_thresh=m.RPN.NMS_THRESH,
-        rpn_bg_iou_thresh=m.RPN.IOU_THRESHOLDS[0],
-        rpn_fg_iou_thresh=m.RPN.IOU_THRESHOLDS[1],
-        rpn_batch_size_per_image=m.RPN.BATCH_SIZE_PER_IMAGE,
-        rpn_positive_fraction=m.RPN.POSITIVE_FRACTION,
-        box_score_thresh=m.ROI_HEADS.SCORE_THRESH_TEST,
-        box_nms_thresh=m.ROI_HEADS.NMS_THRESH_TEST,
-        box_detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
-        box_fg_iou_thresh=m.ROI_HEADS.IOU_THRESHOLDS[0],
-        box_bg_iou_thresh=m.ROI_HEADS.IOU_THRESHOLDS[0],
-        box_batch_size_per_image=m.ROI_HEADS.BATCH_SIZE_PER_IMAGE,
-        box_positive_fraction=m.ROI_HEADS.POSITIVE_FRACTION,
-        bbox_reg_weights=m.ROI_BOX_HEAD.BBOX_REG_WEIGHTS,
-    )
-    model.transform = DetectionTransform(
-        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, m.PIXEL_MEAN, m.PIXEL_STD, cfg.INPUT.FORMAT == "BGR"
-    )
-    _detectron2_start(model)
+def _detectron2_losses(model: nn.Module, m: CfgNode) -> None:
+    """Give proposal network and heads detectron2's losses, with the MODEL section's weights."""
     model.rpn.__class__, model.roi_heads.__class__ = DetectionRPN, DetectionRoIHeads
     model.rpn.beta, model.rpn.weight = m.RPN.SMOOTH_L1_BETA, m.RPN.LOSS_WEIGHT
     model.rpn.box_weight = m.RPN.BBOX_REG_LOSS_WEIGHT
@@ -181,11 +125,96 @@ def build_model(cfg: CfgNode) -> nn.Module:
         m.ROI_BOX_HEAD.SMOOTH_L1_BETA,
         m.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT,
     )
+
+
+def build_model(cfg: CfgNode) -> nn.Module:
+    """The Mask R-CNN (without MODEL.MASK_ON: Faster R-CNN) that the config describes, with random weights, on the CPU.
+
+    It takes float RGB images in 0..1 of any size, whatever INPUT.FORMAT, and classes count from 1.
+    """
+    m = cfg.MODEL
+    if m.ROI_BOX_HEAD.NORM and not m.ROI_BOX_HEAD.NUM_CONV:
+        logger.warning("MODEL.ROI_BOX_HEAD.NORM has no effect: the box head has no convolution (NUM_CONV 0)")
+    model = mask_rcnn_fpn(
+        f"resnet{m.RESNETS.DEPTH}",
+        m.RESNETS.NORM,
+        m.FPN.NORM,
+        m.ROI_BOX_HEAD.NORM,
+        m.ROI_MASK_HEAD.NORM,
+        num_classes=m.ROI_HEADS.NUM_CLASSES + 1,
+        masks=m.MASK_ON,
+        **_backbone_options(m),
+        **_proposal_options(m),
+        **_head_options(m),
+        box_detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+    model.transform = DetectionTransform(
+        cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, m.PIXEL_MEAN, m.PIXEL_STD, cfg.INPUT.FORMAT == "BGR"
+    )
+    _detectron2_start(model)
+    _detectron2_losses(model, m)
     model.rpn.box_coder.weights = m.RPN.BBOX_REG_WEIGHTS
     model.rpn.min_size = max(m.PROPOSAL_GENERATOR.MIN_SIZE, model.rpn.min_size)
     if cfg.INPUT.NORM_GAMMA_INIT:
         prepend_input_norm(model, cfg.INPUT.NORM_GAMMA_INIT)
     return model
+
+
+def _backbone_options(m: CfgNode) -> dict[str, Any]:
+    """Of ``mask_rcnn_fpn``, from the MODEL section: ResNet and feature pyramid."""
+    r = m.RESNETS
+    options = {}
+    if (r.NUM_GROUPS, r.WIDTH_PER_GROUP) != (1, 64):
+        options |= {"groups": r.NUM_GROUPS, "width_per_group": r.WIDTH_PER_GROUP}
+    res2 = 64 if r.DEPTH < 50 else 256
+    if r.STEM_OUT_CHANNELS != 64 or res2 != r.RES2_OUT_CHANNELS:
+        options |= {"stem_channels": r.STEM_OUT_CHANNELS, "res2_channels": r.RES2_OUT_CHANNELS}
+    return {
+        "trainable_layers": 5 - m.BACKBONE.FREEZE_AT,
+        "backbone_options": options,
+        "bottleneck_stride": "1x1" if r.STRIDE_IN_1X1 else "3x3",
+        "fpn_channels": m.FPN.OUT_CHANNELS,
+    }
+
+
+def _proposal_options(m: CfgNode) -> dict[str, Any]:
+    """Anchors and the proposal network."""
+    r = m.RPN
+    return {
+        "anchor_sizes": m.ANCHOR_GENERATOR.SIZES,
+        "aspect_ratios": m.ANCHOR_GENERATOR.ASPECT_RATIOS,
+        "rpn_convs": len(r.CONV_DIMS),
+        "rpn_pre_nms_top_n_train": r.PRE_NMS_TOPK_TRAIN,
+        "rpn_pre_nms_top_n_test": r.PRE_NMS_TOPK_TEST,
+        "rpn_post_nms_top_n_train": r.POST_NMS_TOPK_TRAIN,
+        "rpn_post_nms_top_n_test": r.POST_NMS_TOPK_TEST,
+        "rpn_nms_thresh": r.NMS_THRESH,
+        "rpn_bg_iou_thresh": r.IOU_THRESHOLDS[0],
+        "rpn_fg_iou_thresh": r.IOU_THRESHOLDS[1],
+        "rpn_batch_size_per_image": r.BATCH_SIZE_PER_IMAGE,
+        "rpn_positive_fraction": r.POSITIVE_FRACTION,
+    }
+
+
+def _head_options(m: CfgNode) -> dict[str, Any]:
+    """The heads of boxes and masks, their training samples and their detections."""
+    box, mask, heads = m.ROI_BOX_HEAD, m.ROI_MASK_HEAD, m.ROI_HEADS
+    return {
+        "box_convs": [box.CONV_DIM] * box.NUM_CONV,
+        "box_fcs": [box.FC_DIM] * box.NUM_FC,
+        "box_resolution": box.POOLER_RESOLUTION,
+        "box_sampling_ratio": box.POOLER_SAMPLING_RATIO,
+        "mask_convs": [mask.CONV_DIM] * mask.NUM_CONV,
+        "mask_resolution": mask.POOLER_RESOLUTION,
+        "mask_sampling_ratio": mask.POOLER_SAMPLING_RATIO,
+        "box_score_thresh": heads.SCORE_THRESH_TEST,
+        "box_nms_thresh": heads.NMS_THRESH_TEST,
+        "box_fg_iou_thresh": heads.IOU_THRESHOLDS[0],
+        "box_bg_iou_thresh": heads.IOU_THRESHOLDS[0],
+        "box_batch_size_per_image": heads.BATCH_SIZE_PER_IMAGE,
+        "box_positive_fraction": heads.POSITIVE_FRACTION,
+        "bbox_reg_weights": box.BBOX_REG_WEIGHTS,
+    }
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:

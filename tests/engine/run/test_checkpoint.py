@@ -79,7 +79,7 @@ def test_resuming_wants_the_same_model_and_loading_weights_does_not(tmp_path):
     AtomicCheckpointer(nn.Linear(2, 2), str(tmp_path)).save("model_0")
     path = str(tmp_path / "model_0.pth")
     for other in (nn.Linear(2, 3), nn.Linear(2, 2, bias=False), nn.Sequential(nn.Linear(2, 2))):
-        with pytest.raises(ValueError, match="does not fit this model"):
+        with pytest.raises(ValueError, match="model_0.pth is of another model"):
             AtomicCheckpointer(other).load(path)
     AtomicCheckpointer(nn.Linear(2, 2, bias=False)).load(path, checkpointables=[])
     with pytest.raises(FileNotFoundError, match="is not there"):

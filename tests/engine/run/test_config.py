@@ -2,7 +2,7 @@
 
 import pytest
 
-from fbn_plugin.engine.run.config import CfgNode, check_resume, load_config, save_config
+from fbn_plugin.engine.run.config import CfgNode, load_config, refuse_changes, save_config, saved_config
 
 DEFAULTS = CfgNode(
     {
@@ -60,24 +60,24 @@ def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
     [
         (["MODEL.NROM", "FBN"], "'MODEL.NROM'; did you mean 'MODEL.NORM'"),
         (["MODEL", "FBN"], "group of MODEL.NORM, MODEL.MEAN"),
-        (["SOLVER.MAX_ITER", "2.5"], "SOLVER.MAX_ITER must be of type int, such as 10, not 2.5"),
+        (["SOLVER.MAX_ITER", "2.5"], "SOLVER.MAX_ITER must be of type int, such as 10, got 2.5"),
         (["SOLVER.MAX_ITER", "True"], "SOLVER.MAX_ITER"),
         (["SOLVER.MAX_ITER", "None"], "SOLVER.MAX_ITER"),
         (["MODEL.MASK_ON", "yes"], "MODEL.MASK_ON must be of type bool"),
         (["MODEL.MEAN", "3"], "MODEL.MEAN must be of type list"),
-        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR must be of type finite float, such as 0.1, not 'fast'"),
-        (["SOLVER.BASE_LR", "nan"], "SOLVER.BASE_LR must be of type finite float, such as 0.1, not 'nan'"),
-        (["SOLVER.BASE_LR", "1e999"], "not inf"),
-        (["SOLVER.STEPS", "('a',)"], "SOLVER.STEPS must be of type tuple of int, such as (1,), not ('a',)"),
+        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR must be of type finite float, such as 0.1, got 'fast'"),
+        (["SOLVER.BASE_LR", "nan"], "SOLVER.BASE_LR must be of type finite float, such as 0.1, got 'nan'"),
+        (["SOLVER.BASE_LR", "1e999"], "got inf"),
+        (["SOLVER.STEPS", "('a',)"], "SOLVER.STEPS must be of type tuple of int, such as (1,), got ('a',)"),
         (["SOLVER.STEPS", "(1, 2.5)"], "SOLVER.STEPS"),
         (["SOLVER.STEPS", "True"], "SOLVER.STEPS"),
         (
             ["MODEL.MEAN", "['a', 2]"],
-            "MODEL.MEAN must be of type list of finite float, such as [1.0, 2.0], not ['a', 2]",
+            "MODEL.MEAN must be of type list of finite float, such as [1.0, 2.0], got ['a', 2]",
         ),
-        (["MODEL.SIZES", "[32, 64]"], "MODEL.SIZES must be of type list of list of int, such as [[8]], not [32, 64]"),
+        (["MODEL.SIZES", "[32, 64]"], "MODEL.SIZES must be of type list of list of int, such as [[8]], got [32, 64]"),
         (["MODEL.SIZES", "[[None]]"], "MODEL.SIZES"),
-        (["TRAIN", "([1],)"], "TRAIN must be of type tuple of str, such as (), not ([1],)"),
+        (["TRAIN", "([1],)"], "TRAIN must be of type tuple of str, such as (), got ([1],)"),
         (["MODEL.NORM"], "pairs KEY VALUE, and 'MODEL.NORM'"),
         (["--resume", "MODEL.NORM"], "flags go before"),
     ],
@@ -129,19 +129,20 @@ def test_a_run_is_continued_with_the_settings_it_began_with(tmp_path):
     overrides = ["OUTPUT_DIR", str(tmp_path)]
     defaults = CfgNode({**DEFAULTS, "OUTPUT_DIR": ""})
     with pytest.raises(FileNotFoundError, match=r"config\.yaml is not there"):
-        check_resume(load_config(defaults, None, overrides), defaults, [])
+        saved_config(tmp_path, defaults)
     save_config(load_config(defaults, None, [*overrides, "SOLVER.STEPS", "(1, 2)"]), tmp_path / "config.yaml")
-    check_resume(load_config(defaults, None, [*overrides, "SOLVER.STEPS", "[1, 2]"]), defaults, [])
-    check_resume(load_config(defaults, None, overrides), defaults, ["SOLVER.*"])
+    saved = saved_config(tmp_path, defaults)
+    refuse_changes(saved, load_config(defaults, None, [*overrides, "SOLVER.STEPS", "[1, 2]"]), [])
+    refuse_changes({"OUTPUT_DIR": "", "STEPS": [1, (2,)]}, {"OUTPUT_DIR": "", "STEPS": (1, [2])}, [])
+    refuse_changes(saved, load_config(defaults, None, overrides), ["SOLVER.*"])
     changed = load_config(defaults, None, [*overrides, "SOLVER.STEPS", "(1, 2)", "MODEL.NORM", "FBN"])
-    with pytest.raises(ValueError, match="MODEL.NORM is 'BN' in the run that OUTPUT_DIR .* holds, not 'FBN'"):
-        check_resume(changed, defaults, ["SOLVER.*"])
+    with pytest.raises(ValueError, match="MODEL.NORM must be 'BN' as in the run that OUTPUT_DIR .* holds, got 'FBN'"):
+        refuse_changes(saved, changed, ["SOLVER.*"])
 
 
 def test_a_run_of_another_number_of_processes(tmp_path):
-    solver = {"BASE_LR": 0.1, "REFERENCE_WORLD_SIZE": 0}
-    defaults = CfgNode({"SOLVER": solver, "OUTPUT_DIR": str(tmp_path)})
-    save_config(load_config(defaults, None, ["SOLVER.REFERENCE_WORLD_SIZE", "2"]), tmp_path / "config.yaml")
+    defaults = CfgNode({"SOLVER": {"BASE_LR": 0.1, "REFERENCE_WORLD_SIZE": 0}, "OUTPUT_DIR": str(tmp_path)})
+    saved = load_config(defaults, None, ["SOLVER.REFERENCE_WORLD_SIZE", "2"])
     scaled = load_config(defaults, None, ["SOLVER.BASE_LR", "0.4", "SOLVER.REFERENCE_WORLD_SIZE", "8"])
-    with pytest.raises(ValueError, match="made by 2 process.es., not 8: resume it with as many"):
-        check_resume(scaled, defaults, [])
+    with pytest.raises(ValueError, match="made by 2 process.es., got 8: resume it with as many"):
+        refuse_changes(saved, scaled, [])

@@ -1,0 +1,83 @@
+"""The checkpoint of the best evaluation so far, ``model_best.pth``: the model with the metric that it was kept for."""
+
+import difflib
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.checkpoint import atomic_write, load_file
+from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.rules import refusal
+
+__all__ = ["BestCheckpoint", "check_metric"]
+
+logger = logging.getLogger(__name__)
+
+
+def check_metric(key: str, metric: str, names: Sequence[str]) -> None:
+    """Refuse a metric that the run's evaluations do not give.
+
+    Args:
+        key: the key that names it.
+        metric: such as ``"segm/AP"``.
+        names: what the evaluations give; ``"sem_seg/..."`` stands for all of a group.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    groups = tuple(name.removesuffix("...") for name in names if name.endswith("..."))
+    if metric in names or metric.startswith(groups):
+        return
+    if not names:
+        raise refusal(key, "'' where DATASETS.TEST is empty", metric)
+    nearest = difflib.get_close_matches(metric, names, n=1, cutoff=0.0)[0]
+    raise ValueError(f"{key} must be one of {', '.join(names)}, got {metric!r}; did you mean {nearest!r}?")
+
+
+class BestCheckpoint:
+    """Keeps the best model of a run.
+
+    The file alone says what is to be beaten, so that it survives any interruption: it holds ``model``, the last
+    ``iteration`` (from 0) behind it, ``metric`` and its ``value``.
+
+    Args:
+        output_dir: OUTPUT_DIR.
+        metric: what the best model is best in; "" keeps none.
+        resume: whether a file that is there already is to be beaten; rank 0 reads it.
+
+    Raises:
+        ValueError: that file cannot be read.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike, metric: str, resume: bool = False):
+        self.path = os.path.join(output_dir, "model_best.pth")
+        self.metric = metric
+        self.value = -math.inf
+        if resume and metric and distributed.is_main() and os.path.isfile(self.path):
+            content = load_file(self.path)
+            # The torchvision engine used to write {"best": {metric: value}}.
+            kept = content.get("best", {content.get("metric"): content.get("value")})
+            self.value = kept.get(metric, -math.inf)
+
+    def update(self, model: nn.Module, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Write the model if the metric is the best so far; NaN is not. Rank 0 decides and writes.
+
+        Raises:
+            UserError: the evaluation gave no such metric.
+        """
+        if not self.metric or not distributed.is_main():
+            return
+        if self.metric not in metrics:
+            raise UserError(f"SOLVER.BEST_CHECKPOINT_METRIC must be one of {', '.join(metrics)}, got {self.metric!r}")
+        value = metrics[self.metric]
+        if not value > self.value:
+            return
+        self.value = value
+        content = {"model": model.state_dict(), "iteration": iteration, "metric": self.metric, "value": value}
+        atomic_write(self.path, write=lambda file: torch.save(content, file))
+        logger.info("saved %s: %s %.3f, the best so far", self.path, self.metric, value)

@@ -1,0 +1,41 @@
+"""OUTPUT_DIR before and after a run: whether it may be written to, and how what was stopped there goes on."""
+
+import os
+
+__all__ = ["check_output_dir", "holds_run", "how_to_continue", "make_output_dir"]
+
+
+def holds_run(folder: str | os.PathLike) -> bool:
+    """Whether a run has saved a checkpoint there."""
+    return os.path.isfile(os.path.join(folder, "last_checkpoint"))
+
+
+def check_output_dir(folder: str | os.PathLike, resume: bool, eval_only: bool) -> None:
+    """Refuse to write over a file, or to train over a run.
+
+    Raises:
+        ValueError: the folder is a file, or holds a run that is not to be resumed.
+    """
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"OUTPUT_DIR {folder} is a file, not a folder")
+    if holds_run(folder) and not (resume or eval_only):
+        raise ValueError(f"OUTPUT_DIR {folder} holds a run; add --resume to continue it, or choose another")
+
+
+def make_output_dir(folder: str | os.PathLike) -> None:
+    """Make the folder, where it is not there yet.
+
+    Raises:
+        OSError: it cannot be made; one sentence.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"OUTPUT_DIR {folder} cannot be made: {error.strerror}") from None
+
+
+def how_to_continue(folder: str | os.PathLike) -> str:
+    """How a run that was stopped goes on."""
+    if holds_run(folder):
+        return f"--resume continues from the last checkpoint in {folder}"
+    return f"nothing is saved yet in {folder}, so the run starts again"

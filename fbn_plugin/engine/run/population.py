@@ -1,0 +1,46 @@
+"""TEST.PRECISE_BN: population statistics before an evaluation, in the place of the running averages of training."""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.training.population_statistics import update_population_stats
+
+__all__ = ["refresh_population_stats"]
+
+logger = logging.getLogger(__name__)
+
+
+def refresh_population_stats(
+    model: nn.Module,
+    batches: Callable[[], Iterable[Any]],
+    num_iter: int,
+    iterations: int,
+    forward: Callable[[nn.Module, Any], Any],
+) -> None:
+    """Compute a model's running statistics anew, see :func:`fbn_plugin.update_population_stats`.
+
+    Frozen norms keep their statistics; a model without batch norms in training is left as it is, and nothing is loaded.
+
+    Args:
+        model: in training mode, out of ``DistributedDataParallel``.
+        batches: gives training batches of this process, in an order of their own.
+        num_iter: batches of each process.
+        iterations: finished ones, for the messages.
+        forward: called with the model and a batch.
+
+    Raises:
+        UserError: the statistics are not finite, or no value reaches a norm.
+    """
+    if not any(isinstance(m, _BatchNorm) and m.training and m.running_mean is not None for m in model.modules()):
+        logger.info("TEST.PRECISE_BN: the model has no running statistics to compute")
+        return
+    logger.info("population statistics over %d batches", num_iter)
+    try:
+        update_population_stats(model, batches(), num_iter, forward=forward)
+    except ValueError as error:
+        raise UserError(f"TEST.PRECISE_BN after {iterations} iterations: {error}") from None

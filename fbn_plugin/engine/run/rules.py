@@ -1,0 +1,148 @@
+"""What the values of a config must be, as tables of ``key: rule`` that the engines share and add to, and the sentence
+that refuses a value: "KEY must be ..., got ...".
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fbn_plugin.registry import parse_spec
+
+__all__ = [
+    "COMMON_RULES",
+    "Rule",
+    "above",
+    "at_least",
+    "between",
+    "check_norms",
+    "check_values",
+    "each",
+    "exactly",
+    "get_value",
+    "increasing",
+    "multiple_of",
+    "of_length",
+    "one_of",
+    "refusal",
+]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be.
+
+    Attributes:
+        what: in words, behind "must be".
+        accepts: whether a value is that.
+    """
+
+    what: str
+    accepts: Callable[[Any], bool]
+
+
+def refusal(key: str, what: str, value: Any) -> ValueError:
+    """The error that refuses a value."""
+    return ValueError(f"{key} must be {what}, got {value!r}")
+
+
+def get_value(cfg: Mapping[str, Any], key: str) -> Any:
+    """The value of ``"A.B.C"``."""
+    for name in key.split("."):
+        cfg = cfg[name]
+    return cfg
+
+
+def check_values(cfg: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Hold a config against a table of rules.
+
+    Raises:
+        ValueError: the first value that breaks its rule, one of a wrong type included.
+    """
+    for key, rule in rules.items():
+        value = get_value(cfg, key)
+        try:
+            accepted = rule.accepts(value)
+        except TypeError:
+            accepted = False
+        if not accepted:
+            raise refusal(key, rule.what, value)
+
+
+def check_norms(norms: Mapping[str, str], parse: Callable[[str], Any] = parse_spec) -> None:
+    """Refuse what names no norm.
+
+    Args:
+        norms: key -> spec; an empty one is no norm.
+        parse: raises ValueError for a spec that is none.
+
+    Raises:
+        ValueError: with what ``parse`` says.
+    """
+    for key, spec in norms.items():
+        if spec:
+            try:
+                parse(spec)
+            except ValueError as error:
+                raise ValueError(f"{key} must be the spec of a norm, got {spec!r}: {error}") from None
+
+
+def exactly(value: Any, reason: str = "") -> Rule:
+    """That one value; ``reason`` follows it in the sentence."""
+    return Rule(f"{value!r} {reason}".rstrip(), lambda given: given == value)
+
+
+def one_of(*values: Any) -> Rule:
+    """One of a few values."""
+    return Rule(f"one of {', '.join(map(repr, values))}", lambda given: given in values)
+
+
+def at_least(least: float) -> Rule:
+    """A finite number, from ``least`` on."""
+    return Rule(f"{least} or more", lambda given: least <= given < math.inf)
+
+
+def above(bound: float) -> Rule:
+    """A finite number greater than ``bound``."""
+    return Rule(f"above {bound}", lambda given: bound < given < math.inf)
+
+
+def between(low: float, high: float) -> Rule:
+    """A number from ``low`` to ``high``, both included."""
+    return Rule(f"from {low} to {high}", lambda given: low <= given <= high)
+
+
+def each(rule: Rule) -> Rule:
+    """A list, not an empty one, whose elements all keep to a rule; or a single value that does."""
+
+    def accepts(given: Any) -> bool:
+        values = given if isinstance(given, list | tuple) else (given,)
+        return len(values) > 0 and all(rule.accepts(value) for value in values)
+
+    return Rule(f"one value or more, each {rule.what}", accepts)
+
+
+def of_length(length: int, rule: Rule | None = None) -> Rule:
+    """A list of so many values, all of which keep to ``rule``."""
+    what = f"a list of {length}" + (f", each {rule.what}" if rule else "")
+    return Rule(what, lambda given: len(given) == length and (rule is None or each(rule).accepts(given)))
+
+
+def multiple_of(factor: int, of: str = "") -> Rule:
+    """A multiple of a number; ``of`` says what that is."""
+    return Rule(f"a multiple of {of or factor}", lambda given: given % factor == 0)
+
+
+def increasing(what: str) -> Rule:
+    """A list of values that grow from each to the next; ``what`` names them."""
+    return Rule(f"increasing {what}", lambda given: list(given) == sorted(set(given)))
+
+
+# Keys that mean the same in every engine.
+COMMON_RULES = {
+    "DATALOADER.NUM_WORKERS": at_least(0),
+    "INPUT.NORM_GAMMA_INIT": between(0, 1),
+    "SOLVER.IMS_PER_BATCH": at_least(1),
+    "SOLVER.SCALE_LR_DIVISOR": at_least(0),
+    "TEST.EVAL_PERIOD": at_least(0),
+}

@@ -1,0 +1,84 @@
+"""COCO-format data as torchvision's detectors get them: the sets that a config names, checked against its model, and
+their batches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from fbn_plugin.engine.data.coco_data import Augmentation, CocoDataset, CocoDetection, resolve_dataset
+from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
+from fbn_plugin.engine.data.loaders import data_loader, training_loader
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.config import CfgNode
+
+__all__ = ["DetectionData"]
+
+
+class DetectionData:
+    """The sets of a detection run.
+
+    Args:
+        cfg: from ``load_detection_config``, scaled to the number of processes.
+        device: where the batches are going to.
+        eval_only: without training images.
+
+    Attributes:
+        train, test: the sets.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such set, or it does not fit the model or the others; one sentence.
+    """
+
+    def __init__(self, cfg: CfgNode, device: torch.device, eval_only: bool):
+        self.cfg = cfg
+        self.device = device
+        check_named_sets(cfg, eval_only)
+        self.test = [self._resolve(name) for name in cfg.DATASETS.TEST]
+        self.train: list[CocoDataset] = [] if eval_only else [self._resolve(name) for name in cfg.DATASETS.TRAIN]
+        if not eval_only:
+            check_same_classes({data.name: data.class_names for data in (*self.train, *self.test)})
+            self._images = self._training_images()
+
+    def _resolve(self, name: str) -> CocoDataset:
+        data = resolve_dataset(name)
+        number = self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
+        check_number_of_classes("MODEL.ROI_HEADS.NUM_CLASSES", number, name, data.class_names)
+        return data
+
+    def _training_images(self) -> CocoDetection:
+        cfg = self.cfg
+        augmentation = Augmentation(
+            cfg.INPUT.MIN_SIZE_TRAIN,
+            cfg.INPUT.MAX_SIZE_TRAIN,
+            cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING,
+            cfg.INPUT.RANDOM_FLIP,
+        )
+        images = CocoDetection(self.train, augmentation, cfg.MODEL.MASK_ON, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+        if not len(images):
+            raise ValueError(f"no image of {', '.join(cfg.DATASETS.TRAIN)} has an object to train on")
+        return images
+
+    def training_batches(self, seed: int, start: int) -> DataLoader:
+        """Batches of this process in the order of a seed, from the ``start``-th on, without end."""
+        groups = self._images.is_portrait if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+        size = self.cfg.SOLVER.IMS_PER_BATCH // distributed.world_size()
+        return training_loader(self._images, seed, size, start, groups, **self._options())
+
+    def test_images(self, data: CocoDataset) -> DataLoader:
+        """This process's share of a set's images, one at a time."""
+        images = CocoDetection([data], masks=False)
+        share = range(distributed.rank(), len(images), distributed.world_size())
+        return data_loader(Subset(images, share), batch_size=1, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.cfg.DATALOADER.NUM_WORKERS,
+            "collate_fn": _collate,
+            "pin_memory": self.device.type == "cuda",
+        }
+
+
+def _collate(batch: list[tuple[Tensor, dict[str, Any]]]) -> tuple[tuple, tuple]:
+    return tuple(zip(*batch))

@@ -1,0 +1,30 @@
+"""OUTPUT_DIR: what must not be written over, and how a run goes on."""
+
+import pytest
+
+from fbn_plugin.engine.run.output_dir import check_output_dir, holds_run, how_to_continue, make_output_dir
+
+
+def test_a_run_is_resumed_or_evaluated_and_not_written_over(tmp_path):
+    check_output_dir(tmp_path / "new", resume=False, eval_only=False)
+    (tmp_path / "notes.txt").touch()
+    check_output_dir(tmp_path, resume=False, eval_only=False)
+    assert not holds_run(tmp_path) and "nothing is saved" in how_to_continue(tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    assert holds_run(tmp_path) and f"--resume continues from the last checkpoint in {tmp_path}" in how_to_continue(
+        tmp_path
+    )
+    check_output_dir(tmp_path, resume=True, eval_only=False)
+    check_output_dir(tmp_path, resume=False, eval_only=True)
+    with pytest.raises(ValueError, match=f"OUTPUT_DIR {tmp_path} holds a run"):
+        check_output_dir(tmp_path, resume=False, eval_only=False)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file"):
+        check_output_dir(tmp_path / "file", resume=True, eval_only=False)
+    with pytest.raises(OSError, match="cannot be made: Not a directory"):
+        make_output_dir(tmp_path / "file" / "below")
+    make_output_dir(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()

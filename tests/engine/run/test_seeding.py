@@ -1,0 +1,49 @@
+"""Seeds: drawn once for a run, for an iteration, and for a block that leaves no trace."""
+
+import random
+
+import numpy as np
+import torch
+
+from fbn_plugin.engine.run.seeding import choose_seed, seed_generators, seed_iteration, seeded_rng
+
+
+def draw():
+    return random.random(), np.random.rand(), torch.rand(()).item()
+
+
+def test_the_block_leaves_the_global_generators_alone():
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    expected = draw()
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    with seeded_rng(1, 2):
+        inside = draw()
+    assert draw() == expected != inside
+    with seeded_rng(1, 2):
+        assert draw() == inside
+    with seeded_rng(2, 1):
+        assert draw() != inside
+
+
+def test_a_seed_is_taken_or_drawn():
+    assert choose_seed(7) == 7
+    drawn = {choose_seed(-1) for _ in range(4)}
+    assert len(drawn) > 1 and all(0 <= seed < 2**31 for seed in drawn)
+
+
+def test_generators_follow_the_seed_however_large():
+    seed_generators(2**40 + 1)
+    first = draw()
+    seed_generators(2**40 + 1)
+    assert draw() == first
+    seed_generators(2**40 + 2)
+    assert draw() != first
+
+
+def test_an_iteration_draws_the_same_whatever_came_before():
+    seed_iteration(3, 5)
+    first = draw()[1:]
+    seed_iteration(3, 5)
+    assert draw()[1:] == first
+    seed_iteration(3, 6)
+    assert draw()[1:] != first
