@@ -87,11 +87,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer, iters_per_epoch: int) -> Scheduler:
     """timm's schedule over SOLVER.MAX_EPOCH, one step an iteration."""
     solver = cfg.SOLVER
+    name, steps = solver.LR_SCHEDULER_NAME, solver.STEPS
+    if name == "constant":  # of which some releases of timm make no schedule, and so no warm-up
+        name, steps = "multistep", ()
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        solver.LR_SCHEDULER_NAME,
+        name,
         num_epochs=solver.MAX_EPOCH,
-        decay_milestones=solver.STEPS,
+        decay_milestones=steps,
         decay_rate=solver.GAMMA,
         min_lr=solver.MIN_LR,
         warmup_epochs=solver.WARMUP_EPOCHS,

@@ -397,6 +397,12 @@ def test_multistep(tmp_path, monkeypatch):
     assert seen == pytest.approx([0.8] * 2 + [0.4] * 3 + [0.2] * 4)
 
 
+def test_constant_after_warmup(tmp_path, monkeypatch):
+    constant = {"SOLVER__LR_SCHEDULER_NAME": "constant", "SOLVER__STEPS": "[1]", "SOLVER__WARMUP_FACTOR": 0.25}
+    seen = rates(tmp_path, monkeypatch, SOLVER__MAX_EPOCH=3, **constant)
+    assert seen == pytest.approx([0.8 * (0.25 + 0.75 * i / 3) for i in range(3)] + [0.8] * 6)
+
+
 @pytest.mark.parametrize("filtered", [True, False])
 def test_weight_decay_of_norms(filtered):
     trainer = ClassificationTrainer(config(SOLVER__FILTER_BIAS_AND_BN=filtered, SOLVER__WEIGHT_DECAY=0.01))
