@@ -264,7 +264,7 @@ def test_synchronized_batch_is_normalized_as_one(channels_last, t_sigma, mode, m
         leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in (x, weight.to(dtype), bias.to(dtype))]
         x, w, b = (leaf.requires_grad_() for leaf in leaves)
         mean, var = torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)
-        y = operator(x, w, b, mean, var, **options)
+        y = operator(x, mean, var, w, b, **options)
         y.backward(grad)
         return y.detach(), x.grad, w.grad, b.grad, mean, var
 
