@@ -29,7 +29,7 @@ from fbn_plugin.engine.detectron2.data import (
     register_datasets,
 )
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
-from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
+from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric, is_given
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.config import pairs
 from fbn_plugin.engine.run.detection_keys import MAY_CHANGE
@@ -176,10 +176,9 @@ def _check_metrics(cfg: CfgNode) -> None:
     metric, names = cfg.SOLVER.BEST_CHECKPOINT_METRIC, metric_names(cfg)
     if metric:
         check_metric("SOLVER.BEST_CHECKPOINT_METRIC", metric, names)
-    groups = tuple(name.removesuffix("...") for name in names if name.endswith("..."))
     for entry in cfg.TEST.EXPECTED_RESULTS:
         name = "/".join(map(str, entry[:2])) if isinstance(entry, tuple | list) and len(entry) == 4 else None
-        if name is None or (name not in names and not name.startswith(groups)):
+        if name is None or not is_given(name, names):
             metrics = ", ".join(names) or "none, as DATASETS.TEST is empty"
             what = f"entries [task, metric, value, tolerance] of this run's metrics ({metrics})"
             raise refusal("TEST.EXPECTED_RESULTS", what, entry)
