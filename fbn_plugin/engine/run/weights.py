@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
-from fbn_plugin.surgery.convert import family
+from fbn_plugin.layers.description import family
 
 __all__ = ["loading_report", "refuse_foreign", "refuse_misfit"]
 
