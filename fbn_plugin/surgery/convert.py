@@ -3,7 +3,7 @@ trained ones."""
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -16,8 +16,6 @@ from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
 from fbn_plugin.surgery.refit import refit_norms
 from fbn_plugin.training.evaluation_modes import evaluation_mode
 from fbn_plugin.training.population_statistics import update_population_stats
-
-Converter = Callable[[nn.Module, NormFactory], nn.Module]
 
 _SYNCHRONIZED = "it is synchronized already"
 _OWN_FORWARD = "no converter for a forward of its own"

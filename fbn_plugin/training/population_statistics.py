@@ -81,11 +81,7 @@ def update_population_stats(
         raise ValueError(f"num_batches must be at least 1 or None, got {num_batches}")
     if isinstance(model, DistributedDataParallel):  # its forward would exchange buffers
         model = model.module
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
-    }
+    norms = norms_to_update(model)
     if not norms:
         raise ValueError("the model has no batch norm in training mode to update: call model.train() before")
     forward = forward or functools.partial(forward_batch, device=next(iter(norms.values())).running_mean.device)
@@ -96,6 +92,16 @@ def update_population_stats(
     if not found:
         raise ValueError(f"no value reached any of the {len(norms)} batch norms: is the loader empty?")
     _write(norms, found)
+
+
+def norms_to_update(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module of what :func:`update_population_stats` updates: batch norms in training mode that have running
+    statistics."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+    }
 
 
 def forward_batch(model: nn.Module, batch: Any, device: torch.device) -> Any:

@@ -142,7 +142,8 @@ def markdown(*files: Mapping) -> str:
     """Results, of one run or of several, as a page of Markdown, with the targets at its end; without any, the targets
     alone."""
     parts = [part for results in files for part in _parts(results)]
-    return "\n\n".join([*parts, "### Targets", format_table(target_table(files))]) + "\n"
+    quick = ["A quick run counts as not measured."] if any(each["settings"]["quick"] for each in files) else []
+    return "\n\n".join([*parts, "### Targets", format_table(target_table(files)), *quick]) + "\n"
 
 
 def _parts(results: Mapping) -> list[str]:

@@ -31,7 +31,7 @@ from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite
 from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
-from fbn_plugin.engine.run.seeding import seed_iteration
+from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
 
 __all__ = ["ClassificationTrainer", "evaluate"]
 
@@ -100,8 +100,8 @@ class ClassificationTrainer:
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
-        torch.manual_seed(cfg.SEED)
-        self.model = build_model(cfg, len(self.data.classes)).to(self.device)
+        with same_on_all_processes(cfg.SEED):
+            self.model = build_model(cfg, len(self.data.classes)).to(self.device)
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
         self.scaler = torch.amp.GradScaler(enabled=solver.AMP.ENABLED and self.device.type == "cuda")

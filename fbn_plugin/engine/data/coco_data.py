@@ -27,7 +27,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.cli import UserError, error_sentence
 
 __all__ = ["Augmentation", "CocoDataset", "CocoDetection", "read_image", "resolve_dataset"]
 
@@ -239,7 +239,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     except FileNotFoundError:
         raise UserError(f"image {path} is not there") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be read: {error}") from None
+        raise UserError(f"image {path} cannot be read: {error_sentence(error)}") from None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from PIL import Image
 from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 
-from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.rules import refusal
 
 CIFAR10_JPEG_FILE = "cifar10_jpeg.npz"
@@ -81,7 +81,7 @@ class Images(Dataset):
             image = image.convert(self.mode)
         except (OSError, SyntaxError) as error:
             name = self.samples.filename(index) if hasattr(self.samples, "filename") else f"number {index}"
-            raise UserError(f"image {name} cannot be decoded: {error}") from None
+            raise UserError(f"image {name} cannot be decoded: {error_sentence(error)}") from None
         return (image if self.transform is None else self.transform(image)), int(label)
 
 

@@ -29,7 +29,8 @@ from fbn_plugin.engine.detectron2.data import (
     register_datasets,
 )
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
-from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
+from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric, is_given
+from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.config import pairs
 from fbn_plugin.engine.run.detection_keys import MAY_CHANGE
 from fbn_plugin.engine.run.detection_rules import DETECTION_RULES, dependent_rules
@@ -97,7 +98,8 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         except KeyError as error:
             raise ValueError(f"{source}: {error.args[0]}{_nearest_key(str(error), cfg)}") from None
         except (AssertionError, OSError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{source}: {' '.join(str(error).split())}{_nearest_key(str(error), cfg)}") from None
+            sentence = " ".join(error_sentence(error).split())
+            raise ValueError(f"{source}: {sentence}{_nearest_key(sentence, cfg)}") from None
         except (AttributeError, RecursionError, TypeError) as error:
             raise ValueError(f"{source} does not have the form of detectron2's config: {error}") from None
     return cfg
@@ -174,10 +176,9 @@ def _check_metrics(cfg: CfgNode) -> None:
     metric, names = cfg.SOLVER.BEST_CHECKPOINT_METRIC, metric_names(cfg)
     if metric:
         check_metric("SOLVER.BEST_CHECKPOINT_METRIC", metric, names)
-    groups = tuple(name.removesuffix("...") for name in names if name.endswith("..."))
     for entry in cfg.TEST.EXPECTED_RESULTS:
         name = "/".join(map(str, entry[:2])) if isinstance(entry, tuple | list) and len(entry) == 4 else None
-        if name is None or (name not in names and not name.startswith(groups)):
+        if name is None or not is_given(name, names):
             metrics = ", ".join(names) or "none, as DATASETS.TEST is empty"
             what = f"entries [task, metric, value, tolerance] of this run's metrics ({metrics})"
             raise refusal("TEST.EXPECTED_RESULTS", what, entry)
@@ -216,7 +217,7 @@ def _fetch_weights(weights: str) -> None:
     try:
         path = PathManager.get_local_path(weights.partition("?")[0])
     except OSError as error:
-        raise OSError(f"MODEL.WEIGHTS {weights} cannot be fetched: {error}") from None
+        raise OSError(f"MODEL.WEIGHTS {weights} cannot be fetched: {error_sentence(error)}") from None
     if not os.path.isfile(path):
         raise FileNotFoundError(f"MODEL.WEIGHTS {weights} is not there")
 

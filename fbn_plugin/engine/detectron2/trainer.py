@@ -52,7 +52,7 @@ from fbn_plugin.engine.run.evaluation_names import inference_folder
 from fbn_plugin.engine.run.norm_stats import FilterMeter
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
-from fbn_plugin.engine.run.seeding import choose_seed, seed_generators
+from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
 
 __all__ = ["Trainer", "run"]
 
@@ -81,9 +81,8 @@ class Trainer(DefaultTrainer):
         self.metrics: dict[str, float] = {}
         self.seed = choose_seed(cfg.SEED)
         self.train_data = TrainingData(cfg)
-        seed_generators(self.seed)  # the same weights in every process
-        model = self.build_model(cfg)
-        seed_generators(self.seed + distributed.rank())
+        with same_on_all_processes(self.seed):
+            model = self.build_model(cfg)
         optimizer = build_optimizer(cfg, model)
         self.meter = FilterMeter(model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)
         with warnings.catch_warnings():  # a name that newer releases of PyTorch want otherwise

@@ -14,9 +14,15 @@ from fbn_plugin.engine.run.checkpoint import atomic_write, load_file
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.rules import refusal
 
-__all__ = ["BestCheckpoint", "check_metric"]
+__all__ = ["BestCheckpoint", "check_metric", "is_given"]
 
 logger = logging.getLogger(__name__)
+
+
+def is_given(metric: str, names: Sequence[str]) -> bool:
+    """Whether evaluations that give ``names`` give a metric; ``"sem_seg/..."`` stands for all of a group."""
+    groups = tuple(name.removesuffix("...") for name in names if name.endswith("..."))
+    return metric in names or metric.startswith(groups)
 
 
 def check_metric(key: str, metric: str, names: Sequence[str]) -> None:
@@ -25,13 +31,12 @@ def check_metric(key: str, metric: str, names: Sequence[str]) -> None:
     Args:
         key: the key that names it.
         metric: such as ``"segm/AP"``.
-        names: what the evaluations give; ``"sem_seg/..."`` stands for all of a group.
+        names: what the evaluations give, see :func:`is_given`.
 
     Raises:
         ValueError: it is none of them.
     """
-    groups = tuple(name.removesuffix("...") for name in names if name.endswith("..."))
-    if metric in names or metric.startswith(groups):
+    if is_given(metric, names):
         return
     if not names:
         raise refusal(key, "'' where DATASETS.TEST is empty", metric)

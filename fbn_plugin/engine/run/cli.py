@@ -4,6 +4,7 @@ bad input."""
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ __all__ = [
     "UserError",
     "add_log_period",
     "check_outputs",
+    "error_sentence",
     "format_table",
     "interruptible",
     "parse_config_arguments",
@@ -41,13 +43,21 @@ def user_errors(*types: type[BaseException]) -> Iterator[None]:
     try:
         yield
     except types as error:
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            sentence = f"this needs the package {error.name!r}, which is not installed"
-        else:
-            # A DataLoader worker sends its whole traceback as the message; the sentence comes last.
-            sentence = str(error).strip().rsplit(f"{type(error).__name__}: ", 1)[-1]
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {error_sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def error_sentence(error: BaseException) -> str:
+    """What an error says, in a sentence: of one of the system's the file and the reason, without its number."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"this needs the package {error.name!r}, which is not installed"
+    # A DataLoader worker sends its whole traceback as the message; the sentence comes last.
+    sentence = str(error).strip().rsplit(f"{type(error).__name__}: ", 1)[-1]
+    system = re.fullmatch(r"\[Errno -?\d+\] (.+?)(?:: (['\"])(.+)\2)?", sentence)
+    if system is None:
+        return sentence
+    reason, _, file = system.groups()
+    return reason if file is None else f"{file}: {reason}"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fbn_plugin.engine.run.rules import refusal
+
 __all__ = [
     "all_gather",
     "barrier",
@@ -42,7 +44,7 @@ def init(device: str = "cuda") -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"unknown device {device!r}; use 'cuda', 'cuda:0' or 'cpu'") from None
+        raise refusal("MODEL.DEVICE", "'cuda', 'cuda:0' and the like, or 'cpu'", device) from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         chosen = torch.device("cpu")
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ

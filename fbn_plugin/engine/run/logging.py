@@ -74,12 +74,9 @@ class TrainingLog:
         max_iter: iterations of the whole run.
         start: first iteration of this run.
         period: iterations between two lines.
-        unit: name of an iteration in the progress bar.
     """
 
-    def __init__(
-        self, output_dir: str | os.PathLike, max_iter: int, start: int = 0, period: int = 20, unit: str = "it"
-    ):
+    def __init__(self, output_dir: str | os.PathLike, max_iter: int, start: int = 0, period: int = 20):
         self.max_iter = max_iter
         self.period = period
         self.enabled = distributed.is_main()
@@ -94,9 +91,7 @@ class TrainingLog:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
         self._board = SummaryWriter(os.fspath(output_dir), purge_step=start if start else None)
         self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=max_iter, initial=start, unit=unit, dynamic_ncols=True, smoothing=0.05, disable=not self._terminal
-        )
+        self._bar = tqdm(total=max_iter, initial=start, dynamic_ncols=True, smoothing=0.05, disable=not self._terminal)
         self._logger = logging.getLogger(__name__)
 
     def __enter__(self) -> "TrainingLog":

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.engine.run.cli import UserError
-from fbn_plugin.training.population_statistics import update_population_stats
+from fbn_plugin.training.population_statistics import norms_to_update, update_population_stats
 
 __all__ = ["refresh_population_stats"]
 
@@ -36,7 +35,7 @@ def refresh_population_stats(
     Raises:
         UserError: the statistics are not finite, or no value reaches a norm.
     """
-    if not any(isinstance(m, _BatchNorm) and m.training and m.running_mean is not None for m in model.modules()):
+    if not norms_to_update(model):
         logger.info("TEST.PRECISE_BN: the model has no running statistics to compute")
         return
     logger.info("population statistics over %d batches", num_iter)

@@ -10,7 +10,7 @@ import torch
 
 from fbn_plugin.engine.run import distributed
 
-__all__ = ["choose_seed", "seed_generators", "seed_iteration", "seeded_rng"]
+__all__ = ["choose_seed", "same_on_all_processes", "seed_generators", "seed_iteration", "seeded_rng"]
 
 
 def choose_seed(seed: int) -> int:
@@ -23,6 +23,14 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def same_on_all_processes(seed: int) -> Iterator[None]:
+    """Let what a block builds have the same first values on every process; behind it each one draws its own."""
+    seed_generators(seed)
+    yield
+    seed_generators(seed + distributed.rank())
 
 
 def seed_iteration(seed: int, iteration: int) -> None:

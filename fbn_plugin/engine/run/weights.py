@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
-from fbn_plugin.surgery.convert import family
+from fbn_plugin.layers.description import family
 
 __all__ = ["loading_report", "refuse_foreign", "refuse_misfit"]
 
@@ -42,7 +42,7 @@ def loading_report(
     norms = {name: module for name, module in model.named_modules() if family(module) is not None}
     scaled = Counter(type(module).__name__ for name, module in norms.items() if f"{name}.weight" in loaded)
     lines.append(f"scale and shift of {_kinds(scaled)} loaded")
-    lines.append(_statistics(norms, scaled, loaded, unused))
+    lines.append(_statistics(norms, loaded, unused))
 
     learned = [name for name in entries if not name.endswith(_STATISTICS)]
     parts = Counter(_part(name, backbone) for name in learned)
@@ -93,7 +93,7 @@ def refuse_foreign(file: str, loaded: Collection[str], unused: Collection[str]) 
         raise ValueError(f"{file} has no weight of this model; its entries are {_first(unused) or 'none'}")
 
 
-def _statistics(norms: dict[str, nn.Module], scaled: Counter, loaded: set[str], unused: Collection[str]) -> str:
+def _statistics(norms: dict[str, nn.Module], loaded: set[str], unused: Collection[str]) -> str:
     given = Counter(type(module).__name__ for name, module in norms.items() if f"{name}.running_mean" in loaded)
     kept = Counter(
         type(module).__name__

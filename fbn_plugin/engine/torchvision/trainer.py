@@ -31,7 +31,7 @@ from fbn_plugin.engine.run.population import refresh_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
-from fbn_plugin.engine.run.seeding import choose_seed, seed_generators
+from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
 from fbn_plugin.engine.torchvision.config import norms_of
 from fbn_plugin.engine.torchvision.data import DetectionData
 from fbn_plugin.engine.torchvision.model import build_model, build_optimizer, build_scheduler
@@ -97,9 +97,8 @@ class DetectionTrainer:
         """Model, optimizer, schedule and scaler, with the seed that their first values follow from."""
         cfg = self.cfg
         self.seed = choose_seed(cfg.SEED)
-        seed_generators(self.seed)  # the same weights on every rank
-        self.model = build_model(cfg).to(self.device)
-        seed_generators(self.seed + distributed.rank())
+        with same_on_all_processes(self.seed):
+            self.model = build_model(cfg).to(self.device)
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer)
         fp16 = cfg.SOLVER.AMP.ENABLED and self.device.type == "cuda"

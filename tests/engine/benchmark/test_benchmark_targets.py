@@ -144,6 +144,12 @@ def test_a_report_tells_what_failed(tmp_path):
     assert "1000.0" in text, "the host's microseconds"
 
 
+def test_a_report_says_that_a_quick_run_does_not_count():
+    said = "quick run counts as not measured"
+    assert said in markdown(results(quick=True)) and said not in markdown(results())
+    assert said in markdown(results(), results(quick=True))
+
+
 def test_files_of_earlier_versions_are_read(tmp_path):
     import json
 

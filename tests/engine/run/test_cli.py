@@ -1,10 +1,11 @@
 """What the command lines share: errors in one line, outputs that cannot be written, a run that is stopped by hand."""
 
+import errno
 import os
 
 import pytest
 
-from fbn_plugin.engine.run.cli import check_outputs, interruptible, user_errors
+from fbn_plugin.engine.run.cli import check_outputs, error_sentence, interruptible, user_errors
 
 
 def test_bad_input_is_one_line_and_a_bug_keeps_its_traceback(capsys):
@@ -13,6 +14,23 @@ def test_bad_input_is_one_line_and_a_bug_keeps_its_traceback(capsys):
     assert exit.value.code == 2 and capsys.readouterr().err == "error: t_sigma must be above 1\n"
     with pytest.raises(KeyError), user_errors():
         raise KeyError("a bug")
+
+
+def test_an_error_of_the_system_names_the_file_and_the_reason(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit, user_errors():
+        (tmp_path / "it's gone.json").read_text()
+    reason = os.strerror(errno.ENOENT)
+    assert exit.value.code == 2 and capsys.readouterr().err == f"error: {tmp_path}/it's gone.json: {reason}\n"
+    with pytest.raises(SystemExit), user_errors():
+        (tmp_path / "nowhere" / "a").rename(tmp_path / "b")
+    assert capsys.readouterr().err.endswith(f"b: {reason}\n")
+
+
+def test_an_error_of_the_system_without_a_file_or_from_a_worker():
+    assert error_sentence(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
+    assert error_sentence(OSError("OUTPUT_DIR x cannot be made: File exists")).startswith("OUTPUT_DIR x cannot be made")
+    sent = "Caught FileNotFoundError in DataLoader worker 0.\n  File 'a.py'\nFileNotFoundError: [Errno 2] Gone: 'b'"
+    assert error_sentence(FileNotFoundError(sent)) == "b: Gone"
 
 
 @pytest.mark.parametrize("saved, words", [(True, "--resume continues from the last checkpoint"), (False, "nothing is")])

@@ -16,7 +16,7 @@ def no_launcher(monkeypatch):
 
 def test_devices(monkeypatch):
     assert distributed.init("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="unknown device 'gpu'; use 'cuda'"):
+    with pytest.raises(ValueError, match=r"MODEL\.DEVICE must be 'cuda'.* got 'gpu'"):
         distributed.init("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert distributed.init("cuda") == torch.device("cpu")

@@ -5,7 +5,14 @@ import random
 import numpy as np
 import torch
 
-from fbn_plugin.engine.run.seeding import choose_seed, seed_generators, seed_iteration, seeded_rng
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.seeding import (
+    choose_seed,
+    same_on_all_processes,
+    seed_generators,
+    seed_iteration,
+    seeded_rng,
+)
 
 
 def draw():
@@ -38,6 +45,17 @@ def test_generators_follow_the_seed_however_large():
     assert draw() == first
     seed_generators(2**40 + 2)
     assert draw() != first
+
+
+def test_processes_build_the_same_and_then_draw_their_own(monkeypatch):
+    def inside_and_behind(rank):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        with same_on_all_processes(7):
+            built = draw()
+        return built, draw()
+
+    (first, own), (second, other) = inside_and_behind(0), inside_and_behind(3)
+    assert first == second and own != other
 
 
 def test_an_iteration_draws_the_same_whatever_came_before():

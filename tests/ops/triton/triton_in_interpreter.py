@@ -1,7 +1,7 @@
 """The Triton kernels against the float64 reference, run by Triton's interpreter on CPU tensors.
 
 ``test_triton.py`` runs this file in a process of its own, with ``TRITON_INTERPRET=1``. By hand:
-``TRITON_INTERPRET=1 python -m pytest tests/ops/triton_in_interpreter.py``.
+``TRITON_INTERPRET=1 python -m pytest tests/ops/triton/triton_in_interpreter.py``.
 """
 
 import itertools
