@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
+from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers.description import family
 
 __all__ = ["loading_report", "refuse_foreign", "refuse_misfit"]
@@ -34,6 +35,7 @@ def loading_report(
         three to six lines: the file, and the backbone's tensors; norms' scale and shift; running statistics; parts of
         the model that the file says nothing about; unused entries.
     """
+    load_adapters()  # a framework's frozen norms are norms, too
     loaded = set(loaded)
     entries = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
     inside = [name for name in entries if name.startswith(f"{backbone}.") and _part(name, backbone) != "fpn"]
