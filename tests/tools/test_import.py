@@ -137,13 +137,24 @@ def test_evaluate_asks_for_it(trained_run, tmp_path):
     assert done.returncode == 0 and "bbox" in done.stdout, done.stderr
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_population_statistics_of_unknown_moments_are_refused_before_the_run(tmp_path, trained_run):
+    file = module(tmp_path)
+    file.write_text("".join(line for line in file.open() if "description" not in line))
+    options = ["MODEL.RESNETS.NORM", "QuietBN", "TEST.PRECISE_BN.ENABLED", "True", "OUTPUT_DIR", tmp_path / "out"]
+    config = trained_run / "config.yaml"
+    done = run("train_detection.py", "--config-file", config, "--import", file, *options)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "TEST.PRECISE_BN.ENABLED must be False: QuietBN has a forward" in done.stderr, done.stderr
+
+
 def test_several_processes_of_detectron2(tmp_path, shapes):
     """They are started anew, and import it too; ``tools/evaluate.py`` hands it on."""
     pytest.importorskip("detectron2", reason="detectron2 is not installed")
     from tiny_detectron2 import CONFIG, TINY, datasets
 
     file, out = module(tmp_path), tmp_path / "out"
-    options = [*TINY, *datasets(shapes, 3), "MODEL.RESNETS.NORM", "QuietBN", "OUTPUT_DIR", out]
+    options = [*TINY, *datasets(shapes, 2), "MODEL.RESNETS.NORM", "QuietBN", "OUTPUT_DIR", out]
     options += ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"]
     done = run("train_net.py", "--config-file", CONFIG, "--num-gpus", "2", "--import", file, *options)
     assert done.returncode == 0, done.stderr
