@@ -100,7 +100,9 @@ def _check_arguments(norm: Callable[..., nn.Module]) -> None:
     needed = ("device", "dtype") if isinstance(norm, type) else ("dims", "device", "dtype")
     for name in () if takes_all else needed:
         if name not in [p.name for p in others]:
-            raise ValueError(f"norm {norm.__name__} must take {name!r}, as it is called with {', '.join(needed)}")
+            hint = ": **kwargs does not say what it takes" if any(p.kind is p.VAR_KEYWORD for p in others) else ""
+            what = f"take {name!r} by name, as it is called with {', '.join(needed)}{hint}"
+            raise ValueError(f"norm {norm.__name__} must {what}")
     given = ("num_channels", "num_features", *needed)
     options = [p for p in others if p.name not in given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     for option in options:

@@ -307,6 +307,13 @@ class NoChannels(nn.Module):
     pass
 
 
+class AnyOptions(nn.BatchNorm2d):
+    """What a spec may set, and a conversion has to hand on, would not be known."""
+
+    def __init__(self, num_features, **kwargs):
+        super().__init__(num_features, **kwargs)
+
+
 def no_dims(num_channels, device=None, dtype=None):
     return nn.BatchNorm2d(num_channels, device=device, dtype=dtype)
 
@@ -315,6 +322,7 @@ def no_dims(num_channels, device=None, dtype=None):
     ("norm", "sentence"),
     [
         (NoDevice, "NoDevice must take 'device'"),
+        (AnyOptions, "AnyOptions must take 'device'.*kwargs does not say"),
         (Demanding, "Demanding: its option 'power' must have a default"),
         (NoChannels, "NoChannels must take the number of channels"),
         (no_dims, "no_dims must take 'dims'"),
