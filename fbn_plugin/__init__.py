@@ -34,6 +34,7 @@ from fbn_plugin.layers import (
     ScaledBatchNormA2,
     SyncFilteredBatchNorm,
 )
+from fbn_plugin.layers.description import NormDescription, describe_class
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
 from fbn_plugin.surgery.convert import convert_norm, convert_sync
 from fbn_plugin.surgery.fold import fold_norms
@@ -71,6 +72,7 @@ __all__ = [
     "InstanceNorm2d",
     "LayerNorm2d",
     "LearnedStatsNorm2d",
+    "NormDescription",
     "NormReport",
     "RepresentativeBatchNorm2d",
     "ScaledBatchNorm1d",
@@ -83,6 +85,7 @@ __all__ = [
     "batch_moments",
     "convert_norm",
     "convert_sync",
+    "describe_class",
     "evaluate_balanced",
     "fold_norms",
     "fuse_norm_act",

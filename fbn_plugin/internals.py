@@ -82,6 +82,7 @@ ATTRIBUTES = {
         "_backward_pre_hooks",
     ),
     "torchvision.models.resnet.ResNet": ("_norm_layer",),
+    "fvcore.common.registry.Registry": ("_obj_map",),
     "detectron2.evaluation.COCOEvaluator": ("_coco_api",),
 }
 

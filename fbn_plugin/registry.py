@@ -19,7 +19,7 @@ from torch import nn
 
 from fbn_plugin import layers
 from fbn_plugin.layers.batch_norm import check_gamma_init
-from fbn_plugin.layers.description import NormDescription, describe_class, describe_type
+from fbn_plugin.layers.description import NormDescription, describe_class, describe_type, spatial_dims
 from fbn_plugin.ops.checks import check_filter
 
 _BOUNDS = {"eps": (0, 1), "momentum": (0, 1), "num_groups": (1, math.inf)}
@@ -41,29 +41,73 @@ class NormRegistry(Registry):
         class MyNorm2d(nn.BatchNorm2d):
             ...
 
-    A class is called with the number of channels, ``device``, ``dtype`` and the options, for any number of dimensions.
-    What it is, :class:`fbn_plugin.layers.description.NormDescription` says, as its attribute ``description``. A class
-    without one is what the norm is that it derives from; if it derives from none, it is a family of its own, under the
-    name that it is registered by, whose evaluation is known if it has a method ``eval_affine()``.
+    A class is called with the number of channels, ``device``, ``dtype`` and the options. It is for any number of
+    dimensions, unless it derives from a class such as ``nn.BatchNorm2d`` or says so itself. What it is,
+    :class:`fbn_plugin.NormDescription` says, as its attribute ``description``. A class without one is what the norm is
+    that it derives from, as long as it has no forward of its own: of what that computes nothing is known, so that the
+    norm is built and trained, but neither converted nor folded, and its population statistics are not measured. If it
+    derives from no norm, it is a family of its own, under the name that it is registered by, whose evaluation is known
+    if it has a method ``eval_affine()``.
 
     Examples::
 
         >>> @fbn_plugin.NORMS.register()
         ... class HalfBN(nn.BatchNorm2d):
+        ...     description = fbn_plugin.NormDescription(
+        ...         "BN", "channel", dims=2, affine_terms=lambda norm: (0.5 * norm.weight, 0.5 * norm.bias)
+        ...     )
         ...     def forward(self, input):
         ...         return 0.5 * super().forward(input)
         >>> fbn_plugin.get_norm("HalfBN(eps=1e-3)", 8)
         HalfBN(8, eps=0.001, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._origins: dict[str, str] = {}  # name -> where what is registered under it is defined
+
     def register(self, obj: Callable[..., nn.Module] | None = None) -> Callable[..., nn.Module]:
-        """Register a builder or a class under its name; without an argument, a decorator that does."""
+        """Register a builder or a class under its name; without an argument, a decorator that does.
+
+        What is defined anew under the same name in the same place, as by a notebook's cell that runs again, takes the
+        place of what was registered before.
+
+        Raises:
+            ValueError: the name is taken, or the arguments are not those that a norm is called with.
+        """
         if obj is None:
             return self.register
+        name, origin = obj.__name__, f"{obj.__module__}.{obj.__qualname__}"
+        _check_arguments(obj)
+        if name in self and self._origins.get(name) != origin:
+            raise ValueError(f"{origin} cannot be registered: the name {name!r} is taken by another norm")
         if isinstance(obj, type):
-            _introduce(obj, obj.__name__)
-        super().register(class_builder(obj.__name__, obj) if isinstance(obj, type) else obj)
+            _introduce(obj, name)
+        self._obj_map.pop(name, None)
+        self._origins[name] = origin
+        super().register(class_builder(name, obj) if isinstance(obj, type) else obj)
         return obj
+
+
+def _check_arguments(norm: Callable[..., nn.Module]) -> None:
+    """Refuse a class or function that cannot be called as a norm is."""
+    parameters = list(inspect.signature(norm).parameters.values())
+    first, *others = parameters or [None]
+    positional = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if first is None or first.kind not in positional:
+        raise ValueError(f"norm {norm.__name__} must take the number of channels first")
+    takes_all = not isinstance(norm, type) and any(p.kind is p.VAR_KEYWORD for p in others)
+    needed = ("device", "dtype") if isinstance(norm, type) else ("dims", "device", "dtype")
+    for name in () if takes_all else needed:
+        if name not in [p.name for p in others]:
+            hint = ": **kwargs does not say what it takes" if any(p.kind is p.VAR_KEYWORD for p in others) else ""
+            what = f"take {name!r} by name, as it is called with {', '.join(needed)}{hint}"
+            raise ValueError(f"norm {norm.__name__} must {what}")
+    given = ("num_channels", "num_features", *needed)
+    options = [p for p in others if p.name not in given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    for option in options:
+        if option.default is option.empty:
+            raise ValueError(f"norm {norm.__name__}: its option {option.name!r} must have a default value")
 
 
 _NAMES: dict[type[nn.Module], str] = {}  # what a class was registered as, first
@@ -265,6 +309,9 @@ class NormFactory(functools.partial):
             kwargs["num_channels"] = kwargs.pop("num_features")
         norm = super().__call__(*args, **kwargs)
         _introduce(type(norm), self.spec.name)
+        found, wanted = spatial_dims(type(norm)), kwargs.get("dims", self.keywords["dims"])
+        if found not in (None, wanted):
+            raise ValueError(f"{self.spec.name} is for {found} spatial dimensions, not for {wanted}")
         return norm
 
     def __reduce__(self):
@@ -315,7 +362,7 @@ def get_norm(
         A module, or None for no norm.
 
     Raises:
-        ValueError: see :func:`parse_spec`; or the norm does not fit the number of channels.
+        ValueError: see :func:`parse_spec`; or the norm does not fit the number of channels or of dimensions.
 
     Examples::
 

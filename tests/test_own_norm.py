@@ -53,11 +53,31 @@ class Secret(nn.BatchNorm2d):
         return super().forward(input).tanh()
 
 
+class Telling(Secret):
+    """The same, that tells its moments: those of one half of the batch."""
+
+    def batch_statistics(self, input):
+        half = input[: len(input) // 2]
+        var, mean = torch.var_mean(half, (0, 2, 3), correction=0)
+        return mean, var, torch.full_like(mean, half.numel() // half.shape[1])
+
+    def forward(self, input):
+        return super().forward(input).tanh()
+
+
+class Silent(Telling):
+    """A forward that what its base tells need not hold for."""
+
+    def forward(self, input):
+        return super().forward(input[:1].expand_as(input))
+
+
 def AnyNorm(num_channels, eps=1e-5, *, dims=2, device=None, dtype=None):
     return MaxNorm(num_channels, eps, device=device, dtype=dtype)
 
 
 NAMES = ["DoubledNorm", "MaxNorm", "Secret", "AnyNorm"]
+UNKNOWN = "Silent|Secret) has a forward of its own, .*`batch_statistics.input.`, or a `description`"
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +132,7 @@ def test_and_gives_it_up_again():
     before = model.eval()(images)
     torch.testing.assert_close(convert_norm(model, "FBN")(images), before, rtol=1e-4, atol=1e-4)
 
-    with pytest.warns(UserWarning, match="2 norms are left as they are: no converter for Secret"):
+    with pytest.warns(UserWarning, match="2 norms are left .* such as Secret .*give the class a `description`"):
         convert_norm(convert_norm(network(), "Secret"), "FBN")
 
 
@@ -160,7 +180,7 @@ def test_timms_models_hold_their_activation_in_it(name):
 
 def test_timm_does_not_freeze_what_would_lose_its_activation():
     model = timm.create_model("test_efficientnet", norm_layer="secret")
-    with pytest.raises(ValueError, match="Secret is no batch norm that timm knows"):
+    with pytest.raises(ValueError, match="Secret is no batch norm that timm knows.*convert_norm.model, .FrozenBN"):
         timm.layers.freeze_batch_norm_2d(model)
 
 
@@ -205,3 +225,123 @@ def test_a_training_tool_takes_it(tmp_path):
 def test_terms_of_a_described_norm():
     norm = DoubledNorm(3)
     assert affine_terms(norm)[0].eq(2).all() and affine_terms(nn.BatchNorm2d(3))[0].eq(1).all()
+
+
+@pytest.mark.parametrize("cls", [Secret, Silent])
+@pytest.mark.parametrize("exact", [False, True])
+def test_moments_that_are_not_known_are_not_measured(cls, exact):
+    data = [torch.randn(4, 3, 9, 9)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), cls(8)).train()
+    with pytest.raises(ValueError, match=f"({UNKNOWN}"):
+        fbn_plugin.update_population_stats(model, data, exact=exact)
+    with pytest.raises(ValueError, match=f"({UNKNOWN}"), fbn_plugin.batch_moments(model):
+        pass
+    assert all(norm.running_mean.eq(0).all() and norm.running_var.eq(1).all() for norm in model[1:])
+
+    model[2].eval()  # neither measured nor in the way of what is
+    fbn_plugin.update_population_stats(model, data, exact=exact)
+    assert model[1].running_mean.ne(0).all() and model[2].running_mean.eq(0).all()
+
+
+def test_a_conversion_that_cannot_be_recalibrated_leaves_the_model():
+    model = network()
+    with pytest.raises(ValueError, match=f"({UNKNOWN}"):
+        convert_norm(model, "Secret", recalibrate=[torch.randn(4, 3, 9, 9)])
+    assert kinds(model).count("BatchNorm2d") == 2
+
+
+@pytest.mark.parametrize("act", [False, True])
+def test_moments_that_are_told_are_measured(act):
+    """Also where timm holds an activation in the same module."""
+    norm, x = Telling(8), 3 + torch.randn(6, 8, 5, 5)
+    if act:
+        from fbn_plugin.frameworks.timm import act_class
+
+        norm = act_class(Telling)(8)
+    fbn_plugin.update_population_stats(norm.train(), [x])
+    torch.testing.assert_close(norm.running_mean, x[:3].mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, x[:3].var((0, 2, 3)))
+    with fbn_plugin.batch_moments(norm.eval()):
+        torch.testing.assert_close(norm(x + 7), norm(x), rtol=1e-3, atol=1e-3)
+
+
+def test_moments_of_a_described_norm_and_of_pytorchs_own_are_plain():
+    for norm in (DoubledNorm(8), nn.SyncBatchNorm(8), nn.BatchNorm2d(8)):
+        x = 3 + torch.randn(4, 8, 5, 5)
+        fbn_plugin.update_population_stats(norm.train(), [x])
+        torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
+
+
+def test_a_norm_for_images_is_refused_elsewhere():
+    class Anywhere(DoubledNorm):
+        def _check_input_dim(self, input):
+            pass
+
+    NORMS.register(Anywhere)
+    try:
+        for dims in (1, 3):
+            for name in ("DoubledNorm", "Secret"):
+                with pytest.raises(ValueError, match=f"{name} is for 2 spatial dimensions, not for {dims}"):
+                    get_norm(name, 8, dims=dims)
+            assert type(get_norm("Anywhere", 8, dims=dims)) is Anywhere
+            assert type(get_norm("AnyNorm", 8, dims=dims)) is MaxNorm
+    finally:
+        NORMS._obj_map.pop("Anywhere")
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm1d(8))
+    with pytest.raises(ValueError, match="cannot convert '1' to Secret: Secret is for 2 spatial dimensions, not for 1"):
+        convert_norm(model, "Secret")
+    assert kinds(model)[1:] == ["BatchNorm2d", "BatchNorm1d"]
+
+
+class NoDevice(nn.Module):
+    def __init__(self, num_features):
+        super().__init__()
+
+
+class Demanding(nn.Module):
+    def __init__(self, num_features, power, device=None, dtype=None):
+        super().__init__()
+
+
+class NoChannels(nn.Module):
+    pass
+
+
+class AnyOptions(nn.BatchNorm2d):
+    """What a spec may set, and a conversion has to hand on, would not be known."""
+
+    def __init__(self, num_features, **kwargs):
+        super().__init__(num_features, **kwargs)
+
+
+def no_dims(num_channels, device=None, dtype=None):
+    return nn.BatchNorm2d(num_channels, device=device, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("norm", "sentence"),
+    [
+        (NoDevice, "NoDevice must take 'device'"),
+        (AnyOptions, "AnyOptions must take 'device'.*kwargs does not say"),
+        (Demanding, "Demanding: its option 'power' must have a default"),
+        (NoChannels, "NoChannels must take the number of channels"),
+        (no_dims, "no_dims must take 'dims'"),
+    ],
+)
+def test_what_cannot_be_called_as_a_norm_is_not_registered(norm, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        NORMS.register(norm)
+    assert norm.__name__ not in NORMS
+
+
+def test_a_name_is_taken_once_and_a_cell_may_run_again():
+    old = type("Secret", (nn.BatchNorm2d,), {})
+    old.__module__, old.__qualname__ = "somewhere.else", "Secret"
+    with pytest.raises(ValueError, match=r"somewhere\.else\.Secret cannot be registered: the name 'Secret' is taken"):
+        NORMS.register(old)
+    with pytest.raises(ValueError, match="the name 'FBN' is taken"):
+        NORMS.register(type("FBN", (nn.BatchNorm2d,), {}))
+    again = type("Secret", (nn.BatchNorm2d,), {"__module__": Secret.__module__})
+    assert again.__qualname__ == Secret.__qualname__ and again is not Secret
+    NORMS.register(again)
+    assert type(get_norm("Secret", 8)) is again

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import user_errors
+from fbn_plugin.engine.run.cli import add_import, import_modules, user_errors
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -52,9 +52,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--from", dest="source", type=Path, nargs="*", metavar="FILE.json", help="show these, measure nothing"
     )
+    add_import(parser)
     args = parser.parse_args(argv)
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    if args.source is not None and (idle := given - {"source", "plot"}):
+    if args.source is not None and (idle := given - {"source", "plot", "imports"}):
         raise ValueError(f"--from measures nothing, so --{min(idle).replace('_', '-')} has no meaning with it")
     chosen = given & {"layers", "norms", "models", "shapes", "layouts", "dtypes", "batch_size", "compile"}
     if args.targets and chosen:
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
     """Run the command line; return the results, those of ``--from`` as a list."""
     with user_errors():
         args = parse_args(argv)
+        import_modules(args.imports)
 
         from fbn_plugin.engine import benchmark
         from fbn_plugin.engine.run.checkpoint import atomic_write

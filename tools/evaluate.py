@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import check_outputs, format_table, user_errors
+from fbn_plugin.engine.run.cli import add_import, check_outputs, format_table, import_modules, user_errors
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -32,6 +32,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", metavar="NAME", nargs="+", help="data sets; default: the run's DATASETS.TEST")
     parser.add_argument("--results", metavar="FILE", help="score this coco_instances_results.json; no model is run")
     parser.add_argument("--output", metavar="FILE", type=Path, help="JSON file; default: RUN_DIR/evaluation.json")
+    add_import(parser)
     args = parser.parse_args(argv)
     args.output = args.output or (Path(args.run_dir, "evaluation.json") if args.run_dir else None)
     return args
@@ -73,13 +74,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             metrics = {data.name: score_detections(data, read_detections(args.results, data), run)}
             source = args.results
         else:
+            if (needed := run.info.get("imports")) and not args.imports:
+                options = " ".join(f"--import {name}" for name in needed)
+                raise ValueError(f"{run.folder} was trained with modules of its own: add {options}")
+            import_modules(args.imports)
             weights = run.weights(args.weights)
             device = hardware("cpu" if run.config.get("MODEL.DEVICE") == "cpu" else None)
             note = averages_note(run, weights)
             if run.engine == "detectron2":
                 from fbn_plugin.engine.detectron2.evaluation import evaluate_run
 
-                evaluate_run = functools.partial(evaluate_run, train_net=Path(__file__).with_name("train_net.py"))
+                train_net = Path(__file__).with_name("train_net.py")
+                evaluate_run = functools.partial(evaluate_run, train_net=train_net, imports=args.imports)
             else:
                 from fbn_plugin.engine.torchvision.evaluation import evaluate_run
             metrics, iteration = evaluate_weights(run, weights, names, evaluate_run)

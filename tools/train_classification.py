@@ -13,7 +13,7 @@ fbn_plugin/engine/classification/config.py lists the keys. OUTPUT_DIR receives `
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.run.cli import RUN_ERRORS, interruptible, parse_config_arguments, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, import_modules, interruptible, parse_config_arguments, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         from fbn_plugin.engine.run.logging import setup_logging
 
         setup_logging()
+        import_modules(args.imports)
         cfg = load_config(classification_config(), args.config_file, args.overrides)
     with distributed.peers_lost(), interruptible(cfg.OUTPUT_DIR):
         with user_errors():

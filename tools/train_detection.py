@@ -11,7 +11,7 @@ files, ``log.txt``, ``config.yaml``, ``run_info.json``, checkpoints (``model_fin
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.run.cli import RUN_ERRORS, interruptible, parse_config_arguments, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, import_modules, interruptible, parse_config_arguments, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         from fbn_plugin.engine.torchvision.trainer import DetectionTrainer
 
         setup_logging()
+        import_modules(args.imports)
         cfg = load_detection_config(args.config_file, args.overrides)
     with distributed.peers_lost(), interruptible(cfg.OUTPUT_DIR):
         with user_errors():

@@ -18,7 +18,7 @@ same bits as a run that was never stopped.
 import importlib.util
 import sys
 
-from fbn_plugin.engine.run.cli import add_log_period, interruptible, user_errors
+from fbn_plugin.engine.run.cli import add_import, add_log_period, import_modules, interruptible, user_errors
 
 try:
     from detectron2.engine import default_argument_parser
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.set_defaults(dist_url="auto")
     add_log_period(parser)
+    add_import(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.machine_rank < args.num_machines:
         parser.error(
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines wants --dist-url tcp://HOST:PORT of the first machine")
     with user_errors():
+        import_modules(args.imports)
         cfg = prepare(args)
     with interruptible(cfg.OUTPUT_DIR):
         launch(

@@ -44,6 +44,7 @@ from fbn_plugin.layers.description import (
     describe_class,
     describe_type,
     has_known_forward,
+    tells_moments,
 )
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm_act import activation_of, normalize_and_activate
@@ -140,6 +141,8 @@ def act_class(norm_class: type[nn.Module]) -> type[nn.Module]:
     }
     if has_known_forward(norm_class):
         space["description"] = replace(describe_type(norm_class), convert=_convert, rest=_drop_and_act)
+    elif hasattr(norm_class, "batch_statistics") and tells_moments(norm_class):
+        space["batch_statistics"] = norm_class.batch_statistics
     name = re.sub(r"(?=\dd$)|$", "Act", norm_class.__name__, count=1)
     # FX feature extraction traces into modules from outside torch.nn, unless they are registered as leaves.
     return register_notrace_module(type(name, bases, space))
@@ -285,20 +288,21 @@ def adapt_model_from_string(parent_module: nn.Module, *args, **kwargs) -> nn.Mod
     return model
 
 
-def _make_all_plain(model: nn.Module) -> None:
+def _make_all_plain(model: nn.Module, instead: str = "") -> None:
     """timm's conversions read weight and bias of a batch norm: let these say all that it does in evaluation."""
     for module in model.modules():
         known = not isinstance(module, nn.BatchNorm2d) or isinstance(module, BatchNormAct2d)
         if isinstance(module, _NormAct) and not known:
             raise ValueError(
-                f"{module.norm_class.__name__} is no batch norm that timm knows: it would lose its activation"
+                f"{module.norm_class.__name__} is no batch norm that timm knows: it would lose its activation{instead}"
             )
         make_plain(module)
 
 
 def freeze_batch_norm_2d(module: nn.Module) -> nn.Module:
     """timm's function, for norms whose scale is more than their weight, too."""
-    _make_all_plain(module)
+    instead = '; fbn_plugin.convert_norm(model, "FrozenBN") keeps it, where the class has a `description`'
+    _make_all_plain(module, instead)
     return _THEIRS["freeze_batch_norm_2d"](module)
 
 

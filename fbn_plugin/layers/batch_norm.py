@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fbn_plugin.layers.description import NormDescription
-from fbn_plugin.ops.checks import check_eps
+from fbn_plugin.ops.checks import check_device, check_eps
 
 
 def check_gamma_init(gamma_init: float) -> float:
@@ -25,6 +25,7 @@ class OptionalBiasMixin:
     ``eps`` that is one."""
 
     def __init__(self, *args, bias: bool = True, **kwargs) -> None:
+        check_device(kwargs.get("device"))
         super().__init__(*args, **kwargs)
         check_eps(self.eps)
         if not bias:

@@ -6,7 +6,7 @@ it cannot change by :func:`describe_class`. A class without a description is wha
 is, unless it has a forward of its own, of which nothing is known.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +45,26 @@ class NormDescription:
         why_left: why a module cannot become another norm; None where it can.
         rest: what takes the place of a module whose normalization is folded into a layer, where it does more than
             normalize.
+
+    A batch norm (family ``"BN"``) takes, in training, mean and variance of all values of a channel, or those that its
+    method ``batch_statistics(input)`` tells: mean, biased variance and number of the values, ``(C,)`` each. In
+    evaluation it normalizes by ``running_mean`` and ``running_var``, or, where these are None, by the moments of its
+    input.
+
+    Examples::
+
+        >>> class Doubled(nn.BatchNorm2d):
+        ...     description = fbn_plugin.NormDescription(
+        ...         "BN", "channel", dims=2, affine_terms=lambda norm: (2 * norm.weight, 2 * norm.bias)
+        ...     )
+        ...     def forward(self, input):
+        ...         return 2 * super().forward(input)
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), Doubled(8)).eval()
+        >>> fbn_plugin.fold_norms(model)
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): Identity()
+        )
     """
 
     family: str | None = None
@@ -98,7 +118,21 @@ _DESCRIPTIONS: dict[type[nn.Module], NormDescription] = {
 
 
 def describe_class(description: NormDescription, *classes: type[nn.Module]) -> None:
-    """Say what classes that belong to others are; it holds for what derives from them, too."""
+    """Say what classes that belong to others are; it holds for what derives from them, too, as long as that has no
+    forward of its own. A class of yours says it by an attribute ``description``.
+
+    Args:
+        description: what their modules are.
+        *classes: module classes.
+
+    Examples::
+
+        >>> class TheirNorm(nn.GroupNorm):
+        ...     def forward(self, input):
+        ...         return super().forward(input).relu()
+        >>> meaning = fbn_plugin.NormDescription("GN", why_left=lambda norm: "it is an activation, too")
+        >>> fbn_plugin.describe_class(meaning, TheirNorm)
+    """
     for cls in classes:
         _DESCRIPTIONS[cls] = description
 
@@ -133,6 +167,47 @@ def has_known_forward(cls: type) -> bool:
     """Whether a class computes what its description, which may be that of a class it derives from, says."""
     found = _describing(cls)
     return found is not None and cls.forward is found[0].forward
+
+
+def tells_moments(cls: type) -> bool:
+    """Whether it is known by which moments a batch norm normalizes in training: by those that its method
+    ``batch_statistics`` tells, or by mean and variance of all values of a channel.
+
+    A forward that is overridden below the method, or below the class that is described, may do anything. PyTorch's own
+    classes take the plain moments.
+    """
+    computing, telling = _defining(cls, "forward"), _defining(cls, "batch_statistics")
+    if has_known_forward(cls) or computing.__module__.startswith("torch."):
+        return True
+    return telling is not None and issubclass(telling, computing)
+
+
+def _defining(cls: type, name: str) -> type | None:
+    return next((base for base in cls.__mro__ if name in base.__dict__), None)
+
+
+def check_moments(norms: Iterable[nn.Module]) -> None:
+    """Refuse a batch norm of whose moments in training nothing is known.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for norm in norms:
+        if not tells_moments(type(norm)):
+            raise ValueError(
+                f"{type(norm).__name__} has a forward of its own, and by which moments it normalizes is not known: "
+                "give the class a method `batch_statistics(input)`, or a `description` if they are mean and variance "
+                "of the batch, see fbn_plugin.NormDescription"
+            )
+
+
+def spatial_dims(cls: type) -> int | None:
+    """Number of spatial dimensions that the modules of a class are for; None is any, or not known."""
+    description = describe_type(cls)
+    if description is not None and description.dims is not None:
+        return description.dims
+    checked = _defining(cls, "_check_input_dim")  # by which PyTorch's norms refuse other inputs
+    return getattr(_DESCRIPTIONS.get(checked), "dims", None)
 
 
 def outer_batch_norm(cls: type) -> type[nn.Module]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
-from fbn_plugin.ops.checks import check_eps
+from fbn_plugin.ops.checks import check_device, check_eps
 from fbn_plugin.ops.functional import filtered_group_norm, filtered_share
 
 
@@ -61,7 +61,7 @@ class FilteredGroupNorm(FilterMixin, OptionalBiasMixin, nn.GroupNorm):
             raise ValueError(
                 f"num_groups must divide num_channels, got {num_groups} groups for {num_channels} channels"
             )
-        super().__init__(num_groups, num_channels, eps, affine, device, dtype, bias=bias)
+        super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -156,6 +156,7 @@ class LayerNorm2d(nn.LayerNorm):
         device=None,
         dtype=None,
     ) -> None:
+        check_device(device)
         super().__init__(num_channels, check_eps(eps), affine, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:

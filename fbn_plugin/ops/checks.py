@@ -5,6 +5,7 @@ import math
 import numbers
 import sys
 
+import torch
 from torch import Tensor
 
 from fbn_plugin.ops.reference import ACTIVATIONS
@@ -36,6 +37,15 @@ def check_eps(eps: float) -> float:
             "such as t_sigma or gamma_init, is passed by name"
         )
     return eps
+
+
+def check_device(device: str | int | torch.device | None) -> None:
+    """ValueError if ``device`` is none: it stands where a cut may be given that belongs by name."""
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
+        raise ValueError(
+            f"device must be a torch.device, its name or None, got {device!r}: what PyTorch's layer has not, such as "
+            "t_sigma, is given by name"
+        )
 
 
 def check_activation(activation: str, negative_slope: float) -> None:

@@ -18,7 +18,7 @@ from fbn_plugin.training.evaluation_modes import evaluation_mode
 from fbn_plugin.training.population_statistics import update_population_stats
 
 _SYNCHRONIZED = "it is synchronized already"
-_OWN_FORWARD = "no converter for a forward of its own"
+_OWN_FORWARD = "what its own forward computes is not known: give the class a `description`"
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -225,12 +225,13 @@ def convert_norm(
         ``model``, or the new norm if ``model`` is itself such a norm.
 
     Raises:
-        ValueError: a bad spec, an unknown family, a norm that does not fit a layer's channels or has no statistics to
-            freeze, or ``recalibrate`` with FrozenBN or without a batch; the model is then as it was.
+        ValueError: a bad spec, an unknown family, a norm that does not fit a layer's channels, is for another number
+            of dimensions, or has no statistics to freeze, or ``recalibrate`` with FrozenBN, without a batch or with a
+            norm whose moments are not known; the model is then as it was.
 
     Warns:
-        UserWarning: norms of these families with a forward of their own that no converter is registered for are left as
-            they are; or there is no such norm at all.
+        UserWarning: norms of these families are left as they are, such as those with a forward of their own and no
+            description (:class:`fbn_plugin.NormDescription`); or there is no such norm at all.
 
     Forward hooks of the old norms are not carried over.
 
@@ -251,7 +252,7 @@ def convert_norm(
     report = NormReport() if report is None else report
     changed, left = [], []
     replaced: dict[nn.Module, nn.Module] = {}
-    unknown: dict[str, str] = {}
+    unknown: set[str] = set()
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in unknown):  # the norms inside of a norm that is left
             continue
@@ -264,7 +265,7 @@ def convert_norm(
                 raise ValueError(f"cannot convert {name or 'the module'!r} to {spec}: {error}") from error
             changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new)))
         elif kind in sources:
-            unknown[name] = type(module).__name__
+            unknown.add(name)
             left.append(NormLeft(name, type(module).__name__, reason))
         elif kind is not None:
             left.append(NormLeft(name, type(module).__name__, f"{kind} is not among the sources"))
@@ -272,8 +273,9 @@ def convert_norm(
         what = "batch normalization" if sources == ("BN",) else f"norm of {', '.join(sources)}"
         warnings.warn(f"nothing was converted to {spec}: the model has no {what}", stacklevel=2)
     if unknown:
-        name, kind = next(iter(unknown.items()))
-        warnings.warn(f"{len(unknown)} norms are left as they are: no converter for {kind} (at {name!r})", stacklevel=2)
+        first = next(each for each in left if each.name in unknown)
+        message = f"{len(unknown)} norms are left as they are, such as {first.kind} (at {first.name!r}): {first.reason}"
+        warnings.warn(message, stacklevel=2)
 
     refit = next((family(new) for new in replaced.values()), None) if recalibrate is not None else None
     if refit == "FrozenBN":

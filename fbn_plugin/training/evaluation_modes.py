@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fbn_plugin.adapters import load_adapters
+from fbn_plugin.layers.description import check_moments
+
 
 @contextlib.contextmanager
 def batch_moments(model: nn.Module) -> Iterator[nn.Module]:
@@ -27,6 +30,10 @@ def batch_moments(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         ``model``.
 
+    Raises:
+        ValueError: a batch norm has a forward of its own, of which nothing is known: it has neither a method
+            ``batch_statistics`` nor a description, see :class:`fbn_plugin.NormDescription`.
+
     Examples::
 
         >>> layer = fbn_plugin.FilteredBatchNorm2d(8).eval()
@@ -39,6 +46,8 @@ def batch_moments(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             held.append((module, module.running_mean, module.running_var))
+    load_adapters()
+    check_moments(module for module, _, _ in held)
     try:
         for module, mean, var in held:
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from fbn_plugin.adapters import load_adapters
+from fbn_plugin.layers.description import check_moments
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.ops import reference
 from fbn_plugin.training.evaluation_modes import batch_moments, evaluation_mode
@@ -66,8 +68,10 @@ def update_population_stats(
             (detectron2's list of dicts) are understood; tensors are moved to the model's device.
 
     Raises:
-        ValueError: no batch norm in training mode, no value reached one, statistics that are not finite, or for
-            ``exact`` an iterator that can be used only once or a norm whose moments cannot be pooled.
+        ValueError: no batch norm in training mode, one whose moments are not known (with a forward of its own, and
+            neither a method ``batch_statistics`` nor a description, see :class:`fbn_plugin.NormDescription`), no value
+            reached one, statistics that are not finite, or for ``exact`` an iterator that can be used only once or a
+            norm whose moments cannot be pooled.
 
     Examples::
 
@@ -82,6 +86,8 @@ def update_population_stats(
     if isinstance(model, DistributedDataParallel):  # its forward would exchange buffers
         model = model.module
     norms = norms_to_update(model)
+    load_adapters()
+    check_moments(norms.values())
     if not norms:
         raise ValueError("the model has no batch norm in training mode to update: call model.train() before")
     forward = forward or functools.partial(forward_batch, device=next(iter(norms.values())).running_mean.device)

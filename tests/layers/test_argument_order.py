@@ -96,6 +96,16 @@ def test_a_cut_by_position_is_refused(cls, t_sigma):
         build(cls, *[1e-5] * 8)
 
 
+@pytest.mark.parametrize("cls", FILTERED, ids=lambda cls: cls.__name__)
+def test_a_cut_in_the_place_of_the_device_is_refused(cls):
+    names = positional(cls)
+    if "device" in names:
+        first = {"num_groups": 2, "num_channels": 8, "num_features": 8, "eps": 1e-5, "momentum": 0.1}
+        before = [first.get(name, name != "process_group" or None) for name in names[: names.index("device")]]
+        with pytest.raises(ValueError, match=r"device must be .*, got 5\.0: .*t_sigma, is given by name"):
+            cls(*before, 5.0)
+
+
 @pytest.mark.parametrize("cls", RELATIVES, ids=lambda cls: cls.__name__)
 def test_without_a_bias(cls):
     """As PyTorch's layer norm has it, and in new versions its other norms."""

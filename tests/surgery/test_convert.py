@@ -286,7 +286,7 @@ def test_groups_are_kept_and_the_same_norm_comes_back():
 
 def test_a_layer_norm_of_the_last_dimension_is_left():
     model = nn.Sequential(nn.LayerNorm(8), fbn_plugin.LayerNorm2d(8))
-    with pytest.warns(UserWarning, match="no converter for LayerNorm"):
+    with pytest.warns(UserWarning, match=r"1 norms .* such as LayerNorm \(at '0'\): its channels are not"):
         convert_norm(model, "BN", sources="LN")
     assert [type(m) for m in model] == [nn.LayerNorm, nn.BatchNorm2d]
 
@@ -346,7 +346,7 @@ def test_filter_response_and_learned_norms_are_reported_and_converted():
         ("2", "LearnedNorm is not among the sources"),
     ]
     report = fbn_plugin.NormReport()
-    with pytest.warns(UserWarning, match="no converter for FilterResponseNorm2d"):  # its threshold is an activation
+    with pytest.warns(UserWarning, match="such as FilterResponseNorm2d"):  # its threshold is an activation
         convert_norm(model, "BN", sources=("FRN", "LearnedNorm"), report=report)
     assert [type(norm).__name__ for norm in model] == [
         "BatchNorm2d",
@@ -372,7 +372,7 @@ def test_report_says_what_was_changed_and_what_was_left_and_why():
     model.add_module("group", nn.GroupNorm(2, 8))
     model.add_module("loud", Loud(8))
     report = fbn_plugin.NormReport()
-    with pytest.warns(UserWarning, match="no converter for Loud"):
+    with pytest.warns(UserWarning, match="such as Loud .*give the class a `description`"):
         assert convert_norm(model, "GN(num_groups=4)", report=report) is model
     assert [c.name for c in report.changed] == ["1", "3.1", "7"]
     assert str(report) == (
@@ -381,7 +381,7 @@ def test_report_says_what_was_changed_and_what_was_left_and_why():
         "  1 x SyncBatchNorm -> GroupNorm (not carried over: running_mean, running_var, momentum): 3.1\n"
         "  1 x BatchNorm1d -> GroupNorm (not carried over: running_mean, running_var): 7\n"
         "  1 x GroupNorm left: GN is not among the sources: group\n"
-        "  1 x Loud left: no converter for a forward of its own: loud"
+        "  1 x Loud left: what its own forward computes is not known: give the class a `description`: loud"
     )
 
 
@@ -533,7 +533,7 @@ def test_convert_sync_reports_what_it_leaves_and_warns_of_local_moments():
         *(f"GN {nothing}", f"LN {nothing}", "it is frozen", more, more, more, f"FRN {nothing}"),
         *("it is synchronized already",) * 2,
         "it is fused with its activation: synchronize before fuse_norm_act",
-        "no converter for a forward of its own",
+        "what its own forward computes is not known: give the class a `description`",
     ]
     with pytest.warns(UserWarning, match="synchronized.*no batch normalization"):
         fbn_plugin.convert_sync(nn.Linear(2, 2))

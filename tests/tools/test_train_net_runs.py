@@ -57,7 +57,7 @@ def train(*overrides, resume=False, stop_at=None, seed=1):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "run_step", run_step)
-        arguments = argparse.Namespace(eval_only=False, resume=resume, log_period=1)
+        arguments = argparse.Namespace(eval_only=False, resume=resume, log_period=1, imports=[])
         if stop_at is None:
             run(cfg, arguments)
         else:
@@ -338,7 +338,7 @@ def test_two_processes_a_killed_one_and_its_resumption(shapes, tmp_path, capfd):
     def config(out, resume=False):
         return prepare(*datasets(shapes, 2), *TWO, "OUTPUT_DIR", out, num_gpus=2, resume=resume)
 
-    arguments = argparse.Namespace(eval_only=False, resume=False, log_period=1)
+    arguments = argparse.Namespace(eval_only=False, resume=False, log_period=1, imports=[])
     with pytest.raises(SystemExit) as exit:
         both = config(undisturbed), config(killed)
         launch(observed_and_killed, (*both, arguments), 2, device="cpu", folder=str(killed))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fbn_plugin.registry import parse_spec
+from fbn_plugin.engine.run.rules import check_norms
 
 SHAPES = ((16, 64, 56, 56), (16, 256, 28, 28), (2, 256, 100, 152), (16, 512, 7, 7), (2, 2048, 25, 38))
 QUICK_SHAPES = ((4, 64, 14, 14), (2, 128, 7, 7))
@@ -99,7 +99,7 @@ class Settings:
             if value is not None and value < 1:
                 raise ValueError(f"{name.replace('_', ' ')} must be 1 or more, got {value}")
         for spec in self.norms:
-            parse_spec(spec)
+            check_norms({"--norms": spec})
         if not self.targets and not self.layers and not self.models:
             raise ValueError("nothing to measure: choose layers, models or both")
 

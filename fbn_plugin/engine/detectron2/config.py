@@ -36,6 +36,7 @@ from fbn_plugin.engine.run.detection_keys import MAY_CHANGE
 from fbn_plugin.engine.run.detection_rules import DETECTION_RULES, dependent_rules
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.output_dir import make_output_dir
+from fbn_plugin.engine.run.population import check_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
@@ -239,6 +240,7 @@ def _try_out(cfg: CfgNode, evaluate_only: bool, resume: bool) -> None:
     with _refused("MODEL"):
         model = build_model(cfg)
     if not evaluate_only:
+        check_population_stats(cfg, model)
         with _refused("INPUT"):
             DatasetMapper(cfg, is_train=True)
         with _refused("SOLVER"):

@@ -14,11 +14,14 @@ from fbn_plugin.engine.run.run_folder import Run
 __all__ = ["evaluate_run"]
 
 
-def evaluate_run(run: Run, name: str, overrides: Sequence[str], folder: Path, train_net: Path) -> dict[str, float]:
+def evaluate_run(
+    run: Run, name: str, overrides: Sequence[str], folder: Path, train_net: Path, imports: Sequence[str] = ()
+) -> dict[str, float]:
     """AP in percent on the data set ``name``, see ``evaluate_weights``.
 
     Args:
         train_net: ``tools/train_net.py``, which detects in a process of its own.
+        imports: what that imports first.
 
     Raises:
         FileNotFoundError, ValueError: what ``train_net`` refuses in one sentence, detectron2's absence too.
@@ -26,6 +29,7 @@ def evaluate_run(run: Run, name: str, overrides: Sequence[str], folder: Path, tr
     """
     data = resolve_dataset(name)
     command = [sys.executable, os.fspath(train_net), "--config-file", os.fspath(run.folder / "config.yaml")]
+    command += [part for module in imports for part in ("--import", module)]
     done = subprocess.run([*command, "--eval-only", *overrides], stderr=subprocess.PIPE, text=True)
     if done.returncode:
         sentence = re.search(r"^error: (.*)", done.stderr, re.MULTILINE)

@@ -46,7 +46,7 @@ from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.checkpoint import RandomState
-from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, import_modules, user_errors
 from fbn_plugin.engine.run.config import save_config
 from fbn_plugin.engine.run.evaluation_names import inference_folder
 from fbn_plugin.engine.run.norm_stats import FilterMeter
@@ -222,8 +222,9 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
     the process with one sentence and exit code 2.
     """
     with user_errors(*RUN_ERRORS):
+        import_modules(args.imports)  # with several processes, this is a new one
         fbn_plugin.register()
-        register_datasets(cfg, args.eval_only)  # with several processes, this is a new one
+        register_datasets(cfg, args.eval_only)
         _set_up(cfg, args)
         if args.eval_only:
             _evaluate_only(cfg, args.resume)

@@ -3,10 +3,12 @@ bad input."""
 
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fbn_plugin.engine.run.output_dir import how_to_continue
@@ -14,10 +16,13 @@ from fbn_plugin.engine.run.output_dir import how_to_continue
 __all__ = [
     "RUN_ERRORS",
     "UserError",
+    "add_import",
     "add_log_period",
     "check_outputs",
     "error_sentence",
     "format_table",
+    "import_modules",
+    "imported",
     "interruptible",
     "parse_config_arguments",
     "user_errors",
@@ -72,7 +77,7 @@ def interruptible(output_dir: str | os.PathLike) -> Iterator[None]:
 
 def parse_config_arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line of a training tool: detectron2's ``--config-file``, ``--resume``, ``--eval-only`` and
-    trailing ``KEY VALUE ...`` overrides, and ``--log-period``.
+    trailing ``KEY VALUE ...`` overrides, ``--log-period`` and ``--import``.
 
     Args:
         description: the tool's docstring.
@@ -80,6 +85,7 @@ def parse_config_arguments(description: str, argv: Sequence[str] | None) -> argp
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_log_period(parser)
+    add_import(parser)
     parser.add_argument("--config-file", metavar="FILE", help="YAML configuration file")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument(
@@ -101,6 +107,77 @@ def add_log_period(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-period", type=period, default=20, metavar="N", help="iterations between two lines of metrics.json"
     )
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add ``--import``, whose values are ``imports``; :func:`import_modules` does what it says."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE_OR_FILE",
+        help="import this first, such as my_norms.py that registers a norm; may be repeated",
+    )
+
+
+_imported: list[str] = []
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Import what registers norms or models of the user's, each once.
+
+    Args:
+        names: modules, looked for in the working folder too, and paths of files that end in ``.py``; such a file is a
+            module under its own name, so that what it defines can be pickled.
+
+    Raises:
+        ValueError, OSError: one sentence; a module that is not there, or whose name another one has. What a module
+            itself raises is left as it is.
+    """
+    for name in names:
+        if name.endswith(".py"):
+            name = _import_file(name)
+        else:
+            _import_module(name)
+        if name not in _imported:
+            _imported.append(name)
+
+
+def imported() -> list[str]:
+    """What :func:`import_modules` has imported in this process: names of modules, and absolute paths of files."""
+    return list(_imported)
+
+
+def _import_module(name: str) -> None:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"--import must be a module, or a file that ends in .py, got {name!r}")
+    if os.getcwd() not in sys.path:  # a script has its own folder there, not the one it is called in
+        sys.path.append(os.getcwd())
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # a module that the user's own needs
+        raise ValueError(f"--import {name}: there is no module {error.name!r}; a file is named with its .py") from None
+
+
+def _import_file(name: str) -> str:
+    path = Path(name).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"--import {name}: the file is not there")
+    if (known := sys.modules.get(path.stem)) is not None:
+        if getattr(known, "__file__", None) != str(path):
+            raise ValueError(f"--import {name}: another module {path.stem!r} is in use; give the file another name")
+        return str(path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return str(path)
 
 
 def check_outputs(*files: Path | None) -> None:

@@ -5,13 +5,33 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.layers.description import check_moments
 from fbn_plugin.training.population_statistics import norms_to_update, update_population_stats
 
-__all__ = ["refresh_population_stats"]
+__all__ = ["check_population_stats", "refresh_population_stats"]
 
 logger = logging.getLogger(__name__)
+
+
+def check_population_stats(cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse TEST.PRECISE_BN before a run begins, for a norm whose moments are not known.
+
+    Args:
+        cfg: the run's settings.
+        model: with all its norms.
+
+    Raises:
+        ValueError: one sentence that names the norm.
+    """
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        try:
+            check_moments(module for module in model.modules() if isinstance(module, _BatchNorm))
+        except ValueError as error:
+            raise ValueError(f"TEST.PRECISE_BN.ENABLED must be False: {error}") from None
 
 
 def refresh_population_stats(

@@ -168,6 +168,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         ("processes", int),
         ("train_images", dict),
         ("test_images", dict),
+        ("imports", list),
     ):
         if not isinstance(info.get(key, kind()), kind):
             raise ValueError(f"{folder / 'run_info.json'}: {key} must be of type {kind.__name__}, got {info[key]!r}")

@@ -15,6 +15,7 @@ import torch
 
 import fbn_plugin
 from fbn_plugin.engine.run.checkpoint import atomic_write
+from fbn_plugin.engine.run.cli import imported
 
 __all__ = ["cpu_name", "hardware", "package_versions", "read_run_info", "write_evaluation", "write_run_info"]
 
@@ -54,7 +55,7 @@ def write_run_info(
     train_images: Mapping[str, int],
     test_images: Mapping[str, int],
 ) -> None:
-    """Write ``run_info.json`` in one step.
+    """Write ``run_info.json`` in one step, with what ``--import`` has imported.
 
     Args:
         folder: OUTPUT_DIR.
@@ -71,6 +72,7 @@ def write_run_info(
         "images_per_batch": images_per_batch,
         "train_images": dict(train_images),
         "test_images": dict(test_images),
+        "imports": imported(),
         "versions": package_versions(),
     }
     atomic_write(os.path.join(folder, _FILE), json.dumps(info, indent=2).encode())

@@ -27,7 +27,7 @@ from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import FilterMeter
 from fbn_plugin.engine.run.output_dir import make_output_dir
-from fbn_plugin.engine.run.population import refresh_population_stats
+from fbn_plugin.engine.run.population import check_population_stats, refresh_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
@@ -80,6 +80,8 @@ class DetectionTrainer:
             raise ValueError(f"MODEL.WEIGHTS {weights.source} is a backbone; --eval-only wants a whole detector")
         set_backends(cfg, eval_only)
         self._build()
+        if not eval_only:
+            check_population_stats(cfg, self.model)
         report = self._load(weights, continues, eval_only)
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, cfg.SOLVER.BEST_CHECKPOINT_METRIC, resume=self.start > 0)
         if distributed.is_main():
