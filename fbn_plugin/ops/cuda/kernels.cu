@@ -448,7 +448,7 @@ struct Values {
   Offset base;  // of its set, rows: of the thread
   Offset step;  // planes: from the end of a run to the begin of the next, rows: between the thread's rows
   int channel;  // of the first of OWN
-  int first, count, length;  // its first vector; how many it has
+  int first, count;  // its first vector; how many it has
   u32 multiplier, shift;
 
   // planes: `channel` is that of the first run; rows: of the first of the thread's own
@@ -465,7 +465,7 @@ struct Values {
     first = p.member * c.steps * THREADS + threadIdx.x;
     const int left = c.vectors - first;
     count = left <= 0 ? 0 : min(c.steps, (left + THREADS - 1) / THREADS);
-    length = c.length, multiplier = c.multiplier, shift = c.shift;
+    multiplier = c.multiplier, shift = c.shift;
     base = (Offset)(p.group * c.set_stride), step = (Offset)(c.run_stride - (i64)c.length * VECTOR);
 #endif
   }
@@ -846,6 +846,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
   // With no value outside of the band the sums of all are those of the kept (Eq. 6, 7). With few they are the difference:
   // most threads know that they have none outside. Where that loses digits, the kept values are added up.
   const bool filters = FILTERED && outside;
+  // The sums around `from` of a thread's values, of those inside of the band or of those outside.
+  auto sums_of = [&](auto inside, const auto& lo, const auto& hi, const auto& from, float (&sums)[3][OWN]) {
+    constexpr bool INSIDE = decltype(inside)::value;
+    float sum[OWN] = {}, square[OWN] = {};
+    int filled = 0;
+    auto flush = [&] {
+#pragma unroll
+      for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sum[j] = square[j] = 0;
+    };
+    for_all<SEARCH_LOADS>(ring, [&](auto size, int k) {
+      constexpr int N = decltype(size)::value;
+      Vector v[N];
+      ring.load(v, values, k, x);
+#pragma unroll
+      for (int u = 0; u < N; u++)
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) {
+          const int j = i % OWN;
+          const float w = up(v[u].value[i]);
+          if ((w >= lo[j] && w <= hi[j]) == INSIDE) {
+            const float d = w - from[j];
+            sum[j] += d, square[j] += d * d, sums[2][j] += 1;
+          }
+        }
+      if ((filled += N) >= FLUSH) flush(), filled = 0;
+    });
+    flush();
+  };
   if (FIRST && filters && !apart) {
     bool none = true;
 #pragma unroll
@@ -856,30 +884,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
       const volatile float* from = shifts + own;  // registers are for what every value needs
 #pragma unroll
       for (int j = 0; j < OWN; j++) lo[j] = lower[own + j], hi[j] = upper[own + j];
-      float sum[OWN] = {}, square[OWN] = {};
-      int filled = 0;
-      auto flush = [&] {
-#pragma unroll
-        for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sum[j] = square[j] = 0;
-      };
-      for_all<SEARCH_LOADS>(ring, [&](auto size, int k) {
-        constexpr int N = decltype(size)::value;
-        Vector v[N];
-        ring.load(v, values, k, x);
-#pragma unroll
-        for (int u = 0; u < N; u++)
-#pragma unroll
-          for (int i = 0; i < VECTOR; i++) {
-            const int j = i % OWN;
-            const float w = up(v[u].value[i]);
-            if (!(w >= lo[j] && w <= hi[j])) {
-              const float d = w - from[j];
-              sum[j] += d, square[j] += d * d, sums[2][j] += 1;
-            }
-          }
-        if ((filled += N) >= FLUSH) flush(), filled = 0;
-      });
-      flush();
+      sums_of(Number<0>(), lo, hi, from, sums);
     }
     add_group<3, 3>(scratch, cut, place, a.partial, a.counters, ++round, sums);
     spread<WIDTH>([&](int c) {  // from here on of the kept
@@ -902,30 +907,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) forward(const Forw
 #pragma unroll 1
     for (int repeated = 0;; repeated++) {
       float sums[3][OWN] = {};
-      float sum[OWN] = {}, square[OWN] = {};
-      int filled = 0;
-      auto flush = [&] {
-#pragma unroll
-        for (int j = 0; j < OWN; j++) sums[0][j] += sum[j], sums[1][j] += square[j], sum[j] = square[j] = 0;
-      };
-      for_all<SEARCH_LOADS>(ring, [&](auto size, int k) {
-        constexpr int N = decltype(size)::value;
-        Vector v[N];
-        ring.load(v, values, k, x);
-#pragma unroll
-        for (int u = 0; u < N; u++)
-#pragma unroll
-          for (int i = 0; i < VECTOR; i++) {
-            const int j = i % OWN;
-            const float w = up(v[u].value[i]);
-            if (w >= lo[j] && w <= hi[j]) {
-              const float d = w - shift[j];
-              sum[j] += d, square[j] += d * d, sums[2][j] += 1;
-            }
-          }
-        if ((filled += N) >= FLUSH) flush(), filled = 0;
-      });
-      flush();
+      sums_of(Number<1>(), lo, hi, shift, sums);
       if (threadIdx.x == 0) again[1] = 0;
       if (threadIdx.x < WIDTH / OWN)
 #pragma unroll
