@@ -56,6 +56,8 @@ NEEDED = {
 OPTIONAL = {
     "torchvision.models.feature_extraction._get_leaf_modules_for_ops": "create_feature_extractor cannot trace models "
     "with filtered norms",
+    "torch.ao.quantization.fuser_method_mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD": "fuse_modules of "
+    "torch.ao.quantization knows no norms of this package: convert to BN before",
     "timm.layers.create_norm._NORM_MAP": "fbn_plugin.param_groups does not know all norms of timm's",
     "timm.layers.create_norm_act._NORM_ACT_MAP": "fbn_plugin.param_groups does not know all norms of timm's",
     **dict.fromkeys(

@@ -6,18 +6,16 @@ A family is entered through ``norm_layer=`` if that puts FBN exactly where batch
 """
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
 
 import fbn_plugin
+from fbn_plugin.engine.classification.smallest_models import batch_norms, smallest_model
 from fbn_plugin.engine.run.cli import user_errors
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 
@@ -42,71 +40,6 @@ class Result:
     route: str = CONVERT
     norms: int = 0
     problems: list[str] = field(default_factory=list)
-
-
-class _TooLarge(Exception):
-    pass
-
-
-class _SkipInit(TorchFunctionMode):
-    """Leave out the initialization of meta tensors: they hold no values, and it takes most of the time."""
-
-    _skipped = ("uniform_", "normal_", "trunc_normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", "") in self._skipped and args and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _at_most(limit: float) -> Iterator[None]:
-    """Give up building a model, with _TooLarge, once it has more parameters than ``limit``."""
-    count = 0
-
-    def add(module: nn.Module, name: str, parameter: Tensor | None) -> None:
-        nonlocal count
-        count += 0 if parameter is None else parameter.numel()
-        if count > limit:
-            raise _TooLarge
-
-    handle = register_module_parameter_registration_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Names and modules of all batch normalizations, filtered or not."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-
-
-def _without_values(name: str, limit: float) -> nn.Module:
-    """A model to count the parameters of; _TooLarge if there are more than ``limit``."""
-    try:
-        with torch.device("meta"), _SkipInit(), _at_most(limit):
-            return timm.create_model(name)
-    except NotImplementedError:  # sizes are computed by an operator that PyTorch 2.6 has not for meta tensors
-        with _at_most(limit):
-            return timm.create_model(name)
-
-
-def smallest_model(family: str) -> str | None:
-    """The model of a ``timm.models`` module that has the fewest parameters of those with batch normalization; None if
-    no model of it has any."""
-    best, fewest = None, float("inf")
-    # A small model first lets most others be given up early: names that begin with "test", then short ones.
-    names = sorted(timm.list_models(module=family), key=lambda name: (not name.startswith("test"), len(name), name))
-    for name in names:
-        try:
-            model = _without_values(name, fewest)
-        except _TooLarge:
-            continue
-        count = sum(parameter.numel() for parameter in model.parameters())
-        if batch_norms(model) and count < fewest:
-            best, fewest = name, count
-    return best
 
 
 def _build(name: str, **kwargs) -> nn.Module:
@@ -224,7 +157,7 @@ def main() -> None:
     fbn_plugin.register()
     results = {}
     for family in tqdm(families, unit="family", leave=False, disable=None):
-        name = smallest_model(family)
+        name = smallest_model(timm.create_model, timm.list_models(module=family))
         if name is not None:
             results[family] = result = check(name)
             verdict = "; ".join(result.problems) or "same network"

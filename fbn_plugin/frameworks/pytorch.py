@@ -1,15 +1,22 @@
 """PyTorch itself: ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes plain synchronized norms of filtered ones too, and
-says nothing. Here it learns to.
+says nothing, and ``torch.ao.quantization.fuse_modules`` knows layers by their exact class. Here both learn of ours.
 
-It calls itself for every child of a module, so the warning is given by the outermost call alone.
+The conversion calls itself for every child of a module, so the warning is given by the outermost call alone.
 """
 
+import functools
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from fbn_plugin import internals
+from fbn_plugin.layers.description import describe_type, spatial_dims
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
+from fbn_plugin.registry import norm_factory, registered_classes
+from fbn_plugin.surgery.convert import build_from
 
 _torch_convert = vars(nn.SyncBatchNorm)["convert_sync_batchnorm"]
 _inside: ContextVar[bool] = ContextVar("inside of a conversion", default=False)
@@ -36,11 +43,51 @@ _convert_sync_batchnorm.__doc__ = _torch_convert.__func__.__doc__
 _guarded = classmethod(_convert_sync_batchnorm)
 
 
+# The layers that are fused, by their exact classes, with the function that does it.
+_FUSERS: dict[tuple[type, ...], Callable] = internals.optional(
+    "torch.ao.quantization.fuser_method_mappings._DEFAULT_OP_LIST_TO_FUSER_METHOD", {}
+)
+_BATCH_NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
+
+
+def _fuse(fuse: Callable, place: int, dims: int, is_qat: bool, *modules: nn.Module) -> nn.Module:
+    """PyTorch's ``fuse``, given the plain batch normalization that the norm at ``place`` is in evaluation."""
+    norm, layers = modules[place], list(modules)
+    if is_qat and isinstance(norm, FilteredBatchNormMixin):
+        warnings.warn(
+            f"quantization-aware training has plain batch normalization only: {type(norm).__name__} is trained on "
+            "without its filter",
+            stacklevel=2,
+        )
+    layers[place] = build_from(norm, norm_factory("BN", dims))
+    return fuse(is_qat, *layers)
+
+
+def _fusers() -> dict[tuple[type, ...], Callable]:
+    """Fusers for what is a batch normalization in evaluation, wherever there is one for PyTorch's own."""
+    found = {}
+    for cls in registered_classes():
+        description = describe_type(cls)
+        if not issubclass(cls, _BatchNorm) or description is None or description.evaluation != "channel":
+            continue
+        for layers, fuse in _FUSERS.items():
+            place = next((i for i, layer in enumerate(layers) if layer in _BATCH_NORMS), None)
+            dims = None if place is None else _BATCH_NORMS[layers[place]]
+            if dims is not None and spatial_dims(cls) in (None, dims):
+                key = (*layers[:place], cls, *layers[place + 1 :])
+                found[key] = functools.partial(_fuse, fuse, place, dims)
+    return found
+
+
 def register() -> None:
-    """Let PyTorch's conversion warn of filters that it drops."""
+    """Let PyTorch's conversion warn of filters that it drops, and ``fuse_modules`` take the norms of this package."""
     nn.SyncBatchNorm.convert_sync_batchnorm = _guarded
+    for layers, fuse in _fusers().items():
+        _FUSERS.setdefault(layers, fuse)
 
 
 def unregister() -> None:
-    """Give PyTorch its own conversion back."""
+    """Give PyTorch its own conversion and fusers back."""
     nn.SyncBatchNorm.convert_sync_batchnorm = _torch_convert
+    for layers in [layers for layers, fuse in _FUSERS.items() if getattr(fuse, "func", None) is _fuse]:
+        del _FUSERS[layers]

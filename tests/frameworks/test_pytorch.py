@@ -1,10 +1,12 @@
 """PyTorch's own conversion to synchronized batch normalization says which filters it drops."""
 
+import copy
 import subprocess
 import sys
 import warnings
 
 import pytest
+import torch
 from torch import nn
 
 import fbn_plugin
@@ -85,3 +87,48 @@ def test_without_any_framework():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "UserWarning: convert_sync_batchnorm makes 1 filtered norms" in result.stderr
+
+
+def conv_and_norm(spec, dims, channels=4):
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    norm = fbn_plugin.norm_factory(spec, dims)(channels)
+    with torch.no_grad():
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+        for parameter in norm.parameters():
+            parameter.uniform_(0.5, 1.5)
+    return nn.Sequential(conv(2, channels, 3), norm, nn.ReLU())
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("spec", ["FBN", "SyncFBN", "FBN(bias=False)", "ScaledBN", "ScaledBN-A2", "RBN-"])
+def test_eager_quantization_fuses_as_it_does_batch_norms(registered, spec, dims):
+    model = conv_and_norm(spec, dims).eval()
+    x = torch.randn(2, 2, *(8,) * dims)
+    fused = torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["0", "1", "2"]])
+    assert isinstance(fused[1], nn.Identity) and isinstance(fused[2], nn.Identity)
+    torch.testing.assert_close(fused(x), model(x))
+
+
+@pytest.mark.parametrize("spec, dropped", [("FBN(t_sigma=4)", True), ("ScaledBN", False)])
+def test_quantization_aware_training_says_that_the_filter_is_dropped(registered, spec, dropped):
+    model = conv_and_norm(spec, 2).train()
+    weight, scale = model[1].weight, model[1].weight.detach().clone()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fused = torch.ao.quantization.fuse_modules_qat(model, [["0", "1", "2"]], inplace=True)
+    said = [str(w.message) for w in caught if "without its filter" in str(w.message)]
+    assert len(said) == dropped
+    norm = next(module for module in fused.modules() if isinstance(module, nn.BatchNorm2d))
+    assert type(norm) is nn.BatchNorm2d and norm.weight is weight and torch.equal(weight, scale)
+
+
+def test_unregister_takes_the_fusers_out():
+    model = conv_and_norm("FBN", 2).eval()
+    with pytest.raises((AssertionError, NotImplementedError), match="fuser method"):
+        torch.ao.quantization.fuse_modules(model, [["0", "1"]])
+    pytorch.register()
+    torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["0", "1"]])
+    pytorch.unregister()
+    with pytest.raises((AssertionError, NotImplementedError), match="fuser method"):
+        torch.ao.quantization.fuse_modules(model, [["0", "1"]])

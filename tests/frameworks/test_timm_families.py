@@ -12,6 +12,7 @@ from timm.models import list_modules
 from torch import nn
 
 import fbn_plugin
+from fbn_plugin.engine.classification.smallest_models import smallest_model
 from fbn_plugin.frameworks import timm as adapter
 from fbn_plugin.layers import description
 
@@ -39,9 +40,13 @@ def registered():
     adapter.unregister()
 
 
+def smallest(family):
+    return smallest_model(timm.create_model, timm.list_models(module=family))
+
+
 @pytest.mark.parametrize("family", list_modules())
 def test_family(family):
-    name = tool.smallest_model(family)
+    name = smallest(family)
     if name is None:
         pytest.skip(f"no model of timm.models.{family} has batch normalization")
     result = tool.check(name)
@@ -49,18 +54,9 @@ def test_family(family):
     assert result.norms > 0
 
 
-def test_smallest_model_is_the_smallest():
-    counts = {
-        name: sum(p.numel() for p in timm.create_model(name).parameters())
-        for name in timm.list_models(module="hardcorenas")
-    }
-    assert tool.smallest_model("hardcorenas") == min(counts, key=counts.get)
-    assert tool.smallest_model("nest") is None
-
-
 @pytest.mark.parametrize("family", ["regnet", "maxxvit"])  # by norm_layer, by convert_norm
 def test_a_lost_activation_is_noticed(family, monkeypatch):
-    name = tool.smallest_model(family)
+    name = smallest(family)
     form = adapter._form
     monkeypatch.setattr(adapter, "_form", lambda spec: _without_activation(form(spec)))
     convert = adapter._convert
@@ -115,9 +111,3 @@ def test_command_refuses_an_unknown_family(capsys, monkeypatch):
         tool.main()
     assert exit.value.code == 2
     assert capsys.readouterr().err.startswith("error: timm has no family resnext: accepted are")
-
-
-def test_meta_models_have_the_same_norms():
-    with torch.device("meta"), tool._SkipInit():
-        counted = tool.batch_norms(timm.create_model("test_efficientnet"))
-    assert counted.keys() == tool.batch_norms(timm.create_model("test_efficientnet")).keys()
