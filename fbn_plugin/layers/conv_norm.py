@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.ops import eager
 from fbn_plugin.ops.checks import check_eps
-from fbn_plugin.ops.reference import RunningStats, accumulate_dtype, plain_moments, update_running_stats
+from fbn_plugin.ops.derivatives import by_formula
+from fbn_plugin.ops.reference import RunningStats, accumulate_dtype, plain_moments
 
 # The stack of the paper's first layers, which covers 32 x 32.
 DEFAULT_KERNEL_SIZES = (4, 2, 2, 2)
@@ -128,6 +130,19 @@ def _weighted_mean(total: Tensor, weights: Tensor, images: int) -> Tensor:
     return (total * weights).sum((1, 2)) / images
 
 
+def _weighted_mean_norm(
+    x: Tensor, entries: Tensor, passed: Tensor, copies: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`_WeightedMeanNorm` computes, and the first two of its moments, by standard operators."""
+    cells = _Cells(passed, copies)
+    values = x.to(accumulate_dtype(x.dtype))
+    var = torch.var(values, dim=(0, 2, 3), correction=0)
+    mean = _weighted_mean(cells.total(x), cells.weights(entries), x.shape[0])
+    scale = weight * torch.rsqrt(var + eps)
+    y = (values - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    return y.to(x.dtype), mean, var
+
+
 class _WeightedMeanNorm(torch.autograd.Function):
     """``weight (x - mean) / sqrt(var + eps) + bias`` with the weighted mean and the plain variance of the batch, and
     the moments.
@@ -154,18 +169,20 @@ class _WeightedMeanNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, passed, copies, weight, _, ctx.eps = inputs
+        *inputs, ctx.eps = inputs
         _, *moments = output
         ctx.mark_non_differentiable(*moments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, passed, copies, weight, *moments)
+        ctx.save_for_backward(*inputs, *moments)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 7
-        x, passed, copies, weight, mean, var, plain_mean, p, total = ctx.saved_tensors
+        *inputs, mean, var, plain_mean, p, total = ctx.saved_tensors
+        if eager.needs_formula(grad) or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+            return *by_formula(lambda *t: _weighted_mean_norm(*t, ctx.eps)[:1], inputs, [grad]), None
+        x, _, passed, copies, weight, _ = inputs
         rstd = torch.rsqrt(var + ctx.eps)
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, rstd, True, ctx.eps, (True, True, True)
@@ -343,7 +360,10 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
         else:
             count = self._count(input)
             cells = self._cells(input.shape[2:], dtype)
-            y, mean, var, *_ = _WeightedMeanNorm.apply(input, self._entries(dtype), *cells, weight, bias, self.eps)
+            entries = self._entries(dtype)
+            follows = eager.needs_formula(input, entries, weight, bias)
+            function = _weighted_mean_norm if follows else _WeightedMeanNorm.apply
+            y, mean, var, *_ = function(input, entries, *cells, weight, bias, self.eps)
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._update_averages(mean.detach(), var.detach(), count.detach())
         return y
@@ -355,7 +375,8 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
     def _update_averages(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         counter = self.num_batches_tracked
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum
-        update_running_stats(RunningStats(self.running_mean, self.running_var, momentum, counter), mean, var, count)
+        running = RunningStats(self.running_mean, self.running_var, momentum, counter)
+        eager.update_running_stats(running, mean, var, count)
 
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{h}" if h == w else f"({h}, {w})" for h, w in self.kernel_sizes)

@@ -109,12 +109,20 @@ class _PooledGateBatchNorm2d(_Gate, BatchNormMixin, nn.BatchNorm2d):
         self._init_gate(self._gate_init, pooled=True, **placement)
 
     def forward(self, input: Tensor) -> Tensor:
+        mean, var, counter, training = self._running(input)
         return gated_batch_norm(
             input,
-            **self._norm_arguments(input),
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            training,
+            self.momentum,
+            self.eps,
             gate_weight=self.gate_weight,
             gate_bias=self.gate_bias,
             pool_input=self._pool_input,
+            num_batches_tracked=counter,
         )
 
 

@@ -1,5 +1,5 @@
-"""What has no kernels: second derivatives, forward mode, and the transforms of ``torch.func``. All of them differentiate
-the formulas of :mod:`fbn_plugin.ops.reference`, which are made of PyTorch's standard operators.
+"""What has no kernels: second derivatives, forward mode, and the transforms of ``torch.func``. They follow the formulas
+of :mod:`fbn_plugin.ops.reference`, which are made of PyTorch's standard operators.
 """
 
 from collections.abc import Callable, Sequence
@@ -89,7 +89,7 @@ def formula(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """:meth:`fbn_plugin.ops.dispatch.Backend.forward` by standard operators, with all derivatives."""
-    if options.grad_mode == "paper":
+    if options.grad_mode == "paper" and not torch.onnx.is_in_onnx_export():  # which wants no gradient
         return _Printed.apply(x, weight, bias, residual, options)
     y, moments = reference.formula(x, weight, bias, residual, options)
     return y, torch.stack([moment.detach() for moment in moments])

@@ -40,6 +40,7 @@ def _find(name: str) -> Any:
 _transforms, _is_wrapped, _is_batched, _modes, _raw_stream, _is_zeros, _level = map(_find, PRIVATE)
 _can_tell = None not in (_transforms, _is_batched, _modes, _is_zeros, _level)
 _PLAIN = (Tensor, nn.Parameter)
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 cannot tell
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -63,9 +64,13 @@ def _takes_gradient(grad: Tensor) -> bool:
     return takes(grad) and not _is_batched(grad)
 
 
-def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether a transform of ``torch.func`` or forward mode is to follow what is computed with them: it needs operators
-    that it knows."""
+def needs_formula(*tensors: Tensor | None) -> bool:
+    """Whether what is computed with them must be PyTorch's standard operators alone, as someone follows who knows no
+    other: a transform of ``torch.func``, forward mode, or an exporter, whose graphs are for elsewhere."""
+    if torch.compiler.is_compiling():
+        return _is_exporting()
+    if torch.onnx.is_in_onnx_export():
+        return True
     if _transforms is not None:
         return _transforms() is not None or is_dual(*tensors)
     tell = _has_no_memory if _is_wrapped is None else _is_wrapped
@@ -149,7 +154,7 @@ def hosted(
 
 def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """:func:`reference.update_running_stats`, in transforms of ``torch.func`` too."""
-    if torch.compiler.is_compiling() or not is_transformed(*running[:2], mean, var):
+    if torch.compiler.is_compiling() or not needs_formula(*running[:2], mean, var):
         reference.update_running_stats(running, mean, var, count)
         return
 

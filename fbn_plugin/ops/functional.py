@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fbn_plugin.ops import derivatives, dispatch, eager, library, reference
+from fbn_plugin.ops import derivatives, dispatch, eager, library, plain, reference
 from fbn_plugin.ops.checks import check_activation, check_batch, check_channels, check_eps, check_filter
 from fbn_plugin.ops.reference import Options, RunningStats
 
@@ -32,8 +32,6 @@ def _options(
     )
 
 
-# PyTorch 2.6 cannot tell.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _remembered = functools.lru_cache(maxsize=1024)(_options)  # a model's layers ask for the same ones at every step
 
 
@@ -57,38 +55,21 @@ def _normalize(
     options: Options,
 ) -> Tensor:
     """Normalize and update the running statistics, by the shortest way that there is."""
-    if torch.compiler.is_compiling():
-        return _captured(x, weight, bias, residual, running, options)
-    if running is None:
-        short = eager.takes(x, weight, bias, residual)
-    else:
-        short = eager.takes(x, weight, bias, residual, running[0], running[1], running[3])
-    if short:
-        return eager.normalize(x, weight, bias, residual, running, options)
-    if torch.onnx.is_in_onnx_export() or eager.is_transformed(x, weight, bias, residual):
-        y, (mean, var, _, _, count) = derivatives.formula(x, weight, bias, residual, options)
-        if running is not None:
-            eager.update_running_stats(running, mean, var, count)
-        return y
-    return library.normalize(x, weight, bias, residual, running, options)[0]
-
-
-def _captured(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running: RunningStats | None,
-    options: Options,
-) -> Tensor:
-    """:func:`_normalize` in a graph: the operator, which has kernels; standard operators in a graph that is exported,
-    which is to work where this package is not. The gradient as printed is that of no function, and keeps the
-    operator."""
-    if not (_is_exporting() and options.grad_mode == "exact"):
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        if running is None:
+            short = eager.takes(x, weight, bias, residual)
+        else:
+            short = eager.takes(x, weight, bias, residual, running[0], running[1], running[3])
+        if short:
+            return eager.normalize(x, weight, bias, residual, running, options)
+    # The gradient that the paper prints is that of no formula: a graph that may be trained keeps the operator.
+    keeps = compiling and options.grad_mode == "paper" and not torch.onnx.is_in_onnx_export()
+    if keeps or not eager.needs_formula(x, weight, bias, residual):
         return library.normalize(x, weight, bias, residual, running, options)[0]
     y, (mean, var, _, _, count) = derivatives.formula(x, weight, bias, residual, options)
     if running is not None:
-        reference.update_running_stats(running, mean, var, count)
+        eager.update_running_stats(running, mean, var, count)
     return y
 
 
@@ -115,12 +96,8 @@ def _batch_norm(
         if y is not None:
             return y
     if not training or options.t_sigma == math.inf or x.numel() == 0:
-        if training and num_batches is not None:
-            num_batches.add_(1)
-            if momentum is None:  # as nn.BatchNorm2d has it
-                momentum = 1.0 / float(num_batches)
-        momentum = 0.0 if momentum is None else momentum
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, options.eps)
+        running = running_mean, running_var
+        y = plain.batch_norm(x, *running, weight, bias, training, momentum, options.eps, num_batches)
         return _activate(y, residual, options)
     check_batch(x, weight, bias, running_mean, running_var)
     running = None
@@ -133,8 +110,8 @@ def _batch_norm(
     if (residual is None and options.activation == "identity") or _fuses(x, residual, options.activation):
         return _normalize(x, weight, bias, residual, running, options)
     num_groups, t_sigma, eps, gaussian_correction, grad_mode, _, _ = options  # PyTorch 2.6 compiles no slice of it
-    plain = Options(num_groups, t_sigma, eps, gaussian_correction, grad_mode)
-    return _activate(_normalize(x, weight, bias, None, running, plain), residual, options)
+    alone = Options(num_groups, t_sigma, eps, gaussian_correction, grad_mode)
+    return _activate(_normalize(x, weight, bias, None, running, alone), residual, options)
 
 
 def _fuses(x: Tensor, residual: Tensor | None, activation: str) -> bool:

@@ -148,8 +148,8 @@ def _gradient_formula(grad, x, weight, bias, other, _, *options):
     return dx, d_weight, d_bias, x.new_empty(0) if dz is None else dz
 
 
-# The key by which torch.func's transforms see an operator first, whatever the tensors are. It is no public name; without
-# it they refuse the operators, as they do those of others.
+# The key by which torch.func's transforms see an operator first, whatever the tensors are. No public name: without it
+# they refuse the operators, as they do those of others.
 with contextlib.suppress(RuntimeError):
     for _name, _formula in (
         ("filtered_norm", _norm_formula),
