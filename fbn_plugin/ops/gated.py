@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.jit import is_scripting
 
 from fbn_plugin.ops.checks import check_batch
 from fbn_plugin.ops.reference import accumulate_dtype, plain_moments
@@ -17,7 +18,7 @@ from fbn_plugin.ops.reference import accumulate_dtype, plain_moments
 
 def _pool(x: Tensor) -> Tensor:
     """The mean over the positions of each image and channel, ``(N, C)``."""
-    return x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x.clone()
+    return x.mean(dim=list(range(2, x.dim()))) if x.dim() > 2 else x.clone()
 
 
 def _gate(weight: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def _gate(weight: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, pooled:
 
 def _per_image(t: Tensor, like: Tensor) -> Tensor:
     """``(N, C)`` or ``(C,)`` to the rank of ``like``."""
-    return t.reshape(-1, like.shape[1], *[1] * (like.dim() - 2))
+    return t.reshape([-1, like.shape[1]] + [1] * (like.dim() - 2))
 
 
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, root: Tensor, contiguous: bool) -> tuple[Tensor, Tensor]:
@@ -99,23 +100,22 @@ def gated_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
+    weight: Tensor | None,
+    bias: Tensor | None,
     gate_weight: Tensor,
     gate_bias: Tensor,
-    pool_input: bool = False,
+    training: bool,
+    momentum: float,
+    eps: float,
+    pool_input: bool,
 ) -> Tensor:
     """``weight * sigmoid(gate_weight * GAP(z) + gate_bias) * xhat + bias`` (Davis and Frank 2022, section 4.5).
 
     Args:
         x: ``(N, C, *spatial)`` of any floating dtype; sums are float32, or float64 for float64.
-        running_mean, running_var, training, momentum, eps: as in ``F.batch_norm``.
         weight, bias: ``(C,)``, or None for 1 and 0.
         gate_weight, gate_bias: ``(C,)``, the paper's v and w.
+        running_mean, running_var, training, momentum, eps: as in ``F.batch_norm``.
         pool_input: ``z`` is ``x``; otherwise it is ``xhat``, the normalized values. GAP is the mean over ``spatial``.
 
     Returns:
@@ -124,9 +124,10 @@ def gated_batch_norm(
     Raises:
         ValueError: one value per channel in training, or a channel count that does not fit.
     """
-    if not training or x.numel() == 0:
+    by_operators = not training or x.numel() == 0 or torch.jit.is_tracing()
+    if is_scripting() or by_operators:
         normalized = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
-        _, scale = _gate(weight, gate_weight, gate_bias, _pool(x if pool_input else normalized))
+        scale = _gate(weight, gate_weight, gate_bias, _pool(x if pool_input else normalized))[1]
         y = normalized * _per_image(scale, x)
         return (y if bias is None else y + _per_image(bias, x)).to(x.dtype)
     check_batch(x, weight=weight, bias=bias, gate_weight=gate_weight, gate_bias=gate_bias, running_mean=running_mean)

@@ -3,7 +3,11 @@
 
 Written to be read and to be right: it takes any floating dtype, device, layout and number of dimensions, is the oracle
 that other backends are tested against, and the fallback where none of them applies. It has the functions of a backend
-(:class:`fbn_plugin.ops.dispatch.Backend`), and the types that they share. Nothing here knows modules or autograd.
+(:class:`fbn_plugin.ops.dispatch.Backend`), and the types that they share. Nothing here knows modules.
+
+The forward pass is also what is computed where a backend cannot be called: TorchScript compiles it
+(:mod:`fbn_plugin.ops.scripted`), tracers and transforms look into it. So it is written in the part of Python that
+TorchScript knows, and autograd's derivative of it is the norm's gradient.
 
 Batch and group normalization differ only in which values share a mean and a deviation, so both are written as a
 reduction over some dimensions of one view of the input:
@@ -69,7 +73,7 @@ def gaussian_kappa(t_sigma: float) -> float:
     It is what the filter takes away from the variance of a clean Gaussian (0.774 at T = 2, 0.973 at 3), which the paper
     leaves in.
     """
-    if math.isinf(t_sigma):
+    if t_sigma == math.inf:
         return 1.0
     density = math.exp(-0.5 * t_sigma**2) / math.sqrt(2 * math.pi)
     return 1 - 2 * t_sigma * density / math.erf(t_sigma / math.sqrt(2))
@@ -97,22 +101,30 @@ def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 class _View(NamedTuple):
     """One form's view of an ``(N, C, *spatial)`` tensor, see the table at the top of the file."""
 
-    shape: tuple[int, ...]  # of the view
-    reduced: tuple[int, ...]  # dimensions that share a mean
-    stats: tuple[int, ...]  # a statistic's shape, to broadcast against the view
-    channel: tuple[int, ...]  # a per-channel parameter's shape, to broadcast against the view
-    not_channel: tuple[int, ...]  # dimensions that share a parameter
+    shape: list[int]  # of the view
+    reduced: list[int]  # dimensions that share a mean
+    stats: list[int]  # a statistic's shape, to broadcast against the view
+    channel: list[int]  # a per-channel parameter's shape, to broadcast against the view
+    not_channel: list[int]  # dimensions that share a parameter
 
 
 def _view(x: Tensor, num_groups: int) -> _View:
-    n, c, *spatial = x.shape
-    ones = (1,) * len(spatial)
+    # Lists are added, as TorchScript knows no star in them.
+    n, c, spatial, ones = x.shape[0], x.shape[1], list(x.shape[2:]), [1] * (x.dim() - 2)
     if num_groups == 0:
-        reduced = (0, *range(2, x.dim()))
-        return _View((n, c, *spatial), reduced, (1, c, *ones), (1, c, *ones), reduced)
+        reduced = [0] + list(range(2, x.dim()))  # noqa: RUF005
+        channel = [1, c] + ones  # noqa: RUF005
+        return _View([n, c] + spatial, reduced, channel, channel, reduced)  # noqa: RUF005
     g, k = num_groups, c // num_groups
-    space = tuple(range(3, x.dim() + 1))
-    return _View((n, g, k, *spatial), (2, *space), (n, g, 1, *ones), (1, g, k, *ones), (0, *space))
+    space = list(range(3, x.dim() + 1))
+    stats, channel = [n, g, 1] + ones, [1, g, k] + ones  # noqa: RUF005
+    return _View([n, g, k] + spatial, [2] + space, stats, channel, [0] + space)  # noqa: RUF005
+
+
+def rounding_of(dtype: torch.dtype) -> tuple[float, float]:
+    """The relative rounding and the smallest normal number of a dtype of statistics: ``torch.finfo``, which TorchScript
+    does not have."""
+    return (2.0**-52, 2.0**-1022) if dtype == torch.float64 else (2.0**-23, 2.0**-126)
 
 
 def band(mean: Tensor, var: Tensor, t_sigma: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -121,13 +133,13 @@ def band(mean: Tensor, var: Tensor, t_sigma: float, eps: float) -> tuple[Tensor,
     # With T > 1 Chebyshev's inequality keeps at least one value. It speaks of exact moments: where the deviation is
     # below the rounding of the mean (a constant 1e6, say), the band is widened by that rounding, so that the promise
     # holds for the computed ones too.
-    finfo = torch.finfo(mean.dtype)
-    least = sigma + 16 * finfo.eps * (sigma + mean.abs())
-    half_width = torch.maximum(t_sigma * sigma.clamp_min(finfo.tiny), least)
+    rounding, tiny = rounding_of(mean.dtype)
+    least = sigma + 16 * rounding * (sigma + mean.abs())
+    half_width = torch.maximum(t_sigma * sigma.clamp_min(tiny), least)
     return mean - half_width, mean + half_width
 
 
-def kept_moments(x: Tensor, reduced: tuple[int, ...], lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kept_moments(x: Tensor, reduced: list[int], lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and number of the values within a band (Eq. 6, 7), reduced dimensions kept."""
     # A second look at the kept values around their first mean recovers the digits that summing large values loses.
     kept = (x >= lower) & (x <= upper)
@@ -139,9 +151,7 @@ def kept_moments(x: Tensor, reduced: tuple[int, ...], lower: Tensor, upper: Tens
     return rough_mean + shift, var, count
 
 
-def _moments(
-    x: Tensor, reduced: tuple[int, ...], t_sigma: float, eps: float, gaussian_correction: bool
-) -> FilteredMoments:
+def _moments(x: Tensor, reduced: list[int], t_sigma: float, eps: float, gaussian_correction: bool) -> FilteredMoments:
     var, mean = torch.var_mean(x, dim=reduced, correction=0, keepdim=True)
     lower, upper = band(mean, var, t_sigma, eps)
     mean, var, count = kept_moments(x, reduced, lower, upper)
@@ -180,12 +190,17 @@ def forward(
         :class:`FilteredMoments` as one tensor, ``(5, C)`` or ``(5, N, G)``. A set that holds a NaN or an infinity has
         no band: its moments, and so its outputs, are NaN.
     """
-    num_groups, t_sigma, eps, gaussian_correction, _, activation, negative_slope = options
+    num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope = options
     moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
-    y = normalize(x, weight, bias, moments, num_groups, eps, residual, activation, negative_slope)
     if running is not None:
-        update_running_stats(running, moments.mean, moments.var, moments.count)
-    return y, torch.stack(moments)
+        update_running_stats(running, moments.mean.detach(), moments.var.detach(), moments.count)
+    stacked = torch.stack(moments)
+    if grad_mode == "paper" and torch.is_grad_enabled():
+        y = _normalize_with_papers_gradient(x, weight, bias, stacked, num_groups, eps)
+        y = activate(y if residual is None else y + residual.reshape(y.shape), activation, negative_slope)
+        return torch.empty_like(x).copy_(y.reshape(x.shape)), stacked
+    y = normalize(x, weight, bias, stacked, num_groups, eps, residual, activation, negative_slope)
+    return y, stacked
 
 
 def filtered_moments(
@@ -194,16 +209,17 @@ def filtered_moments(
     """The first half of :func:`forward`: the moments of the kept values, (C,) or (N, G) each."""
     view = _view(x, num_groups)
     values = x.reshape(view.shape).to(accumulate_dtype(x.dtype))
-    flat = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
-    moments = _moments(values, view.reduced, t_sigma, eps, gaussian_correction)
-    return FilteredMoments(*(m.reshape(flat) for m in moments))
+    flat = [x.shape[1]] if num_groups == 0 else [x.shape[0], num_groups]
+    mean, var, lower, upper, count = _moments(values, view.reduced, t_sigma, eps, gaussian_correction)
+    lower, upper = lower.reshape(flat), upper.reshape(flat)
+    return FilteredMoments(mean.reshape(flat), var.reshape(flat), lower, upper, count.reshape(flat))
 
 
 def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    moments: FilteredMoments | Tensor,
+    moments: Tensor,
     num_groups: int,
     eps: float,
     residual: Tensor | None = None,
@@ -213,7 +229,7 @@ def normalize(
     """The second half of :func:`forward`: all values by these moments (Eq. 8), then what may follow a norm, rounded
     once: ``activation(y + residual)``."""
     view = _view(x, num_groups)
-    mean, var, *_ = (m.view(view.stats) for m in moments)
+    mean, var = moments[0].view(view.stats), moments[1].view(view.stats)
     y = (x.reshape(view.shape).to(mean.dtype) - mean) * torch.rsqrt(var + eps)
     if weight is not None:
         y = y * weight.to(y.dtype).view(view.channel)
@@ -222,6 +238,31 @@ def normalize(
     if residual is not None:
         y = y + residual.reshape(view.shape)
     return torch.empty_like(x).copy_(activate(y, activation, negative_slope).reshape(x.shape))
+
+
+def _normalize_with_papers_gradient(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor, num_groups: int, eps: float
+) -> Tensor:
+    """:func:`normalize`, in the shape of the view, for autograd to differentiate as the paper prints it (see
+    :func:`backward`): what all values share has a gradient from the kept ones alone, and the mean hands its own on to
+    every value."""
+    view = _view(x, num_groups)
+    values = x.reshape(view.shape).to(moments.dtype)
+    mean, var, lower, upper, count = moments.view([5] + view.stats).unbind()  # noqa: RUF005
+    kept = (values >= lower) & (values <= upper)
+    share = values.sum(dim=view.reduced, keepdim=True) / count.detach()
+    mean = mean.detach() + (share - share.detach())
+    y = (values - _from_kept(kept, mean)) * _from_kept(kept, torch.rsqrt(var + eps))
+    if weight is not None:
+        y = y * _from_kept(kept, weight.to(y.dtype).view(view.channel))
+    if bias is not None:
+        y = y + _from_kept(kept, bias.to(y.dtype).view(view.channel))
+    return y
+
+
+def _from_kept(kept: Tensor, shared: Tensor) -> Tensor:
+    """What values share, with a gradient from the kept ones alone."""
+    return torch.where(kept, shared, shared.detach())
 
 
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
@@ -376,15 +417,20 @@ def input_gradient(
 
 def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """Bring running statistics nearer to a batch's mean and unbiased variance, in place, and count the batch. The
-    moments are ``(C,)`` each."""
-    momentum = running.momentum
-    if running.num_batches is not None:
-        running.num_batches.add_(1)
-        if momentum is None:  # a tensor, as reading a number would make a GPU's host wait
-            momentum = running.num_batches.to(mean.device, mean.dtype).reciprocal()
+    moments are ``(C,)`` each, without a gradient."""
+    momentum, num_batches = running.momentum, running.num_batches
+    if num_batches is not None:
+        num_batches.add_(1)
     unbiased = var * (count / (count - 1).clamp_min(1))
     # A NaN in a running statistic stays for good and shows only in evaluation; the batch's NaN output is warning
     # enough.
     finite = torch.isfinite(mean) & torch.isfinite(unbiased)
     for average, batch in ((running.mean, mean), (running.var, unbiased)):
-        average.copy_(torch.where(finite, (1 - momentum) * average + momentum * batch, average))
+        if momentum is not None:
+            nearer = (1 - momentum) * average + momentum * batch
+        elif num_batches is not None:  # a tensor, as reading a number would make a GPU's host wait
+            share = num_batches.to(mean.device, mean.dtype).reciprocal()
+            nearer = (1 - share) * average + share * batch
+        else:
+            nearer = average
+        average.copy_(torch.where(finite, nearer, average))
