@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fbn_plugin.ops import dispatch, eager, library, reference
+from fbn_plugin.ops import derivatives, dispatch, eager, library, reference
 from fbn_plugin.ops.checks import check_activation, check_batch, check_channels, check_eps, check_filter
 from fbn_plugin.ops.reference import Options, RunningStats
 
@@ -32,6 +32,8 @@ def _options(
     )
 
 
+# PyTorch 2.6 cannot tell.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 _remembered = functools.lru_cache(maxsize=1024)(_options)  # a model's layers ask for the same ones at every step
 
 
@@ -56,18 +58,38 @@ def _normalize(
 ) -> Tensor:
     """Normalize and update the running statistics, by the shortest way that there is."""
     if torch.compiler.is_compiling():
-        return library.normalize(x, weight, bias, residual, running, options)[0]
+        return _captured(x, weight, bias, residual, running, options)
     if running is None:
         short = eager.takes(x, weight, bias, residual)
     else:
         short = eager.takes(x, weight, bias, residual, running[0], running[1], running[3])
     if short:
         return eager.normalize(x, weight, bias, residual, running, options)
-    if not eager.is_transformed(x, weight, bias, residual):
+    if torch.onnx.is_in_onnx_export() or eager.is_transformed(x, weight, bias, residual):
+        y, (mean, var, _, _, count) = derivatives.formula(x, weight, bias, residual, options)
+        if running is not None:
+            eager.update_running_stats(running, mean, var, count)
+        return y
+    return library.normalize(x, weight, bias, residual, running, options)[0]
+
+
+def _captured(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running: RunningStats | None,
+    options: Options,
+) -> Tensor:
+    """:func:`_normalize` in a graph: the operator, which has kernels; standard operators in a graph that is exported,
+    which is to work where this package is not. The gradient as printed is that of no function, and keeps the
+    operator."""
+    if not (_is_exporting() and options.grad_mode == "exact"):
         return library.normalize(x, weight, bias, residual, running, options)[0]
-    if options.grad_mode != "exact":
-        raise ValueError(f"torch.func transforms follow the exact gradient only, got grad_mode {options.grad_mode!r}")
-    return reference.forward(x, weight, bias, residual, running, options)[0]
+    y, (mean, var, _, _, count) = derivatives.formula(x, weight, bias, residual, options)
+    if running is not None:
+        reference.update_running_stats(running, mean, var, count)
+    return y
 
 
 def _batch_norm(

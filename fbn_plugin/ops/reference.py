@@ -5,9 +5,8 @@ Written to be read and to be right: it takes any floating dtype, device, layout 
 that other backends are tested against, and the fallback where none of them applies. It has the functions of a backend
 (:class:`fbn_plugin.ops.dispatch.Backend`), and the types that they share. Nothing here knows modules.
 
-The forward pass is also what is computed where a backend cannot be called: TorchScript compiles it
-(:mod:`fbn_plugin.ops.scripted`), tracers and transforms look into it. So it is written in the part of Python that
-TorchScript knows, and autograd's derivative of it is the norm's gradient.
+:func:`formula` is what is computed where no backend can be called: tracers and transforms look into it, and TorchScript
+compiles it (:mod:`fbn_plugin.ops.scripted`), so that it is written in the part of Python that TorchScript knows.
 
 Batch and group normalization differ only in which values share a mean and a deviation, so both are written as a
 reduction over some dimensions of one view of the input:
@@ -81,7 +80,7 @@ def gaussian_kappa(t_sigma: float) -> float:
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics: float64 for float64, float32 for everything narrower."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32  # promote_types ends up in exported graphs
 
 
 def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +151,7 @@ def kept_moments(x: Tensor, reduced: list[int], lower: Tensor, upper: Tensor) ->
 
 
 def _moments(x: Tensor, reduced: list[int], t_sigma: float, eps: float, gaussian_correction: bool) -> FilteredMoments:
-    var, mean = torch.var_mean(x, dim=reduced, correction=0, keepdim=True)
+    var, mean = torch.var_mean(x.detach(), dim=reduced, correction=0, keepdim=True)  # the mask carries no derivative
     lower, upper = band(mean, var, t_sigma, eps)
     mean, var, count = kept_moments(x, reduced, lower, upper)
     if gaussian_correction:
@@ -190,17 +189,12 @@ def forward(
         :class:`FilteredMoments` as one tensor, ``(5, C)`` or ``(5, N, G)``. A set that holds a NaN or an infinity has
         no band: its moments, and so its outputs, are NaN.
     """
-    num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope = options
+    num_groups, t_sigma, eps, gaussian_correction, _, activation, negative_slope = options
     moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
+    y = normalize(x, weight, bias, moments, num_groups, eps, residual, activation, negative_slope)
     if running is not None:
-        update_running_stats(running, moments.mean.detach(), moments.var.detach(), moments.count)
-    stacked = torch.stack(moments)
-    if grad_mode == "paper" and torch.is_grad_enabled():
-        y = _normalize_with_papers_gradient(x, weight, bias, stacked, num_groups, eps)
-        y = activate(y if residual is None else y + residual.reshape(y.shape), activation, negative_slope)
-        return torch.empty_like(x).copy_(y.reshape(x.shape)), stacked
-    y = normalize(x, weight, bias, stacked, num_groups, eps, residual, activation, negative_slope)
-    return y, stacked
+        update_running_stats(running, moments.mean, moments.var, moments.count)
+    return y, torch.stack(moments)
 
 
 def filtered_moments(
@@ -219,7 +213,7 @@ def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    moments: Tensor,
+    moments: FilteredMoments | Tensor,
     num_groups: int,
     eps: float,
     residual: Tensor | None = None,
@@ -228,8 +222,30 @@ def normalize(
 ) -> Tensor:
     """The second half of :func:`forward`: all values by these moments (Eq. 8), then what may follow a norm, rounded
     once: ``activation(y + residual)``."""
+    mean, var = moments[0], moments[1]
+    return _like(x, _normalized(x, weight, bias, mean, var, num_groups, eps, residual, activation, negative_slope))
+
+
+def _like(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` in the shape, dtype and memory format of ``x``."""
+    return torch.empty_like(x).copy_(value.reshape(x.shape))
+
+
+def _normalized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    num_groups: int,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """:func:`normalize`, in the shape of the form's view and in the dtype of the moments."""
     view = _view(x, num_groups)
-    mean, var = moments[0].view(view.stats), moments[1].view(view.stats)
+    mean, var = mean.view(view.stats), var.view(view.stats)
     y = (x.reshape(view.shape).to(mean.dtype) - mean) * torch.rsqrt(var + eps)
     if weight is not None:
         y = y * weight.to(y.dtype).view(view.channel)
@@ -237,32 +253,7 @@ def normalize(
         y = y + bias.to(y.dtype).view(view.channel)
     if residual is not None:
         y = y + residual.reshape(view.shape)
-    return torch.empty_like(x).copy_(activate(y, activation, negative_slope).reshape(x.shape))
-
-
-def _normalize_with_papers_gradient(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: Tensor, num_groups: int, eps: float
-) -> Tensor:
-    """:func:`normalize`, in the shape of the view, for autograd to differentiate as the paper prints it (see
-    :func:`backward`): what all values share has a gradient from the kept ones alone, and the mean hands its own on to
-    every value."""
-    view = _view(x, num_groups)
-    values = x.reshape(view.shape).to(moments.dtype)
-    mean, var, lower, upper, count = moments.view([5] + view.stats).unbind()  # noqa: RUF005
-    kept = (values >= lower) & (values <= upper)
-    share = values.sum(dim=view.reduced, keepdim=True) / count.detach()
-    mean = mean.detach() + (share - share.detach())
-    y = (values - _from_kept(kept, mean)) * _from_kept(kept, torch.rsqrt(var + eps))
-    if weight is not None:
-        y = y * _from_kept(kept, weight.to(y.dtype).view(view.channel))
-    if bias is not None:
-        y = y + _from_kept(kept, bias.to(y.dtype).view(view.channel))
-    return y
-
-
-def _from_kept(kept: Tensor, shared: Tensor) -> Tensor:
-    """What values share, with a gradient from the kept ones alone."""
-    return torch.where(kept, shared, shared.detach())
+    return activate(y, activation, negative_slope)
 
 
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
@@ -308,13 +299,30 @@ def backward(
         The gradient of ``x`` like ``x``; those of weight and bias, ``(C,)``, in the moments' dtype; and that of the
         residual like ``x``, or None if ``other`` is.
     """
+    dx, d_weight, d_bias, dz = _gradients(grad, x, weight, bias, other, moments, options)
+    return _like(x, dx), d_weight, d_bias, dz
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
+    moments: FilteredMoments | Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """:func:`backward`, but for that of ``x``, which has the shape of the form's view and the dtype of the moments."""
     num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope = options
     if activation != "identity":
+        wide = moments[0].dtype
         if other is not None and activation in SIGN_TELLS:
-            z = other.to(moments.dtype)
+            z = other.to(wide)
         else:
-            z = normalize(x.to(moments.dtype), weight, bias, moments, num_groups, eps, residual=other)
-        grad = (grad.to(z.dtype) * _slope(z, activation, negative_slope)).to(x.dtype)
+            mean, var = moments[0], moments[1]
+            z = _normalized(x.to(wide), weight, bias, mean, var, num_groups, eps, other, "identity", 0.0)
+            z = z.reshape(x.shape)
+        grad = (grad.to(wide) * _slope(z, activation, negative_slope)).to(x.dtype)
 
     parts = _gradient_parts(grad, x, moments, num_groups, eps)
     view, masked = parts.view, parts.summands(grad_mode)
@@ -327,7 +335,7 @@ def backward(
     if gaussian_correction:
         sum_g_xhat = sum_g_xhat / gaussian_kappa(t_sigma)
     count = FilteredMoments(*moments).count.view(view.stats)
-    dx = parts.dx(x, scale, sum_g / count, sum_g_xhat / count, grad_mode)
+    dx = parts.dx(scale, sum_g / count, sum_g_xhat / count, grad_mode)
     return dx, d_weight.flatten(), d_bias.flatten(), None if other is None else grad
 
 
@@ -344,15 +352,16 @@ class _GradientParts(NamedTuple):
         """Of the sum over a set that is the shift's gradient."""
         return self.grad * self.mask if grad_mode == "paper" else self.grad
 
-    def dx(self, x: Tensor, scale: Tensor | float, mean_g: Tensor, mean_g_xhat: Tensor, grad_mode: str) -> Tensor:
+    def dx(self, scale: Tensor | float, mean_g: Tensor, mean_g_xhat: Tensor, grad_mode: str) -> Tensor:
         spread = 1.0 if grad_mode == "paper" else self.mask
-        dx = self.rstd * (self.grad * scale - (spread * mean_g + self.mask * self.xhat * mean_g_xhat))
-        return torch.empty_like(x).copy_(dx.reshape(x.shape))
+        return self.rstd * (self.grad * scale - (spread * mean_g + self.mask * self.xhat * mean_g_xhat))
 
 
-def _gradient_parts(grad: Tensor, x: Tensor, moments: Tensor, num_groups: int, eps: float) -> _GradientParts:
+def _gradient_parts(
+    grad: Tensor, x: Tensor, moments: FilteredMoments | Tensor, num_groups: int, eps: float
+) -> _GradientParts:
     view = _view(x, num_groups)
-    values = x.reshape(view.shape).to(moments.dtype)
+    values = x.reshape(view.shape).to(moments[0].dtype)
     mean, var, lower, upper, _ = (m.view(view.stats) for m in moments)
     rstd = torch.rsqrt(var + eps)
     mask = ((values >= lower) & (values <= upper)).to(values.dtype)
@@ -366,6 +375,60 @@ def _slope(z: Tensor, activation: str, negative_slope: float) -> Tensor:
         return sigmoid * (1 + z * (1 - sigmoid))
     below = {"identity": 1.0, "relu": 0.0, "leaky_relu": negative_slope}[activation]
     return torch.where(z <= 0, below, torch.ones_like(z))
+
+
+# --- as functions that can be differentiated and exported -------------------------------------------------------------
+
+
+def formula(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, options: Options
+) -> tuple[Tensor, FilteredMoments]:
+    """:func:`forward` by PyTorch's standard operators alone, without a write into memory: autograd's derivatives of it,
+    forward or reverse, are those of ``grad_mode``. The memory format is whatever comes out."""
+    num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope = options
+    moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
+    if grad_mode == "paper":
+        y = _normalized_as_printed(x, weight, bias, moments, num_groups, eps)
+        y = activate(y if residual is None else y + residual.reshape(y.shape), activation, negative_slope)
+    else:
+        mean, var = moments.mean, moments.var
+        y = _normalized(x, weight, bias, mean, var, num_groups, eps, residual, activation, negative_slope)
+    return y.reshape(x.shape).to(x.dtype), moments
+
+
+def _normalized_as_printed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: FilteredMoments, num_groups: int, eps: float
+) -> Tensor:
+    """The values of :func:`_normalized`, and the gradient of Eq. 9-13 as printed (see :func:`backward`): what the
+    values share has its gradient from the kept ones alone, and the mean hands its own on to every value."""
+    view = _view(x, num_groups)
+    values = x.reshape(view.shape).to(moments.mean.dtype)
+    kept = (values >= moments.lower.view(view.stats)) & (values <= moments.upper.view(view.stats))
+    share = values.sum(dim=view.reduced, keepdim=True) / moments.count.view(view.stats)
+    mean = moments.mean.detach().view(view.stats) + (share - share.detach())
+    rstd = torch.rsqrt(moments.var.view(view.stats) + eps)
+    y = (values - _from_kept(kept, mean)) * _from_kept(kept, rstd)
+    if weight is not None:
+        y = y * _from_kept(kept, weight.to(y.dtype).view(view.channel))
+    if bias is not None:
+        y = y + _from_kept(kept, bias.to(y.dtype).view(view.channel))
+    return y
+
+
+def _from_kept(kept: Tensor, shared: Tensor) -> Tensor:
+    """``shared``, spread over the values, with a gradient from the kept ones alone."""
+    return torch.where(kept, shared, shared.detach())
+
+
+def gradient_formula(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, other: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """:func:`backward`, in either ``grad_mode``, as :func:`formula` is :func:`forward`. It takes the moments from
+    ``x``, so that they are differentiated too."""
+    num_groups, t_sigma, eps, gaussian_correction, *_ = options
+    moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
+    dx, d_weight, d_bias, dz = _gradients(grad, x, weight, bias, other, moments, options)
+    return dx.reshape(x.shape).to(x.dtype), d_weight, d_bias, dz
 
 
 # --- the batch form step by step, for batches whose values are on several processes -----------------------------------
@@ -412,7 +475,7 @@ def input_gradient(
     parts = _gradient_parts(grad, x, moments, 0, eps)
     scale = 1.0 if weight is None else weight.to(parts.xhat.dtype).view(parts.view.channel)
     mean_g, mean_g_xhat = (mean.to(parts.xhat.dtype).view(parts.view.stats) for mean in (mean_g, mean_g_xhat))
-    return parts.dx(x, scale, mean_g, mean_g_xhat, grad_mode)
+    return _like(x, parts.dx(scale, mean_g, mean_g_xhat, grad_mode))
 
 
 def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fbn_plugin.ops import reference
-from fbn_plugin.ops.reference import Options, RunningStats
+from fbn_plugin.ops.reference import Options, RunningStats, update_running_stats
 
 
 def batch_norm(
@@ -43,13 +43,13 @@ def batch_norm(
     else:
         if x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        running: RunningStats | None = None
+        alone = Options(num_groups, t_sigma, eps, gaussian_correction, grad_mode, "identity", 0.0)
+        y, moments = reference.formula(x, weight, bias, None, alone)
         if running_mean is not None and running_var is not None:
             running = RunningStats(running_mean, running_var, momentum, num_batches)
+            update_running_stats(running, moments.mean.detach(), moments.var.detach(), moments.count)
         elif num_batches is not None:
             num_batches.add_(1)
-        plain = Options(num_groups, t_sigma, eps, gaussian_correction, grad_mode, "identity", 0.0)
-        y = reference.forward(x, weight, bias, None, running, plain)[0]
     return reference.activate(y if residual is None else y + residual, activation, negative_slope)
 
 
@@ -66,4 +66,4 @@ def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: O
         return F.group_norm(x, groups, weight, bias, options.eps)
     if x.numel() == groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {x.shape} for {groups} groups")
-    return reference.forward(x, weight, bias, None, None, options)[0]
+    return reference.formula(x, weight, bias, None, options)[0]
