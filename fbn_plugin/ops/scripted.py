@@ -62,7 +62,7 @@ def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: O
     groups = options.num_groups
     if x.dim() < 2 or x.shape[1] % groups != 0:
         raise ValueError(f"num_groups must divide the number of channels, got {groups} groups for {x.shape}")
-    if options.t_sigma == math.inf:
+    if options.t_sigma == math.inf or x.numel() == 0:
         return F.group_norm(x, groups, weight, bias, options.eps)
     if x.numel() == groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {x.shape} for {groups} groups")
