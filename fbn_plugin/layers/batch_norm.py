@@ -7,8 +7,10 @@ Source of ``gamma_init``: Davis and Frank, "Revisiting Batch Norm Initialization
 import numbers
 
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.layers.graph import Proxy, call_node
 from fbn_plugin.ops.checks import check_device, check_eps
 from fbn_plugin.ops.plain import batch_norm
 
@@ -86,6 +88,10 @@ class FoldedBatchNormMixin(BatchNormMixin):
         return self.weight, self.bias
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
         mean, var, counter, training = self._running(input)
         weight, bias = self.affine_terms()
         return batch_norm(input, mean, var, weight, bias, training, self.momentum, self.eps, counter)

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.layers.graph import Proxy, call_node
 from fbn_plugin.ops import eager
 from fbn_plugin.ops.checks import check_eps
 from fbn_plugin.ops.derivatives import by_formula
@@ -75,7 +77,7 @@ def _stack(kernel_sizes: Sequence[Size] | None, map_size: Size | None) -> tuple[
 
 
 def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.stride(1) == 1 and not x.is_contiguous()  # vmap does not tell of other memory formats
 
 
 def _fold(map: Tensor, size: int, dim: int) -> Tensor:
@@ -87,9 +89,13 @@ def _fold(map: Tensor, size: int, dim: int) -> Tensor:
     return first
 
 
+def _without_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # there is none for the meta device
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Matrix product in the dtype of the factors, under autocast too."""
-    with torch.autocast(a.device.type, enabled=False):
+    with _without_autocast(a):
         return a @ b
 
 
@@ -180,7 +186,7 @@ class _WeightedMeanNorm(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         *inputs, mean, var, plain_mean, p, total = ctx.saved_tensors
-        if eager.needs_formula(grad) or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+        if eager.is_followed(grad):
             return *by_formula(lambda *t: _weighted_mean_norm(*t, ctx.eps)[:1], inputs, [grad]), None
         x, _, passed, copies, weight, _ = inputs
         rstd = torch.rsqrt(var + ctx.eps)
@@ -283,6 +289,8 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
             self.register_parameter(f"kernel{number}", nn.Parameter(kernel))
         self.reset_parameters()
 
+    __jit_unused_properties__ = ("kernels",)
+
     @property
     def kernels(self) -> list[nn.Parameter]:
         """The raw parameters, ``(C, height, width)`` each, the kernel on the input first: ``kernel0``, ``kernel1``, ...
@@ -339,13 +347,23 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
         return mean, var, images / (weights.square() * cells.copies).sum((1, 2))
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
         self._check_input_dim(input)
-        use_batch = self.training or (self.running_mean is None and self.running_var is None)
-        if not use_batch or input.numel() == 0:
-            moving = self.running_mean, self.running_var
-            y = F.batch_norm(input, *moving, self.weight, self.bias, use_batch, 0.0, self.eps)
+        mean, var = self.running_mean, self.running_var
+        if not self.training and (mean is not None or var is not None):
+            return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        if is_scripting():
+            raise RuntimeError("ConvNorm does not train in TorchScript, where it evaluates by running statistics")
+        return self._forward_by_batch(input)
+
+    def _forward_by_batch(self, input: Tensor) -> Tensor:
+        if input.numel() == 0:
+            y = F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
             # Nothing is added to no values, but distributed training waits for a gradient of every parameter.
-            return y + sum(kernel.sum() for kernel in self.kernels) if use_batch else y
+            return y + sum(kernel.sum() for kernel in self.kernels)
         if input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         dtype = accumulate_dtype(input.dtype)
@@ -455,20 +473,35 @@ class LearnedStatsNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features, **placement)) if affine and bias else None
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
         if input.dim() < 3 or input.shape[1] != self.num_features:
-            raise ValueError(f"expected input of shape (N, {self.num_features}, *spatial), got {tuple(input.shape)}")
-        dtype = self.mean_network[0].weight.dtype
-        with torch.autocast(input.device.type, enabled=False):
-            pooled = input.flatten(2).mean(2, dtype=accumulate_dtype(input.dtype)).to(dtype).unsqueeze(1)
-            mean, raw_std = self.mean_network(pooled), self.std_network(pooled)
-            std = F.softplus(raw_std + math.log(math.e - 1)) + self.eps
-        ones = (1,) * (input.dim() - 2)
-        y = (input - mean.view(-1, 1, *ones)) / std.view(-1, 1, *ones)
-        if self.affine:
-            per_channel = (-1, *ones)
+            raise ValueError(
+                f"expected input of shape (N, {self.num_features}, *spatial), got input size {input.shape}"
+            )
+        if is_scripting():  # with constants
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                mean, std = self._statistics(input)
+        else:
+            with _without_autocast(input):
+                mean, std = self._statistics(input)
+        ones = [1] * (input.dim() - 2)
+        per_image, per_channel = [-1, 1] + ones, [-1] + ones  # noqa: RUF005, as TorchScript has no star here
+        y = (input - mean.view(per_image)) / std.view(per_image)
+        if self.weight is not None:
             y = y * self.weight.view(per_channel)
-            y = y if self.bias is None else y + self.bias.view(per_channel)
+        if self.bias is not None:
+            y = y + self.bias.view(per_channel)
         return y.to(input.dtype)
+
+    def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each image, ``(N, 1, 1)`` each."""
+        dtype = self.mean_network[0].weight.dtype
+        pooled = input.flatten(2).mean(2, dtype=accumulate_dtype(input.dtype)).to(dtype).unsqueeze(1)
+        mean, raw_std = self.mean_network(pooled), self.std_network(pooled)
+        return mean, F.softplus(raw_std + math.log(math.e - 1)) + self.eps
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, affine={self.affine}"

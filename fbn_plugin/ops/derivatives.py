@@ -55,13 +55,14 @@ def other_of(y: Tensor, residual: Tensor | None, activation: str) -> Tensor | No
 
 
 class _Printed(torch.autograd.Function):
-    """The norm with the gradient that the paper prints, which is that of no function: ``grad_mode`` "paper"."""
+    """The norm with the gradient that the paper prints, ``grad_mode`` "paper". It is that of no function: the second
+    derivative is the printed formula's, and what comes first in forward mode nobody has printed."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight, bias, residual, options):
-        y, moments = reference.formula(x, weight, bias, residual, options)
+        y, moments = reference.formula(x, weight, bias, residual, options._replace(grad_mode="exact"))
         return y, torch.stack(moments)
 
     @staticmethod
@@ -88,8 +89,11 @@ class _Printed(torch.autograd.Function):
 def formula(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """:meth:`fbn_plugin.ops.dispatch.Backend.forward` by standard operators, with all derivatives."""
-    if options.grad_mode == "paper" and not torch.onnx.is_in_onnx_export():  # which wants no gradient
+    """:meth:`fbn_plugin.ops.dispatch.Backend.forward` by standard operators, with all derivatives; in a graph that is
+    captured by those operators alone."""
+    if torch.onnx.is_in_onnx_export():  # without a gradient
+        options = options._replace(grad_mode="exact")
+    elif options.grad_mode == "paper" and not torch.compiler.is_compiling():
         return _Printed.apply(x, weight, bias, residual, options)
     y, moments = reference.formula(x, weight, bias, residual, options)
     return y, torch.stack([moment.detach() for moment in moments])

@@ -77,6 +77,14 @@ def needs_formula(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tell(tensor) for tensor in tensors) or is_dual(*tensors)
 
 
+def is_followed(grad: Tensor) -> bool:
+    """Whether a backward pass is to be made of standard operators: one that is differentiated again, or transformed, or
+    whose gradient stands for many."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or needs_formula(grad) or (_is_batched is not None and _is_batched(grad))
+
+
 def _has_no_memory(tensor: Tensor) -> bool:
     try:
         tensor.untyped_storage()

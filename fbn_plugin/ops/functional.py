@@ -55,17 +55,14 @@ def _normalize(
     options: Options,
 ) -> Tensor:
     """Normalize and update the running statistics, by the shortest way that there is."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
+    if not torch.compiler.is_compiling():
         if running is None:
             short = eager.takes(x, weight, bias, residual)
         else:
             short = eager.takes(x, weight, bias, residual, running[0], running[1], running[3])
         if short:
             return eager.normalize(x, weight, bias, residual, running, options)
-    # The gradient that the paper prints is that of no formula: a graph that may be trained keeps the operator.
-    keeps = compiling and options.grad_mode == "paper" and not torch.onnx.is_in_onnx_export()
-    if keeps or not eager.needs_formula(x, weight, bias, residual):
+    if not eager.needs_formula(x, weight, bias, residual):
         return library.normalize(x, weight, bias, residual, running, options)[0]
     y, (mean, var, _, _, count) = derivatives.formula(x, weight, bias, residual, options)
     if running is not None:

@@ -168,9 +168,8 @@ def _(grad, x, weight, bias, other, moments, *options):
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     """The operators of this package as functions of PyTorch's standard ones, for graphs that are to work without it.
 
-    ``torch.export`` and ``torch.onnx.export`` write the standard operators by themselves. A graph that was captured
-    otherwise has ``fbn_plugin::filtered_norm``, for which there are kernels, and so has an exported program with
-    ``grad_mode="paper"``, as no composition of standard operators has that gradient, or one made by PyTorch 2.6.
+    ``torch.export`` and ``torch.onnx.export`` write the standard operators by themselves, but for the ``torch.export``
+    of PyTorch 2.6. A graph that was captured otherwise has ``fbn_plugin::filtered_norm``, for which there are kernels.
 
     Returns:
         A table for ``ExportedProgram.run_decompositions``, ``make_fx`` and the like.

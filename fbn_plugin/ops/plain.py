@@ -50,7 +50,9 @@ def average_in(
     """Bring running statistics nearer to a batch's mean and unbiased variance, ``(C,)`` each, as PyTorch does; the
     batch is counted already."""
     for running, batch in ((running_mean, mean), (running_var, var)):
+        batch = batch.to(running.dtype)
         if momentum is not None:
-            running.lerp_(batch.to(running.dtype), momentum)
-        elif num_batches is not None:
-            running.lerp_(batch.to(running.dtype), num_batches.to(running.device, running.dtype).reciprocal())
+            running.lerp_(batch, momentum)
+        elif num_batches is not None:  # the other lerp_ is one that vmap has no rule for
+            share = num_batches.to(running.device, running.dtype).reciprocal()
+            running.copy_((1 - share) * running + share * batch)
