@@ -26,7 +26,6 @@ from timm.layers import (
     create_norm,
     create_norm_act,
     norm_act,
-    register_notrace_module,
     split_batchnorm,
 )
 from timm.layers.grn import GlobalResponseNorm
@@ -35,6 +34,7 @@ from timm.models import adapt_model_from_string as timm_adapt_model_from_string
 from timm.models import resnet
 from timm.utils import model as timm_model
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin import internals, layers
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
@@ -48,6 +48,7 @@ from fbn_plugin.layers.description import (
 )
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.layers.filtered_batch_norm_act import activation_of, normalize_and_activate
+from fbn_plugin.layers.graph import Proxy, call_node, renamed
 from fbn_plugin.registry import (
     NORMS,
     NormFactory,
@@ -115,11 +116,16 @@ class _NormAct:
         self.act = nn.Identity() if act is None else act
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return self.act(self.drop(self._forward_norm(input)))
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
         if self.norm_class.forward is FilteredBatchNormMixin.forward and type(self.drop) is nn.Identity:
             known = activation_of(self.act)
             if known is not None:  # one operator does both
-                return normalize_and_activate(self, input, *known)
-        return self.act(self.drop(self.norm_class.forward(self, input)))
+                name, negative_slope = known
+                return normalize_and_activate(self, input, name, negative_slope)
+        return self.act(self.drop(self._forward_norm(input)))
 
     def __reduce_ex__(self, protocol: int) -> tuple:  # by the norm's class, as this one may have no place in a module
         _, _, *state = super().__reduce_ex__(protocol)
@@ -136,6 +142,7 @@ def act_class(norm_class: type[nn.Module]) -> type[nn.Module]:
     bases = (_NormAct, norm_class, BatchNormAct2d) if ours else (_NormAct, norm_class)
     space = {
         "norm_class": norm_class,
+        "_forward_norm": renamed(norm_class.forward, "_forward_norm"),
         "__doc__": f":class:`{norm_class.__name__}` and activation.",
         "__module__": __name__,
     }
@@ -144,8 +151,7 @@ def act_class(norm_class: type[nn.Module]) -> type[nn.Module]:
     elif hasattr(norm_class, "batch_statistics") and tells_moments(norm_class):
         space["batch_statistics"] = norm_class.batch_statistics
     name = re.sub(r"(?=\dd$)|$", "Act", norm_class.__name__, count=1)
-    # FX feature extraction traces into modules from outside torch.nn, unless they are registered as leaves.
-    return register_notrace_module(type(name, bases, space))
+    return type(name, bases, space)
 
 
 def _blank(norm_class: type[nn.Module]) -> nn.Module:
@@ -374,15 +380,14 @@ def unregister() -> None:
 
 register_layer(Conv2dSame)
 
-for _cls in (getattr(layers, name) for name in layers.__all__):
-    register_notrace_module(_cls)
-
 
 class FusedBasicBlock(resnet.BasicBlock):
     """``BasicBlock`` whose last norm adds the shortcut and holds the activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
         x = self.aa(self.act1(self.drop_block(self.bn1(self.conv1(x)))))
         return self.bn2(self.conv2(x), shortcut)
 
@@ -391,7 +396,9 @@ class FusedBottleneck(resnet.Bottleneck):
     """``Bottleneck`` whose last norm adds the shortcut and holds the activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.aa(self.act2(self.drop_block(self.bn2(self.conv2(x)))))
         return self.bn3(self.conv3(x), shortcut)

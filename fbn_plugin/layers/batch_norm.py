@@ -6,11 +6,13 @@ Source of ``gamma_init``: Davis and Frank, "Revisiting Batch Norm Initialization
 
 import numbers
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.layers.graph import Proxy, call_node
 from fbn_plugin.ops.checks import check_device, check_eps
+from fbn_plugin.ops.plain import batch_norm
 
 
 def check_gamma_init(gamma_init: float) -> float:
@@ -74,37 +76,25 @@ class BatchNormMixin(OptionalBiasMixin):
             return None, None, None, True
         return mean, var, self.num_batches_tracked, True
 
-    def _norm_arguments(self, input: Tensor) -> dict:
-        """What ``F.batch_norm`` or an operator like it is called with, the batch counted."""
-        mean, var, counter, training = self._running(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if counter is not None:
-            counter.add_(1)
-            if self.momentum is None:  # cumulative average, as nn.BatchNorm has it
-                momentum = 1.0 / float(counter)
-        return {
-            "weight": self.weight,
-            "bias": self.bias,
-            "running_mean": mean,
-            "running_var": var,
-            "training": training,
-            "momentum": momentum,
-            "eps": self.eps,
-        }
-
 
 class FoldedBatchNormMixin(BatchNormMixin):
     """Batch normalization whose scale and shift are made of its parameters, and then given to ``F.batch_norm``: what
-    that costs does not grow with the batch. A subclass defines :meth:`affine_terms`."""
+    that costs does not grow with the batch. A subclass defines :meth:`affine_terms`; plain batch normalization takes
+    them as they are."""
 
     def affine_terms(self) -> tuple[Tensor | None, Tensor | None]:
-        """Scale and shift of the normalized values, ``(C,)`` each: weight and bias of the plain batch normalization
-        that this one equals."""
-        raise NotImplementedError
+        """Scale and shift of the normalized values, ``(C,)`` each or None: weight and bias of the plain batch
+        normalization that this one equals."""
+        return self.weight, self.bias
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
+        mean, var, counter, training = self._running(input)
         weight, bias = self.affine_terms()
-        return F.batch_norm(input, **{**self._norm_arguments(input), "weight": weight, "bias": bias})
+        return batch_norm(input, mean, var, weight, bias, training, self.momentum, self.eps, counter)
 
 
 FOLDED = NormDescription("BN", "channel", affine_terms=lambda norm: norm.affine_terms())

@@ -14,11 +14,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.layers.graph import Proxy, call_node
+from fbn_plugin.ops import eager
 from fbn_plugin.ops.checks import check_eps
-from fbn_plugin.ops.reference import RunningStats, accumulate_dtype, plain_moments, update_running_stats
+from fbn_plugin.ops.derivatives import by_formula
+from fbn_plugin.ops.reference import RunningStats, accumulate_dtype, plain_moments
 
 # The stack of the paper's first layers, which covers 32 x 32.
 DEFAULT_KERNEL_SIZES = (4, 2, 2, 2)
@@ -73,7 +77,7 @@ def _stack(kernel_sizes: Sequence[Size] | None, map_size: Size | None) -> tuple[
 
 
 def _channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return x.stride(1) == 1 and not x.is_contiguous()  # vmap does not tell of other memory formats
 
 
 def _fold(map: Tensor, size: int, dim: int) -> Tensor:
@@ -85,9 +89,13 @@ def _fold(map: Tensor, size: int, dim: int) -> Tensor:
     return first
 
 
+def _without_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # there is none for the meta device
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Matrix product in the dtype of the factors, under autocast too."""
-    with torch.autocast(a.device.type, enabled=False):
+    with _without_autocast(a):
         return a @ b
 
 
@@ -128,6 +136,19 @@ def _weighted_mean(total: Tensor, weights: Tensor, images: int) -> Tensor:
     return (total * weights).sum((1, 2)) / images
 
 
+def _weighted_mean_norm(
+    x: Tensor, entries: Tensor, passed: Tensor, copies: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`_WeightedMeanNorm` computes, and the first two of its moments, by standard operators."""
+    cells = _Cells(passed, copies)
+    values = x.to(accumulate_dtype(x.dtype))
+    var = torch.var(values, dim=(0, 2, 3), correction=0)
+    mean = _weighted_mean(cells.total(x), cells.weights(entries), x.shape[0])
+    scale = weight * torch.rsqrt(var + eps)
+    y = (values - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
+    return y.to(x.dtype), mean, var
+
+
 class _WeightedMeanNorm(torch.autograd.Function):
     """``weight (x - mean) / sqrt(var + eps) + bias`` with the weighted mean and the plain variance of the batch, and
     the moments.
@@ -154,18 +175,20 @@ class _WeightedMeanNorm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, _, passed, copies, weight, _, ctx.eps = inputs
+        *inputs, ctx.eps = inputs
         _, *moments = output
         ctx.mark_non_differentiable(*moments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, passed, copies, weight, *moments)
+        ctx.save_for_backward(*inputs, *moments)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 7
-        x, passed, copies, weight, mean, var, plain_mean, p, total = ctx.saved_tensors
+        *inputs, mean, var, plain_mean, p, total = ctx.saved_tensors
+        if eager.is_followed(grad):
+            return *by_formula(lambda *t: _weighted_mean_norm(*t, ctx.eps)[:1], inputs, [grad]), None
+        x, _, passed, copies, weight, _ = inputs
         rstd = torch.rsqrt(var + ctx.eps)
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, None, None, mean, rstd, True, ctx.eps, (True, True, True)
@@ -266,6 +289,8 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
             self.register_parameter(f"kernel{number}", nn.Parameter(kernel))
         self.reset_parameters()
 
+    __jit_unused_properties__ = ("kernels",)
+
     @property
     def kernels(self) -> list[nn.Parameter]:
         """The raw parameters, ``(C, height, width)`` each, the kernel on the input first: ``kernel0``, ``kernel1``, ...
@@ -322,13 +347,23 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
         return mean, var, images / (weights.square() * cells.copies).sum((1, 2))
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
         self._check_input_dim(input)
-        use_batch = self.training or (self.running_mean is None and self.running_var is None)
-        if not use_batch or input.numel() == 0:
-            moving = self.running_mean, self.running_var
-            y = F.batch_norm(input, *moving, self.weight, self.bias, use_batch, 0.0, self.eps)
+        mean, var = self.running_mean, self.running_var
+        if not self.training and (mean is not None or var is not None):
+            return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        if is_scripting():
+            raise RuntimeError("ConvNorm does not train in TorchScript, where it evaluates by running statistics")
+        return self._forward_by_batch(input)
+
+    def _forward_by_batch(self, input: Tensor) -> Tensor:
+        if input.numel() == 0:
+            y = F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
             # Nothing is added to no values, but distributed training waits for a gradient of every parameter.
-            return y + sum(kernel.sum() for kernel in self.kernels) if use_batch else y
+            return y + sum(kernel.sum() for kernel in self.kernels)
         if input.numel() == input.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         dtype = accumulate_dtype(input.dtype)
@@ -343,7 +378,10 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
         else:
             count = self._count(input)
             cells = self._cells(input.shape[2:], dtype)
-            y, mean, var, *_ = _WeightedMeanNorm.apply(input, self._entries(dtype), *cells, weight, bias, self.eps)
+            entries = self._entries(dtype)
+            follows = eager.needs_formula(input, entries, weight, bias)
+            function = _weighted_mean_norm if follows else _WeightedMeanNorm.apply
+            y, mean, var, *_ = function(input, entries, *cells, weight, bias, self.eps)
         if self.training and self.track_running_stats and self.running_mean is not None:
             self._update_averages(mean.detach(), var.detach(), count.detach())
         return y
@@ -355,7 +393,8 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
     def _update_averages(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         counter = self.num_batches_tracked
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum
-        update_running_stats(RunningStats(self.running_mean, self.running_var, momentum, counter), mean, var, count)
+        running = RunningStats(self.running_mean, self.running_var, momentum, counter)
+        eager.update_running_stats(running, mean, var, count)
 
     def extra_repr(self) -> str:
         sizes = ", ".join(f"{h}" if h == w else f"({h}, {w})" for h, w in self.kernel_sizes)
@@ -434,20 +473,35 @@ class LearnedStatsNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features, **placement)) if affine and bias else None
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
         if input.dim() < 3 or input.shape[1] != self.num_features:
-            raise ValueError(f"expected input of shape (N, {self.num_features}, *spatial), got {tuple(input.shape)}")
-        dtype = self.mean_network[0].weight.dtype
-        with torch.autocast(input.device.type, enabled=False):
-            pooled = input.flatten(2).mean(2, dtype=accumulate_dtype(input.dtype)).to(dtype).unsqueeze(1)
-            mean, raw_std = self.mean_network(pooled), self.std_network(pooled)
-            std = F.softplus(raw_std + math.log(math.e - 1)) + self.eps
-        ones = (1,) * (input.dim() - 2)
-        y = (input - mean.view(-1, 1, *ones)) / std.view(-1, 1, *ones)
-        if self.affine:
-            per_channel = (-1, *ones)
+            raise ValueError(
+                f"expected input of shape (N, {self.num_features}, *spatial), got input size {input.shape}"
+            )
+        if is_scripting():  # with constants
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                mean, std = self._statistics(input)
+        else:
+            with _without_autocast(input):
+                mean, std = self._statistics(input)
+        ones = [1] * (input.dim() - 2)
+        per_image, per_channel = [-1, 1] + ones, [-1] + ones  # noqa: RUF005, as TorchScript has no star here
+        y = (input - mean.view(per_image)) / std.view(per_image)
+        if self.weight is not None:
             y = y * self.weight.view(per_channel)
-            y = y if self.bias is None else y + self.bias.view(per_channel)
+        if self.bias is not None:
+            y = y + self.bias.view(per_channel)
         return y.to(input.dtype)
+
+    def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each image, ``(N, 1, 1)`` each."""
+        dtype = self.mean_network[0].weight.dtype
+        pooled = input.flatten(2).mean(2, dtype=accumulate_dtype(input.dtype)).to(dtype).unsqueeze(1)
+        mean, raw_std = self.mean_network(pooled), self.std_network(pooled)
+        return mean, F.softplus(raw_std + math.log(math.e - 1)) + self.eps
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, affine={self.affine}"

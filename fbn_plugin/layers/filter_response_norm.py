@@ -6,11 +6,13 @@ Normalization" (2020), which names it as a host of the filter and leaves the fil
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
+from fbn_plugin.layers.graph import Proxy, call_node
 from fbn_plugin.ops.checks import check_eps
-from fbn_plugin.ops.reference import accumulate_dtype, gaussian_kappa
+from fbn_plugin.ops.reference import accumulate_dtype, gaussian_kappa, rounding_of
 
 
 class FilterResponseNorm2d(nn.Module):
@@ -72,12 +74,18 @@ class FilterResponseNorm2d(nn.Module):
 
     def mean_square(self, input: Tensor) -> Tensor:
         """``nu2``: ``(N, C, 1, ...)``, in at least float32."""
-        return input.to(accumulate_dtype(input.dtype)).square().mean(tuple(range(2, input.dim())), keepdim=True)
+        return input.to(accumulate_dtype(input.dtype)).square().mean(list(range(2, input.dim())), keepdim=True)
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
         if input.dim() < 3 or input.shape[1] != self.num_features:
-            raise ValueError(f"expected input of shape (N, {self.num_features}, *spatial), got {tuple(input.shape)}")
-        per_channel = (-1,) + (1,) * (input.dim() - 2)
+            raise ValueError(
+                f"expected input of shape (N, {self.num_features}, *spatial), got input size {input.shape}"
+            )
+        per_channel = [-1] + [1] * (input.dim() - 2)
         scale = torch.rsqrt(self.mean_square(input) + self.eps)
         if self.weight is not None:
             scale = scale * self.weight.view(per_channel)
@@ -141,20 +149,20 @@ class FilteredFilterResponseNorm2d(FilterMixin, FilterResponseNorm2d):
         super().__init__(num_features, eps, affine=affine, bias=bias, tlu=tlu, device=device, dtype=dtype)
         self._init_filter(t_sigma, "exact", gaussian_correction)
 
-    def _dropped(self, square: Tensor, space: tuple[int, ...]) -> Tensor:
+    def _dropped(self, square: Tensor, space: list[int]) -> Tensor:
         # The margin of rounding keeps the values of a constant map for the smallest of cuts.
-        cut = max(self.t_sigma * self.t_sigma, 1 + 16 * torch.finfo(square.dtype).eps)
+        cut = max(self.t_sigma * self.t_sigma, 1 + 16 * rounding_of(square.dtype)[0])
         return square > cut * (square.detach().mean(space, keepdim=True) + self.eps)
 
     def filtered_share(self, input: Tensor) -> Tensor:
         square = input.detach().to(accumulate_dtype(input.dtype)).square()
-        return self._dropped(square, tuple(range(2, input.dim()))).double().mean()
+        return self._dropped(square, list(range(2, input.dim()))).double().mean()
 
     def mean_square(self, input: Tensor) -> Tensor:
         """``nu2'``: ``(N, C, 1, ...)``, in at least float32."""
         square = input.to(accumulate_dtype(input.dtype)).square()
-        space = tuple(range(2, input.dim()))
+        space = list(range(2, input.dim()))
         dropped = self._dropped(square, space)
-        kept = square.shape[2:].numel() - dropped.sum(space, keepdim=True)
+        kept = (~dropped).sum(space, keepdim=True)  # no size of the map: that of a traced one would stay
         filtered = square.masked_fill(dropped, 0).sum(space, keepdim=True) / kept
         return filtered / gaussian_kappa(self.t_sigma) if self.gaussian_correction else filtered

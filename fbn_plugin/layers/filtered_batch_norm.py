@@ -6,11 +6,15 @@ Al-afandi, "Filtered Batch Normalization" (2020), Eq. 2-8.
 """
 
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.batch_norm import BatchNormMixin
 from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.layers.graph import Proxy, call_node
+from fbn_plugin.ops import scripted
 from fbn_plugin.ops.checks import check_eps, check_filter
 from fbn_plugin.ops.functional import filtered_batch_norm, filtered_batch_statistics, filtered_share
+from fbn_plugin.ops.reference import Options
 
 
 class FilterMixin:
@@ -44,6 +48,10 @@ class FilteredBatchNormMixin(FilterMixin, BatchNormMixin):
     """Forward pass of filtered batch normalization, to stand before a ``_BatchNorm`` class in the bases."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return self._forward_scripted(input)
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
         running_mean, running_var, counter, training = self._running(input)
         return filtered_batch_norm(
             input,
@@ -59,6 +67,20 @@ class FilteredBatchNormMixin(FilterMixin, BatchNormMixin):
             gaussian_correction=self.gaussian_correction,
             num_batches_tracked=counter,
         )
+
+    def _forward_scripted(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "identity",
+        negative_slope: float = 0.0,
+    ) -> Tensor:
+        """What TorchScript compiles."""
+        mean, var, counter, training = self._running(input)
+        slope = float(negative_slope)
+        options = Options(0, self.t_sigma, float(self.eps), self.gaussian_correction, self.grad_mode, activation, slope)
+        weight, bias, momentum = self.weight, self.bias, self.momentum
+        return scripted.batch_norm(input, mean, var, weight, bias, training, momentum, counter, residual, options)
 
     def batch_statistics(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, biased variance and number of the kept values of each channel, ``(C,)`` each, as training normalizes

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d, FilteredBatchNormMixin
+from fbn_plugin.layers.graph import Proxy, call_node
 from fbn_plugin.ops.checks import check_activation
 from fbn_plugin.ops.functional import filtered_batch_norm_act
 
@@ -104,6 +106,10 @@ class FilteredBatchNormAct2d(FilteredBatchNorm2d):
         self.negative_slope = negative_slope
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if is_scripting():
+            return self._forward_scripted(input, residual, self.activation, self.negative_slope)
+        elif isinstance(input, Proxy):
+            return call_node(self, input) if residual is None else call_node(self, input, residual)
         return normalize_and_activate(self, input, self.activation, self.negative_slope, residual)
 
     def activation_module(self) -> nn.Module:

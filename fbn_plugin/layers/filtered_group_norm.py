@@ -8,15 +8,40 @@ is here because PyTorch has no channels-first one.
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
+from fbn_plugin.layers.graph import Proxy, call_node
+from fbn_plugin.ops import scripted
 from fbn_plugin.ops.checks import check_device, check_eps
 from fbn_plugin.ops.functional import filtered_group_norm, filtered_share
+from fbn_plugin.ops.reference import Options
 
 
-class FilteredGroupNorm(FilterMixin, OptionalBiasMixin, nn.GroupNorm):
+class _GroupFilterMixin(FilterMixin):
+    """A filter on the values of one sample."""
+
+    def _by_groups(self, x: Tensor, num_groups: int) -> Tensor:
+        if is_scripting():
+            options = Options(
+                num_groups, self.t_sigma, float(self.eps), self.gaussian_correction, self.grad_mode, "identity", 0.0
+            )
+            return scripted.group_norm(x, self.weight, self.bias, options)
+        return filtered_group_norm(
+            x,
+            num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            t_sigma=self.t_sigma,
+            grad_mode=self.grad_mode,
+            gaussian_correction=self.gaussian_correction,
+        )
+
+
+class FilteredGroupNorm(_GroupFilterMixin, OptionalBiasMixin, nn.GroupNorm):
     """Filtered group normalization (Horváth and Al-afandi 2020, section IV-D), a drop-in for
     :class:`torch.nn.GroupNorm`.
 
@@ -65,7 +90,11 @@ class FilteredGroupNorm(FilterMixin, OptionalBiasMixin, nn.GroupNorm):
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
     def forward(self, input: Tensor) -> Tensor:
-        return filtered_group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self.filter_options())
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
+        return self._by_groups(input, self.num_groups)
 
 
 class FilteredInstanceNorm2d(FilteredGroupNorm):
@@ -123,9 +152,13 @@ class FilteredInstanceNorm2d(FilteredGroupNorm):
         return self.num_channels
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[2:].numel() == 1:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
+        if all([size == 1 for size in input.shape[2:]]):  # noqa: C419, a list for TorchScript
             raise ValueError(f"Expected more than 1 spatial element, got input size {input.shape}")
-        return super().forward(input)
+        return self._by_groups(input, self.num_groups)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -160,11 +193,15 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(num_channels, check_eps(eps), affine, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
         last = input.movedim(1, -1)
         return F.layer_norm(last, self.normalized_shape, self.weight, self.bias, self.eps).movedim(-1, 1)
 
 
-class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
+class FilteredLayerNorm2d(_GroupFilterMixin, LayerNorm2d):
     """Layer normalization over the channels at each position, by filtered moments.
 
     For the other layer normalization of images, over all channels and positions of a sample, use ``FilteredGroupNorm(1,
@@ -205,10 +242,12 @@ class FilteredLayerNorm2d(FilterMixin, LayerNorm2d):
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
         last = input.movedim(1, -1)
-        rows = filtered_group_norm(
-            last.reshape(-1, last.shape[-1]), 1, self.weight, self.bias, self.eps, **self.filter_options()
-        )
+        rows = self._by_groups(last.reshape(-1, last.shape[-1]), 1)
         return rows.view(last.shape).movedim(-1, 1)
 
     def filtered_share(self, input: Tensor) -> Tensor:

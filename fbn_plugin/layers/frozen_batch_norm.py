@@ -7,8 +7,10 @@ What detectors put into a pretrained backbone. Source of the normalization: Ioff
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.layers.graph import Proxy, call_node
 from fbn_plugin.ops.checks import check_eps
 
 _KEYS = ("weight", "bias", "running_mean", "running_var")
@@ -28,20 +30,22 @@ class FrozenBatchNormMixin:
     def eval_affine(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of each channel, ``(C,)`` each: the layer computes ``scale * x + shift``."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        weight, bias, mean, var = (getattr(self, name).to(dtype) for name in _KEYS)
-        scale = weight * (var + self.eps).rsqrt()
-        return scale, bias - mean * scale
+        scale = self.weight.to(dtype) * (self.running_var.to(dtype) + self.eps).rsqrt()
+        return scale, self.bias.to(dtype) - self.running_mean.to(dtype) * scale
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() not in self._ranks:
-            raise ValueError(f"expected {' or '.join(map(str, self._ranks))}D input (got {input.dim()}D input)")
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
+        self._check_input_dim(input)
         if not (self.training and input.requires_grad):
-            statistics = self.running_mean, self.running_var
-            return F.batch_norm(input, *statistics, self.weight, self.bias, training=False, eps=self.eps)
+            mean, var = self.running_mean, self.running_var
+            return F.batch_norm(input, mean, var, self.weight, self.bias, training=False, eps=self.eps)
         # The backward pass of F.batch_norm keeps the input; that of a product with constants keeps C numbers.
-        shape = (1, -1) + (1,) * (input.dim() - 2)
-        scale, shift = (value.reshape(shape).to(input.dtype) for value in self.eval_affine())
-        return input * scale + shift
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        scale, shift = self.eval_affine()
+        return input * scale.reshape(shape).to(input.dtype) + shift.reshape(shape).to(input.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)  # in the checkpoints of layers that count
@@ -80,16 +84,16 @@ _DOC = """Frozen batch normalization over {shape}: ``weight * (x - running_mean)
 class FrozenBatchNorm1d(FrozenBatchNormMixin, nn.Module):
     __doc__ = _DOC.format(shape="``(N, C)`` or ``(N, C, L)``", base="BatchNorm1d")
     description = NormDescription("FrozenBN", "channel", 1)
-    _ranks = (2, 3)
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class FrozenBatchNorm2d(FrozenBatchNormMixin, nn.Module):
     __doc__ = _DOC.format(shape="``(N, C, H, W)``", base="BatchNorm2d")
     description = NormDescription("FrozenBN", "channel", 2)
-    _ranks = (4,)
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 class FrozenBatchNorm3d(FrozenBatchNormMixin, nn.Module):
     __doc__ = _DOC.format(shape="``(N, C, D, H, W)``", base="BatchNorm3d")
     description = NormDescription("FrozenBN", "channel", 3)
-    _ranks = (5,)
+    _check_input_dim = nn.BatchNorm3d._check_input_dim

@@ -8,9 +8,11 @@ as baselines; the first one's centering is left out, as there.
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.batch_norm import FOLDED, AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin
 from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.layers.graph import Proxy, call_node
 from fbn_plugin.ops.gated import gated_batch_norm
 
 
@@ -107,14 +109,27 @@ class _PooledGateBatchNorm2d(_Gate, BatchNormMixin, nn.BatchNorm2d):
         options = {"bias": bias, "gamma_init": gamma_init, **placement}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self._init_gate(self._gate_init, pooled=True, **placement)
+        self._pool_input = self._pool_input  # TorchScript reads nothing of the class
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            pass
+        elif isinstance(input, Proxy):
+            return call_node(self, input)
+        mean, var, counter, training = self._running(input)
         return gated_batch_norm(
             input,
-            **self._norm_arguments(input),
-            gate_weight=self.gate_weight,
-            gate_bias=self.gate_bias,
-            pool_input=self._pool_input,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            self.gate_weight,
+            self.gate_bias,
+            training,
+            self.momentum,
+            self.eps,
+            self._pool_input,
+            counter,
         )
 
 

@@ -12,12 +12,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fbn_plugin.layers.batch_norm import FOLDED, AnyDimsMixin, BatchNormMixin, FoldedBatchNormMixin, check_gamma_init
+from fbn_plugin.layers.batch_norm import FOLDED, AnyDimsMixin, FoldedBatchNormMixin, check_gamma_init
+from fbn_plugin.layers.description import NormDescription, plain_sync
 
 RECTIFIED_STD = 0.58  # standard deviation of a rectified unit Gaussian, as the paper rounds it
 
 
-class _ScaledBatchNorm(BatchNormMixin):
+def _plain(dims: int) -> NormDescription:
+    return NormDescription("BN", "channel", dims, synchronized_form=plain_sync)
+
+
+class _ScaledBatchNorm(FoldedBatchNormMixin):
     def __init__(
         self,
         num_features: int,
@@ -64,6 +69,7 @@ _PLAIN = """``y = gamma xhat + beta``, which is :class:`torch.nn.{base}` in all 
 
 
 class ScaledBatchNorm1d(_ScaledBatchNorm, nn.BatchNorm1d):
+    description = _plain(1)
     __doc__ = _DOC.format(
         name="ScaledBatchNorm1d",
         size="4, 8, 16",
@@ -74,6 +80,7 @@ class ScaledBatchNorm1d(_ScaledBatchNorm, nn.BatchNorm1d):
 
 
 class ScaledBatchNorm2d(_ScaledBatchNorm, nn.BatchNorm2d):
+    description = _plain(2)
     __doc__ = _DOC.format(
         name="ScaledBatchNorm2d",
         size="4, 8, 16, 16",
@@ -84,6 +91,7 @@ class ScaledBatchNorm2d(_ScaledBatchNorm, nn.BatchNorm2d):
 
 
 class ScaledBatchNorm3d(_ScaledBatchNorm, nn.BatchNorm3d):
+    description = _plain(3)
     __doc__ = _DOC.format(
         name="ScaledBatchNorm3d",
         size="4, 8, 4, 16, 16",
@@ -93,7 +101,7 @@ class ScaledBatchNorm3d(_ScaledBatchNorm, nn.BatchNorm3d):
     )
 
 
-class ScaledBatchNormA1(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
+class ScaledBatchNormA1(AnyDimsMixin, ScaledBatchNorm2d):
     __doc__ = _DOC.format(
         name="ScaledBatchNormA1",
         size="4, 8, 16, 16",
@@ -111,7 +119,7 @@ class ScaledBatchNormA1(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
         return self.weight, None if self.bias is None else self.weight * self.bias
 
 
-class ScaledBatchNormA2(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
+class ScaledBatchNormA2(AnyDimsMixin, ScaledBatchNorm2d):
     __doc__ = _DOC.format(
         name="ScaledBatchNormA2",
         size="4, 8, 16, 16",
@@ -141,7 +149,7 @@ class ScaledBatchNormA2(AnyDimsMixin, FoldedBatchNormMixin, ScaledBatchNorm2d):
         return self.weight * self.lambd, None if self.bias is None else self.weight * self.bias
 
 
-class InputNorm2d(BatchNormMixin, nn.BatchNorm2d):
+class InputNorm2d(FoldedBatchNormMixin, nn.BatchNorm2d):
     """Batch normalization of a network's input, in place of a fixed mean and deviation (Davis and Frank 2022, section
     3.4).
 
@@ -167,6 +175,8 @@ class InputNorm2d(BatchNormMixin, nn.BatchNorm2d):
         >>> layer(torch.rand(4, 3, 16, 16)).std().item() < 0.1
         True
     """
+
+    description = _plain(2)
 
     def __init__(
         self,

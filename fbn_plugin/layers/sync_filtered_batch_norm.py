@@ -5,10 +5,12 @@ Source of the filter: Horváth and Al-afandi, "Filtered Batch Normalization" (20
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.jit import is_scripting
 
 from fbn_plugin.layers.batch_norm import AnyDimsMixin
 from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d
+from fbn_plugin.layers.graph import Proxy
 from fbn_plugin.ops.sync import sync_filtered_batch_norm
 
 
@@ -89,7 +91,11 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
         self.process_group = process_group
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._synchronizes():
+        if is_scripting():
+            if self.training:  # TorchScript cannot ask how many processes there are
+                raise RuntimeError("SyncFBN does not train in TorchScript, which exchanges nothing between processes")
+            return self._forward_scripted(input)
+        elif isinstance(input, Proxy) or not self._synchronizes():
             return super().forward(input)
         running_mean, running_var, counter, _ = self._running(input)
         return sync_filtered_batch_norm(
@@ -100,7 +106,9 @@ class SyncFilteredBatchNorm(AnyDimsMixin, FilteredBatchNorm2d):
             self.bias,
             momentum=self.momentum,
             eps=self.eps,
-            **self.filter_options(),
+            t_sigma=self.t_sigma,
+            grad_mode=self.grad_mode,
+            gaussian_correction=self.gaussian_correction,
             process_group=self.process_group,
             num_batches_tracked=counter,
         )

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from fbn_plugin.ops import cuda, dispatch, library
+from fbn_plugin.ops import cuda, dispatch, library, reference
+from fbn_plugin.ops.derivatives import below_transforms, is_dual
 from fbn_plugin.ops.reference import SIGN_TELLS, Options, RunningStats
 
 # All names that are not public and that something here depends on.
@@ -23,6 +25,7 @@ PRIVATE = (
     "_C._len_torch_dispatch_stack",
     "_C._cuda_getCurrentRawStream",
     "Tensor._is_zerotensor",
+    "autograd.forward_ad._current_level",
 )
 
 
@@ -34,9 +37,10 @@ def _find(name: str) -> Any:
     return found
 
 
-_transforms, _is_wrapped, _is_batched, _modes, _raw_stream, _is_zeros = map(_find, PRIVATE)
-_can_tell = None not in (_transforms, _is_batched, _modes, _is_zeros)
+_transforms, _is_wrapped, _is_batched, _modes, _raw_stream, _is_zeros, _level = map(_find, PRIVATE)
+_can_tell = None not in (_transforms, _is_batched, _modes, _is_zeros, _level)
 _PLAIN = (Tensor, nn.Parameter)
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 cannot tell
 
 
 def takes(*tensors: Tensor | None) -> bool:
@@ -45,6 +49,8 @@ def takes(*tensors: Tensor | None) -> bool:
     without memory, the dispatcher sees to it."""
     if not _can_tell or _transforms() is not None or _modes() or torch.jit.is_tracing():
         return False
+    if forward_ad._current_level >= 0:  # tensors may have tangents
+        return False
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg() or _is_zeros(tensor)):
             return False
@@ -52,17 +58,31 @@ def takes(*tensors: Tensor | None) -> bool:
 
 
 def _takes_gradient(grad: Tensor) -> bool:
-    """False if the operator is to be called: it knows batched gradients, and refuses to be differentiated again."""
+    """False if the operator is to be called: it knows batched gradients, tangents and second derivatives."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
     return takes(grad) and not _is_batched(grad)
 
 
-def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether one of them stands for others inside of a ``torch.func`` transform, which cannot see through the
-    operators."""
+def needs_formula(*tensors: Tensor | None) -> bool:
+    """Whether what is computed with them must be PyTorch's standard operators alone, as someone follows who knows no
+    other: a transform of ``torch.func``, forward mode, or an exporter, whose graphs are for elsewhere."""
+    if torch.compiler.is_compiling():
+        return _is_exporting()
+    if torch.onnx.is_in_onnx_export():
+        return True
+    if _transforms is not None:
+        return _transforms() is not None or is_dual(*tensors)
     tell = _has_no_memory if _is_wrapped is None else _is_wrapped
-    return any(tensor is not None and tell(tensor) for tensor in tensors)
+    return any(tensor is not None and tell(tensor) for tensor in tensors) or is_dual(*tensors)
+
+
+def is_followed(grad: Tensor) -> bool:
+    """Whether a backward pass is to be made of standard operators: one that is differentiated again, or transformed, or
+    whose gradient stands for many."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or needs_formula(grad) or (_is_batched is not None and _is_batched(grad))
 
 
 def _has_no_memory(tensor: Tensor) -> bool:
@@ -138,6 +158,19 @@ def hosted(
         return None
     y = normalize(*arguments)
     return None if y is False else y
+
+
+def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    """:func:`reference.update_running_stats`, in transforms of ``torch.func`` too."""
+    if torch.compiler.is_compiling() or not needs_formula(*running[:2], mean, var):
+        reference.update_running_stats(running, mean, var, count)
+        return
+
+    def update(average_mean, average_var, num_batches, mean, var, count):
+        averages = RunningStats(average_mean, average_var, running.momentum, num_batches)
+        reference.update_running_stats(averages, mean, var, count)
+
+    below_transforms(update, running.mean, running.var, running.num_batches, mean, var, count)
 
 
 # Backends that launch kernels are told, as they stand below this file.

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fbn_plugin.ops import dispatch, eager, library, reference
+from fbn_plugin.ops import derivatives, dispatch, eager, library, plain, reference
 from fbn_plugin.ops.checks import check_activation, check_batch, check_channels, check_eps, check_filter
 from fbn_plugin.ops.reference import Options, RunningStats
 
@@ -55,19 +55,19 @@ def _normalize(
     options: Options,
 ) -> Tensor:
     """Normalize and update the running statistics, by the shortest way that there is."""
-    if torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
+        if running is None:
+            short = eager.takes(x, weight, bias, residual)
+        else:
+            short = eager.takes(x, weight, bias, residual, running[0], running[1], running[3])
+        if short:
+            return eager.normalize(x, weight, bias, residual, running, options)
+    if not eager.needs_formula(x, weight, bias, residual):
         return library.normalize(x, weight, bias, residual, running, options)[0]
-    if running is None:
-        short = eager.takes(x, weight, bias, residual)
-    else:
-        short = eager.takes(x, weight, bias, residual, running[0], running[1], running[3])
-    if short:
-        return eager.normalize(x, weight, bias, residual, running, options)
-    if not eager.is_transformed(x, weight, bias, residual):
-        return library.normalize(x, weight, bias, residual, running, options)[0]
-    if options.grad_mode != "exact":
-        raise ValueError(f"torch.func transforms follow the exact gradient only, got grad_mode {options.grad_mode!r}")
-    return reference.forward(x, weight, bias, residual, running, options)[0]
+    y, (mean, var, _, _, count) = derivatives.formula(x, weight, bias, residual, options)
+    if running is not None:
+        eager.update_running_stats(running, mean, var, count)
+    return y
 
 
 def _batch_norm(
@@ -93,12 +93,8 @@ def _batch_norm(
         if y is not None:
             return y
     if not training or options.t_sigma == math.inf or x.numel() == 0:
-        if training and num_batches is not None:
-            num_batches.add_(1)
-            if momentum is None:  # as nn.BatchNorm2d has it
-                momentum = 1.0 / float(num_batches)
-        momentum = 0.0 if momentum is None else momentum
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, options.eps)
+        running = running_mean, running_var
+        y = plain.batch_norm(x, *running, weight, bias, training, momentum, options.eps, num_batches)
         return _activate(y, residual, options)
     check_batch(x, weight, bias, running_mean, running_var)
     running = None
@@ -111,8 +107,8 @@ def _batch_norm(
     if (residual is None and options.activation == "identity") or _fuses(x, residual, options.activation):
         return _normalize(x, weight, bias, residual, running, options)
     num_groups, t_sigma, eps, gaussian_correction, grad_mode, _, _ = options  # PyTorch 2.6 compiles no slice of it
-    plain = Options(num_groups, t_sigma, eps, gaussian_correction, grad_mode)
-    return _activate(_normalize(x, weight, bias, None, running, plain), residual, options)
+    alone = Options(num_groups, t_sigma, eps, gaussian_correction, grad_mode)
+    return _activate(_normalize(x, weight, bias, None, running, alone), residual, options)
 
 
 def _fuses(x: Tensor, residual: Tensor | None, activation: str) -> bool:

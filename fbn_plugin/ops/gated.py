@@ -7,17 +7,18 @@ Frank, "Revisiting Batch Norm Initialization" (2022), section 4.5.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.jit import is_scripting
 
+from fbn_plugin.ops import eager, plain
 from fbn_plugin.ops.checks import check_batch
+from fbn_plugin.ops.derivatives import by_formula
 from fbn_plugin.ops.reference import accumulate_dtype, plain_moments
 
 
 def _pool(x: Tensor) -> Tensor:
     """The mean over the positions of each image and channel, ``(N, C)``."""
-    return x.mean(dim=tuple(range(2, x.dim()))) if x.dim() > 2 else x.clone()
+    return x.mean(dim=list(range(2, x.dim()))) if x.dim() > 2 else x.clone()
 
 
 def _gate(weight: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def _gate(weight: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, pooled:
 
 def _per_image(t: Tensor, like: Tensor) -> Tensor:
     """``(N, C)`` or ``(C,)`` to the rank of ``like``."""
-    return t.reshape(-1, like.shape[1], *[1] * (like.dim() - 2))
+    return t.reshape([-1, like.shape[1]] + [1] * (like.dim() - 2))
 
 
 def _sums(grad: Tensor, x: Tensor, mean: Tensor, root: Tensor, contiguous: bool) -> tuple[Tensor, Tensor]:
@@ -44,6 +45,28 @@ def _sums(grad: Tensor, x: Tensor, mean: Tensor, root: Tensor, contiguous: bool)
     each = [backward(g, v, None, None, None, mean, root, True, 0.0, [False, True, True])[1:] for g, v in batches]
     sum_gx, sum_g = (torch.cat(sums).view(shape) for sums in zip(*each))
     return sum_g, sum_gx
+
+
+def _formula(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    eps: float,
+    pool_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`_GatedNorm` computes, by standard operators."""
+    values = x.to(accumulate_dtype(x.dtype))
+    reduced = (0, *range(2, x.dim()))
+    var, mean = torch.var_mean(values, dim=reduced, correction=0, keepdim=True)
+    xhat = (values - mean) * torch.rsqrt(var + eps)
+    _, scale = _gate(weight, gate_weight, gate_bias, _pool(values if pool_input else xhat))
+    y = xhat * _per_image(scale, x)
+    if bias is not None:
+        y = y + _per_image(bias, x)
+    count = x.numel() // x.shape[1]
+    return y.to(x.dtype), mean.detach().flatten(), var.detach().flatten() * (count / (count - 1))
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -64,16 +87,18 @@ class _GatedNorm(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         var = var * (count / (count - 1))
         ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(x, gate_weight, mean, root, pooled, gate, scale)
-        ctx.pool_input = pool_input
+        ctx.save_for_backward(x, weight, bias, gate_weight, gate_bias, mean, root, pooled, gate, scale)
+        ctx.pool_input, ctx.eps = pool_input, eps
         ctx.contiguous = x.is_contiguous()  # the compiler of PyTorch 2.6 does not let the backward pass ask
         ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias, gate_weight, gate_bias)]
         return y.to(x.dtype), mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
-        x, gate_weight, mean, root, pooled, gate, scale = ctx.saved_tensors
+        *inputs, mean, root, pooled, gate, scale = ctx.saved_tensors
+        if eager.is_followed(grad):
+            return *by_formula(lambda *t: _formula(*t, ctx.eps, ctx.pool_input)[:1], inputs, [grad]), None, None
+        x, gate_weight = inputs[0], inputs[3]
         grad, values = grad.to(mean.dtype), x.to(mean.dtype)
         sum_g, sum_gx = _sums(grad, values, mean, root, ctx.contiguous)
         scaled = scale * sum_gx
@@ -99,23 +124,23 @@ def gated_batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *,
+    weight: Tensor | None,
+    bias: Tensor | None,
     gate_weight: Tensor,
     gate_bias: Tensor,
-    pool_input: bool = False,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    pool_input: bool,
+    num_batches: Tensor | None,
 ) -> Tensor:
     """``weight * sigmoid(gate_weight * GAP(z) + gate_bias) * xhat + bias`` (Davis and Frank 2022, section 4.5).
 
     Args:
         x: ``(N, C, *spatial)`` of any floating dtype; sums are float32, or float64 for float64.
-        running_mean, running_var, training, momentum, eps: as in ``F.batch_norm``.
         weight, bias: ``(C,)``, or None for 1 and 0.
         gate_weight, gate_bias: ``(C,)``, the paper's v and w.
+        running_mean, running_var, training, momentum, eps, num_batches: as in :func:`fbn_plugin.ops.plain.batch_norm`.
         pool_input: ``z`` is ``x``; otherwise it is ``xhat``, the normalized values. GAP is the mean over ``spatial``.
 
     Returns:
@@ -124,15 +149,17 @@ def gated_batch_norm(
     Raises:
         ValueError: one value per channel in training, or a channel count that does not fit.
     """
-    if not training or x.numel() == 0:
-        normalized = F.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps)
-        _, scale = _gate(weight, gate_weight, gate_bias, _pool(x if pool_input else normalized))
+    by_operators = not training or x.numel() == 0 or torch.jit.is_tracing()
+    if is_scripting() or by_operators:
+        normalized = plain.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps, num_batches)
+        scale = _gate(weight, gate_weight, gate_bias, _pool(x if pool_input else normalized))[1]
         y = normalized * _per_image(scale, x)
         return (y if bias is None else y + _per_image(bias, x)).to(x.dtype)
     check_batch(x, weight=weight, bias=bias, gate_weight=gate_weight, gate_bias=gate_bias, running_mean=running_mean)
-    y, mean, var = _GatedNorm.apply(x, weight, bias, gate_weight, gate_bias, eps, pool_input)
+    function = _formula if eager.needs_formula(x, weight, bias, gate_weight, gate_bias) else _GatedNorm.apply
+    y, mean, var = function(x, weight, bias, gate_weight, gate_bias, eps, pool_input)
+    if num_batches is not None:
+        num_batches.add_(1)
     if running_mean is not None and running_var is not None:
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(var.to(running_var.dtype), momentum)
+        plain.average_in(running_mean, running_var, mean, var, momentum, num_batches)
     return y

@@ -3,7 +3,10 @@
 
 Written to be read and to be right: it takes any floating dtype, device, layout and number of dimensions, is the oracle
 that other backends are tested against, and the fallback where none of them applies. It has the functions of a backend
-(:class:`fbn_plugin.ops.dispatch.Backend`), and the types that they share. Nothing here knows modules or autograd.
+(:class:`fbn_plugin.ops.dispatch.Backend`), and the types that they share. Nothing here knows modules.
+
+:func:`formula` is what is computed where no backend can be called: tracers and transforms look into it, and TorchScript
+compiles it (:mod:`fbn_plugin.ops.scripted`), so that it is written in the part of Python that TorchScript knows.
 
 Batch and group normalization differ only in which values share a mean and a deviation, so both are written as a
 reduction over some dimensions of one view of the input:
@@ -69,7 +72,7 @@ def gaussian_kappa(t_sigma: float) -> float:
     It is what the filter takes away from the variance of a clean Gaussian (0.774 at T = 2, 0.973 at 3), which the paper
     leaves in.
     """
-    if math.isinf(t_sigma):
+    if t_sigma == math.inf:
         return 1.0
     density = math.exp(-0.5 * t_sigma**2) / math.sqrt(2 * math.pi)
     return 1 - 2 * t_sigma * density / math.erf(t_sigma / math.sqrt(2))
@@ -77,7 +80,7 @@ def gaussian_kappa(t_sigma: float) -> float:
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics: float64 for float64, float32 for everything narrower."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32  # promote_types ends up in exported graphs
 
 
 def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,6 +93,9 @@ def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         _, means, roots = torch.native_group_norm(x, None, None, n, c, x.shape[2:].numel(), c, 0.0)
         mean = means.mean(0)
         return mean, (roots.pow(-2) + (means - mean).square()).mean(0)
+    if x.is_meta:  # for which there is none of what follows
+        var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), [0, *range(2, x.dim())], correction=0)
+        return mean, var
     averages = x.new_zeros(2, x.shape[1], dtype=accumulate_dtype(x.dtype))  # their dtype is that of the result
     return torch.batch_norm_update_stats(x, *averages, 0.0)
 
@@ -97,22 +103,30 @@ def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 class _View(NamedTuple):
     """One form's view of an ``(N, C, *spatial)`` tensor, see the table at the top of the file."""
 
-    shape: tuple[int, ...]  # of the view
-    reduced: tuple[int, ...]  # dimensions that share a mean
-    stats: tuple[int, ...]  # a statistic's shape, to broadcast against the view
-    channel: tuple[int, ...]  # a per-channel parameter's shape, to broadcast against the view
-    not_channel: tuple[int, ...]  # dimensions that share a parameter
+    shape: list[int]  # of the view
+    reduced: list[int]  # dimensions that share a mean
+    stats: list[int]  # a statistic's shape, to broadcast against the view
+    channel: list[int]  # a per-channel parameter's shape, to broadcast against the view
+    not_channel: list[int]  # dimensions that share a parameter
 
 
 def _view(x: Tensor, num_groups: int) -> _View:
-    n, c, *spatial = x.shape
-    ones = (1,) * len(spatial)
+    # Lists are added, as TorchScript knows no star in them.
+    n, c, spatial, ones = x.shape[0], x.shape[1], list(x.shape[2:]), [1] * (x.dim() - 2)
     if num_groups == 0:
-        reduced = (0, *range(2, x.dim()))
-        return _View((n, c, *spatial), reduced, (1, c, *ones), (1, c, *ones), reduced)
+        reduced = [0] + list(range(2, x.dim()))  # noqa: RUF005
+        channel = [1, c] + ones  # noqa: RUF005
+        return _View([n, c] + spatial, reduced, channel, channel, reduced)  # noqa: RUF005
     g, k = num_groups, c // num_groups
-    space = tuple(range(3, x.dim() + 1))
-    return _View((n, g, k, *spatial), (2, *space), (n, g, 1, *ones), (1, g, k, *ones), (0, *space))
+    space = list(range(3, x.dim() + 1))
+    stats, channel = [n, g, 1] + ones, [1, g, k] + ones  # noqa: RUF005
+    return _View([n, g, k] + spatial, [2] + space, stats, channel, [0] + space)  # noqa: RUF005
+
+
+def rounding_of(dtype: torch.dtype) -> tuple[float, float]:
+    """The relative rounding and the smallest normal number of a dtype of statistics: ``torch.finfo``, which TorchScript
+    does not have."""
+    return (2.0**-52, 2.0**-1022) if dtype == torch.float64 else (2.0**-23, 2.0**-126)
 
 
 def band(mean: Tensor, var: Tensor, t_sigma: float, eps: float) -> tuple[Tensor, Tensor]:
@@ -121,13 +135,13 @@ def band(mean: Tensor, var: Tensor, t_sigma: float, eps: float) -> tuple[Tensor,
     # With T > 1 Chebyshev's inequality keeps at least one value. It speaks of exact moments: where the deviation is
     # below the rounding of the mean (a constant 1e6, say), the band is widened by that rounding, so that the promise
     # holds for the computed ones too.
-    finfo = torch.finfo(mean.dtype)
-    least = sigma + 16 * finfo.eps * (sigma + mean.abs())
-    half_width = torch.maximum(t_sigma * sigma.clamp_min(finfo.tiny), least)
+    rounding, tiny = rounding_of(mean.dtype)
+    least = sigma + 16 * rounding * (sigma + mean.abs())
+    half_width = torch.maximum(t_sigma * sigma.clamp_min(tiny), least)
     return mean - half_width, mean + half_width
 
 
-def kept_moments(x: Tensor, reduced: tuple[int, ...], lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kept_moments(x: Tensor, reduced: list[int], lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and number of the values within a band (Eq. 6, 7), reduced dimensions kept."""
     # A second look at the kept values around their first mean recovers the digits that summing large values loses.
     kept = (x >= lower) & (x <= upper)
@@ -139,10 +153,8 @@ def kept_moments(x: Tensor, reduced: tuple[int, ...], lower: Tensor, upper: Tens
     return rough_mean + shift, var, count
 
 
-def _moments(
-    x: Tensor, reduced: tuple[int, ...], t_sigma: float, eps: float, gaussian_correction: bool
-) -> FilteredMoments:
-    var, mean = torch.var_mean(x, dim=reduced, correction=0, keepdim=True)
+def _moments(x: Tensor, reduced: list[int], t_sigma: float, eps: float, gaussian_correction: bool) -> FilteredMoments:
+    var, mean = torch.var_mean(x.detach(), dim=reduced, correction=0, keepdim=True)  # the mask carries no derivative
     lower, upper = band(mean, var, t_sigma, eps)
     mean, var, count = kept_moments(x, reduced, lower, upper)
     if gaussian_correction:
@@ -194,9 +206,10 @@ def filtered_moments(
     """The first half of :func:`forward`: the moments of the kept values, (C,) or (N, G) each."""
     view = _view(x, num_groups)
     values = x.reshape(view.shape).to(accumulate_dtype(x.dtype))
-    flat = x.shape[1:2] if num_groups == 0 else (x.shape[0], num_groups)
-    moments = _moments(values, view.reduced, t_sigma, eps, gaussian_correction)
-    return FilteredMoments(*(m.reshape(flat) for m in moments))
+    flat = [x.shape[1]] if num_groups == 0 else [x.shape[0], num_groups]
+    mean, var, lower, upper, count = _moments(values, view.reduced, t_sigma, eps, gaussian_correction)
+    lower, upper = lower.reshape(flat), upper.reshape(flat)
+    return FilteredMoments(mean.reshape(flat), var.reshape(flat), lower, upper, count.reshape(flat))
 
 
 def normalize(
@@ -212,8 +225,30 @@ def normalize(
 ) -> Tensor:
     """The second half of :func:`forward`: all values by these moments (Eq. 8), then what may follow a norm, rounded
     once: ``activation(y + residual)``."""
+    mean, var = moments[0], moments[1]
+    return _like(x, _normalized(x, weight, bias, mean, var, num_groups, eps, residual, activation, negative_slope))
+
+
+def _like(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` in the shape, dtype and memory format of ``x``."""
+    return torch.empty_like(x).copy_(value.reshape(x.shape))
+
+
+def _normalized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    num_groups: int,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    """:func:`normalize`, in the shape of the form's view and in the dtype of the moments."""
     view = _view(x, num_groups)
-    mean, var, *_ = (m.view(view.stats) for m in moments)
+    mean, var = mean.view(view.stats), var.view(view.stats)
     y = (x.reshape(view.shape).to(mean.dtype) - mean) * torch.rsqrt(var + eps)
     if weight is not None:
         y = y * weight.to(y.dtype).view(view.channel)
@@ -221,7 +256,7 @@ def normalize(
         y = y + bias.to(y.dtype).view(view.channel)
     if residual is not None:
         y = y + residual.reshape(view.shape)
-    return torch.empty_like(x).copy_(activate(y, activation, negative_slope).reshape(x.shape))
+    return activate(y, activation, negative_slope)
 
 
 def activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
@@ -267,13 +302,30 @@ def backward(
         The gradient of ``x`` like ``x``; those of weight and bias, ``(C,)``, in the moments' dtype; and that of the
         residual like ``x``, or None if ``other`` is.
     """
+    dx, d_weight, d_bias, dz = _gradients(grad, x, weight, bias, other, moments, options)
+    return _like(x, dx), d_weight, d_bias, dz
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    other: Tensor | None,
+    moments: FilteredMoments | Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """:func:`backward`, but for that of ``x``, which has the shape of the form's view and the dtype of the moments."""
     num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope = options
     if activation != "identity":
+        wide = moments[0].dtype
         if other is not None and activation in SIGN_TELLS:
-            z = other.to(moments.dtype)
+            z = other.to(wide)
         else:
-            z = normalize(x.to(moments.dtype), weight, bias, moments, num_groups, eps, residual=other)
-        grad = (grad.to(z.dtype) * _slope(z, activation, negative_slope)).to(x.dtype)
+            mean, var = moments[0], moments[1]
+            z = _normalized(x.to(wide), weight, bias, mean, var, num_groups, eps, other, "identity", 0.0)
+            z = z.reshape(x.shape)
+        grad = (grad.to(wide) * _slope(z, activation, negative_slope)).to(x.dtype)
 
     parts = _gradient_parts(grad, x, moments, num_groups, eps)
     view, masked = parts.view, parts.summands(grad_mode)
@@ -286,7 +338,7 @@ def backward(
     if gaussian_correction:
         sum_g_xhat = sum_g_xhat / gaussian_kappa(t_sigma)
     count = FilteredMoments(*moments).count.view(view.stats)
-    dx = parts.dx(x, scale, sum_g / count, sum_g_xhat / count, grad_mode)
+    dx = parts.dx(scale, sum_g / count, sum_g_xhat / count, grad_mode)
     return dx, d_weight.flatten(), d_bias.flatten(), None if other is None else grad
 
 
@@ -303,15 +355,16 @@ class _GradientParts(NamedTuple):
         """Of the sum over a set that is the shift's gradient."""
         return self.grad * self.mask if grad_mode == "paper" else self.grad
 
-    def dx(self, x: Tensor, scale: Tensor | float, mean_g: Tensor, mean_g_xhat: Tensor, grad_mode: str) -> Tensor:
+    def dx(self, scale: Tensor | float, mean_g: Tensor, mean_g_xhat: Tensor, grad_mode: str) -> Tensor:
         spread = 1.0 if grad_mode == "paper" else self.mask
-        dx = self.rstd * (self.grad * scale - (spread * mean_g + self.mask * self.xhat * mean_g_xhat))
-        return torch.empty_like(x).copy_(dx.reshape(x.shape))
+        return self.rstd * (self.grad * scale - (spread * mean_g + self.mask * self.xhat * mean_g_xhat))
 
 
-def _gradient_parts(grad: Tensor, x: Tensor, moments: Tensor, num_groups: int, eps: float) -> _GradientParts:
+def _gradient_parts(
+    grad: Tensor, x: Tensor, moments: FilteredMoments | Tensor, num_groups: int, eps: float
+) -> _GradientParts:
     view = _view(x, num_groups)
-    values = x.reshape(view.shape).to(moments.dtype)
+    values = x.reshape(view.shape).to(moments[0].dtype)
     mean, var, lower, upper, _ = (m.view(view.stats) for m in moments)
     rstd = torch.rsqrt(var + eps)
     mask = ((values >= lower) & (values <= upper)).to(values.dtype)
@@ -325,6 +378,60 @@ def _slope(z: Tensor, activation: str, negative_slope: float) -> Tensor:
         return sigmoid * (1 + z * (1 - sigmoid))
     below = {"identity": 1.0, "relu": 0.0, "leaky_relu": negative_slope}[activation]
     return torch.where(z <= 0, below, torch.ones_like(z))
+
+
+# --- as functions that can be differentiated and exported -------------------------------------------------------------
+
+
+def formula(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, options: Options
+) -> tuple[Tensor, FilteredMoments]:
+    """:func:`forward` by PyTorch's standard operators alone, without a write into memory: autograd's derivatives of it,
+    forward or reverse, are those of ``grad_mode``. The memory format is whatever comes out."""
+    num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope = options
+    moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
+    if grad_mode == "paper":
+        y = _normalized_as_printed(x, weight, bias, moments, num_groups, eps)
+        y = activate(y if residual is None else y + residual.reshape(y.shape), activation, negative_slope)
+    else:
+        mean, var = moments.mean, moments.var
+        y = _normalized(x, weight, bias, mean, var, num_groups, eps, residual, activation, negative_slope)
+    return y.reshape(x.shape).to(x.dtype), moments
+
+
+def _normalized_as_printed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, moments: FilteredMoments, num_groups: int, eps: float
+) -> Tensor:
+    """The values of :func:`_normalized`, and the gradient of Eq. 9-13 as printed (see :func:`backward`): what the
+    values share has its gradient from the kept ones alone, and the mean hands its own on to every value."""
+    view = _view(x, num_groups)
+    values = x.reshape(view.shape).to(moments.mean.dtype)
+    kept = (values >= moments.lower.view(view.stats)) & (values <= moments.upper.view(view.stats))
+    share = values.sum(dim=view.reduced, keepdim=True) / moments.count.view(view.stats)
+    mean = moments.mean.detach().view(view.stats) + (share - share.detach())
+    rstd = torch.rsqrt(moments.var.view(view.stats) + eps)
+    y = (values - _from_kept(kept, mean)) * _from_kept(kept, rstd)
+    if weight is not None:
+        y = y * _from_kept(kept, weight.to(y.dtype).view(view.channel))
+    if bias is not None:
+        y = y + _from_kept(kept, bias.to(y.dtype).view(view.channel))
+    return y
+
+
+def _from_kept(kept: Tensor, shared: Tensor) -> Tensor:
+    """``shared``, spread over the values, with a gradient from the kept ones alone."""
+    return torch.where(kept, shared, shared.detach())
+
+
+def gradient_formula(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, other: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """:func:`backward`, in either ``grad_mode``, as :func:`formula` is :func:`forward`. It takes the moments from
+    ``x``, so that they are differentiated too."""
+    num_groups, t_sigma, eps, gaussian_correction, *_ = options
+    moments = filtered_moments(x, num_groups, t_sigma, eps, gaussian_correction)
+    dx, d_weight, d_bias, dz = _gradients(grad, x, weight, bias, other, moments, options)
+    return dx.reshape(x.shape).to(x.dtype), d_weight, d_bias, dz
 
 
 # --- the batch form step by step, for batches whose values are on several processes -----------------------------------
@@ -371,20 +478,25 @@ def input_gradient(
     parts = _gradient_parts(grad, x, moments, 0, eps)
     scale = 1.0 if weight is None else weight.to(parts.xhat.dtype).view(parts.view.channel)
     mean_g, mean_g_xhat = (mean.to(parts.xhat.dtype).view(parts.view.stats) for mean in (mean_g, mean_g_xhat))
-    return parts.dx(x, scale, mean_g, mean_g_xhat, grad_mode)
+    return _like(x, parts.dx(scale, mean_g, mean_g_xhat, grad_mode))
 
 
 def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """Bring running statistics nearer to a batch's mean and unbiased variance, in place, and count the batch. The
-    moments are ``(C,)`` each."""
-    momentum = running.momentum
-    if running.num_batches is not None:
-        running.num_batches.add_(1)
-        if momentum is None:  # a tensor, as reading a number would make a GPU's host wait
-            momentum = running.num_batches.to(mean.device, mean.dtype).reciprocal()
+    moments are ``(C,)`` each, without a gradient."""
+    momentum, num_batches = running.momentum, running.num_batches
+    if num_batches is not None:
+        num_batches.add_(1)
     unbiased = var * (count / (count - 1).clamp_min(1))
     # A NaN in a running statistic stays for good and shows only in evaluation; the batch's NaN output is warning
     # enough.
     finite = torch.isfinite(mean) & torch.isfinite(unbiased)
     for average, batch in ((running.mean, mean), (running.var, unbiased)):
-        average.copy_(torch.where(finite, (1 - momentum) * average + momentum * batch, average))
+        if momentum is not None:
+            nearer = (1 - momentum) * average + momentum * batch
+        elif num_batches is not None:  # a tensor, as reading a number would make a GPU's host wait
+            share = num_batches.to(mean.device, mean.dtype).reciprocal()
+            nearer = (1 - share) * average + share * batch
+        else:
+            nearer = average
+        average.copy_(torch.where(finite, nearer, average))

@@ -450,5 +450,5 @@ def test_learned_gradients_layouts_and_precision():
         y = module(x.bfloat16())
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.float(), norm(x.bfloat16().float()), rtol=3e-2, atol=3e-2)
-    with pytest.raises(ValueError, match=r"\(N, 6, \*spatial\).*\(2, 5, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"\(N, 6, \*spatial\).*\[2, 5, 3, 3\]"):
         norm(torch.ones(2, 5, 3, 3))

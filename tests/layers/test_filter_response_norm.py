@@ -157,9 +157,9 @@ def test_specs_have_the_threshold_on_demand():
 
 @pytest.mark.parametrize("make", LAYERS, ids=IDS)
 def test_wrong_inputs_and_options(make):
-    with pytest.raises(ValueError, match=r"\(N, 4, \*spatial\).*\(2, 4\)"):
+    with pytest.raises(ValueError, match=r"\(N, 4, \*spatial\).*\[2, 4\]"):
         make(4)(torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"\(N, 1, \*spatial\).*\(2, 4, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"\(N, 1, \*spatial\).*\[2, 4, 3, 3\]"):
         make(1)(torch.ones(2, 4, 3, 3))
     with pytest.raises(ValueError, match="t_sigma must be a number greater than 1"):
         FilteredFilterResponseNorm2d(4, t_sigma=1.0)

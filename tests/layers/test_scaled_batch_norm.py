@@ -83,7 +83,6 @@ def test_the_other_forms_take_any_number_of_dimensions(form, shape):
 )
 def test_the_plain_form_is_batch_norm_with_another_start(scaled, plain, shape, options):
     ours, native = scaled(4, gamma_init=0.25, **options), plain(4, **options)
-    assert scaled.forward is plain.forward, "nothing is added to the forward pass"
     if native.affine:
         assert ours.weight.eq(0.25).all() and ours.bias.eq(0).all()
         native.load_state_dict(ours.state_dict())

@@ -359,7 +359,8 @@ struct FilteredNormBackward : Node {
                                              const Tensor& bias, const Tensor& other, const Tensor& moments) {
     if (c10::GradMode::is_enabled() || !nobody_watches()) return std::nullopt;
     for (const auto* t : {&grad, &x, &weight, &bias, &other, &moments})
-      if (t->defined() && (!state->is_plain(*t) || t->device() != x.device())) return std::nullopt;
+      if (t->defined() && (!state->is_plain(*t) || torch::autograd::isFwGradDefined(*t) || t->device() != x.device()))
+        return std::nullopt;
     // A hook on saved tensors may have given back others.
     const int weight_type = parameter_type(weight), bias_type = parameter_type(bias);
     if (weight_type < 0 || bias_type < 0 || grad.sizes() != x.sizes() || !is_current(x)) return std::nullopt;
@@ -412,10 +413,10 @@ struct FilteredNormBackward : Node {
     return std::array<Tensor, 4>{dx, gradients.select(0, 1), gradients.select(0, 0), dz};
   }
 
-  // The same by the operator (fbn_plugin/ops/library.py): it knows all tensors, and refuses to be differentiated again.
+  // The same by the operator (fbn_plugin/ops/library.py): it knows all tensors, tangents and second derivatives.
   std::array<Tensor, 4> operators(const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias,
                                   const Tensor& other, const Tensor& moments) const {
-    static const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow("fbn_plugin::filtered_norm_backward", "");
+    static const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow("fbn_plugin::filtered_norm_gradients", "");
     auto optional = [](const Tensor& t) { return t.defined() ? c10::IValue(t) : c10::IValue(); };
     torch::jit::Stack stack{grad, x, optional(weight), optional(bias), optional(other), moments,
                             options.num_groups, options.t_sigma, options.eps, options.correction,

@@ -1,0 +1,58 @@
+"""PyTorch's batch normalization with the running statistics of :class:`torch.nn.BatchNorm2d`, cumulative averages
+included, and no number read from a tensor: reading one breaks a compiled graph, fails in ``torch.func.vmap``, and makes
+a GPU's host wait."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches: Tensor | None,
+) -> Tensor:
+    """``F.batch_norm``, the batch counted.
+
+    Args:
+        x, running_mean, running_var, weight, bias, training, eps: as in ``F.batch_norm``.
+        momentum: as there; None is a cumulative average by ``num_batches``, or, without that, leaves the running
+            statistics as they are.
+        num_batches: ``()``, int64, counted up in training, or None.
+
+    Returns:
+        Tensor like ``x``.
+    """
+    if training and num_batches is not None:
+        num_batches.add_(1)
+        if momentum is None and running_mean is not None and running_var is not None:
+            mean, var = running_mean.clone(), running_var.clone()
+            y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)  # which makes them this batch's
+            average_in(running_mean, running_var, mean, var, None, num_batches)
+            return y
+    factor = 0.0 if momentum is None else momentum
+    return F.batch_norm(x, running_mean, running_var, weight, bias, training, factor, eps)
+
+
+def average_in(
+    running_mean: Tensor,
+    running_var: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | None,
+    num_batches: Tensor | None,
+) -> None:
+    """Bring running statistics nearer to a batch's mean and unbiased variance, ``(C,)`` each, as PyTorch does; the
+    batch is counted already."""
+    for running, batch in ((running_mean, mean), (running_var, var)):
+        batch = batch.to(running.dtype)
+        if momentum is not None:
+            running.lerp_(batch, momentum)
+        elif num_batches is not None:  # the other lerp_ is one that vmap has no rule for
+            share = num_batches.to(running.device, running.dtype).reciprocal()
+            running.copy_((1 - share) * running + share * batch)
