@@ -1,5 +1,8 @@
-"""Every norm wherever nn.BatchNorm2d works: torch.func, forward mode, second derivatives, checkpoints, copies, subclasses
-of tensors, graphs. The oracle is a second way to the same numbers: each model alone, reverse mode, finite differences."""
+"""Every norm wherever nn.BatchNorm2d works: torch.func, forward mode, second derivatives, checkpoints, copies, graphs.
+
+The oracle is a second way to the same numbers: each model alone, the other mode of differentiation, finite differences,
+float64.
+"""
 
 import copy
 import io
