@@ -1,19 +1,18 @@
 """detectron2: spec strings wherever it reads a norm name (``MODEL.*.NORM`` in YAML, ``norm=`` and ``conv_norm=`` in
 LazyConfig).
 
-detectron2 builds norms by ``get_norm`` of ``detectron2/layers/batch_norm.py``, which knows a closed set of names and
-which its modules bind when they are imported. So :func:`register` rebinds it in every loaded module that holds it;
-modules that are imported later find ours. Only RetinaNet's head looks at the name itself, to keep statistics per level:
-it is taught to do so for our names.
+detectron2 builds norms by ``get_norm`` of ``detectron2/layers/batch_norm.py``, which knows a closed set of names. Its
+modules bind it when they are imported, and LazyConfigs and partials hold it: :func:`register` reaches them all, before
+and after. Only RetinaNet's head looks at the name itself, to keep statistics per level: it is taught to do so for our
+names.
 
-Not reached: DensePose's DeepLab head compares with ``"GN"`` and builds no norm for any other name, ``"BN"`` included.
+Not reached: DensePose's DeepLab head compares with ``"GN"`` and builds no norm for any other name, ``"BN"`` included;
+its HRNet has plain batch norms, and asks no config.
 """
 
 import functools
 import logging
-import sys
 from collections.abc import Callable
-from types import ModuleType
 
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fbn_plugin.frameworks import replacement
 from fbn_plugin.layers.description import FROZEN, NormDescription, describe, describe_class
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
 from fbn_plugin.surgery.convert import make_plain
@@ -33,9 +33,12 @@ from fbn_plugin.training.gamma_initialization import apply_gamma_init
 
 DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
-_detectron2_get_norm = batch_norm.get_norm
+_GET_NORM = "detectron2.layers.batch_norm.get_norm"
+_CONVERT_FROZEN = "detectron2.layers.FrozenBatchNorm2d.convert_frozen_batchnorm.__func__"
+
+_detectron2_get_norm = replacement.original(_GET_NORM)
+_detectron2_convert_frozen = replacement.original(_CONVERT_FROZEN)
 _detectron2_retinanet_init = RetinaNetHead.__init__
-_detectron2_convert_frozen = vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"]
 _logger = logging.getLogger(__name__)
 
 # In one process this class is plain batch normalization; its forward differs only in how ranks are averaged.
@@ -119,28 +122,21 @@ _retinanet_init = configurable(_per_level(_detectron2_retinanet_init.__wrapped__
 def _convert_frozen_batchnorm(cls: type[nn.Module], module: nn.Module) -> nn.Module:
     """detectron2's conversion reads weight and bias of a batch norm: let these say all that it does in evaluation."""
     make_plain(module)
-    return _detectron2_convert_frozen.__func__(cls, module)
-
-
-def _rebind(old: Callable, new: Callable) -> None:
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and module is not sys.modules[__name__]:
-            for name in [name for name, value in vars(module).items() if value is old]:
-                setattr(module, name, new)
+    return _detectron2_convert_frozen(cls, module)
 
 
 def register() -> None:
-    """Make spec strings valid wherever detectron2 reads a norm name, in modules already imported and in later ones."""
-    _rebind(_detectron2_get_norm, get_norm)
+    """Make spec strings valid wherever detectron2 reads a norm name, whoever holds its ``get_norm`` already."""
+    replacement.replace(_GET_NORM, get_norm)
+    replacement.replace(_CONVERT_FROZEN, _convert_frozen_batchnorm)
     RetinaNetHead.__init__ = _retinanet_init
-    FrozenBatchNorm2d.convert_frozen_batchnorm = classmethod(_convert_frozen_batchnorm)
 
 
 def unregister() -> None:
-    """Give detectron2 its own ``get_norm`` back."""
-    _rebind(get_norm, _detectron2_get_norm)
+    """Give detectron2 what is its own back."""
+    replacement.restore(_GET_NORM)
+    replacement.restore(_CONVERT_FROZEN)
     RetinaNetHead.__init__ = _detectron2_retinanet_init
-    FrozenBatchNorm2d.convert_frozen_batchnorm = _detectron2_convert_frozen
 
 
 def _with_residual(conv: Conv2d, x: Tensor, residual: Tensor) -> Tensor:

@@ -233,21 +233,37 @@ def test_every_loaded_module_gets_it_and_gives_it_back(monkeypatch):
 
     adapter.register()
     adapter.register()
-    for name in holders:
-        assert sys.modules[name].get_norm is adapter.get_norm, name
-    assert module.build_norm is adapter.get_norm
     late = {}
     exec("from detectron2.layers.batch_norm import get_norm", late)
-    assert late["get_norm"] is adapter.get_norm
+    for build in (*(sys.modules[name].get_norm for name in holders), module.build_norm, late["get_norm"]):
+        assert type(build("FBN", 8)) is FilteredBatchNorm2d
 
     adapter.unregister()
     adapter.unregister()
-    for name in holders:
-        assert sys.modules[name].get_norm.__module__ == "detectron2.layers.batch_norm", name
-    assert module.build_norm.__module__ == "detectron2.layers.batch_norm"
-    for build in (lambda: batch_norm.get_norm("FBN", 8), lambda: retinanet_head("FBN")):
+    for build in (module.build_norm, late["get_norm"], lambda norm, _: retinanet_head(norm)):
         with pytest.raises(KeyError):
-            build()
+            build("FBN", 8)
+
+
+def test_who_holds_get_norm_already_gets_it_too():
+    """As the modules of a project do that were imported first, in whatever form."""
+    adapter.unregister()
+
+    class Builder:
+        own = staticmethod(batch_norm.get_norm)
+
+    lazy = LazyCall(batch_norm.get_norm)(norm=SPEC, out_channels=8)
+    holders = {
+        "partial": functools.partial(batch_norm.get_norm, out_channels=8),
+        "dict": functools.partial({"norm": batch_norm.get_norm}["norm"], out_channels=8),
+        "static method": functools.partial(Builder.own, out_channels=8),
+    }
+    adapter.register()
+    for name, build in holders.items():
+        assert build(SPEC).t_sigma == 4, name
+    assert instantiate(lazy).t_sigma == 4
+    assert instantiate(copy.deepcopy(lazy)).t_sigma == 4
+    assert "detectron2.layers.get_norm(" in LazyConfig.to_py(lazy)
 
 
 @pytest.mark.parametrize(
@@ -581,9 +597,9 @@ def test_input_norms_freeze_without_a_shift():
 def test_a_norm_that_is_no_batch_norm_in_evaluation_is_not_frozen():
     with pytest.raises(ValueError, match="RepresentativeBatchNorm2d .*evaluation"):
         build_model(tiny_config(norm="RBN", **{"MODEL.BACKBONE.FREEZE_AT": 1}))
-    frozen_again = vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"]
-    adapter.unregister()
-    assert vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"] is not frozen_again
+    adapter.unregister()  # after which detectron2 asks nobody
+    frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(fbn_plugin.RepresentativeBatchNorm2d(4))
+    assert type(frozen) is FrozenBatchNorm2d
 
 
 @pytest.mark.parametrize("norm", ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "RBN", "RBN-", "IEBN", "IEBN-"])
