@@ -1,5 +1,5 @@
 """detectron2: spec strings wherever it reads a norm name (``MODEL.*.NORM`` in YAML, ``norm=`` and ``conv_norm=`` in
-LazyConfig).
+LazyConfig), and configs with this package's keys.
 
 detectron2 builds norms by ``get_norm`` of ``detectron2/layers/batch_norm.py``, which knows a closed set of names. Its
 modules bind it when they are imported, and LazyConfigs and partials hold it: :func:`register` reaches them all, before
@@ -8,13 +8,17 @@ names.
 
 Not reached: DensePose's DeepLab head compares with ``"GN"`` and builds no norm for any other name, ``"BN"`` included;
 its HRNet has plain batch norms, and asks no config.
+
+``get_cfg()`` has the keys of ``detectron2_keys.py`` besides, so that every YAML of this package's merges into it. Where
+they are at their default, ``dump()`` leaves them out: what a script writes is detectron2's own config again.
 """
 
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -23,6 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.frameworks import replacement
+from fbn_plugin.frameworks.detectron2_keys import add_keys, changed_keys, without_defaults
 from fbn_plugin.layers.description import FROZEN, NormDescription, describe, describe_class
 from fbn_plugin.registry import NORMS, NormFactory, norm_factory
 from fbn_plugin.surgery.convert import make_plain
@@ -35,10 +40,15 @@ DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "nai
 
 _GET_NORM = "detectron2.layers.batch_norm.get_norm"
 _CONVERT_FROZEN = "detectron2.layers.FrozenBatchNorm2d.convert_frozen_batchnorm.__func__"
+_GET_CFG = "detectron2.config.get_cfg"
+_DEFAULT_SETUP = "detectron2.engine.defaults.default_setup"
 
 _detectron2_get_norm = replacement.original(_GET_NORM)
 _detectron2_convert_frozen = replacement.original(_CONVERT_FROZEN)
+_detectron2_get_cfg = replacement.original(_GET_CFG)
+_detectron2_default_setup = replacement.original(_DEFAULT_SETUP)
 _detectron2_retinanet_init = RetinaNetHead.__init__
+_detectron2_dump = CfgNode.dump
 _logger = logging.getLogger(__name__)
 
 # In one process this class is plain batch normalization; its forward differs only in how ranks are averaged.
@@ -125,18 +135,50 @@ def _convert_frozen_batchnorm(cls: type[nn.Module], module: nn.Module) -> nn.Mod
     return _detectron2_convert_frozen(cls, module)
 
 
+def _get_cfg() -> CfgNode:
+    cfg = _detectron2_get_cfg()
+    add_keys(cfg)
+    return cfg
+
+
+def _dump(self: CfgNode, *args, **kwargs) -> str:
+    return _detectron2_dump(without_defaults(self), *args, **kwargs)
+
+
+def _default_setup(cfg: Any, args: Any) -> None:
+    """detectron2's, which its own scripts begin with. None of them does what our keys say."""
+    _detectron2_default_setup(cfg, args)
+    if isinstance(cfg, CfgNode) and (ours := changed_keys(cfg)):
+        _logger.warning(
+            "this script does nothing about %s of the config: fbn_plugin's tools/train_net.py does, by build_model and "
+            "build_optimizer of fbn_plugin.engine.detectron2.model among others",
+            ", ".join(ours),
+        )
+
+
+_REPLACED = {
+    _GET_NORM: get_norm,
+    _CONVERT_FROZEN: _convert_frozen_batchnorm,
+    _GET_CFG: _get_cfg,
+    _DEFAULT_SETUP: _default_setup,
+}
+
+
 def register() -> None:
-    """Make spec strings valid wherever detectron2 reads a norm name, whoever holds its ``get_norm`` already."""
-    replacement.replace(_GET_NORM, get_norm)
-    replacement.replace(_CONVERT_FROZEN, _convert_frozen_batchnorm)
+    """Make spec strings valid wherever detectron2 reads a norm name, and this package's keys in its configs, whoever
+    holds its functions already."""
+    for name, ours in _REPLACED.items():
+        replacement.replace(name, ours)
     RetinaNetHead.__init__ = _retinanet_init
+    CfgNode.dump = _dump
 
 
 def unregister() -> None:
     """Give detectron2 what is its own back."""
-    replacement.restore(_GET_NORM)
-    replacement.restore(_CONVERT_FROZEN)
+    for name in _REPLACED:
+        replacement.restore(name)
     RetinaNetHead.__init__ = _detectron2_retinanet_init
+    CfgNode.dump = _detectron2_dump
 
 
 def _with_residual(conv: Conv2d, x: Tensor, residual: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, LazyConfig, get_cfg, instantiate
+from detectron2.engine import default_setup
 from detectron2.layers import (
     ASPP,
     Conv2d,
@@ -285,6 +286,42 @@ def test_import_order(before, after):
         assert all(type(c.norm) is fbn_plugin.FilteredBatchNorm2d for c in (stem.conv1, stem.conv2, stem.conv3))
     """
     subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True)
+
+
+def test_get_cfg_has_our_keys_while_registered(tmp_path):
+    held = get_cfg
+    cfg = held()
+    assert cfg.SOLVER.SCALE_LR_DIVISOR == 0 and cfg.TEST.EVAL_ITERATIONS == ()
+    cfg.merge_from_list(["SOLVER.SCALE_LR_DIVISOR", "100.0"])
+    (tmp_path / "changed.yaml").write_text(cfg.dump())
+    (tmp_path / "plain.yaml").write_text(held().dump())
+
+    adapter.unregister()
+    plain = held()
+    assert "SCALE_LR_DIVISOR" not in plain.SOLVER and "NORM_STATS_PERIOD" not in plain
+    plain.merge_from_file(str(tmp_path / "plain.yaml"))
+    assert plain == held()
+    with pytest.raises(KeyError, match="SOLVER.SCALE_LR_DIVISOR"):
+        plain.merge_from_file(str(tmp_path / "changed.yaml"))
+
+    adapter.register()
+    again = held()
+    again.merge_from_file(str(tmp_path / "changed.yaml"))
+    assert again == cfg
+
+
+def test_scripts_of_others_say_which_keys_they_do_nothing_about(tmp_path, caplog):
+    args = types.SimpleNamespace(config_file="")
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    for changed in ({}, {"SOLVER.SCALE_LR_DIVISOR": 100.0, "NORM_STATS_PERIOD": 5}):
+        cfg.merge_from_list([part for item in changed.items() for part in item])
+        caplog.clear()
+        default_setup(cfg, args)
+        said = [record.message for record in caplog.records if record.name == adapter.__name__]
+        assert len(said) == bool(changed) and all("SOLVER.SCALE_LR_DIVISOR, NORM_STATS_PERIOD" in text for text in said)
+    assert "SCALE_LR_DIVISOR: 100.0" in (tmp_path / "config.yaml").read_text()
+    default_setup(LazyConfig.apply_overrides({"train": {"output_dir": str(tmp_path)}}, []), args)
 
 
 # --- every place that reads a norm ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from fbn_plugin.engine.run.checkpoint import atomic_write
+from fbn_plugin.frameworks.detectron2_keys import without_defaults
 
 __all__ = ["CfgNode", "load_config", "pairs", "read_config", "refuse_changes", "save_config", "saved_config"]
 
@@ -66,8 +67,12 @@ def read_config(config_file: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_config(cfg: CfgNode, path: str | os.PathLike) -> None:
-    """Write ``cfg`` as YAML that ``load_config`` reads back to the same values."""
-    atomic_write(path, cfg.dump().encode())
+    """Write ``cfg`` as YAML that ``load_config`` reads back to the same values.
+
+    Of the keys that detection has besides detectron2's, those at their default are left out, so that detectron2 reads
+    the file without this package.
+    """
+    atomic_write(path, without_defaults(cfg).dump().encode())
 
 
 def saved_config(output_dir: str | os.PathLike, defaults: CfgNode) -> CfgNode:
