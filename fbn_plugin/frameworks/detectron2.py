@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fbn_plugin.frameworks import replacement
 from fbn_plugin.frameworks.detectron2_keys import add_keys, changed_keys, without_defaults
 from fbn_plugin.layers.description import FROZEN, NormDescription, describe, describe_class
-from fbn_plugin.registry import NORMS, NormFactory, norm_factory
+from fbn_plugin.registry import NORMS, NormFactory, matching_names, norm_factory, refuse_two
 from fbn_plugin.surgery.convert import make_plain
 from fbn_plugin.surgery.fold import register_layer
 from fbn_plugin.surgery.fuse import fused, register_fuser
@@ -60,39 +60,52 @@ register_layer(Conv2d, "norm", "activation")
 
 
 def check_norm(norm: str | Callable | None) -> NormFactory | str | Callable | None:
-    """What detectron2's own ``get_norm`` is to be given for ``norm``: names of detectron2's and callables as they are,
-    and a factory for a spec of ours.
+    """What detectron2's own ``get_norm`` is to be given for ``norm``: one of its names for such a name in any case, a
+    factory for a spec of ours, and callables as they are.
 
     Raises:
-        ValueError: neither a name of detectron2's nor a valid spec.
+        ValueError: neither a name of detectron2's nor a valid spec; or two of them, but for upper and lower case.
     """
     if not isinstance(norm, str) or norm in DETECTRON2_NORMS:
         return norm
+    found = matching_names(norm.partition("(")[0].strip(), DETECTRON2_NORMS)
+    refuse_two(norm, found)
+    if found and found[0] in DETECTRON2_NORMS and "(" not in norm:
+        return found[0]
     try:
         return norm_factory(norm)
     except ValueError as error:
-        if norm.partition("(")[0].strip() in NORMS:
+        if found and found[0] in NORMS:
             raise
         own = ", ".join(name for name in DETECTRON2_NORMS if name and name not in NORMS)
         raise ValueError(f"{error}; and, without options, detectron2's {own}") from None
+
+
+def canonical_norm(norm: Any) -> Any:
+    """A norm of a config as it is stored: with the name in its own case; what is none is left as it is."""
+    try:
+        known = check_norm(norm)
+    except ValueError:
+        return norm
+    return str(known.spec) if isinstance(known, NormFactory) else known
 
 
 def get_norm(norm: str | Callable | None, out_channels: int) -> nn.Module | None:
     """Build a norm as detectron2's ``get_norm`` does, or, where it does not know the name, as the spec ``norm`` says.
 
     Args:
-        norm: a name of detectron2's, which keeps its meaning there; a spec such as ``"FBN(t_sigma=4.0)"``; a callable
-            ``(out_channels) -> nn.Module``; or ``""`` or None for no norm.
+        norm: a name of detectron2's, which keeps its meaning there; a spec such as ``"FBN(t_sigma=4.0)"``; either in
+            any case; a callable ``(out_channels) -> nn.Module``; or ``""`` or None for no norm.
         out_channels: C.
 
     Raises:
         ValueError: neither a name of detectron2's nor a valid spec, or one that does not fit the channels.
     """
-    factory = check_norm(norm)
-    if factory is norm:
-        return _detectron2_get_norm(norm, out_channels)
+    known = check_norm(norm)
+    if known is norm or isinstance(known, str):
+        return _detectron2_get_norm(known, out_channels)
     try:
-        return _detectron2_get_norm(factory, out_channels)
+        return _detectron2_get_norm(known, out_channels)
     except ValueError as error:
         raise ValueError(f"norm {norm!r} for {out_channels} channels: {error}") from None
 
@@ -104,11 +117,13 @@ def _per_level(retinanet_init: Callable) -> Callable:
 
     @functools.wraps(retinanet_init)
     def __init__(self, *, input_shape, conv_dims, norm="", **kwargs):
-        factory = check_norm(norm)
-        built = factory(conv_dims[0]) if factory is not norm else None
+        known = check_norm(norm)
+        built = None if known is norm or isinstance(known, str) else known(conv_dims[0])
         if isinstance(built, _BatchNorm) and describe(built).splits_affine:
             _logger.info(f"RetinaNetHead: {norm} with statistics of its own for each of {len(input_shape)} levels.")
-            norm = functools.partial(_norm_per_level, factory, len(input_shape))
+            norm = functools.partial(_norm_per_level, known, len(input_shape))
+        elif isinstance(known, str):
+            norm = known
         retinanet_init(self, input_shape=input_shape, conv_dims=conv_dims, norm=norm, **kwargs)
 
     return __init__

@@ -46,9 +46,11 @@ from fbn_plugin.registry import (
     NormFactory,
     NormSpec,
     class_builder,
+    matching_names,
     norm_factory,
     norm_options,
     parse_spec,
+    refuse_two,
     registered_classes,
     registered_name,
 )
@@ -218,7 +220,8 @@ def find_spec(text: str, timm_names: Iterable[str]) -> NormSpec:
 
     name, bracket, options = text.partition("(")
     ours = [key for key, _ in NORMS]
-    found = [key for key in ours if fold(key) == fold(name)]
+    found = matching_names(name.strip()) or [key for key in ours if fold(key) == fold(name)]
+    refuse_two(text, found)
     if not found:
         known = [fold(key) for key in ours] + sorted(timm_names)
         nearest = difflib.get_close_matches(fold(name), known, n=1)

@@ -44,9 +44,9 @@ from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torchvision.ops import boxes as torchvision_boxes
 
 import fbn_plugin
-from fbn_plugin import FilteredBatchNorm2d, FilteredGroupNorm
+from fbn_plugin import NORMS, FilteredBatchNorm2d, FilteredGroupNorm
 from fbn_plugin.engine.detectron2 import model as engine
-from fbn_plugin.engine.detectron2.config import add_config
+from fbn_plugin.engine.detectron2.config import add_config, load_config
 from fbn_plugin.frameworks import detectron2 as adapter
 
 pytestmark = pytest.mark.detectron2
@@ -181,6 +181,35 @@ def test_detectron2s_own_names_keep_their_meaning():
         ours = batch_norm.get_norm(name, 64)
         assert type(ours) is type(norm), name
         assert repr(ours) == repr(norm), name
+
+
+def test_names_in_any_case(tmp_path):
+    """What is detectron2's is that; what is stored has the name's own case."""
+    for name in filter(None, adapter.DETECTRON2_NORMS):
+        assert repr(batch_norm.get_norm(name.lower(), 64)) == repr(batch_norm.get_norm(name, 64)), name
+    assert type(batch_norm.get_norm("fbn(t_sigma=3)", 8)) is FilteredBatchNorm2d
+    assert [type(each) for each in retinanet_head("bn").cls_subnet if "Norm" in type(each).__name__] == [
+        type(each) for each in retinanet_head("BN").cls_subnet if "Norm" in type(each).__name__
+    ]
+    written = {"frozenbn": "FrozenBN", "Gn": "GN", "fbn( t_sigma=4)": "FBN(t_sigma=4)", "NoNorm": "NoNorm", "": ""}
+    assert {norm: adapter.canonical_norm(norm) for norm in written} == written
+    (tmp_path / "config.yaml").write_text("VERSION: 2\nMODEL: {RESNETS: {NORM: fbn}, FPN: {NORM: gn}}\n")
+    cfg = load_config(str(tmp_path / "config.yaml"), ["MODEL.RETINANET.NORM", "syncfbn"])
+    assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM, cfg.MODEL.RETINANET.NORM) == ("FBN", "GN", "SyncFBN")
+
+
+def test_a_name_that_is_detectron2s_and_anothers_but_for_its_case():
+    def NaiveSyncbn(num_channels, *, dims=2, device=None, dtype=None):
+        return nn.Identity()
+
+    NORMS.register(NaiveSyncbn)
+    try:
+        assert type(batch_norm.get_norm("NaiveSyncbn", 8)) is nn.Identity
+        assert type(batch_norm.get_norm("naiveSyncBN", 8)) is NaiveSyncBatchNorm
+        with pytest.raises(ValueError, match="must be written 'naiveSyncBN' or 'NaiveSyncbn'"):
+            batch_norm.get_norm("naivesyncbn", 8)
+    finally:
+        del NORMS._obj_map["NaiveSyncbn"]
 
 
 def test_callables_and_no_norm():

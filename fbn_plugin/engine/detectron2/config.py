@@ -40,7 +40,7 @@ from fbn_plugin.engine.run.population import check_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
-from fbn_plugin.frameworks.detectron2 import check_norm
+from fbn_plugin.frameworks.detectron2 import canonical_norm, check_norm
 from fbn_plugin.frameworks.detectron2_keys import add_keys
 
 __all__ = ["add_config", "load_config", "prepare"]
@@ -101,6 +101,9 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
             raise ValueError(f"{source}: {sentence}{_nearest_key(sentence, cfg)}") from None
         except (AttributeError, RecursionError, TypeError) as error:
             raise ValueError(f"{source} does not have the form of detectron2's config: {error}") from None
+    for group in cfg.MODEL.values():
+        if "NORM" in _mapping(group):
+            group.NORM = canonical_norm(group.NORM)
     return cfg
 
 
