@@ -48,6 +48,9 @@ NEEDED = {
         "detectron2.layers.batch_norm.get_norm",
         "detectron2.layers.FrozenBatchNorm2d.convert_frozen_batchnorm.__func__",
         "detectron2.modeling.meta_arch.retinanet.RetinaNetHead.__init__.__wrapped__",
+        "detectron2.config.get_cfg",
+        "detectron2.config.CfgNode.dump",
+        "detectron2.engine.defaults.default_setup",
     ),
     "fvcore": ("fvcore.common.config.CfgNode._decode_cfg_value",),  # read by engine/run/config.py
 }

@@ -1,8 +1,9 @@
 """The one place where a norm has a name: ``NORMS``, and the spec strings that configs are written in.
 
 A spec is a registered name, optionally with options: ``"FBN"``, ``"FBN(t_sigma=4.0)"``, ``"FGN(num_groups=16,
-t_sigma=3)"``. Values are Python literals (``inf`` is allowed for floats); nothing is evaluated. The string alone says
-which layer is built, so a saved config rebuilds its model.
+t_sigma=3)"``. The name may be in any case; what is stored and printed has the registered one. Values are Python
+literals (``inf`` is allowed for floats); nothing is evaluated. The string alone says which layer is built, so a saved
+config rebuilds its model.
 """
 
 import ast
@@ -11,7 +12,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fvcore.common.registry import Registry
@@ -213,11 +214,58 @@ def norm_options(name: str) -> dict:
     return {p.name: p.default for p in parameters if p.name not in _NOT_OPTIONS and p.kind not in variable}
 
 
+def matching_names(name: str, others: Iterable[str] = ()) -> list[str]:
+    """The registered names that a name stands for: itself, else those that are it but for upper and lower case.
+
+    Args:
+        name: as someone wrote it.
+        others: names that a framework has besides, with the same right.
+    """
+    names = dict.fromkeys([*others, *(key for key, _ in NORMS)])
+    return [name] if name in names else [key for key in names if key.lower() == name.lower()]
+
+
+def refuse_two(name: str, found: Sequence[str]) -> None:
+    """Refuse a name that is more than one of :func:`matching_names`."""
+    if len(found) > 1:
+        names = " or ".join(map(repr, found))
+        raise ValueError(f"norm {name!r} must be written {names}, which differ in upper and lower case alone")
+
+
 def _unknown(what: str, word: str, known: list[str]) -> ValueError:
     by_lower = {name.lower(): name for name in known}
     nearest = difflib.get_close_matches(word.lower(), by_lower, n=1)
     hint = f" (did you mean {by_lower[nearest[0]]!r}?)" if nearest else ""
     return ValueError(f"{what} {word!r}{hint}: accepted are {', '.join(known) or 'none'}")
+
+
+# Options that are PyTorch's: what somebody writes without a name is rather one that the norm has of its own.
+_COMMON = ("eps", "momentum", "affine", "track_running_stats", "bias")
+
+
+def _meant(name: str, values: list, options: dict) -> str:
+    """What to say where values have no name: they are rather meant for the norm's own options, in their order."""
+    own = [key for key in norm_options(name) if key not in (*_COMMON, *options)]
+    meant = str(NormSpec(name, {**dict(zip(own, values)), **options}))
+    try:
+        parse_spec(meant)
+    except ValueError:
+        own = []
+    if len(values) > len(own):
+        return f"accepted are {', '.join(f'{key}=...' for key in norm_options(name)) or 'none'}"
+    return f"did you mean {meant!r}?"
+
+
+def _arguments(text: str) -> tuple[list, dict]:
+    """What stands between the brackets of a spec, without and with a name."""
+    call = ast.parse(f"f({text})", mode="eval").body
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ValueError
+    values = [_literal(node) for node in call.args]
+    options = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
+    if None in options or len(options) < len(call.keywords):
+        raise ValueError
+    return values, options
 
 
 def _literal(node: ast.expr):
@@ -269,24 +317,17 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", spec, re.DOTALL) if isinstance(spec, str) else None
     if match is None:
         raise ValueError(f"a norm is written NAME or NAME(option=value, ...), such as 'FBN(t_sigma=4.0)', got {spec!r}")
-    name, arguments = match[1], match[2] or ""
-    if name not in NORMS:
-        raise _unknown("unknown norm", name, [key for key, _ in NORMS])
+    found = matching_names(match[1])
+    refuse_two(match[1], found)
+    if not found:
+        raise _unknown("unknown norm", match[1], [key for key, _ in NORMS])
+    name, defaults = found[0], norm_options(found[0])
     try:
-        call = ast.parse(f"f({arguments})", mode="eval").body
-        if (
-            not isinstance(call, ast.Call)
-            or not isinstance(call.func, ast.Name)
-            or call.args
-            or any(keyword.arg is None for keyword in call.keywords)
-        ):
-            raise ValueError
-        options = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
-        if len(options) < len(call.keywords):
-            raise ValueError
+        values, options = _arguments(match[2] or "")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"a norm's options are written option=value with literal values, got {spec!r}") from error
-    defaults = norm_options(name)
+    if values:
+        raise ValueError(f"{spec!r}: options are written by name: {_meant(name, values, options)}")
     for key, value in options.items():
         if key not in defaults:
             raise _unknown(f"unknown option of {name}", key, list(defaults))

@@ -2,6 +2,8 @@
 framework that trains on handwritten digits: timm's, torchvision's and detectron2's. The detectors at full size, built
 without memory, have the norms that they name where they name them, and are detectron2's own but for those."""
 
+import functools
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +18,12 @@ from fbn_plugin.engine.classification.config import classification_config
 from fbn_plugin.engine.classification.trainer import ClassificationTrainer
 from fbn_plugin.engine.data.demo_data import make_digits_on_photos
 from fbn_plugin.engine.run import checkpoint
-from fbn_plugin.engine.run.config import CfgNode, load_config
+from fbn_plugin.engine.run.config import CfgNode, load_config, save_config
 from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.torchvision.config import load_detection_config
 from fbn_plugin.engine.torchvision.model import build_model
 from fbn_plugin.engine.torchvision.trainer import DetectionTrainer
+from fbn_plugin.frameworks.detectron2_keys import KEYS, changed_keys
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -141,6 +144,50 @@ def test_a_filtered_config_is_its_plain_ones_but_for_the_filter(path):
     assert {own[key] for key in differing} == {f"{norm}(t_sigma=5.0)"}
 
 
+def is_detector(path: Path) -> bool:
+    return "NAME" not in CfgNode.load_yaml_with_base(str(path))["MODEL"]  # of a network of timm's
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    """By the engines that do without detectron2."""
+    for path in FILES:
+        if is_detector(path) and not path.name.startswith(tuple(NOT_TORCHVISION)):
+            cfg, again = load_detection_config(path), load_detection_config
+        elif not is_detector(path):
+            cfg, again = (
+                load_config(classification_config(), path),
+                functools.partial(load_config, classification_config()),
+            )
+        else:
+            continue
+        save_config(cfg, tmp_path / "config.yaml")
+        assert again(tmp_path / "config.yaml") == cfg, path
+
+
+@pytest.mark.detectron2
+def test_plain_detectron2_code_reads_every_detector_after_register(tmp_path):
+    """And what a run then saves, without this package, where it says nothing that is not detectron2's."""
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from detectron2.config import get_cfg
+
+    file, plain = tmp_path / "config.yaml", 0
+    for path in filter(is_detector, FILES):
+        fbn_plugin.register()
+        try:
+            cfg, again = get_cfg(), get_cfg()
+            cfg.merge_from_file(str(path))
+            save_config(cfg, file)
+            assert file.read_text() == cfg.dump()
+            again.merge_from_file(str(file))
+        finally:
+            fbn_plugin.unregister()
+        assert json.dumps(again, sort_keys=True) == json.dumps(cfg, sort_keys=True), path  # YAML has no tuples
+        if not changed_keys(cfg):
+            get_cfg().merge_from_file(str(file))
+            plain += 1
+    assert plain > 10
+
+
 def norms_in(module: nn.Module | None) -> set[type]:
     leaves = [] if module is None else [each for each in module.modules() if not any(each.children())]
     return {type(each) for each in leaves if "Norm" in type(each).__name__}
@@ -251,7 +298,7 @@ def test_it_is_detectron2s_own_but_for_norm_and_evaluation(ours, own, besides, i
     cfg.merge_from_file(model_zoo.get_config_file(f"{own or ours.rpartition('_')[0]}.yaml"))
     plain = dict(leaves(cfg))
     mine = dict(leaves(detectron2_config(CONFIGS / f"{ours}.yaml")))
-    differing = {key for key in plain if mine[key] != plain[key]} - {"MODEL.DEVICE"}
+    differing = {key for key in plain.keys() - KEYS.keys() if mine[key] != plain[key]} - {"MODEL.DEVICE"}
     evaluation = {"TEST.EVAL_PERIOD", "TEST.PRECISE_BN.ENABLED", "SOLVER.CHECKPOINT_PERIOD"}
     assert differing - evaluation == besides | {"SOLVER.REFERENCE_WORLD_SIZE"}
     if "MODEL.WEIGHTS" in besides:  # the same file, under the address that needs no catalog

@@ -123,7 +123,6 @@ def test_no_norm_and_callables():
     "spec, message",
     [
         ("FBM", "unknown norm 'FBM' \\(did you mean 'FBN'\\?\\): accepted are BN, SyncBN, .*FIN, .*IEBN-$"),
-        ("fbn", "did you mean 'FBN'"),
         ("Banana", "unknown norm 'Banana'.*: accepted are BN"),
         ("FBN(t_sgma=3)", "unknown option of FBN 't_sgma' \\(did you mean 't_sigma'\\?\\): accepted are eps, momentum"),
         ("FBN(num_groups=3)", "unknown option of FBN 'num_groups'"),
@@ -136,7 +135,17 @@ def test_no_norm_and_callables():
         ("RBN--", "unknown norm 'RBN--' \\(did you mean 'RBN-'"),
         ("FGN(num_groups=2.5)", "'num_groups' of FGN .*number.*2.5"),
         ("FGN(num_groups=3)", "3 groups .*8 channels"),
-        ("FBN(3)", "option=value"),
+        ("FBN(4)", r"'FBN\(4\)': options are written by name: did you mean 'FBN\(t_sigma=4\)'\?$"),
+        ("fgn(16)", r"did you mean 'FGN\(num_groups=16\)'"),
+        ("FGN(16, 3, eps=1e-3)", r"did you mean 'FGN\(num_groups=16, t_sigma=3, eps=0.001\)'"),
+        ("FGN(16, num_groups=8)", r"did you mean 'FGN\(t_sigma=16, num_groups=8\)'"),
+        ("ScaledBN-A1(0.2)", r"did you mean 'ScaledBN-A1\(gamma_init=0.2\)'"),
+        ("FBN(0.5)", r"options are written by name: accepted are eps=\.\.\., .*t_sigma=\.\.\."),
+        ("FBN(4, t_sigma=0.5)", "options are written by name: accepted are eps"),
+        ("FrozenBN(1e-3)", r"options are written by name: accepted are eps=\.\.\.$"),
+        ("BN(1e-3)", r"options are written by name: accepted are eps=\.\.\., momentum"),
+        ("FBN(t_sigma=3, 4)", "option=value"),
+        ("FBN(*[4])", "option=value"),
         ("FBN(t_sigma=x)", "option=value"),
         ("FBN(t_sigma=__import__('os').getcwd())", "option=value"),
         ("FBN(**{})", "option=value"),
@@ -157,6 +166,33 @@ def test_bad_specs_are_one_sentence(spec, message):
     with pytest.raises(ValueError, match=message) as error:
         get_norm(spec, 8)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_name_in_any_case_is_stored_as_it_is_registered(name):
+    for written in (name.lower(), name.upper(), name.swapcase()):
+        spec = parse_spec(f" {written} (eps=1e-3)")
+        assert str(spec) == f"{name}(eps=0.001)" and norm_factory(written).spec.name == name
+
+
+def test_of_names_that_differ_in_case_the_exact_one_wins():
+    def OwnBN(num_channels, *, dims=2, device=None, dtype=None):
+        return nn.BatchNorm2d(num_channels)
+
+    def OWNbn(num_channels, *, dims=2, device=None, dtype=None):
+        return nn.Identity()
+
+    before = dict(NORMS)
+    try:
+        NORMS.register(OwnBN)
+        assert parse_spec("ownbn").name == "OwnBN"
+        NORMS.register(OWNbn)
+        assert (parse_spec("OwnBN").name, parse_spec("OWNbn").name) == ("OwnBN", "OWNbn")
+        with pytest.raises(ValueError, match="'ownbn' must be written 'OwnBN' or 'OWNbn'"):
+            parse_spec("ownbn")
+    finally:
+        for name in set(dict(NORMS)) - set(before):
+            del NORMS._obj_map[name]
 
 
 def test_dims_out_of_range():

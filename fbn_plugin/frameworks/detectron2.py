@@ -1,21 +1,24 @@
 """detectron2: spec strings wherever it reads a norm name (``MODEL.*.NORM`` in YAML, ``norm=`` and ``conv_norm=`` in
-LazyConfig).
+LazyConfig), and configs with this package's keys.
 
-detectron2 builds norms by ``get_norm`` of ``detectron2/layers/batch_norm.py``, which knows a closed set of names and
-which its modules bind when they are imported. So :func:`register` rebinds it in every loaded module that holds it;
-modules that are imported later find ours. Only RetinaNet's head looks at the name itself, to keep statistics per level:
-it is taught to do so for our names.
+detectron2 builds norms by ``get_norm`` of ``detectron2/layers/batch_norm.py``, which knows a closed set of names. Its
+modules bind it when they are imported, and LazyConfigs and partials hold it: :func:`register` reaches them all, before
+and after. Only RetinaNet's head looks at the name itself, to keep statistics per level: it is taught to do so for our
+names.
 
-Not reached: DensePose's DeepLab head compares with ``"GN"`` and builds no norm for any other name, ``"BN"`` included.
+Not reached: DensePose's DeepLab head compares with ``"GN"`` and builds no norm for any other name, ``"BN"`` included;
+its HRNet has plain batch norms, and asks no config.
+
+``get_cfg()`` has the keys of ``detectron2_keys.py`` besides, so that every YAML of this package's merges into it. Where
+they are at their default, ``dump()`` leaves them out: what a script writes is detectron2's own config again.
 """
 
 import functools
 import logging
-import sys
 from collections.abc import Callable
-from types import ModuleType
+from typing import Any
 
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
@@ -23,8 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fbn_plugin.frameworks import replacement
+from fbn_plugin.frameworks.detectron2_keys import add_keys, changed_keys, without_defaults
 from fbn_plugin.layers.description import FROZEN, NormDescription, describe, describe_class
-from fbn_plugin.registry import NORMS, NormFactory, norm_factory
+from fbn_plugin.registry import NORMS, NormFactory, matching_names, norm_factory, refuse_two
 from fbn_plugin.surgery.convert import make_plain
 from fbn_plugin.surgery.fold import register_layer
 from fbn_plugin.surgery.fuse import fused, register_fuser
@@ -33,9 +38,17 @@ from fbn_plugin.training.gamma_initialization import apply_gamma_init
 
 DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
-_detectron2_get_norm = batch_norm.get_norm
+_GET_NORM = "detectron2.layers.batch_norm.get_norm"
+_CONVERT_FROZEN = "detectron2.layers.FrozenBatchNorm2d.convert_frozen_batchnorm.__func__"
+_GET_CFG = "detectron2.config.get_cfg"
+_DEFAULT_SETUP = "detectron2.engine.defaults.default_setup"
+
+_detectron2_get_norm = replacement.original(_GET_NORM)
+_detectron2_convert_frozen = replacement.original(_CONVERT_FROZEN)
+_detectron2_get_cfg = replacement.original(_GET_CFG)
+_detectron2_default_setup = replacement.original(_DEFAULT_SETUP)
 _detectron2_retinanet_init = RetinaNetHead.__init__
-_detectron2_convert_frozen = vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"]
+_detectron2_dump = CfgNode.dump
 _logger = logging.getLogger(__name__)
 
 # In one process this class is plain batch normalization; its forward differs only in how ranks are averaged.
@@ -47,39 +60,52 @@ register_layer(Conv2d, "norm", "activation")
 
 
 def check_norm(norm: str | Callable | None) -> NormFactory | str | Callable | None:
-    """What detectron2's own ``get_norm`` is to be given for ``norm``: names of detectron2's and callables as they are,
-    and a factory for a spec of ours.
+    """What detectron2's own ``get_norm`` is to be given for ``norm``: one of its names for such a name in any case, a
+    factory for a spec of ours, and callables as they are.
 
     Raises:
-        ValueError: neither a name of detectron2's nor a valid spec.
+        ValueError: neither a name of detectron2's nor a valid spec; or two of them, but for upper and lower case.
     """
     if not isinstance(norm, str) or norm in DETECTRON2_NORMS:
         return norm
+    found = matching_names(norm.partition("(")[0].strip(), DETECTRON2_NORMS)
+    refuse_two(norm, found)
+    if found and found[0] in DETECTRON2_NORMS and "(" not in norm:
+        return found[0]
     try:
         return norm_factory(norm)
     except ValueError as error:
-        if norm.partition("(")[0].strip() in NORMS:
+        if found and found[0] in NORMS:
             raise
         own = ", ".join(name for name in DETECTRON2_NORMS if name and name not in NORMS)
         raise ValueError(f"{error}; and, without options, detectron2's {own}") from None
+
+
+def canonical_norm(norm: Any) -> Any:
+    """A norm of a config as it is stored: with the name in its own case; what is none is left as it is."""
+    try:
+        known = check_norm(norm)
+    except ValueError:
+        return norm
+    return str(known.spec) if isinstance(known, NormFactory) else known
 
 
 def get_norm(norm: str | Callable | None, out_channels: int) -> nn.Module | None:
     """Build a norm as detectron2's ``get_norm`` does, or, where it does not know the name, as the spec ``norm`` says.
 
     Args:
-        norm: a name of detectron2's, which keeps its meaning there; a spec such as ``"FBN(t_sigma=4.0)"``; a callable
-            ``(out_channels) -> nn.Module``; or ``""`` or None for no norm.
+        norm: a name of detectron2's, which keeps its meaning there; a spec such as ``"FBN(t_sigma=4.0)"``; either in
+            any case; a callable ``(out_channels) -> nn.Module``; or ``""`` or None for no norm.
         out_channels: C.
 
     Raises:
         ValueError: neither a name of detectron2's nor a valid spec, or one that does not fit the channels.
     """
-    factory = check_norm(norm)
-    if factory is norm:
-        return _detectron2_get_norm(norm, out_channels)
+    known = check_norm(norm)
+    if known is norm or isinstance(known, str):
+        return _detectron2_get_norm(known, out_channels)
     try:
-        return _detectron2_get_norm(factory, out_channels)
+        return _detectron2_get_norm(known, out_channels)
     except ValueError as error:
         raise ValueError(f"norm {norm!r} for {out_channels} channels: {error}") from None
 
@@ -91,11 +117,13 @@ def _per_level(retinanet_init: Callable) -> Callable:
 
     @functools.wraps(retinanet_init)
     def __init__(self, *, input_shape, conv_dims, norm="", **kwargs):
-        factory = check_norm(norm)
-        built = factory(conv_dims[0]) if factory is not norm else None
+        known = check_norm(norm)
+        built = None if known is norm or isinstance(known, str) else known(conv_dims[0])
         if isinstance(built, _BatchNorm) and describe(built).splits_affine:
             _logger.info(f"RetinaNetHead: {norm} with statistics of its own for each of {len(input_shape)} levels.")
-            norm = functools.partial(_norm_per_level, factory, len(input_shape))
+            norm = functools.partial(_norm_per_level, known, len(input_shape))
+        elif isinstance(known, str):
+            norm = known
         retinanet_init(self, input_shape=input_shape, conv_dims=conv_dims, norm=norm, **kwargs)
 
     return __init__
@@ -119,28 +147,53 @@ _retinanet_init = configurable(_per_level(_detectron2_retinanet_init.__wrapped__
 def _convert_frozen_batchnorm(cls: type[nn.Module], module: nn.Module) -> nn.Module:
     """detectron2's conversion reads weight and bias of a batch norm: let these say all that it does in evaluation."""
     make_plain(module)
-    return _detectron2_convert_frozen.__func__(cls, module)
+    return _detectron2_convert_frozen(cls, module)
 
 
-def _rebind(old: Callable, new: Callable) -> None:
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and module is not sys.modules[__name__]:
-            for name in [name for name, value in vars(module).items() if value is old]:
-                setattr(module, name, new)
+def _get_cfg() -> CfgNode:
+    cfg = _detectron2_get_cfg()
+    add_keys(cfg)
+    return cfg
+
+
+def _dump(self: CfgNode, *args, **kwargs) -> str:
+    return _detectron2_dump(without_defaults(self), *args, **kwargs)
+
+
+def _default_setup(cfg: Any, args: Any) -> None:
+    """detectron2's, which its own scripts begin with. None of them does what our keys say."""
+    _detectron2_default_setup(cfg, args)
+    if isinstance(cfg, CfgNode) and (ours := changed_keys(cfg)):
+        _logger.warning(
+            "this script does nothing about %s of the config: fbn_plugin's tools/train_net.py does, by build_model and "
+            "build_optimizer of fbn_plugin.engine.detectron2.model among others",
+            ", ".join(ours),
+        )
+
+
+_REPLACED = {
+    _GET_NORM: get_norm,
+    _CONVERT_FROZEN: _convert_frozen_batchnorm,
+    _GET_CFG: _get_cfg,
+    _DEFAULT_SETUP: _default_setup,
+}
 
 
 def register() -> None:
-    """Make spec strings valid wherever detectron2 reads a norm name, in modules already imported and in later ones."""
-    _rebind(_detectron2_get_norm, get_norm)
+    """Make spec strings valid wherever detectron2 reads a norm name, and this package's keys in its configs, whoever
+    holds its functions already."""
+    for name, ours in _REPLACED.items():
+        replacement.replace(name, ours)
     RetinaNetHead.__init__ = _retinanet_init
-    FrozenBatchNorm2d.convert_frozen_batchnorm = classmethod(_convert_frozen_batchnorm)
+    CfgNode.dump = _dump
 
 
 def unregister() -> None:
-    """Give detectron2 its own ``get_norm`` back."""
-    _rebind(get_norm, _detectron2_get_norm)
+    """Give detectron2 what is its own back."""
+    for name in _REPLACED:
+        replacement.restore(name)
     RetinaNetHead.__init__ = _detectron2_retinanet_init
-    FrozenBatchNorm2d.convert_frozen_batchnorm = _detectron2_convert_frozen
+    CfgNode.dump = _detectron2_dump
 
 
 def _with_residual(conv: Conv2d, x: Tensor, residual: Tensor) -> Tensor:

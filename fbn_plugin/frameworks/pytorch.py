@@ -1,46 +1,34 @@
 """PyTorch itself: ``nn.SyncBatchNorm.convert_sync_batchnorm`` makes plain synchronized norms of filtered ones too, and
 says nothing, and ``torch.ao.quantization.fuse_modules`` knows layers by their exact class. Here both learn of ours.
-
-The conversion calls itself for every child of a module, so the warning is given by the outermost call alone.
 """
 
 import functools
 import warnings
 from collections.abc import Callable
-from contextvars import ContextVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import internals
+from fbn_plugin.frameworks import replacement
 from fbn_plugin.layers.description import describe_type, spatial_dims
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.registry import norm_factory, registered_classes
 from fbn_plugin.surgery.convert import build_from
 
-_torch_convert = vars(nn.SyncBatchNorm)["convert_sync_batchnorm"]
-_inside: ContextVar[bool] = ContextVar("inside of a conversion", default=False)
+_CONVERT = "torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__"
+_torch_convert = replacement.original(_CONVERT)
 
 
 def _convert_sync_batchnorm(cls: type[nn.Module], module: nn.Module, process_group=None) -> nn.Module:
-    if _inside.get():
-        return _torch_convert.__func__(cls, module, process_group)
     filtered = sum(isinstance(each, FilteredBatchNormMixin) for each in module.modules())
     if filtered:
         warnings.warn(
             f"convert_sync_batchnorm makes {filtered} filtered norms plain SyncBatchNorm, without their filter: "
             "fbn_plugin.convert_sync keeps it",
-            stacklevel=2,
+            stacklevel=replacement.CALLER,
         )
-    token = _inside.set(True)
-    try:
-        return _torch_convert.__func__(cls, module, process_group)
-    finally:
-        _inside.reset(token)
-
-
-_convert_sync_batchnorm.__doc__ = _torch_convert.__func__.__doc__
-_guarded = classmethod(_convert_sync_batchnorm)
+    return _torch_convert(cls, module, process_group)
 
 
 # The layers that are fused, by their exact classes, with the function that does it.
@@ -81,13 +69,13 @@ def _fusers() -> dict[tuple[type, ...], Callable]:
 
 def register() -> None:
     """Let PyTorch's conversion warn of filters that it drops, and ``fuse_modules`` take the norms of this package."""
-    nn.SyncBatchNorm.convert_sync_batchnorm = _guarded
+    replacement.replace(_CONVERT, _convert_sync_batchnorm, calls_itself=True)
     for layers, fuse in _fusers().items():
         _FUSERS.setdefault(layers, fuse)
 
 
 def unregister() -> None:
     """Give PyTorch its own conversion and fusers back."""
-    nn.SyncBatchNorm.convert_sync_batchnorm = _torch_convert
+    replacement.restore(_CONVERT)
     for layers in [layers for layers, fuse in _FUSERS.items() if getattr(fuse, "func", None) is _fuse]:
         del _FUSERS[layers]

@@ -2,15 +2,13 @@
 norm+activation forms of the registered norms, and what converts timm's own ``BatchNormAct2d``.
 
 timm finds a norm in ``get_norm_layer`` and ``get_norm_act_layer`` (timm/layers/create_norm.py and create_norm_act.py,
-read in 1.0.31). Its models bind these by name when they are imported, so :func:`register` puts ours in their place in
-every loaded module.
+read in 1.0.31). Its models bind these by name when they are imported: :func:`register` reaches all who hold them.
 """
 
 import copy
 import difflib
 import functools
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -23,20 +21,15 @@ from timm.layers import (
     LayerNormAct2d,
     SyncBatchNormAct,
     create_act_layer,
-    create_norm,
-    create_norm_act,
-    norm_act,
-    split_batchnorm,
 )
 from timm.layers.grn import GlobalResponseNorm
 from timm.layers.typing import LayerType
-from timm.models import adapt_model_from_string as timm_adapt_model_from_string
 from timm.models import resnet
-from timm.utils import model as timm_model
 from torch import Tensor, nn
 from torch.jit import is_scripting
 
 from fbn_plugin import internals, layers
+from fbn_plugin.frameworks import replacement
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import (
     FROZEN,
@@ -54,9 +47,11 @@ from fbn_plugin.registry import (
     NormFactory,
     NormSpec,
     class_builder,
+    matching_names,
     norm_factory,
     norm_options,
     parse_spec,
+    refuse_two,
     registered_classes,
     registered_name,
 )
@@ -231,7 +226,8 @@ def find_spec(text: str, timm_names: Iterable[str]) -> NormSpec:
 
     name, bracket, options = text.partition("(")
     ours = [key for key, _ in NORMS]
-    found = [key for key in ours if fold(key) == fold(name)]
+    found = matching_names(name.strip()) or [key for key in ours if fold(key) == fold(name)]
+    refuse_two(text, found)
     if not found:
         known = [fold(key) for key in ours] + sorted(timm_names)
         nearest = difflib.get_close_matches(fold(name), known, n=1)
@@ -328,25 +324,24 @@ def _warn_of_lost_filter(conversion: Callable) -> Callable:
             message = f"timm's {conversion.__name__} makes batch norms without the filter of {filtered} filtered ones"
             if conversion.__name__ == "convert_sync_batchnorm":
                 message += ": fbn_plugin.convert_sync keeps it"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=replacement.CALLER)
         _make_all_plain(module)
         return conversion(module, *args, **kwargs)
 
     return converted
 
 
-_THEIRS = {
-    function.__name__: function
-    for function in (
-        create_norm.get_norm_layer,
-        create_norm_act.get_norm_act_layer,
-        norm_act.convert_sync_batchnorm,
-        norm_act.freeze_batch_norm_2d,
-        timm_model.reparameterize_model,
-        split_batchnorm.convert_splitbn_model,
-        timm_adapt_model_from_string,
-    )
+# Where timm defines what ours take the place of; and whether the function calls itself for each child of a model.
+_REPLACED = {
+    "timm.layers.create_norm.get_norm_layer": False,
+    "timm.layers.create_norm_act.get_norm_act_layer": False,
+    "timm.layers.norm_act.convert_sync_batchnorm": True,
+    "timm.layers.norm_act.freeze_batch_norm_2d": True,
+    "timm.layers.split_batchnorm.convert_splitbn_model": True,
+    "timm.models.adapt_model_from_string": False,
+    "timm.utils.model.reparameterize_model": False,
 }
+_THEIRS = {name.rpartition(".")[2]: replacement.original(name) for name in _REPLACED}
 _OURS = {
     "get_norm_layer": get_norm_layer,
     "get_norm_act_layer": get_norm_act_layer,
@@ -358,24 +353,16 @@ _OURS = {
 }
 
 
-def _replace(old: dict[str, Callable], new: dict[str, Callable]) -> None:
-    for module in list(sys.modules.values()):
-        if module in (norm_act, split_batchnorm):  # their conversions call themselves by name for each child
-            continue
-        namespace = getattr(module, "__dict__", {})
-        for name, function in old.items():
-            if namespace.get(name) is function:
-                setattr(module, name, new[name])
-
-
 def register() -> None:
     """Make timm understand registered norms as ``norm_layer``, in models that are loaded already and in later ones."""
-    _replace(_THEIRS, _OURS)
+    for name, calls_itself in _REPLACED.items():
+        replacement.replace(name, _OURS[name.rpartition(".")[2]], calls_itself)
 
 
 def unregister() -> None:
     """Give timm its own functions back; models that are built stay as they are."""
-    _replace(_OURS, _THEIRS)
+    for name in _REPLACED:
+        replacement.restore(name)
 
 
 register_layer(Conv2dSame)

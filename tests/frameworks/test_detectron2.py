@@ -18,6 +18,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, LazyConfig, get_cfg, instantiate
+from detectron2.engine import default_setup
 from detectron2.layers import (
     ASPP,
     Conv2d,
@@ -43,9 +44,9 @@ from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torchvision.ops import boxes as torchvision_boxes
 
 import fbn_plugin
-from fbn_plugin import FilteredBatchNorm2d, FilteredGroupNorm
+from fbn_plugin import NORMS, FilteredBatchNorm2d, FilteredGroupNorm
 from fbn_plugin.engine.detectron2 import model as engine
-from fbn_plugin.engine.detectron2.config import add_config
+from fbn_plugin.engine.detectron2.config import add_config, load_config
 from fbn_plugin.frameworks import detectron2 as adapter
 
 pytestmark = pytest.mark.detectron2
@@ -182,6 +183,35 @@ def test_detectron2s_own_names_keep_their_meaning():
         assert repr(ours) == repr(norm), name
 
 
+def test_names_in_any_case(tmp_path):
+    """What is detectron2's is that; what is stored has the name's own case."""
+    for name in filter(None, adapter.DETECTRON2_NORMS):
+        assert repr(batch_norm.get_norm(name.lower(), 64)) == repr(batch_norm.get_norm(name, 64)), name
+    assert type(batch_norm.get_norm("fbn(t_sigma=3)", 8)) is FilteredBatchNorm2d
+    assert [type(each) for each in retinanet_head("bn").cls_subnet if "Norm" in type(each).__name__] == [
+        type(each) for each in retinanet_head("BN").cls_subnet if "Norm" in type(each).__name__
+    ]
+    written = {"frozenbn": "FrozenBN", "Gn": "GN", "fbn( t_sigma=4)": "FBN(t_sigma=4)", "NoNorm": "NoNorm", "": ""}
+    assert {norm: adapter.canonical_norm(norm) for norm in written} == written
+    (tmp_path / "config.yaml").write_text("VERSION: 2\nMODEL: {RESNETS: {NORM: fbn}, FPN: {NORM: gn}}\n")
+    cfg = load_config(str(tmp_path / "config.yaml"), ["MODEL.RETINANET.NORM", "syncfbn"])
+    assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM, cfg.MODEL.RETINANET.NORM) == ("FBN", "GN", "SyncFBN")
+
+
+def test_a_name_that_is_detectron2s_and_anothers_but_for_its_case():
+    def NaiveSyncbn(num_channels, *, dims=2, device=None, dtype=None):
+        return nn.Identity()
+
+    NORMS.register(NaiveSyncbn)
+    try:
+        assert type(batch_norm.get_norm("NaiveSyncbn", 8)) is nn.Identity
+        assert type(batch_norm.get_norm("naiveSyncBN", 8)) is NaiveSyncBatchNorm
+        with pytest.raises(ValueError, match="must be written 'naiveSyncBN' or 'NaiveSyncbn'"):
+            batch_norm.get_norm("naivesyncbn", 8)
+    finally:
+        del NORMS._obj_map["NaiveSyncbn"]
+
+
 def test_callables_and_no_norm():
     assert batch_norm.get_norm(None, 8) is None
     assert batch_norm.get_norm("", 8) is None
@@ -233,21 +263,37 @@ def test_every_loaded_module_gets_it_and_gives_it_back(monkeypatch):
 
     adapter.register()
     adapter.register()
-    for name in holders:
-        assert sys.modules[name].get_norm is adapter.get_norm, name
-    assert module.build_norm is adapter.get_norm
     late = {}
     exec("from detectron2.layers.batch_norm import get_norm", late)
-    assert late["get_norm"] is adapter.get_norm
+    for build in (*(sys.modules[name].get_norm for name in holders), module.build_norm, late["get_norm"]):
+        assert type(build("FBN", 8)) is FilteredBatchNorm2d
 
     adapter.unregister()
     adapter.unregister()
-    for name in holders:
-        assert sys.modules[name].get_norm.__module__ == "detectron2.layers.batch_norm", name
-    assert module.build_norm.__module__ == "detectron2.layers.batch_norm"
-    for build in (lambda: batch_norm.get_norm("FBN", 8), lambda: retinanet_head("FBN")):
+    for build in (module.build_norm, late["get_norm"], lambda norm, _: retinanet_head(norm)):
         with pytest.raises(KeyError):
-            build()
+            build("FBN", 8)
+
+
+def test_who_holds_get_norm_already_gets_it_too():
+    """As the modules of a project do that were imported first, in whatever form."""
+    adapter.unregister()
+
+    class Builder:
+        own = staticmethod(batch_norm.get_norm)
+
+    lazy = LazyCall(batch_norm.get_norm)(norm=SPEC, out_channels=8)
+    holders = {
+        "partial": functools.partial(batch_norm.get_norm, out_channels=8),
+        "dict": functools.partial({"norm": batch_norm.get_norm}["norm"], out_channels=8),
+        "static method": functools.partial(Builder.own, out_channels=8),
+    }
+    adapter.register()
+    for name, build in holders.items():
+        assert build(SPEC).t_sigma == 4, name
+    assert instantiate(lazy).t_sigma == 4
+    assert instantiate(copy.deepcopy(lazy)).t_sigma == 4
+    assert "detectron2.layers.get_norm(" in LazyConfig.to_py(lazy)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +315,42 @@ def test_import_order(before, after):
         assert all(type(c.norm) is fbn_plugin.FilteredBatchNorm2d for c in (stem.conv1, stem.conv2, stem.conv3))
     """
     subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True)
+
+
+def test_get_cfg_has_our_keys_while_registered(tmp_path):
+    held = get_cfg
+    cfg = held()
+    assert cfg.SOLVER.SCALE_LR_DIVISOR == 0 and cfg.TEST.EVAL_ITERATIONS == ()
+    cfg.merge_from_list(["SOLVER.SCALE_LR_DIVISOR", "100.0"])
+    (tmp_path / "changed.yaml").write_text(cfg.dump())
+    (tmp_path / "plain.yaml").write_text(held().dump())
+
+    adapter.unregister()
+    plain = held()
+    assert "SCALE_LR_DIVISOR" not in plain.SOLVER and "NORM_STATS_PERIOD" not in plain
+    plain.merge_from_file(str(tmp_path / "plain.yaml"))
+    assert plain == held()
+    with pytest.raises(KeyError, match="SOLVER.SCALE_LR_DIVISOR"):
+        plain.merge_from_file(str(tmp_path / "changed.yaml"))
+
+    adapter.register()
+    again = held()
+    again.merge_from_file(str(tmp_path / "changed.yaml"))
+    assert again == cfg
+
+
+def test_scripts_of_others_say_which_keys_they_do_nothing_about(tmp_path, caplog):
+    args = types.SimpleNamespace(config_file="")
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    for changed in ({}, {"SOLVER.SCALE_LR_DIVISOR": 100.0, "NORM_STATS_PERIOD": 5}):
+        cfg.merge_from_list([part for item in changed.items() for part in item])
+        caplog.clear()
+        default_setup(cfg, args)
+        said = [record.message for record in caplog.records if record.name == adapter.__name__]
+        assert len(said) == bool(changed) and all("SOLVER.SCALE_LR_DIVISOR, NORM_STATS_PERIOD" in text for text in said)
+    assert "SCALE_LR_DIVISOR: 100.0" in (tmp_path / "config.yaml").read_text()
+    default_setup(LazyConfig.apply_overrides({"train": {"output_dir": str(tmp_path)}}, []), args)
 
 
 # --- every place that reads a norm ---------------------------------------------------------------------------------
@@ -581,9 +663,9 @@ def test_input_norms_freeze_without_a_shift():
 def test_a_norm_that_is_no_batch_norm_in_evaluation_is_not_frozen():
     with pytest.raises(ValueError, match="RepresentativeBatchNorm2d .*evaluation"):
         build_model(tiny_config(norm="RBN", **{"MODEL.BACKBONE.FREEZE_AT": 1}))
-    frozen_again = vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"]
-    adapter.unregister()
-    assert vars(FrozenBatchNorm2d)["convert_frozen_batchnorm"] is not frozen_again
+    adapter.unregister()  # after which detectron2 asks nobody
+    frozen = FrozenBatchNorm2d.convert_frozen_batchnorm(fbn_plugin.RepresentativeBatchNorm2d(4))
+    assert type(frozen) is FrozenBatchNorm2d
 
 
 @pytest.mark.parametrize("norm", ["ScaledBN", "ScaledBN-A1", "ScaledBN-A2", "RBN", "RBN-", "IEBN", "IEBN-"])

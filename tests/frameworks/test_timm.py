@@ -349,12 +349,14 @@ def test_register_and_unregister_reach_modules_imported_before_and_after():
         adapter.register()
         late = _imports_timms_functions("imported_late")
         for module in (early, late):
-            assert [getattr(module, name).__module__ for name in names[:2]] == [adapter.__name__] * 2
+            assert isinstance(module.get_norm_layer("fbn")(4), FilteredBatchNorm2d)
             assert isinstance(module.get_norm_act_layer("fbn", nn.ReLU)(4), FilteredBatchNormAct2d)
         adapter.unregister()
         adapter.unregister()
         for module in (early, late, timm.layers):
             assert [getattr(module, name) for name in names] == theirs
+            with pytest.raises(KeyError):
+                module.get_norm_layer("fbn")
         with pytest.raises(KeyError):
             timm.create_model("test_efficientnet", norm_layer="fbn")
     finally:
@@ -362,11 +364,17 @@ def test_register_and_unregister_reach_modules_imported_before_and_after():
         sys.modules.pop("imported_late", None)
 
 
-def test_no_loaded_module_keeps_timms_lookup():
-    names = ("get_norm_layer", "get_norm_act_layer")
-    holders = [m for key, m in sys.modules.items() if key.startswith("timm") for n in names if n in vars(m)]
-    assert len(holders) > 30
-    assert not [m.__name__ for m in holders for n in names if vars(m).get(n) is adapter._THEIRS[n]]
+def test_who_holds_timms_functions_before_gets_ours():
+    adapter.unregister()
+    lookup = functools.partial(timm.layers.get_norm_layer)
+    conversions = {"sync": timm.layers.convert_sync_batchnorm, "split": timm.layers.convert_splitbn_model}
+    adapter.register()
+    assert isinstance(lookup("fbn")(4), FilteredBatchNorm2d)
+    model = nn.Sequential(nn.Sequential(FilteredBatchNorm2d(4)), FilteredBatchNorm2d(4))
+    for convert in conversions.values():
+        with pytest.warns(UserWarning, match="without the filter of 2 filtered ones") as said:
+            convert(copy.deepcopy(model))
+        assert [warning.filename for warning in said] == [__file__]
 
 
 def test_fbn_plugin_register_includes_timm():

@@ -61,7 +61,7 @@ def _text(size: tuple[int, ...]) -> str:
 def _layer_rows(settings: Settings) -> list[Row]:
     if not settings.layers:
         return []
-    others = [Peer(spec, "BN", norm_factory(spec)) for spec in settings.norms]
+    others = [Peer(str(factory.spec), "BN", factory) for factory in map(norm_factory, settings.norms)]
     peers = [*LAYER_PEERS, *others, *([COMPILED] if settings.compiled else [])]
     return [
         Row(

@@ -40,7 +40,8 @@ from fbn_plugin.engine.run.population import check_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
-from fbn_plugin.frameworks.detectron2 import check_norm
+from fbn_plugin.frameworks.detectron2 import canonical_norm, check_norm
+from fbn_plugin.frameworks.detectron2_keys import add_keys
 
 __all__ = ["add_config", "load_config", "prepare"]
 
@@ -51,7 +52,8 @@ _RULES = {**DETECTION_RULES, "INPUT.FORMAT": one_of("BGR", "YUV-BT.601", *Image.
 
 
 def add_config(cfg: CfgNode) -> None:
-    """Add to a config of detectron2 what ``build_model``, ``build_optimizer`` and ``tools/train_net.py`` read.
+    """Add to a config of detectron2 the keys that ``build_model``, ``build_optimizer`` and ``tools/train_net.py`` read;
+    after :func:`fbn_plugin.register`, ``get_cfg()`` has them by itself.
 
     - INPUT.NORM_GAMMA_INIT: the ``gamma_init`` of :func:`fbn_plugin.prepend_input_norm`; 0 normalizes by
       MODEL.PIXEL_MEAN and PIXEL_STD.
@@ -63,11 +65,7 @@ def add_config(cfg: CfgNode) -> None:
     - NORM_STATS_PERIOD: iterations between two measurements of the share of values that each filtered norm leaves out
       (scalars ``filtered/<module>``); 0 is never.
     """
-    cfg.INPUT.NORM_GAMMA_INIT = 0.0
-    cfg.SOLVER.SCALE_LR_DIVISOR = 0.0
-    cfg.SOLVER.BEST_CHECKPOINT_METRIC = ""
-    cfg.TEST.EVAL_ITERATIONS = ()
-    cfg.NORM_STATS_PERIOD = 0
+    add_keys(cfg)
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
@@ -103,6 +101,9 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
             raise ValueError(f"{source}: {sentence}{_nearest_key(sentence, cfg)}") from None
         except (AttributeError, RecursionError, TypeError) as error:
             raise ValueError(f"{source} does not have the form of detectron2's config: {error}") from None
+    for group in cfg.MODEL.values():
+        if "NORM" in _mapping(group):
+            group.NORM = canonical_norm(group.NORM)
     return cfg
 
 

@@ -5,6 +5,7 @@ nearest known one, an integer is taken where a number is expected, and keys that
 reported, not refused.
 """
 
+import contextlib
 import difflib
 import fnmatch
 import logging
@@ -17,6 +18,8 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from fbn_plugin.engine.run.checkpoint import atomic_write
+from fbn_plugin.frameworks.detectron2_keys import without_defaults
+from fbn_plugin.registry import parse_spec
 
 __all__ = ["CfgNode", "load_config", "pairs", "read_config", "refuse_changes", "save_config", "saved_config"]
 
@@ -35,7 +38,7 @@ def load_config(
         defaults: every key that the tool reads, with its default; a value must have its default's type.
         config_file: YAML file; its ``_BASE_`` is a path (or a list of paths) relative to the file.
         overrides: ``["KEY", "VALUE", ...]`` as they come from the command line; values are Python literals or plain
-            strings.
+            strings. A NORM gets the name that is registered, in whatever case it is written.
         unused: keys (with shell wildcards: ``"MODEL.RETINANET.*"``) that are accepted but have no effect; those that
             occur are logged in one line.
 
@@ -66,8 +69,12 @@ def read_config(config_file: str | os.PathLike) -> dict[str, Any]:
 
 
 def save_config(cfg: CfgNode, path: str | os.PathLike) -> None:
-    """Write ``cfg`` as YAML that ``load_config`` reads back to the same values."""
-    atomic_write(path, cfg.dump().encode())
+    """Write ``cfg`` as YAML that ``load_config`` reads back to the same values.
+
+    Of the keys that detection has besides detectron2's, those at their default are left out, so that detectron2 reads
+    the file without this package.
+    """
+    atomic_write(path, without_defaults(cfg).dump().encode())
 
 
 def saved_config(output_dir: str | os.PathLike, defaults: CfgNode) -> CfgNode:
@@ -157,6 +164,9 @@ def _coerce(key: str, value: Any, default: Any) -> Any:
         value = CfgNode._decode_cfg_value(value)
     if isinstance(default, tuple) and isinstance(value, str | int | float):
         value = (value,)  # one dataset, one size
+    if key.rpartition(".")[2] == "NORM":
+        with contextlib.suppress(ValueError):  # what is no spec is refused with the other values
+            value = str(parse_spec(value)) if value else value
     try:
         return _cast(value, default)
     except ValueError:

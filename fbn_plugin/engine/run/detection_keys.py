@@ -1,13 +1,14 @@
 """The keys of a detection run's config and their defaults: detectron2's for Mask R-CNN and Faster R-CNN with a feature
 pyramid, without detectron2.
 
-Keys, defaults and meaning are those of detectron2's ``config/defaults.py``, so that one YAML serves both engines; a few
-keys are this project's.
+Keys, defaults and meaning are those of detectron2's ``config/defaults.py``, so that one YAML serves both engines; those
+that are this project's are in ``frameworks/detectron2_keys.py``.
 """
 
 import copy
 
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.frameworks.detectron2_keys import add_keys
 
 __all__ = ["FIXED", "MAY_CHANGE", "detection_config"]
 
@@ -137,8 +138,6 @@ _INPUT = {
     "MAX_SIZE_TEST": 1333,
     "RANDOM_FLIP": "horizontal",
     "FORMAT": "BGR",
-    # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
-    "NORM_GAMMA_INIT": 0.0,
 }
 
 _SOLVER = {
@@ -153,9 +152,6 @@ _SOLVER = {
     "NESTEROV": False,
     "WEIGHT_DECAY": 0.0001,
     "WEIGHT_DECAY_NORM": 0.0,
-    # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100), and neither norms nor
-    # biases decay; 1 is all at one rate. 0: detectron2's groups.
-    "SCALE_LR_DIVISOR": 0.0,
     "GAMMA": 0.1,
     "STEPS": (30000,),
     "WARMUP_FACTOR": 0.001,
@@ -163,8 +159,6 @@ _SOLVER = {
     "WARMUP_METHOD": "linear",
     "RESCALE_INTERVAL": False,
     "CHECKPOINT_PERIOD": 5000,
-    # A metric of the evaluations, such as "segm/AP": each that beats the best so far writes model_best.pth.
-    "BEST_CHECKPOINT_METRIC": "",
     "IMS_PER_BATCH": 16,
     "BIAS_LR_FACTOR": 1.0,
     "WEIGHT_DECAY_BIAS": None,
@@ -174,7 +168,6 @@ _SOLVER = {
 
 _TEST = {
     "EVAL_PERIOD": 0,
-    "EVAL_ITERATIONS": (),  # further numbers of iterations after which to evaluate
     "DETECTIONS_PER_IMAGE": 100,
     # Before each evaluation, running statistics from so many training batches of each process.
     "PRECISE_BN": {"ENABLED": False, "NUM_ITER": 200},
@@ -191,8 +184,6 @@ def detection_config() -> CfgNode:
             "DATALOADER": {"NUM_WORKERS": 4, "ASPECT_RATIO_GROUPING": True, "FILTER_EMPTY_ANNOTATIONS": True},
             "SOLVER": copy.deepcopy(_SOLVER),
             "TEST": copy.deepcopy(_TEST),
-            # Iterations between two measurements of the share of values that each filtered norm leaves out; 0 is off.
-            "NORM_STATS_PERIOD": 0,
             "OUTPUT_DIR": "./output",
             "SEED": -1,
             "CUDNN_BENCHMARK": False,
@@ -205,4 +196,5 @@ def detection_config() -> CfgNode:
         for group in groups:
             node = node.setdefault(group, CfgNode())
         node[name] = copy.deepcopy(value)
+    add_keys(cfg)
     return cfg

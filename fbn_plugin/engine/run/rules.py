@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fbn_plugin.registry import NORMS, parse_spec
+from fbn_plugin.registry import matching_names, parse_spec
 
 __all__ = [
     "COMMON_RULES",
@@ -84,7 +84,7 @@ def check_norms(norms: Mapping[str, str], parse: Callable[[str], Any] = parse_sp
             try:
                 parse(spec)
             except ValueError as error:
-                known = isinstance(spec, str) and spec.partition("(")[0].strip() in NORMS
+                known = isinstance(spec, str) and matching_names(spec.partition("(")[0].strip())
                 hint = "" if known else "; --import names the file or module that registers a norm of yours"
                 raise ValueError(f"{key} must be the spec of a norm, got {spec!r}: {error}{hint}") from None
 

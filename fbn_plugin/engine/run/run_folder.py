@@ -12,6 +12,7 @@ from fbn_plugin.engine.run.config import read_config
 from fbn_plugin.engine.run.evaluation_names import folder_name, metric_prefix
 from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.run.run_info import read_run_info
+from fbn_plugin.frameworks.detectron2_keys import KEYS
 from fbn_plugin.registry import NormSpec, norm_options, parse_spec
 
 __all__ = ["NORM_KEYS", "Run", "norm_label", "read_run", "run_titles"]
@@ -28,6 +29,9 @@ _NEEDED = {
     "SEED": int,
 }
 
+# What `save_config` leaves out, as YAML has it.
+_DEFAULTS = {key: list(value) if isinstance(value, tuple) else value for key, value in KEYS.items()}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -35,7 +39,7 @@ class Run:
 
     Attributes:
         folder: OUTPUT_DIR.
-        config: ``config.yaml``, each key written out with its dots.
+        config: ``config.yaml``, each key written out with its dots, and the keys that are left out there.
         info: ``run_info.json``; empty where there is none.
     """
 
@@ -149,7 +153,7 @@ def read_run(folder: str | os.PathLike) -> Run:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} is no run folder: it has no config.yaml")
-    config = read_config(path)
+    config = {**_DEFAULTS, **read_config(path)}
     for key, kind in _NEEDED.items():
         if key not in config:
             raise ValueError(f"{folder} is no run folder of a detector: its config.yaml has no {key}")

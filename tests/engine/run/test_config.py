@@ -28,6 +28,8 @@ def test_file_over_base_over_default_and_override_over_file(tmp_path):
     "key, text, value",
     [
         ("MODEL.NORM", "FBN(t_sigma=4.0)", "FBN(t_sigma=4.0)"),
+        ("MODEL.NORM", "fbn(t_sigma=4)", "FBN(t_sigma=4)"),
+        ("MODEL.NORM", "NoSuchNorm", "NoSuchNorm"),
         ("MODEL.NORM", "", ""),
         ("MODEL.NORM", "5", "5"),
         ("SOLVER.BASE_LR", "1", 1.0),
