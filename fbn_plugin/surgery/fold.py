@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers.description import describe, eval_affine, evaluates_by_constants, family, has_known_forward
 from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
+from fbn_plugin.surgery.references import holders
 from fbn_plugin.training.evaluation_modes import device_of
 from fbn_plugin.training.population_statistics import forward_batch
 
@@ -299,7 +300,8 @@ def fold_norms(model: nn.Module, *, example: Any = None, report: NormReport | No
     the norm held one, so all other modules keep their names. Outputs agree to the rounding of the weights' precision.
 
     A norm is left where that would not be exact: another operation also uses the layer's output, one of the two is used
-    in other places too, either has hooks, or the layer's weight is parametrized. Norms that take moments of their input
+    in other places too, either has hooks, the norm is also in a plain list or the like of a module, or the layer's
+    weight is parametrized. Norms that take moments of their input
     in evaluation are left as well: GN, LN, IN, and batch norms without running statistics.
 
     The model's forward pass is traced with symbolic inputs and the defaults of its optional arguments. In a model that
@@ -343,8 +345,10 @@ def fold_norms(model: nn.Module, *, example: Any = None, report: NormReport | No
         for name, child in parent._modules.items():
             places[child].append((parent, name))
 
-    for norm in [module for module in names if family(module) is not None]:
-        layer = _fold(norm, places[norm], calls)
+    norms = [module for module in names if family(module) is not None]
+    held = {norm: holders(model, [norm]) for norm in norms} if holders(model, norms) else {}
+    for norm in norms:
+        layer = f"{held[norm][0]!r} holds it too" if held.get(norm) else _fold(norm, places[norm], calls)
         if isinstance(layer, str):
             report.left.append(NormLeft(names[norm], type(norm).__name__, layer))
         else:

@@ -330,6 +330,13 @@ def test_a_convolution_with_two_names_is_used_twice():
     assert report.left[0].reason == "the output of the Conv2d before it is used elsewhere too"
 
 
+def test_a_norm_that_a_plain_list_holds_too():
+    model = Net(lambda self, x: self.norms[0](self.conv(x)))
+    model.norms = [model.norm]
+    report = assert_same_after_folding(model, torch.randn(2, 4, 5, 5), 0, ["norm", "other"])
+    assert report.left[0].reason == "'norms' holds it too"
+
+
 def test_hooks_and_parametrizations():
     for place in (0, 1):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
