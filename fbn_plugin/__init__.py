@@ -36,11 +36,12 @@ from fbn_plugin.layers import (
 )
 from fbn_plugin.layers.description import NormDescription, describe_class
 from fbn_plugin.registry import NORMS, get_norm, norm_factory, parse_spec
-from fbn_plugin.surgery.convert import convert_norm, convert_sync
+from fbn_plugin.surgery.convert import convert_norm, convert_sync, register_converter
 from fbn_plugin.surgery.fold import fold_norms
 from fbn_plugin.surgery.fuse import fuse_norm_act
 from fbn_plugin.surgery.input_norm import prepend_input_norm
 from fbn_plugin.surgery.norm_report import NormReport
+from fbn_plugin.surgery.norm_summary import NormSummary, summarize
 from fbn_plugin.training.balanced_batches import BalancedBatchSampler, evaluate_balanced, self_label
 from fbn_plugin.training.evaluation_modes import batch_moments
 from fbn_plugin.training.gamma_initialization import apply_gamma_init
@@ -74,6 +75,7 @@ __all__ = [
     "LearnedStatsNorm2d",
     "NormDescription",
     "NormReport",
+    "NormSummary",
     "RepresentativeBatchNorm2d",
     "ScaledBatchNorm1d",
     "ScaledBatchNorm2d",
@@ -96,8 +98,10 @@ __all__ = [
     "parse_spec",
     "prepend_input_norm",
     "register",
+    "register_converter",
     "revised_init",
     "self_label",
+    "summarize",
     "unregister",
     "update_population_stats",
 ]

@@ -16,6 +16,45 @@ from fbn_plugin.ops.checks import check_eps
 _KEYS = ("weight", "bias", "running_mean", "running_var")
 
 
+class _ScaleAndShift(torch.autograd.Function):
+    """``scale * x + shift`` for ``x`` of half precision and constants ``(C,)`` of single precision, in one pass of
+    ``F.batch_norm`` each way, without a tensor of single precision of the size of ``x``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        return F.batch_norm(x, zero, one, scale, shift, training=False, eps=0.0)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (scale,) = ctx.saved_tensors
+        return _ScaleAndShift.apply(grad, scale, torch.zeros_like(scale)), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *constants: None) -> Tensor:
+        (scale,) = ctx.saved_tensors
+        return _ScaleAndShift.apply(tangent, scale, torch.zeros_like(scale))
+
+
+def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``scale * x + shift``, rounded to the precision of ``x`` once: a scale and a shift that are rounded before would
+    shift a channel's mean, and its mean is what the shift is for."""
+    if is_scripting():
+        pass
+    elif x.dtype != scale.dtype and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        return _ScaleAndShift.apply(x, scale, shift)
+    # Compilers fuse by themselves, and know no function that has a jvp.
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+
 class FrozenBatchNormMixin:
     """Buffers and forward pass of a frozen batch normalization, to stand before ``nn.Module`` in the bases."""
 
@@ -42,10 +81,10 @@ class FrozenBatchNormMixin:
         if not (self.training and input.requires_grad):
             mean, var = self.running_mean, self.running_var
             return F.batch_norm(input, mean, var, self.weight, self.bias, training=False, eps=self.eps)
-        # The backward pass of F.batch_norm keeps the input; that of a product with constants keeps C numbers.
-        shape = [1, -1] + [1] * (input.dim() - 2)
+        # The backward pass of F.batch_norm keeps the input; this one keeps C numbers.
+        dtype = torch.promote_types(input.dtype, torch.float32)
         scale, shift = self.eval_affine()
-        return input * scale.reshape(shape).to(input.dtype) + shift.reshape(shape).to(input.dtype)
+        return _scale_and_shift(input, scale.to(dtype), shift.to(dtype))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)  # in the checkpoints of layers that count

@@ -3,23 +3,38 @@ trained ones."""
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.adapters import load_adapters
-from fbn_plugin.layers.description import affine_terms, describe, families, family, has_known_forward, outer_batch_norm
+from fbn_plugin.layers.description import (
+    NormDescription,
+    affine_terms,
+    describe,
+    describe_class,
+    describe_type,
+    family,
+    outer_batch_norm,
+)
 from fbn_plugin.registry import NormFactory, NormSpec, norm_factory, norm_options
+from fbn_plugin.surgery.choose import as_tuple, check_sources, choose, why_left
 from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
+from fbn_plugin.surgery.norm_summary import norm_kind, norm_settings, num_channels
+from fbn_plugin.surgery.references import replace_references
 from fbn_plugin.surgery.refit import refit_norms
 from fbn_plugin.training.evaluation_modes import evaluation_mode
 from fbn_plugin.training.population_statistics import update_population_stats
 
 _SYNCHRONIZED = "it is synchronized already"
-_OWN_FORWARD = "what its own forward computes is not known: give the class a `description`"
 _STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+# Options that mean the same in all norms that have them; those of the filter but for FRN, whose cut is in units of the
+# root mean square.
+_COMMON = ("eps", "momentum", "affine")
+_FILTER = ("t_sigma", "grad_mode", "gaussian_correction")
 
 
 def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
@@ -48,10 +63,12 @@ def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
 def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     """Build the factory's norm for the channels of the norm ``old``, with its options and state.
 
-    ``eps``, ``momentum``, ``affine``, ``track_running_stats`` and ``num_groups`` are those of ``old`` where both norms
-    have them and the spec does not set them, and so is a small ``gamma_init``; between synchronized norms the process
-    group stays. An instance normalization tracks no statistics unless the spec says so.
-    Where ``old`` has no weight or bias, neither has the new norm, unless the spec sets ``affine``.
+    What the spec does not set is that of ``old``: ``eps``, ``momentum``, ``affine``, ``track_running_stats``,
+    ``num_groups`` and the options of the filter where both norms have them, a small ``gamma_init``, and all options if
+    ``old`` is the norm that the spec names; between synchronized norms the process group stays. An instance
+    normalization tracks no statistics unless the spec says so. Where ``old`` has no weight or bias, neither has the new
+    norm, unless the spec sets ``affine``. An ``eps`` of 0, with which torchvision freezes norms, is not kept where the
+    new norm trains: the scale makes up for it.
 
     Raises:
         ValueError: the norm does not fit the channels, or would freeze statistics that ``old`` does not have.
@@ -59,15 +76,7 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
     state = [getattr(old, name, None) for name in _STATE]
     reference = next((tensor for tensor in (state[0], state[2], *old.parameters()) if tensor is not None), None)
     placement = {} if reference is None else {"device": reference.device, "dtype": reference.dtype}
-    defaults = norm_options(factory.spec.name)
-    inherited = {"eps", "momentum", "affine"} & defaults.keys()
-    if defaults.get("track_running_stats") and family(old) == "BN":
-        inherited.add("track_running_stats")
-    if "gamma_init" in defaults and getattr(old, "gamma_init", 1.0) != 1.0:
-        inherited.add("gamma_init")
-    if "num_groups" in defaults and family(old) == "GN":
-        inherited.add("num_groups")
-    kept = {name: getattr(old, name) for name in inherited - factory.spec.options.keys() if hasattr(old, name)}
+    kept = _kept_options(old, factory.spec)
     new = factory(_num_channels(old), **kept, **placement)
     if family(new) == "FrozenBN" and (state[2] is None or state[3] is None):
         raise ValueError(f"{type(old).__name__} has no running statistics to freeze")
@@ -78,7 +87,34 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
         for name in ("weight", "bias"):
             if getattr(old, name, old) is None and isinstance(getattr(new, name, None), nn.Parameter):
                 setattr(new, name, None)
+    if _eps_is_left(old, factory.spec) and family(new) == "BN" and new.weight is not None:
+        with torch.no_grad():
+            scale = ((new.running_var + new.eps) / new.running_var).sqrt()
+            new.weight.mul_(torch.where(new.running_var > 0, scale, 1))
     return new
+
+
+def _eps_is_left(old: nn.Module, spec: NormSpec) -> bool:
+    """Whether a frozen norm has an eps of 0 that a norm which trains could not have: a constant channel is NaN."""
+    return family(old) == "FrozenBN" and getattr(old, "eps", None) == 0 and spec.name != "FrozenBN"
+
+
+def _kept_options(old: nn.Module, spec: NormSpec) -> dict:
+    """The options of ``old`` that the norm of a spec gets."""
+    settings, defaults = norm_settings(old), norm_options(spec.name)
+    common = (*_COMMON, *_FILTER) if ("tlu" in defaults) == (family(old) == "FRN") else _COMMON
+    kept = {name: getattr(old, name) for name in common if hasattr(old, name)}
+    if defaults.get("track_running_stats") and family(old) == "BN":
+        kept["track_running_stats"] = old.track_running_stats
+    if getattr(old, "gamma_init", 1.0) != 1.0:
+        kept["gamma_init"] = old.gamma_init
+    if family(old) == "GN" and hasattr(old, "num_groups"):
+        kept["num_groups"] = old.num_groups
+    if norm_kind(old) == spec.name:
+        kept = {**settings, **kept}
+    if _eps_is_left(old, spec):
+        kept.pop("eps", None)
+    return {name: value for name, value in kept.items() if name in defaults and name not in (*spec.options, "bias")}
 
 
 def make_plain(module: nn.Module) -> None:
@@ -121,14 +157,10 @@ def build_from(old: nn.Module, factory: NormFactory) -> nn.Module:
 
 
 def _num_channels(module: nn.Module) -> int:
-    for name in ("num_features", "num_channels"):
-        if hasattr(module, name):
-            return getattr(module, name)
-    if hasattr(module, "normalized_shape"):
-        return module.normalized_shape[0]
-    if getattr(module, "weight", None) is None:
+    channels = num_channels(module)
+    if channels is None:
         raise ValueError(f"{type(module).__name__} has neither num_features nor a weight that tells its channels")
-    return len(module.weight)
+    return channels
 
 
 def _dims(module: nn.Module) -> int:
@@ -139,20 +171,8 @@ def _convert(module: nn.Module, factory: NormFactory) -> nn.Module:
     return (describe(module).convert or build_from)(module, factory)
 
 
-def _why_left(module: nn.Module) -> str | None:
-    """Why a norm cannot become another."""
-    description = describe(module)
-    if description is None or not has_known_forward(type(module)):
-        return _OWN_FORWARD
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "it does not know its channels yet"
-    if description.evaluation == "image":
-        return "its scale depends on the image, which no other norm's does"
-    return None if description.why_left is None else description.why_left(module)
-
-
-def _note(old: nn.Module, new: nn.Module) -> str:
-    """What the new norm has no place for, and what it did not get."""
+def _note(old: nn.Module, new: nn.Module, spec: NormSpec) -> str:
+    """What the new norm has no place for, what it did not get, and the cut that it has from the old one."""
 
     def has(module, name):
         return getattr(module, name, None) is not None
@@ -175,17 +195,63 @@ def _note(old: nn.Module, new: nn.Module) -> str:
     notes = [f"not carried over: {', '.join(lost)}"] if lost else []
     if has(new, "running_mean") and not has(old, "running_mean"):
         notes.append("running statistics are fresh")
+    if has(new, "t_sigma") and "t_sigma" not in spec.options and new.t_sigma != norm_options(spec.name)["t_sigma"]:
+        notes.append(f"keeps t_sigma={new.t_sigma:g}")
     meaning = describe(new)
     if meaning is not None and not meaning.keeps_meaning and type(new) is not type(old):
         notes.append("weight and bias mean something else, so the evaluation changes")
     return "; ".join(notes)
 
 
+def register_converter(
+    module_type: type[nn.Module],
+    family: str = "BN",
+    convert: Callable[[nn.Module, NormFactory], nn.Module] | None = None,
+    *,
+    dims: int | None = None,
+) -> None:
+    """Let :func:`convert_norm` and its like know a norm of somebody else's.
+
+    The short form of :func:`describe_class`, which can say more of a class.
+
+    Args:
+        module_type: a class of modules.
+        family: ``"BN"``, ``"FrozenBN"``, ``"GN"``, ``"LN"``, ``"IN"`` or a name of your own: ``sources=`` takes it by
+            that.
+        convert: called with a module and a factory, as :func:`norm_factory` makes one; returns the new norm. Without
+            it, ``weight``, ``bias``, ``running_mean``, ``running_var`` and options such as ``eps`` are handed on by
+            their names: for a class that computes what the family does.
+        dims: number of spatial dimensions that it is for; None is any.
+
+    Examples::
+
+        >>> class TheirFrozenNorm(nn.Module):
+        ...     def __init__(self, channels):
+        ...         super().__init__()
+        ...         for name, start in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+        ...             self.register_buffer(name, torch.full((channels,), start))
+        ...     def forward(self, x):
+        ...         scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        ...         return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+        >>> fbn_plugin.register_converter(TheirFrozenNorm, "FrozenBN", dims=2)
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), TheirFrozenNorm(8))
+        >>> type(fbn_plugin.convert_norm(model, "FBN", sources="FrozenBN")[1]).__name__
+        'FilteredBatchNorm2d'
+    """
+    known = describe_type(module_type) or NormDescription()
+    evaluation = "channel" if family in ("BN", "FrozenBN") else known.evaluation
+    described = replace(known, family=family, evaluation=evaluation, dims=dims or known.dims, convert=convert)
+    describe_class(described, module_type)
+
+
 def convert_norm(
     model: nn.Module,
     spec: str,
     *,
-    sources: str | Iterable[str] = "BN",
+    sources: str | Iterable[str] | None = None,
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    thaw: bool = False,
     recalibrate: Iterable | None = None,
     report: NormReport | None = None,
 ) -> nn.Module:
@@ -193,8 +259,10 @@ def convert_norm(
     families, by the norm that ``spec`` names.
 
     Weights, biases, running statistics, ``eps``, ``momentum``, ``num_groups``, the training flag, device, dtype and
-    ``requires_grad`` are kept as far as the new norm has them; parameters stay the same objects. A module that is used
-    twice stays shared. What that means for a trained model:
+    ``requires_grad`` are kept as far as the new norm has them; parameters stay the same objects. Between filtered norms
+    the filter keeps its options: of ``FBN(t_sigma=4)`` a spec ``"SyncFBN"`` or ``"FGN"`` makes one with ``t_sigma=4``,
+    and ``"FBN"`` changes nothing. What the spec sets comes first. A module that is used twice stays shared. What that
+    means for a trained model:
 
     - Between norms of the BN and FrozenBN families the evaluation stays the same. Parameters become constants and
       constants trainable parameters, as copies. But ScaledBN-A1, ScaledBN-A2, RBN, RBN-, IEBN and IEBN- do more with
@@ -211,7 +279,12 @@ def convert_norm(
         spec: such as ``"FBN(t_sigma=4)"``, see :func:`fbn_plugin.parse_spec`.
         sources: families to replace, one or several of ``"BN"``, ``"FrozenBN"``, ``"GN"``, ``"LN"``, ``"IN"``,
             ``"FRN"`` and ``"LearnedNorm"``, or the name of a registered norm that is a family of its own. By default
-            what is frozen stays frozen.
+            ``"BN"``: what is frozen stays frozen.
+        include, exclude: names of modules, as ``named_modules()`` has them, or patterns such as ``"*.downsample.1"``,
+            one or several: only norms that have such a name or are in such a module, and none of those. A ``*`` stands
+            for dots too.
+        thaw: convert frozen norms in frozen stages, too. Without it a FrozenBN beside a layer whose parameters are all
+            frozen, as the first stages of a detector's backbone are, stays as it is.
         recalibrate: batches of data, each the model's input or a tuple that begins with it, to refit the new norms on.
             For norms of the BN family :func:`fbn_plugin.update_population_stats` measures their running statistics. For
             all others each scale and shift is fitted by least squares, in one pass through the old model in
@@ -219,21 +292,24 @@ def convert_norm(
             one's, channel by channel. What the new norm takes out of every single sample does not come back: group and
             layer norms come near to the old network, but instance norm takes the mean of each channel, which is what a
             classifier that averages over positions sees.
-        report: is filled with what was changed and what was left; print it.
+        report: is filled with what was changed, and what was left and why; print it.
 
     Returns:
         ``model``, or the new norm if ``model`` is itself such a norm.
 
     Raises:
-        ValueError: a bad spec, an unknown family, a norm that does not fit a layer's channels, is for another number
-            of dimensions, or has no statistics to freeze, or ``recalibrate`` with FrozenBN, without a batch or with a
-            norm whose moments are not known; the model is then as it was.
+        ValueError: a bad spec, an unknown family, a name or pattern that no norm has, a norm that does not fit a
+            layer's channels, is for another number of dimensions, or has no statistics to freeze, or ``recalibrate``
+            with FrozenBN, without a batch or with a norm whose moments are not known; the model is then as it was.
 
     Warns:
-        UserWarning: norms of these families are left as they are, such as those with a forward of their own and no
-            description (:class:`fbn_plugin.NormDescription`); or there is no such norm at all.
+        UserWarning: there is no norm to convert; norms of these families are left as they are, such as those that have
+            not run yet (``nn.LazyBatchNorm2d``) or have a forward of their own and no description
+            (:class:`fbn_plugin.NormDescription`), or a module of an unknown class has running statistics; without
+            ``sources``, there are frozen norms beside layers that train; or a norm is also held by a closure or a set.
 
-    Forward hooks of the old norms are not carried over.
+    A norm that modules of the model also keep in a plain list, dict or tuple, a ``functools.partial`` or as a bound
+    method is replaced there too. Forward hooks of the old norms are not carried over.
 
     Examples::
 
@@ -244,45 +320,37 @@ def convert_norm(
         'BatchNorm2d'
     """
     load_adapters()
-    sources = (sources,) if isinstance(sources, str) else tuple(sources)
-    for source in sources:
-        if source not in (known := families()):
-            raise ValueError(f"unknown family of norms {source!r}: accepted are {', '.join(known)}")
+    choice = choose(model, check_sources(sources), as_tuple(include), as_tuple(exclude), thaw)
     factories = {dims: norm_factory(spec, dims) for dims in (1, 2, 3)}
-    report = NormReport() if report is None else report
-    changed, left = [], []
-    replaced: dict[nn.Module, nn.Module] = {}
-    unknown: set[str] = set()
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in unknown):  # the norms inside of a norm that is left
-            continue
-        kind = family(module)
-        reason = _why_left(module) if kind in sources else None
-        if kind in sources and reason is None:
-            try:
-                new = replaced[module] = _convert(module, factories[_dims(module)])
-            except ValueError as error:
-                raise ValueError(f"cannot convert {name or 'the module'!r} to {spec}: {error}") from error
-            changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new)))
-        elif kind in sources:
-            unknown.add(name)
-            left.append(NormLeft(name, type(module).__name__, reason))
-        elif kind is not None:
-            left.append(NormLeft(name, type(module).__name__, f"{kind} is not among the sources"))
-    if not replaced and not unknown:
-        what = "batch normalization" if sources == ("BN",) else f"norm of {', '.join(sources)}"
-        warnings.warn(f"nothing was converted to {spec}: the model has no {what}", stacklevel=2)
-    if unknown:
-        first = next(each for each in left if each.name in unknown)
-        message = f"{len(unknown)} norms are left as they are, such as {first.kind} (at {first.name!r}): {first.reason}"
-        warnings.warn(message, stacklevel=2)
+    replaced, changed = {}, []
+    for module, name in choice.chosen.items():
+        factory = factories[_dims(module)]
+        try:
+            new = replaced[module] = _convert(module, factory)
+        except ValueError as error:
+            raise ValueError(f"cannot convert {name or 'the module'!r} to {spec}: {error}") from error
+        changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new, factory.spec)))
+    remarks = choice.remarks(str(spec), by_default=sources is None)
+    model, held = _replace(model, replaced, recalibrate)
+    for remark in remarks + _told(held):
+        warnings.warn(remark, stacklevel=2)
+    if report is not None:
+        report.changed += changed
+        report.left += choice.left
+    return model
 
+
+def _replace(
+    model: nn.Module, replaced: dict[nn.Module, nn.Module], recalibrate: Iterable | None
+) -> tuple[nn.Module, list[str]]:
+    """Put the new norms in the place of the old ones, refitted to data; returns also where the old ones are held
+    still."""
     refit = next((family(new) for new in replaced.values()), None) if recalibrate is not None else None
     if refit == "FrozenBN":
         raise ValueError("recalibrate refits norms that are not frozen: convert to BN with it, then to FrozenBN")
     if refit not in (None, "BN"):
         refit_norms(model, replaced, recalibrate)
-    model = _swap(model, replaced)
+    model, held = _swap(model, replaced)
     if refit == "BN":
         try:
             with evaluation_mode(model):
@@ -292,9 +360,15 @@ def convert_norm(
         except Exception:
             _swap(model, {new: old for old, new in replaced.items()})
             raise
-    report.changed += changed
-    report.left += left
-    return model
+    return model, held
+
+
+def _told(held: list[str]) -> list[str]:
+    """What a user has to hear of old norms that are still held."""
+    if not held:
+        return []
+    number = f" and {len(held) - 1} other attributes" if len(held) > 1 else ""
+    return [f"the model still holds a norm that was replaced, outside of its modules: in {held[0]!r}{number}"]
 
 
 def convert_sync(model: nn.Module, process_group=None, report: NormReport | None = None) -> nn.Module:
@@ -344,14 +418,17 @@ def convert_sync(model: nn.Module, process_group=None, report: NormReport | None
         spec = NormSpec(*describe(module).synchronized_form(module))
         new = replaced[module] = _convert(module, norm_factory(spec))
         new.process_group = process_group
-        report.changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new)))
+        report.changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new, spec)))
     if not any(kind == "BN" for _, _, kind in norms):
         warnings.warn("nothing was synchronized: the model has no batch normalization", stacklevel=2)
     if local:
         name, kind = next(iter(local.items()))
         message = f"{len(local)} batch norms are left unsynchronized, such as {kind} (at {name!r}): see the report"
         warnings.warn(message, stacklevel=2)
-    return _swap(model, replaced)
+    model, held = _swap(model, replaced)
+    for remark in _told(held):
+        warnings.warn(remark, stacklevel=2)
+    return model
 
 
 def _why_not_synchronized(module: nn.Module, kind: str) -> str | None:
@@ -361,15 +438,16 @@ def _why_not_synchronized(module: nn.Module, kind: str) -> str | None:
     if description.synchronized:
         return _SYNCHRONIZED
     if description.synchronized_form is not None:
-        return _why_left(module)
+        return why_left(module)
     if kind != "BN":
         return f"{kind} takes no moments of a batch, so there is nothing to synchronize"
     return description.why_not_synchronized
 
 
-def _swap(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Module:
+def _swap(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> tuple[nn.Module, list[str]]:
+    """Put new modules in the place of old ones; returns also the names of attributes that still hold an old one."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() leaves out a second name of a child
             if child in replaced:
                 setattr(parent, name, replaced[child])
-    return replaced.get(model, model)
+    return replaced.get(model, model), replace_references(model, replaced) if replaced else []

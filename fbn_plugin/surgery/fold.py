@@ -9,8 +9,10 @@ import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
@@ -18,6 +20,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers.description import describe, eval_affine, evaluates_by_constants, family, has_known_forward
 from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
+from fbn_plugin.surgery.references import holders
+from fbn_plugin.training.evaluation_modes import device_of
+from fbn_plugin.training.population_statistics import forward_batch
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -63,10 +68,15 @@ def _why_not_layer(layer: nn.Module, scale: Tensor, before: bool) -> str | None:
     return f"the {type(layer).__name__} beside it has hooks" if _hooked(layer) else None
 
 
-def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
+def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> str | None:
+    """Give a layer its folded weight and bias; or tell why it was not done."""
     old = layer.weight
-    layer.weight = nn.Parameter(weight.to(old), requires_grad=old.requires_grad)
-    layer.bias = nn.Parameter(bias.to(old), requires_grad=old.requires_grad)
+    weight, bias = weight.to(old), bias.to(old)
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        return f"with it the {type(layer).__name__} beside it would have weights that are not finite in {old.dtype}"
+    layer.weight = nn.Parameter(weight, requires_grad=old.requires_grad)
+    layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
+    return None
 
 
 def _bias(layer: nn.Module) -> Tensor | float:
@@ -80,20 +90,20 @@ def _over_groups(values: Tensor, groups: int, rows: int, dims: int) -> Tensor:
     return parts.reshape(rows, -1, *[1] * (dims - 2))
 
 
-def _fold_after(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+def _fold_after(layer: nn.Module, scale: Tensor, shift: Tensor) -> str | None:
     weight = layer.weight.detach().double()
     if isinstance(layer, _ConvTransposeNd):
         factor = _over_groups(scale, layer.groups, layer.in_channels, weight.dim())
     else:
         factor = scale.reshape(-1, *[1] * (weight.dim() - 1))
-    _set(layer, weight * factor, _bias(layer) * scale + shift)
+    return _set(layer, weight * factor, _bias(layer) * scale + shift)
 
 
-def _fold_before(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+def _fold_before(layer: nn.Module, scale: Tensor, shift: Tensor) -> str | None:
     weight = layer.weight.detach().double()
     groups = getattr(layer, "groups", 1)
     scale, shift = (_over_groups(values, groups, len(weight), weight.dim()) for values in (scale, shift))
-    _set(layer, weight * scale, _bias(layer) + (weight * shift).flatten(1).sum(1))
+    return _set(layer, weight * scale, _bias(layer) + (weight * shift).flatten(1).sum(1))
 
 
 def _no_zeros_around(layer: nn.Module) -> bool:
@@ -163,13 +173,44 @@ def _graphs(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
         waiting.extend(inner)
 
 
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters, to run the model's code in, which may count calls or the like. Buffers are
+    small."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+@torch.no_grad()
+def _ranks(model: nn.Module, example: Any) -> dict[nn.Module, set[int]]:
+    """How many dimensions the input of each module of ``model`` has, in a call with an example."""
+    twin, ranks = _twin(model), defaultdict(set)
+    for module, own in zip(twin.modules(), model.modules()):
+
+        def note(_: nn.Module, args: tuple, seen: set[int] = ranks[own]) -> None:
+            seen.update(each.dim() for each in args[:1] if isinstance(each, Tensor))
+
+        module.register_forward_pre_hook(note)
+    forward_batch(twin, example, device_of(model))
+    return ranks
+
+
+_FLATTEN = (torch.flatten, "flatten")
+# Functions, methods and modules whose output has the dimensions of their input.
+_SAME_RANK = (
+    torch.relu,
+    torch.sigmoid,
+    torch.tanh,
+    *(getattr(F, name) for name in ("relu", "gelu", "silu", "dropout")),
+)
+_SAME_RANK = (*_SAME_RANK, "relu", "relu_", "sigmoid", "tanh", "contiguous", "float")
+_SAME_RANK_MODULES = tuple(f"torch.nn.modules.{name}" for name in ("activation", "dropout", "pooling"))
+
+
 class _Calls:
     """Which nodes call which module, in all graphs of a model; the modules are those of ``model`` itself."""
 
-    def __init__(self, model: nn.Module) -> None:
-        # Tracing runs the model's code, which may count calls or the like: it is done to a copy, with the parameters
-        # shared. Buffers are small.
-        twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    def __init__(self, model: nn.Module, example: Any = None) -> None:
+        self.ranks = {} if example is None else _ranks(model, example)
+        twin = _twin(model)
         original = dict(zip(twin.modules(), model.modules()))
         self.nodes: dict[nn.Module, list[fx.Node]] = defaultdict(list)
         self.module: dict[fx.Node, nn.Module] = {}
@@ -187,6 +228,40 @@ class _Calls:
 
     def read_elsewhere(self, module: nn.Module) -> bool:
         return any(id(p) in self.read for p in module.parameters(recurse=False))
+
+    def rank(self, node: Any) -> int | None:
+        """How many dimensions the output of a node has, as far as the graph tells; a convolution's is a batch."""
+        if not isinstance(node, fx.Node) or not node.args:
+            return None
+        module = self.module.get(node)
+        if isinstance(module, _ConvNd):
+            return module.weight.dim()
+        if isinstance(module, nn.Flatten):
+            return 2 if (module.start_dim, module.end_dim) == (1, -1) else None
+        if module is None and node.target in _FLATTEN:
+            start, end = (*node.args[1:], *node.kwargs.values(), -1)[:2]
+            return 2 if (start, end) == (1, -1) else None
+        if module is None and node.target in ("view", "reshape"):
+            sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+            return 2 if len(sizes) == 2 else None
+        if module is None:
+            return self.rank(node.args[0]) if node.target in _SAME_RANK else None
+        same = type(module).forward is nn.Linear.forward or family(module) is not None
+        same = same or type(module) is nn.Identity or type(module).__module__ in _SAME_RANK_MODULES
+        return self.rank(node.args[0]) if same else None
+
+    def why_other_axis(self, norm: nn.Module, layer: nn.Module) -> str | None:
+        """Why the channels of a norm are not, or may not be, those of the layer beside it."""
+        dims, kind, is_conv = describe(norm).dims, type(layer).__name__, isinstance(layer, _ConvNd)
+        rank = layer.weight.dim()  # of a batch (N, C, ...), whose channels are the second dimension to both
+        if dims not in (None, rank - 2 if is_conv else 1) or (not is_conv and family(norm) == "IN"):
+            return f"the {kind} beside it has channels in another place"
+        seen = self.ranks.get(norm) or {self.rank(node.args[0]) for node in self.nodes[norm]}
+        if seen == {rank} or (is_conv and None in seen):
+            return None
+        if None in seen:
+            return f"whether the {kind} beside it works on (N, C) is not known: give an example input"
+        return f"the {kind} beside it has channels in another place, as an input has {max(seen - {rank})} dimensions"
 
     def layer_before(self, norm: nn.Module) -> nn.Module | str:
         """The layer whose every output goes to ``norm`` and nowhere else; or why there is none."""
@@ -216,7 +291,7 @@ class _Calls:
             node.graph.erase_node(node)
 
 
-def fold_norms(model: nn.Module, *, report: NormReport | None = None) -> nn.Module:
+def fold_norms(model: nn.Module, *, example: Any = None, report: NormReport | None = None) -> nn.Module:
     """Fold the norms of a trained model into its convolutions and linear layers, for inference.
 
     A batch norm (plain, filtered, synchronized, frozen, or any norm with ``eval_affine()``) is in evaluation ``scale *
@@ -225,22 +300,26 @@ def fold_norms(model: nn.Module, *, report: NormReport | None = None) -> nn.Modu
     the norm held one, so all other modules keep their names. Outputs agree to the rounding of the weights' precision.
 
     A norm is left where that would not be exact: another operation also uses the layer's output, one of the two is used
-    in other places too, either has hooks, or the layer's weight is parametrized. Norms that take moments of their input
+    in other places too, either has hooks, the norm is also in a plain list or the like of a module, or the layer's
+    weight is parametrized. Norms that take moments of their input
     in evaluation are left as well: GN, LN, IN, and batch norms without running statistics.
 
     The model's forward pass is traced with symbolic inputs and the defaults of its optional arguments. In a model that
     cannot be traced as a whole, a module that can is taken to be called as a whole: if code outside of it calls a
-    convolution in it on its own, do not fold it. A linear layer next to a norm is taken to work on ``(N, C)``.
+    convolution in it on its own, do not fold it. A convolution is taken to work on a batch ``(N, C, ...)``. A linear
+    layer has its channels in the last dimension and a batch norm in the second, which are the same one on ``(N, C)``
+    only: where the trace does not show that, as a ``flatten(1)`` before does, an example has to, or the norm is left.
 
     Args:
         model: in evaluation mode; changed in place and no longer fit for training. Use ``copy.deepcopy`` to keep it.
+        example: the model's input, or a tuple that begins with it, to see of how many dimensions each norm's input is.
         report: is filled with what was folded and what was left; print it.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, or has a lazy module that was never run.
 
     Examples::
 
@@ -254,17 +333,22 @@ def fold_norms(model: nn.Module, *, report: NormReport | None = None) -> nn.Modu
     """
     if model.training:
         raise ValueError("fold_norms takes a model in evaluation mode, got one in training mode: call model.eval()")
+    lazy = [name for name, module in model.named_modules() if isinstance(module, nn.modules.lazy.LazyModuleMixin)]
+    if lazy:
+        raise ValueError(f"{lazy[0]!r} does not know its channels yet: run the model once, then fold")
     load_adapters()
     report = NormReport() if report is None else report
-    calls = _Calls(model)
+    calls = _Calls(model, example)
     names = {module: name for name, module in model.named_modules()}
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
     for parent in names:
         for name, child in parent._modules.items():
             places[child].append((parent, name))
 
-    for norm in [module for module in names if family(module) is not None]:
-        layer = _fold(norm, places[norm], calls)
+    norms = [module for module in names if family(module) is not None]
+    held = {norm: holders(model, [norm]) for norm in norms} if holders(model, norms) else {}
+    for norm in norms:
+        layer = f"{held[norm][0]!r} holds it too" if held.get(norm) else _fold(norm, places[norm], calls)
         if isinstance(layer, str):
             report.left.append(NormLeft(names[norm], type(norm).__name__, layer))
         else:
@@ -296,14 +380,15 @@ def _fold(norm: nn.Module, places: list[tuple[nn.Module, str]], calls: _Calls) -
                 layer, before = behind, True
         if isinstance(layer, str):
             return layer
-        if not isinstance(layer, _ConvNd) and describe(norm).dims not in (1, None):
-            return f"the {type(layer).__name__} beside it has channels in another place"
+        if reason := calls.why_other_axis(norm, layer):
+            return reason
     if calls.read_elsewhere(layer) or calls.read_elsewhere(norm):
         return f"its weight or that of the {type(layer).__name__} beside it is used elsewhere too"
     if not inside and (reason := _why_not_layer(layer, scale, before)):
         return reason
     with torch.no_grad():
-        (_fold_before if before else _fold_after)(layer, scale, shift)
+        if reason := (_fold_before if before else _fold_after)(layer, scale, shift):
+            return reason
     if inside:
         setattr(holder, places[0][1], None if isinstance(replacement, nn.Identity) else replacement)
         return layer

@@ -70,8 +70,8 @@ def update_population_stats(
     Raises:
         ValueError: no batch norm in training mode, one whose moments are not known (with a forward of its own, and
             neither a method ``batch_statistics`` nor a description, see :class:`fbn_plugin.NormDescription`), no value
-            reached one, statistics that are not finite, or for ``exact`` an iterator that can be used only once or a
-            norm whose moments cannot be pooled.
+            reached one, statistics that are not finite, or larger than a float16 buffer holds, or for ``exact`` an
+            iterator that can be used only once or a norm whose moments cannot be pooled.
 
     Examples::
 
@@ -172,6 +172,13 @@ def _write(norms: dict[str, nn.Module], found: dict[str, tuple[Tensor, Tensor]])
     for name, (mean, var) in found.items():
         if not (mean.isfinite().all() and var.isfinite().all()):
             raise ValueError(f"the statistics of {name or 'the norm'!r} are not finite: its input has NaN or infinity")
+        for buffer, values in {"running_mean": mean, "running_var": var}.items():
+            dtype = getattr(norms[name], buffer).dtype
+            if (largest := values.abs().max().item()) > torch.finfo(dtype).max:
+                raise ValueError(
+                    f"the {buffer} of {name or 'the norm'!r} is {largest:.4g}, more than its {str(dtype)[6:]} buffer "
+                    "holds: compute it with the norms in float32, as by model.float()"
+                )
     for name, (mean, var) in found.items():
         norms[name].running_mean.copy_(mean)
         norms[name].running_var.copy_(var)

@@ -77,6 +77,60 @@ def test_half_precision_and_memory_format(grad):
         torch.testing.assert_close(norm(x.requires_grad_(grad)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_once_in_training_as_in_evaluation(dtype):
+    norm = randomized(FrozenBatchNorm2d(4))
+    norm.running_mean.copy_(torch.tensor([-20.0, 10.0, 5.0, 40.0]))
+    x = (torch.randn(8, 4, 32, 32) + norm.running_mean.view(-1, 1, 1)).to(dtype).requires_grad_()
+    exact = copy.deepcopy(norm).double().eval()(x.detach().double())
+    training, evaluation = (norm.train(flag)(x).detach() for flag in (True, False))
+    shift = (training.double() - exact).mean((0, 2, 3)).abs().max()
+    assert shift <= 1.5 * (evaluation.double() - exact).mean((0, 2, 3)).abs().max() + 1e-6
+    grad = torch.randn_like(x)
+    norm.train()(x).backward(grad)
+    torch.testing.assert_close(
+        x.grad, (grad.double() * exact_scale(norm)).to(dtype), rtol=torch.finfo(dtype).eps, atol=0
+    )
+
+
+def exact_scale(norm):
+    return copy.deepcopy(norm).double().eval_affine()[0].view(-1, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_keeps_nothing_of_the_size_of_the_input(dtype):
+    norm, x = randomized(FrozenBatchNorm2d(4)), torch.randn(2, 4, 9, 9, dtype=dtype, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda _: None):
+        norm(x)
+    assert sum(kept) <= 2 * norm.num_features
+
+
+@pytest.mark.parametrize("layer", [torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+def test_training_takes_an_input_of_another_precision(layer, given):
+    norm, x = randomized(FrozenBatchNorm2d(4)).to(layer), torch.randn(2, 4, 3, 3, dtype=given, requires_grad=True)
+    y = norm(x)
+    assert y.dtype == given
+    torch.testing.assert_close(y.double(), copy.deepcopy(norm).double()(x.double()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_function_transforms_follow(dtype):
+    norm, x = randomized(FrozenBatchNorm2d(4)), torch.randn(3, 2, 4, 3, 3, dtype=dtype)
+    x.requires_grad_()
+    expected = norm.eval_affine()[0].view(-1, 1, 1).to(dtype).expand_as(x[0])
+    if dtype is torch.float32:  # of mixed precisions torch has no rules for nn.BatchNorm2d either
+        torch.testing.assert_close(torch.func.vmap(norm)(x), norm(x.flatten(0, 1)).view_as(x))
+        torch.testing.assert_close(torch.func.jvp(norm, (x[0],), (torch.ones_like(x[0]),))[1], expected)
+    torch.testing.assert_close(torch.func.grad(lambda x: norm(x).sum())(x[0]), expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = norm(torch.autograd.forward_ad.make_dual(x[0], torch.ones_like(x[0])))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected)
+    first = torch.autograd.grad(norm(x[0]).sum(), x, create_graph=True)[0]
+    assert not first.requires_grad or not torch.autograd.grad(first.sum(), x)[0].any()
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_compiles_without_a_graph_break(grad):
     norm, x = randomized(FrozenBatchNorm2d(4)), torch.randn(2, 4, 5, 6, requires_grad=grad)

@@ -72,7 +72,7 @@ def test_it_is_not_fused_with_an_activation_and_folds_into_a_linear_layer():
     assert fbn_plugin.fuse_norm_act(model) is model and type(model[1]) is SyncFilteredBatchNorm
     x = data((5, 3), 3, torch.float32)
     expected = model.eval()(x)
-    assert type(fbn_plugin.fold_norms(model)[1]) is nn.Identity
+    assert type(fbn_plugin.fold_norms(model, example=x)[1]) is nn.Identity
     torch.testing.assert_close(model(x), expected)
 
 

@@ -1,19 +1,26 @@
 """Swapping the norms of built models."""
 
 import copy
+import functools
 import warnings
 
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import fbn_plugin
 from fbn_plugin import convert_norm
+from fbn_plugin.layers import description
 from fbn_plugin.layers.description import NormDescription
+from fbn_plugin.registry import NormSpec
 from fbn_plugin.surgery.convert import copy_norm_state
+from fbn_plugin.surgery.norm_summary import OWN_FORWARD
 
 
 def network():
@@ -381,7 +388,7 @@ def test_report_says_what_was_changed_and_what_was_left_and_why():
         "  1 x SyncBatchNorm -> GroupNorm (not carried over: running_mean, running_var, momentum): 3.1\n"
         "  1 x BatchNorm1d -> GroupNorm (not carried over: running_mean, running_var): 7\n"
         "  1 x GroupNorm left: GN is not among the sources: group\n"
-        "  1 x Loud left: what its own forward computes is not known: give the class a `description`: loud"
+        f"  1 x Loud left: {OWN_FORWARD}: loud"
     )
 
 
@@ -392,6 +399,289 @@ def test_report_names_fresh_statistics_lost_filters_and_hooks():
     convert_norm(norm, "BN", sources="GN", report=report)
     assert report.changed[0].note == "not carried over: the filter, hooks; running statistics are fresh"
     assert "the model" in str(report)
+
+
+# --- what is chosen, and what is said of the rest ------------------------------------------------------------------
+
+
+def staged():
+    """A frozen stage and two that train, all of their norms frozen, and a head with a batch norm."""
+    stages = [
+        nn.ModuleDict({"conv": nn.Conv2d(8, 8, 1), "norm": torchvision.ops.FrozenBatchNorm2d(8)}) for _ in range(3)
+    ]
+    stages[0].requires_grad_(False)
+    return nn.ModuleDict({"body": nn.Sequential(*stages), "head": nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))})
+
+
+def kinds(model):
+    return [entry.kind for entry in fbn_plugin.summarize(model).entries]
+
+
+def said(model, *args, **kwargs):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert_norm(model, *args, **kwargs)
+    return [str(each.message) for each in caught]
+
+
+def test_frozen_stages_stay_frozen_unless_thawed():
+    report = fbn_plugin.NormReport()
+    model = staged()
+    assert said(model, "FBN", sources=("BN", "FrozenBN"), report=report) == []
+    assert kinds(model) == ["FrozenBN", "FBN", "FBN", "FBN"]
+    assert [(left.name, left.reason) for left in report.left] == [
+        ("body.0.norm", "the Conv2d beside it is frozen: thaw=True")
+    ]
+    convert_norm(model, "FBN", sources="FrozenBN", thaw=True)
+    assert kinds(model) == ["FBN"] * 4
+
+
+def test_one_sentence_says_what_seems_forgotten():
+    assert said(staged(), "FBN") == [
+        "2 frozen norms beside layers that train are left, such as 'body.1.norm': sources=('BN', 'FrozenBN') converts "
+        "them too"
+    ]
+    assert said(staged(), "FBN", sources="BN") == []
+    only_frozen = staged()["body"]
+    assert said(only_frozen, "FBN") == [
+        "nothing was converted to FBN: the model has no batch normalization, but 3 frozen ones: sources='FrozenBN' "
+        "converts them"
+    ]
+    assert said(only_frozen[:1], "FBN", sources="FrozenBN") == [
+        "nothing was converted to FBN: the model has no norm of FrozenBN beside a layer that trains, but 1 in frozen "
+        "stages: thaw=True converts them"
+    ]
+    groups = nn.Sequential(nn.GroupNorm(2, 8), nn.GroupNorm(2, 8))
+    assert said(groups, "FBN") == [
+        "nothing was converted to FBN: the model has no batch normalization, but 2 of GN: sources='GN'"
+    ]
+    assert said(nn.Sequential(nn.BatchNorm2d(8)), "FBN", exclude="0") == [
+        "nothing was converted to FBN: the model has no batch normalization among those that include and exclude "
+        "leave, out of 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: nn.Sequential(torchvision.ops.FrozenBatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)),  # before its layer
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sequential(nn.ReLU(), torchvision.ops.FrozenBatchNorm2d(4))),
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 1), fbn_plugin.FilteredBatchNorm2d(4), torchvision.ops.FrozenBatchNorm2d(4)
+        ),
+        lambda: HoldsItsNorm(4, 4, 1),
+    ],
+)
+def test_the_layer_that_a_frozen_norm_belongs_to(layers):
+    for frozen in (False, True):
+        model = nn.Sequential(layers(), nn.Linear(3, 3))
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.requires_grad_(not frozen)
+        convert_norm(model, "FBN", sources="FrozenBN")
+        assert ("FrozenBN" in kinds(model)) == frozen
+
+
+class HoldsItsNorm(nn.Conv2d):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.norm = torchvision.ops.FrozenBatchNorm2d(4)
+
+
+def test_include_and_exclude_name_modules_or_patterns():
+    def converted(**arguments):
+        model = convert_norm(torchvision.models.resnet18(), "FBN", **arguments)
+        return {entry.name for entry in fbn_plugin.summarize(model).entries if entry.kind == "FBN"}
+
+    every = converted()
+    assert len(every) == 20
+    assert converted(include="bn1") == {"bn1"}
+    assert converted(include="layer1") == {f"layer1.{i}.bn{j}" for i in (0, 1) for j in (1, 2)}
+    assert converted(include=["layer1", "layer[23].1"]) == converted(include="layer1") | {
+        f"layer{i}.1.bn{j}" for i in (2, 3) for j in (1, 2)
+    }
+    down = {f"layer{i}.0.downsample.1" for i in (2, 3, 4)}
+    assert converted(exclude="*.downsample.1") == every - down == converted(exclude="*.downsample")
+    assert converted(include="layer2", exclude=("layer2.0", "*bn2")) == {"layer2.1.bn1"}
+    report = fbn_plugin.NormReport()
+    convert_norm(torchvision.models.resnet18(), "FBN", include="layer*", exclude="layer1", report=report)
+    assert [(left.name, left.reason) for left in report.left[:2]] == [
+        ("bn1", "include does not name it"),
+        ("layer1.0.bn1", "exclude names it"),
+    ]
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_name_that_no_norm_has_is_an_error_that_names_it(argument):
+    model = network()
+    with pytest.raises(ValueError, match=f"{argument}='3.2' names no norm of the model, which has 3, such as '3.1'"):
+        convert_norm(model, "FBN", **{argument: ["1", "3.2"]})
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_a_shared_norm_is_chosen_by_any_of_its_names():
+    def shared():
+        norm = nn.BatchNorm2d(4)
+        return nn.ModuleDict({"a": norm, "b": norm, "c": nn.BatchNorm2d(4)})
+
+    assert kinds(convert_norm(shared(), "FBN", include="b")) == ["FBN", "BN"]
+    assert kinds(convert_norm(shared(), "FBN", exclude="b")) == ["BN", "FBN"]
+
+
+def test_lazy_norms_are_to_run_once():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyBatchNorm2d())
+    with pytest.warns(UserWarning, match="LazyBatchNorm2d .*run the model once, then convert"):
+        convert_norm(model, "FBN")
+    model(torch.randn(2, 3, 4, 4))
+    assert kinds(convert_norm(model, "FBN")) == ["FBN"]
+
+
+class Theirs(nn.Module):
+    """A frozen norm of somebody else's."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name, start in (("weight", 2.0), ("bias", 1.0), ("running_mean", 0.5), ("running_var", 4.0)):
+            self.register_buffer(name, torch.full((channels,), start))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+
+def test_a_class_that_is_not_known_is_told_and_can_be_registered():
+    class Unknown(Theirs):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.weight = nn.Parameter(self._buffers.pop("weight"))  # so it is not taken for a frozen norm
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Unknown(4), Theirs(4))
+    with pytest.warns(UserWarning, match=r"1 norms .*Unknown \(at '1'\): .*not known.*fbn_plugin.register_converter"):
+        convert_norm(nn.Sequential(*model, nn.BatchNorm2d(4)), "FBN")
+    with pytest.warns(UserWarning, match=r"Theirs \(at '0'\): .*fbn_plugin.register_converter"):
+        convert_norm(nn.Sequential(Theirs(4)), "FBN", sources="FrozenBN")
+    x = torch.randn(2, 3, 5, 5)
+    expected = model(x)
+    try:
+        fbn_plugin.register_converter(Theirs, "FrozenBN", dims=2)
+        fbn_plugin.register_converter(Unknown, "Theirs", lambda old, factory: copy_norm_state(old, factory(4)))
+        convert_norm(model, "FBN", sources=("Theirs", "FrozenBN"))
+    finally:
+        for cls in (Theirs, Unknown):
+            description._DESCRIPTIONS.pop(cls, None)
+    assert kinds(model) == ["FBN", "FBN"]
+    torch.testing.assert_close(model.eval()(x), expected)
+
+
+# --- options of the old norm ---------------------------------------------------------------------------------------
+
+FILTERED = ["FBN", "SyncFBN", "FGN", "FLN", "FIN", "FFRN"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(*[st.sampled_from(FILTERED)] * 2, st.floats(1.5, 9), st.booleans(), st.sampled_from([1e-3, 1e-6]))
+def test_between_filtered_norms_the_filter_keeps_its_options(first, second, t_sigma, corrected, eps):
+    old = fbn_plugin.get_norm(f"{first}(t_sigma={t_sigma!r}, gaussian_correction={corrected}, eps={eps})", 32)
+    same = (first == "FFRN") == (second == "FFRN")  # whose cut is in units of another kind
+    expected = (t_sigma, corrected, eps) if same else (5.0, False, eps)
+    sources = ("BN", "GN", "LN", "IN", "FRN")
+    new = convert_norm(copy.deepcopy(old), second, sources=sources)
+    assert (new.t_sigma, new.gaussian_correction, new.eps) == expected
+    assert convert_norm(old, f"{second}(t_sigma=2.5)", sources=sources).t_sigma == 2.5
+
+
+@pytest.mark.parametrize("name", [name for name, _ in fbn_plugin.NORMS])
+def test_a_norm_converted_to_its_own_name_keeps_all_of_its_options(name):
+    options = {
+        "eps": 0.01, "momentum": 0.3, "t_sigma": 3.0, "gamma_init": 0.5, "num_groups": 2, "bias": False, "tlu": False,
+        "kernel_sizes": (2, 2), "weighted_std": True, "gate_init": 0.5,
+    }  # fmt: skip
+    known = fbn_plugin.registry.norm_options(name)
+    spec = NormSpec(name, {key: value for key, value in options.items() if key in known})
+    old = fbn_plugin.get_norm(spec, 4)
+    sources = ("BN", "FrozenBN", "GN", "LN", "IN", "FRN", "LearnedNorm")
+    if name in ("RBN", "IEBN"):
+        sources = ()  # their scale depends on the image
+    assert repr(convert_norm(copy.deepcopy(old), name, sources=sources)) == repr(old) or not sources
+
+
+def test_report_says_which_cut_was_kept():
+    report = fbn_plugin.NormReport()
+    convert_norm(fbn_plugin.FilteredBatchNorm2d(4, t_sigma=4), "SyncFBN", report=report)
+    assert report.changed[0].note == "keeps t_sigma=4"
+
+
+def test_an_eps_of_zero_is_not_thawed():
+    """torchvision's detectors with weights freeze with an eps of 0, with which a constant channel would be NaN."""
+    frozen = torchvision.ops.FrozenBatchNorm2d(4, eps=0.0)
+    frozen.running_var.copy_(torch.tensor([1e-6, 0.1, 1.0, 0.0]))
+    frozen.bias.normal_()
+    x, eps = torch.randn(2, 4, 3, 3), 1e-5
+    norm = convert_norm(copy.deepcopy(frozen), "FBN", sources="FrozenBN")
+    assert norm.eps == eps
+    torch.testing.assert_close(norm.eval()(x)[:, :3], frozen(x)[:, :3])
+    assert norm.train()(torch.zeros(2, 4, 3, 3)).isfinite().all()
+    assert convert_norm(copy.deepcopy(frozen), "FrozenBN", sources="FrozenBN").eps == 0
+
+
+# --- norms that are held outside of the modules --------------------------------------------------------------------
+
+
+class Holding(nn.Module):
+    def __init__(self, hold, run):
+        super().__init__()
+        self.norm, self.run = nn.BatchNorm2d(4), run
+        self.held = hold(self.norm)
+
+    def forward(self, x):
+        return self.run(self.held, x)
+
+
+HELD = {
+    "list": (lambda norm: [norm, nn.ReLU()], lambda held, x: held[0](x)),
+    "dict of tuples": (lambda norm: {"a": (norm, 1)}, lambda held, x: held["a"][0](x)),
+    "partial": (lambda norm: functools.partial(F.relu, norm), lambda held, x: held.args[0](x)),
+    "partial of it": (lambda norm: functools.partial(norm), lambda held, x: held(x)),
+    "bound method": (lambda norm: norm.forward, lambda held, x: held(x)),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_norm_that_is_also_held_elsewhere_is_replaced_there(name):
+    model = Holding(*HELD[name])
+    assert said(model, "FBN(t_sigma=2)") == []
+    x = torch.randn(2, 4, 5, 5)
+    x[0, 0, 0, 0] = 100.0
+    expected = copy.deepcopy(model.norm)(x)
+    assert torch.equal(model(x), expected) and model.norm.num_batches_tracked == 1
+    fbn_plugin.convert_sync(model)
+    model(x)
+    assert model.norm.num_batches_tracked == 2 and type(model.norm) is fbn_plugin.SyncFilteredBatchNorm
+
+
+@pytest.mark.parametrize(
+    "hold", [lambda norm: lambda x: norm(x), lambda norm: lambda x, norm=norm: norm(x), lambda n: {n}]
+)
+def test_a_norm_that_a_closure_holds_is_told(hold):
+    model = nn.Sequential(Holding(hold, None))
+    assert said(model, "FBN") == ["the model still holds a norm that was replaced, outside of its modules: in '0.held'"]
+    with pytest.warns(UserWarning, match="still holds a norm"):
+        fbn_plugin.convert_sync(nn.Sequential(Holding(hold, None)))
+
+
+def test_what_is_held_comes_back_with_an_error():
+    model = Holding(*HELD["list"])
+    norm = model.norm
+    with pytest.raises(ValueError, match="empty"):
+        convert_norm(model, "FBN", recalibrate=[])
+    assert model.norm is norm and model.held[0] is norm
+
+
+def test_a_list_that_holds_itself_and_other_things():
+    model = Holding(lambda norm: [norm], None)
+    model.held.append(model.held)
+    model.other = {1: torch.ones(2), "x": None}
+    convert_norm(model, "FBN")
+    assert model.held[0] is model.norm and model.held[1] is model.held
 
 
 # --- recalibration -------------------------------------------------------------------------------------------------
@@ -533,7 +823,7 @@ def test_convert_sync_reports_what_it_leaves_and_warns_of_local_moments():
         *(f"GN {nothing}", f"LN {nothing}", "it is frozen", more, more, more, f"FRN {nothing}"),
         *("it is synchronized already",) * 2,
         "it is fused with its activation: synchronize before fuse_norm_act",
-        "what its own forward computes is not known: give the class a `description`",
+        OWN_FORWARD,
     ]
     with pytest.warns(UserWarning, match="synchronized.*no batch normalization"):
         fbn_plugin.convert_sync(nn.Linear(2, 2))

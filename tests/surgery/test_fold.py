@@ -31,13 +31,14 @@ def trained(model):
     return model.eval()
 
 
-def assert_same_after_folding(model, x, folded, left=(), tolerance=1e-9):
-    """Fold ``model`` in double precision; so many norms are folded, and those left are these."""
+def assert_same_after_folding(model, x, folded, left=(), tolerance=1e-9, example=False):
+    """Fold ``model`` in double precision, with its input as an example or not; so many norms are folded, and those left
+    are these."""
     model = trained(model).double()
     x = x.double()
     expected = model(x)
     report = NormReport()
-    assert fold_norms(model, report=report) is model
+    assert fold_norms(model, example=x if example else None, report=report) is model
     torch.testing.assert_close(model(x), expected, rtol=tolerance, atol=tolerance)
     assert (len(report.changed), [entry.name for entry in report.left]) == (folded, list(left)), str(report)
     assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)] or left
@@ -141,7 +142,86 @@ def test_any_convolution(dims, transposed, groups, bias, stride, dilation, paddi
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers(bias):
     model = nn.Sequential(nn.Linear(3, 4, bias), nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4), nn.Linear(4, 5, bias))
-    assert_same_after_folding(model, torch.randn(6, 3), 2)
+    assert_same_after_folding(copy.deepcopy(model), torch.randn(6, 3), 2, example=True)
+    flat = nn.Sequential(nn.Flatten(), nn.Dropout(), *model)  # what comes in is (N, C) whatever the input is
+    assert_same_after_folding(flat, torch.randn(6, 3, 1, 1), 2)
+
+
+FLATTENED = {
+    "flatten": lambda x: x.flatten(1),
+    "torch.flatten": lambda x: torch.flatten(x, start_dim=1).relu(),
+    "view": lambda x: F.dropout(x.view(x.size(0), -1), training=False),
+    "reshape": lambda x: torch.relu(x.reshape((x.shape[0], -1))),
+}
+
+
+@pytest.mark.parametrize("name", FLATTENED)
+def test_a_linear_layer_behind_what_makes_a_matrix_is_folded(name):
+    model = Net(lambda self, x: self.norm(self.conv(FLATTENED[name](x))), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    assert_same_after_folding(model, torch.randn(3, 4, 1), 1, ["other"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.booleans(), st.sampled_from([(5, 4), (5, 4, 4), (4, 4)]), st.booleans(), st.booleans(), st.booleans())
+def test_a_linear_layer_is_folded_only_if_its_channels_are_the_norms(before, shape, example, frozen, twice):
+    norm = fbn_plugin.FrozenBatchNorm1d(4) if frozen else fbn_plugin.FilteredBatchNorm1d(4)
+    pair = [norm, nn.Linear(4, 4)] if before else [nn.Linear(4, 4), norm]
+    model = nn.Sequential(*pair, *pair) if twice else nn.Sequential(*pair)
+    folds = example and len(shape) == 2
+    report = assert_same_after_folding(
+        model, torch.randn(shape), int(folds), [] if folds else ["0" if before else "1"], example=example
+    )
+    reason = "has channels in another place" if example else "not known: give an example input"
+    assert all(reason in entry.reason for entry in report.left)
+
+
+def test_norms_for_other_dimensions_than_the_layer_beside_them():
+    """A square input without a batch fits by its sizes, but the norm's channels are the layer's rows."""
+    cases = [
+        (nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4), (3, 4, 4)),
+        (nn.Conv3d(3, 4, 1), nn.BatchNorm2d(4), (3, 4, 4, 4)),
+        (nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), (3, 4)),
+        (nn.ConvTranspose2d(3, 4, 1), fbn_plugin.SyncFilteredBatchNorm(4), (3, 4, 4)),
+        (nn.Linear(4, 4), nn.InstanceNorm1d(4, affine=True, track_running_stats=True), (4, 4)),
+    ]
+    for layer, norm, shape in cases:
+        assert_same_after_folding(nn.Sequential(layer, norm), torch.randn(shape), 0, ["1"], example=True)
+    for layer, norm, shape in (cases[0], cases[1], cases[4]):  # without an example, too
+        assert_same_after_folding(nn.Sequential(layer, norm), torch.randn(shape), 0, ["1"])
+    pair = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4))
+    assert_same_after_folding(pair, torch.randn(2, 3, 5), 1, example=True)
+
+
+def test_an_example_is_run_in_a_copy():
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = trained(nn.Sequential(Counting(3, 3), nn.Linear(3, 4), nn.BatchNorm1d(4)))
+    fold_norms(model, example=(torch.randn(2, 3), "a target"))
+    assert type(model[2]) is nn.Identity and model[0].calls == 0
+
+
+def test_weights_that_would_not_be_finite():
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).half())
+    model[1].running_var.fill_(1e-6)
+    with torch.no_grad():
+        model[0].weight.fill_(300.0)
+    before, report = copy.deepcopy(model.state_dict()), NormReport()
+    fold_norms(model, report=report)
+    assert "not finite in torch.float16" in report.left[0].reason
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_lazy_norm_has_to_run_once():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyBatchNorm2d())
+    with pytest.raises(ValueError, match="'1' does not know its channels yet: run the model once, then fold"):
+        fold_norms(model.eval())
+    model(torch.randn(2, 3, 4, 4))
+    assert_same_after_folding(model, torch.randn(2, 3, 4, 4), 1)
 
 
 def test_norms_on_both_sides_and_in_a_row():
@@ -248,6 +328,13 @@ def test_a_convolution_with_two_names_is_used_twice():
     model = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), conv)
     report = assert_same_after_folding(model, torch.randn(2, 4, 5, 5), 0, ["1"])
     assert report.left[0].reason == "the output of the Conv2d before it is used elsewhere too"
+
+
+def test_a_norm_that_a_plain_list_holds_too():
+    model = Net(lambda self, x: self.norms[0](self.conv(x)))
+    model.norms = [model.norm]
+    report = assert_same_after_folding(model, torch.randn(2, 4, 5, 5), 0, ["norm", "other"])
+    assert report.left[0].reason == "'norms' holds it too"
 
 
 def test_hooks_and_parametrizations():

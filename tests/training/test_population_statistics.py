@@ -232,6 +232,21 @@ def test_a_nan_is_an_error_that_changes_nothing(exact):
 
 
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FilteredBatchNorm2d])
+def test_a_variance_that_a_buffer_cannot_hold_is_an_error_that_changes_nothing(exact, norm):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), norm(3)).half()
+    with torch.no_grad():
+        model[1].weight.mul_(3000)
+    before = copy.deepcopy(model.state_dict())
+    loader = [x.half() for x in batches(4, 4)]
+    with pytest.raises(ValueError, match=r"the running_var of '2' is .*, more than its float16 buffer holds.*float32"):
+        update_population_stats(model, loader, exact=exact)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    update_population_stats(model.float(), [x.float() for x in loader], exact=exact)
+    assert model[2].running_var.max() > torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize("exact", [False, True])
 def test_empty_inputs_of_a_norm_are_no_batches(exact):
     class Head(nn.Module):
         def __init__(self):
