@@ -65,6 +65,7 @@ class NormRegistry(Registry):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._origins: dict[str, str] = {}  # name -> where what is registered under it is defined
+        self.listeners: list[Callable[[str], object]] = []  # are told the name of each norm that is registered
 
     def register(self, obj: Callable[..., nn.Module] | None = None) -> Callable[..., nn.Module]:
         """Register a builder or a class under its name; without an argument, a decorator that does.
@@ -86,6 +87,8 @@ class NormRegistry(Registry):
         self._obj_map.pop(name, None)
         self._origins[name] = origin
         super().register(class_builder(name, obj) if isinstance(obj, type) else obj)
+        for tell in self.listeners:
+            tell(name)
         return obj
 
 
