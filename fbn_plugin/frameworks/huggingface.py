@@ -3,8 +3,8 @@ and what becomes of a converted model in ``save_pretrained`` and ``from_pretrain
 
 A model is built from its config alone, so ``from_pretrained`` builds plain or frozen batch norms and puts the saved
 weights into them. :func:`convert_pretrained` therefore notes in the config what it does, and after
-``fbn_plugin.register()`` a model with such a note is converted as soon as it is built, before its weights are read. In a
-program without this package the same folder loads too, as the plain model.
+``fbn_plugin.register()`` a model with such a note is converted as soon as it is built, before its weights are read. In
+a program without this package the same folder loads too, as the plain model.
 
 Each of Transformers' detectors has its own copy of one class, ``DetrFrozenBatchNorm2d``, ``RTDetrFrozenBatchNorm2d``
 and so on (transformers/models/*/modeling_*.py, read in 5.24.0). They are found in the modules that are loaded: to
@@ -12,10 +12,11 @@ import all of them to name them would take seconds.
 """
 
 import functools
+import json
 import sys
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from fbn_plugin.adapters import register_loader
@@ -34,6 +35,7 @@ def convert_pretrained(
     *,
     sources: str | Iterable[str] = ("BN", "FrozenBN"),
     report: NormReport | None = None,
+    **choice: Any,
 ) -> PreTrainedModel:
     """:func:`fbn_plugin.convert_norm`, noted in ``model.config``, so that ``save_pretrained`` saves it and
     ``from_pretrained`` repeats it in a program that has called ``fbn_plugin.register()``.
@@ -43,12 +45,16 @@ def convert_pretrained(
         spec: such as ``"FBN(t_sigma=4)"``.
         sources: families to replace; here frozen batch norms are among them by default.
         report: is filled with what was changed and what was left; print it.
+        **choice: other arguments of :func:`fbn_plugin.convert_norm` by which it chooses norms. They are noted too, so
+            they are numbers, strings and lists of them. It chooses again when the model is built, so parameters that
+            are frozen after building should be frozen after this call.
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: as :func:`fbn_plugin.convert_norm`.
+        TypeError: an argument that cannot be written to a config, such as ``recalibrate``; the model is then as it was.
 
     Examples::
 
@@ -57,10 +63,10 @@ def convert_pretrained(
         >>> model = convert_pretrained(model, "FBN(t_sigma=4)")  # doctest: +SKIP
         >>> model.save_pretrained("folder")  # doctest: +SKIP
     """
-    sources = [sources] if isinstance(sources, str) else list(sources)
-    model = convert_norm(model, spec, sources=sources, report=report)
-    notes = getattr(model.config, NOTE, None) or []
-    setattr(model.config, NOTE, [*notes, {"spec": str(spec), "sources": sources}])
+    note = {"spec": str(spec), "sources": [sources] if isinstance(sources, str) else list(sources), **choice}
+    json.dumps(note)  # what cannot be saved is an error here
+    model = convert_norm(model, **note, report=report)
+    setattr(model.config, NOTE, [*(getattr(model.config, NOTE, None) or []), note])
     return model
 
 
@@ -82,7 +88,7 @@ def _post_init(self: PreTrainedModel) -> None:
         describe_loaded()
         # A model's parts call this before it does, with the same config.
         if any(family(module) in note["sources"] for module in self.modules()):
-            convert_norm(self, note["spec"], sources=note["sources"])
+            convert_norm(self, **note)
 
 
 def register() -> None:

@@ -65,8 +65,8 @@ def _check(norm: nn.Module, name: str) -> None:
     if not by_constants or not description.keeps_meaning:
         reason = "its scale is more than its weight" if by_constants else "it has no running statistics that say all"
         raise ValueError(
-            f"{name} cannot be trained by ultralytics, which folds norms into convolutions before it validates, predicts "
-            f"or exports: {reason}. FBN, SyncFBN, ScaledBN, ConvNorm and BN can"
+            f"{name} cannot be trained by ultralytics, which folds norms into convolutions before it validates, "
+            f"predicts or exports: {reason}. FBN, SyncFBN, ScaledBN, ConvNorm and BN can"
         )
 
 

@@ -1,7 +1,6 @@
 """Ultralytics: the trainer's own model has the norms, and so have its moving average, its checkpoints and a run that is
 resumed. Everything is made here: nothing is downloaded."""
 
-import os
 import subprocess
 import sys
 from collections import Counter
