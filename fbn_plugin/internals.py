@@ -152,8 +152,8 @@ def _tested(package: str) -> str:
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # used from its source folder
-        return "of an unknown version"
+    except importlib.metadata.PackageNotFoundError:  # used from its source folder, or of another name, as mmcv-lite
+        return getattr(sys.modules.get(package), "__version__", "of an unknown version")
 
 
 require("torch")  # as all of the package, importing any of it, comes by here first

@@ -170,14 +170,13 @@ def test_fused_validated_and_exported(run, tmp_path):
 
 def test_exported_to_onnx(run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxslim", reason="ultralytics' export to ONNX wants it")
     from ultralytics import YOLO
 
     last = str(tmp_path / "last.pt")
     torch.save(torch.load(run[0].last, weights_only=False), last)
     model, x = YOLO(last), torch.rand(1, 3, 64, 64)
     expected = model.model.eval()(x)[0]
-    session = onnxruntime.InferenceSession(model.export(format="onnx", imgsz=64))
+    session = onnxruntime.InferenceSession(model.export(format="onnx", imgsz=64, simplify=False))
     got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
