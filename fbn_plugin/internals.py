@@ -7,6 +7,7 @@ A release that drops a name is noticed here, at import, by a sentence that says 
 
 import importlib
 import importlib.metadata
+import sys
 import warnings
 from typing import Any
 
@@ -17,6 +18,10 @@ VERSIONS = {
     "timm": "1.0.21 to 1.0.31",
     "detectron2": "0.6, as its repository has it",
     "fvcore": "0.1.5",
+    "mmengine": "0.10.7",
+    "mmcv": "2.1.0 and 2.2.0",
+    "transformers": "5.24.0",
+    "ultralytics": "8.4.190",
 }
 
 # Without one of these, what uses them cannot be right, and is not imported.
@@ -53,6 +58,12 @@ NEEDED = {
         "detectron2.engine.defaults.default_setup",
     ),
     "fvcore": ("fvcore.common.config.CfgNode._decode_cfg_value",),  # read by engine/run/config.py
+    "transformers": ("transformers.modeling_utils.PreTrainedModel.post_init",),  # replaced in frameworks/huggingface.py
+    "ultralytics": (
+        "ultralytics.engine.model.Model.train",  # replaced in frameworks/ultralytics.py
+        "ultralytics.models.yolo.detect.DetectionTrainer.get_model",  # overridden there
+    ),
+    "mmengine": ("mmengine.registry.MODELS.module_dict.pop",),  # by which frameworks/mmengine.py takes its norms out
 }
 
 # Without one of these, this is lost and the rest works.
@@ -63,6 +74,15 @@ OPTIONAL = {
     "torch.ao.quantization knows no norms of this package: convert to BN before",
     "timm.layers.create_norm._NORM_MAP": "fbn_plugin.param_groups does not know all norms of timm's",
     "timm.layers.create_norm_act._NORM_ACT_MAP": "fbn_plugin.param_groups does not know all norms of timm's",
+    "mmengine.model.convert_sync_batchnorm": "a runner's sync_bn makes filtered norms plain ones",
+    **dict.fromkeys(
+        (
+            "mmengine.model.efficient_conv_bn_eval.efficient_conv_bn_eval_forward",
+            "mmcv.cnn.bricks.conv_module.efficient_conv_bn_eval_forward",
+            "mmcv.cnn.fuse_conv_bn",
+        ),
+        "it is wrong for norms whose scale is more than their weight",
+    ),
     **dict.fromkeys(
         (
             "timm.models._registry._model_entrypoints",
@@ -103,7 +123,8 @@ def lookup(name: str) -> Any:
                 importlib.import_module(path)
             except ImportError:
                 return None
-        found = getattr(found, part, None)
+        # in the midst of an import a package does not have its modules as attributes yet
+        found = getattr(found, part, sys.modules.get(path))
     return found
 
 
@@ -136,8 +157,8 @@ def _tested(package: str) -> str:
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # used from its source folder
-        return "of an unknown version"
+    except importlib.metadata.PackageNotFoundError:  # used from its source folder, or of another name, as mmcv-lite
+        return getattr(sys.modules.get(package), "__version__", "of an unknown version")
 
 
 require("torch")  # as all of the package, importing any of it, comes by here first

@@ -66,6 +66,7 @@ class NormRegistry(Registry):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._origins: dict[str, str] = {}  # name -> where what is registered under it is defined
+        self.listeners: list[Callable[[str], object]] = []  # are told the name of each norm that is registered
 
     def register(self, obj: Callable[..., nn.Module] | None = None) -> Callable[..., nn.Module]:
         """Register a builder or a class under its name; without an argument, a decorator that does.
@@ -87,6 +88,8 @@ class NormRegistry(Registry):
         self._obj_map.pop(name, None)
         self._origins[name] = origin
         super().register(class_builder(name, obj) if isinstance(obj, type) else obj)
+        for tell in self.listeners:
+            tell(name)
         return obj
 
 
@@ -139,7 +142,8 @@ def class_builder(name: str, *classes: type[nn.Module] | None, **defaults) -> Ca
     one for any number.
 
     It takes the arguments of the class in the order of the class, only that the number of channels comes first, and
-    ``dims`` by name. ``defaults`` take the place of those of the class.
+    ``dims`` by name. ``defaults`` take the place of those of the class; a default ``num_groups`` of None is
+    :func:`default_num_groups`.
     """
     known = [cls for cls in classes if cls is not None]
     parameters = {key: p for key, p in inspect.signature(known[0]).parameters.items() if p.kind is not p.VAR_KEYWORD}
@@ -153,12 +157,21 @@ def class_builder(name: str, *classes: type[nn.Module] | None, **defaults) -> Ca
         cls = classes[dims - 1] if len(classes) == 3 else classes[0]
         if cls is None:
             raise ValueError(f"{name} has no form for {dims} spatial dimensions, only {known[0].__name__}")
-        return cls(**{channels: given.pop("num_channels")}, **{**defaults, **given})
+        num_channels, options = given.pop("num_channels"), {**defaults, **given}
+        if options.get("num_groups", 0) is None:
+            options["num_groups"] = default_num_groups(num_channels)
+        return cls(**{channels: num_channels}, **options)
 
     build.__signature__ = inspect.Signature([first, *others, dims_parameter])
     build.__name__ = build.__qualname__ = name
     build.__doc__ = f"Builder of {', '.join(cls.__name__ for cls in known)}."
     return build
+
+
+def default_num_groups(num_channels: int) -> int:
+    """The groups of a group normalization that is not told how many: the largest number up to 32 that divides the
+    channels. Networks such as EfficientNet and RegNet have layers of 16 or 24 channels."""
+    return next(groups for groups in range(32, 0, -1) if num_channels % groups == 0)
 
 
 NORMS = NormRegistry("NORM")
@@ -173,12 +186,12 @@ def _register(name: str, *classes: type[nn.Module] | None, **defaults) -> None:
 _register("BN", nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _register("SyncBN", nn.SyncBatchNorm)
 _register("FrozenBN", layers.FrozenBatchNorm1d, layers.FrozenBatchNorm2d, layers.FrozenBatchNorm3d)
-_register("GN", nn.GroupNorm, num_groups=32)
+_register("GN", nn.GroupNorm, num_groups=None)
 _register("LN", layers.LayerNorm2d)
 _register("IN", layers.InstanceNorm1d, layers.InstanceNorm2d, layers.InstanceNorm3d, affine=True)
 _register("FBN", layers.FilteredBatchNorm1d, layers.FilteredBatchNorm2d, layers.FilteredBatchNorm3d)
 _register("SyncFBN", layers.SyncFilteredBatchNorm)
-_register("FGN", layers.FilteredGroupNorm, num_groups=32)
+_register("FGN", layers.FilteredGroupNorm, num_groups=None)
 _register("FLN", layers.FilteredLayerNorm2d)
 _register("FIN", layers.FilteredInstanceNorm2d)
 # Where a network has a norm, its own activation or an addition follows: the threshold is for those who ask for it.
@@ -281,6 +294,8 @@ def _check_value(name: str, key: str, value, default) -> None:
         check_filter(math.inf, value)
     elif key == "gamma_init":
         check_gamma_init(value)
+    elif key == "num_groups" and default is None:
+        _check_value(name, key, value, 32)
     elif isinstance(default, bool):
         if not isinstance(value, bool):
             raise ValueError(f"option {key!r} of {name} takes True or False, got {value!r}")

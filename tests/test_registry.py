@@ -101,6 +101,18 @@ def test_options_reach_the_layer():
     assert norm.weight.is_meta and norm.weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("name", ["GN", "FGN"])
+def test_as_many_groups_as_divide_the_channels_up_to_32(name):
+    groups = {channels: get_norm(name, channels).num_groups for channels in (1, 16, 24, 40, 48, 64, 74, 136, 2048)}
+    assert groups == {1: 1, 16: 16, 24: 24, 40: 20, 48: 24, 64: 32, 74: 2, 136: 17, 2048: 32}
+    again = get_norm(str(pickle.loads(pickle.dumps(norm_factory(name))).spec), 24)
+    assert again.num_groups == 24
+    with pytest.raises(ValueError, match="32.*24|divisible"):  # those that are asked for stay
+        get_norm(f"{name}(num_groups=32)", 24)
+    with pytest.raises(ValueError, match="'num_groups' of .*None"):
+        get_norm(f"{name}(num_groups=None)", 24)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_batch_without_images(name, training):

@@ -47,6 +47,7 @@ from fbn_plugin.registry import (
     NormFactory,
     NormSpec,
     class_builder,
+    default_num_groups,
     matching_names,
     norm_factory,
     norm_options,
@@ -199,12 +200,17 @@ def _sync_batch_norm_act(num_features: int, **kwargs) -> SyncBatchNormAct:
     return _THEIRS["convert_sync_batchnorm"](BatchNormAct2d(num_features, **kwargs))
 
 
+def _group_norm_act(num_channels: int, num_groups: int | None = None, **kwargs) -> GroupNormAct:
+    """timm's form, which by itself has 32 groups whether they divide the channels or not."""
+    return GroupNormAct(num_channels, num_groups or default_num_groups(num_channels), **kwargs)
+
+
 # timm's own norm+activation form of a registered norm, where there is one, with the defaults of the registry.
 _TIMM_FORMS: dict[str, Callable[..., nn.Module]] = {
     "BN": BatchNormAct2d,
     "SyncBN": _sync_batch_norm_act,
     "FrozenBN": FrozenBatchNormAct2d,
-    "GN": GroupNormAct,
+    "GN": _group_norm_act,
     "LN": functools.partial(LayerNormAct2d, eps=1e-6),
 }
 

@@ -226,6 +226,9 @@ def test_specs():
     norm = batch_norm.get_norm("FGN(num_groups=16)", 32)
     assert type(norm) is FilteredGroupNorm and norm.num_groups == 16
     assert batch_norm.get_norm("GN(num_groups=4)", 8).num_groups == 4
+    assert [batch_norm.get_norm("FGN(t_sigma=3)", channels).num_groups for channels in (24, 40)] == [24, 20]
+    with pytest.raises(ValueError, match="divisible"):  # detectron2's own name keeps its meaning
+        batch_norm.get_norm("GN", 24)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,17 @@ def test_a_models_own_options_join_those_of_the_spec():
     assert (norm.t_sigma, norm.eps, type(norm.act).__name__) == (3.0, 0.5, "SiLU")
 
 
+@pytest.mark.parametrize("norm_layer", ["fgn", "gn", "FGN(t_sigma=3)"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "regnetx_002", "test_resnet"])
+def test_group_norms_where_32_groups_do_not_divide_the_channels(name, norm_layer):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10, norm_layer=norm_layer)
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) > 9 and not any(isinstance(module, _BatchNorm) for module in model.modules())
+    assert any(norm.num_channels % 32 for norm in norms) or name == "test_resnet"
+    assert all(norm.num_groups == max(g for g in range(1, 33) if norm.num_channels % g == 0) for norm in norms)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_registered_norm_has_a_norm_act_form(name):
     options = OPTIONS.get(name, "")

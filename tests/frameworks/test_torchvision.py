@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import feature_extraction
 
@@ -52,6 +53,15 @@ def test_other_classification_models_are_converted(name):
     options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     build = getattr(torchvision.models, name)
     check_same_network(convert_norm(build(**options), "FBN"), build(**options))
+
+
+@pytest.mark.parametrize("norm", ["FGN", "GN"])
+@pytest.mark.parametrize("name", ["efficientnet_b0", "regnet_y_400mf"])
+def test_group_norms_where_32_groups_do_not_divide_the_channels(name, norm):
+    model = getattr(torchvision.models, name)(norm_layer=norm_factory(norm))
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert any(module.num_channels % 32 for module in norms)
+    assert all(module.num_groups == max(g for g in range(1, 33) if module.num_channels % g == 0) for module in norms)
 
 
 @pytest.mark.parametrize("norm", ["FBN", "FFRN", "FRN", "ConvNorm", "LearnedNorm", "RBN"])

@@ -86,6 +86,14 @@ def test_norms_without_statistics_keep_scale_and_shift(spec):
     model(torch.randn(2, 3, 9, 9)).sum().backward()
 
 
+@pytest.mark.parametrize("spec", ["GN", "FGN(t_sigma=3)"])
+def test_the_groups_divide_the_channels_of_each_layer(spec):
+    model = convert_norm(nn.Sequential(nn.BatchNorm2d(24), nn.BatchNorm2d(64)), spec)
+    assert [norm.num_groups for norm in model] == [24, 32]
+    other = "FGN" if spec == "GN" else "GN"
+    assert convert_norm(nn.GroupNorm(4, 24), other, sources="GN").num_groups == 4  # those that it has stay
+
+
 def test_the_spec_wins_over_the_old_settings():
     assert convert_norm(nn.BatchNorm2d(4, eps=1e-3), "FBN(eps=0.1)").eps == 0.1
 
@@ -122,7 +130,7 @@ def test_affine_in_the_spec_wins():
 def test_a_refusal_names_the_layer_and_leaves_the_model_alone():
     model = network()
     with pytest.raises(ValueError, match="'1' .*FGN.*32 groups .*8 channels"):
-        convert_norm(model, "FGN")
+        convert_norm(model, "FGN(num_groups=32)")
     with pytest.raises(ValueError, match="unknown norm"):
         convert_norm(model, "FBM")
     assert type(model[1]) is nn.BatchNorm2d

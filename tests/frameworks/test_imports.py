@@ -1,0 +1,94 @@
+"""Frameworks that are entered when a program imports them: before or after register(), and not at all."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from fbn_plugin import frameworks
+from fbn_plugin.frameworks import imports
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package ``latecomer`` with a module ``inner`` that is not imported with it."""
+    (tmp_path / "latecomer").mkdir()
+    (tmp_path / "latecomer" / "__init__.py").write_text("")
+    (tmp_path / "latecomer" / "inner.py").write_text("def theirs():\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "latecomer"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "latecomer"]:
+        del sys.modules[name]
+
+
+def test_calls_once_after_the_module_has_run(package):
+    calls = []
+
+    def note():
+        calls.append(hasattr(sys.modules["latecomer.inner"], "theirs"))
+
+    imports.after_import("latecomer.inner", note)
+    imports.after_import("latecomer.inner", note)
+    importlib.import_module("latecomer")
+    assert calls == []
+    importlib.import_module("latecomer.inner")
+    assert calls == [True]
+    assert imports._watcher not in sys.meta_path
+    imports.after_import("latecomer.inner", note)  # it is there
+    assert calls == [True, True]
+
+
+def test_forgets(package):
+    calls = []
+    imports.after_import("latecomer.inner", calls.clear)
+    imports.forget("latecomer.inner", calls.clear)
+    imports.forget("latecomer.inner", calls.clear)
+    assert imports._watcher not in sys.meta_path
+    importlib.import_module("latecomer.inner")
+
+
+def test_a_module_that_fails_is_waited_for_again(package):
+    calls = []
+    code = (package / "inner.py").read_text()
+    (package / "inner.py").write_text("raise ImportError('broken')\n")
+    imports.after_import("latecomer.inner", lambda: calls.append(1))
+    with pytest.raises(ImportError, match="broken"):
+        importlib.import_module("latecomer.inner")
+    assert calls == []
+    (package / "inner.py").write_text(code)
+    importlib.invalidate_caches()
+    importlib.import_module("latecomer.inner")
+    assert calls == [1]
+
+
+def test_rebinds_in_loaded_modules(package):
+    inner = importlib.import_module("latecomer.inner")
+    theirs, user = inner.theirs, type(sys)("user_of_latecomer")
+    user.alias, sys.modules[user.__name__] = theirs, user
+    try:
+        imports.rebind(theirs, len)
+        assert inner.theirs is len and user.alias is len
+    finally:
+        del sys.modules[user.__name__]
+
+
+def test_register_imports_none_of_them_and_an_adapter_that_fails_only_warns(package, monkeypatch):
+    """In a process of its own, which has imported nothing."""
+    code = (
+        "import sys, warnings, importlib.util, fbn_plugin\n"
+        "from fbn_plugin.frameworks import FRAMEWORKS, LATE\n"
+        "before = set(sys.modules)\n"
+        "names = fbn_plugin.register()\n"
+        "assert names == fbn_plugin.register()\n"
+        "assert [n for n in FRAMEWORKS if importlib.util.find_spec(n)] == names\n"
+        "new = {n.partition('.')[0] for n in set(sys.modules) - before}\n"
+        "assert not new & {*LATE, 'mmcv', 'cv2'}, new\n"
+        "fbn_plugin.unregister(); fbn_plugin.unregister()\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+    monkeypatch.setitem(frameworks.FRAMEWORKS, "latecomer", ["gone"])
+    with pytest.warns(UserWarning, match="latecomer is installed but cannot be imported"):
+        frameworks._enter("latecomer")
