@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fbn_plugin.engine.run.cli import check_outputs, user_errors
+from fbn_plugin.engine.run.words import counted
 
 MOST_IMAGES = 100
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             title: read_detections(run.detections(data.name), data) for title, run in zip(run_titles(runs), runs)
         }
         atomic_write(output, draw_detections(data, detections, images, args.threshold))
-    what = f"{len(images)} image{'s' * (len(images) > 1)} of {data.name}"
+    what = f"{counted(len(images), 'image')} of {data.name}"
     print(f"{what}, detections of score {args.threshold:.0%} and above: {output}")
     return output
 

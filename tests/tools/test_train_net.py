@@ -242,7 +242,7 @@ def test_bad_arguments(tool, folder, capsys, tmp_path, monkeypatch):
     assert "LazyConfig" in refusal(tool, capsys, "--config-file", "model.py")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cuda = refusal(tool, capsys, "--num-gpus", 99, "--config-file", CONFIG, *data, "MODEL.DEVICE", "cuda")
-    assert "--num-gpus 99" in cuda and "0 GPUs" in cuda and "MODEL.DEVICE cpu" in cuda
+    assert "--num-gpus 99" in cuda and "has 0 GPUs" in cuda and "MODEL.DEVICE cpu" in cuda
     assert "processes (99)" in refusal(tool, capsys, "--num-gpus", 99, "--config-file", CONFIG, *data)
     sync = ["MODEL.RESNETS.NORM", "SyncBN", "SOLVER.IMS_PER_BATCH", 4]
     assert "SyncFBN" in refusal(tool, capsys, "--num-gpus", 2, "--config-file", CONFIG, *data, *sync)

@@ -32,6 +32,7 @@ from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
 from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
+from fbn_plugin.engine.run.words import counted
 
 __all__ = ["ClassificationTrainer", "evaluate"]
 
@@ -135,7 +136,7 @@ class ClassificationTrainer:
         cfg = self.cfg
         model = cfg.MODEL.NAME + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
         top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
-        images = f"{len(self.data.val)} validation images"
+        images = counted(len(self.data.val), "validation image")
         return f"{model} on {self.data.title}: top-1 {result['top1']:.2f} %{top5}, loss {result['loss']:.4f} ({images})"
 
     def train(self) -> dict[str, float]:
@@ -200,8 +201,9 @@ class ClassificationTrainer:
         distributed.barrier()
         setup_logging(cfg.OUTPUT_DIR)
         logger.info(
-            f"{data.title}: {len(data.train)} training images, {len(data.val)} validation images, "
-            f"{len(data.classes)} classes; {self.iters_per_epoch} iterations an epoch"
+            f"{data.title}: {counted(len(data.train), 'training image')}, "
+            f"{counted(len(data.val), 'validation image')}, {len(data.classes)} classes; "
+            f"{counted(self.iters_per_epoch, 'iteration')} an epoch"
         )
 
     def _step(self, model: nn.Module, iteration: int, images: Tensor, targets: Tensor) -> dict[str, float]:
@@ -252,7 +254,7 @@ def _check_batch(cfg: CfgNode, data: ImageData) -> None:
         balanced = BalancedSampler(data.train, per_class, cfg.SEED).batch_size * processes
         if balanced != images:
             share = f"DATALOADER.IMAGES_PER_CLASS {per_class} of {len(data.classes)} classes"
-            raise refusal("SOLVER.IMS_PER_BATCH", f"{balanced}, {share} in {processes} process(es)", images)
+            raise refusal("SOLVER.IMS_PER_BATCH", f"{balanced}, {share} in {counted(processes, 'process')}", images)
 
 
 def _build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:

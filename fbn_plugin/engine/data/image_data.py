@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.words import counted
 
 CIFAR10_JPEG_FILE = "cifar10_jpeg.npz"
 
@@ -168,7 +169,7 @@ def _mnist(root: str, mode: str) -> ImageData:
     for split in ("train", "t10k"):
         images, labels = read_idx(root / f"{split}-images-idx3-ubyte"), read_idx(root / f"{split}-labels-idx1-ubyte")
         if len(images) != len(labels):
-            raise ValueError(f"{root} has {len(images)} {split} images but {len(labels)} labels")
+            raise ValueError(f"{root} has {counted(len(images), f'{split} image')} but {counted(len(labels), 'label')}")
         parts.append(Images(list(zip(images, labels)), mode))
     return ImageData("MNIST", *parts, tuple("0123456789"))
 

@@ -40,6 +40,7 @@ from fbn_plugin.engine.run.population import check_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.frameworks.detectron2 import check_norm
 
 __all__ = ["add_config", "load_config", "prepare"]
@@ -198,11 +199,11 @@ def _choose_device(cfg: CfgNode, per_machine: int, processes: int, evaluate_only
         raise refusal("--num-gpus", "1 or more", per_machine)
     if device.type != "cpu" and processes > 1 and per_machine > gpus:
         raise ValueError(
-            f"--num-gpus {per_machine}, and there are {gpus} GPUs here; with MODEL.DEVICE cpu it is the number of "
-            "processes on the CPU"
+            f"--num-gpus {per_machine}, and this machine has {counted(gpus, 'GPU')}; with MODEL.DEVICE cpu it is the "
+            "number of processes on the CPU"
         )
     if device.type == "cuda" and gpus and (device.index or 0) >= gpus:
-        raise refusal("MODEL.DEVICE", f"one of the {gpus} GPUs here", name)
+        raise refusal("MODEL.DEVICE", f"a GPU of this machine, which has {gpus}", name)
     if processes > 1 and device.index is not None:
         raise refusal("MODEL.DEVICE", f"{device.type!r} for {processes} processes", name)
     if device.type == "cuda" and not gpus:

@@ -24,6 +24,7 @@ from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
 from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.words import counted
 
 __all__ = [
     "NamingMapper",
@@ -102,7 +103,8 @@ def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
         if known is not None and found != list(known):
             different = [each for each in found if each not in known] or [each for each in known if each not in found]
             raise ValueError(
-                f"dataset {name!r} has {len(known)} categories in detectron2, and its file {file} has {len(found)}"
+                f"dataset {name!r} has {counted(len(known), 'category')} in detectron2, "
+                f"and its file {file} has {len(found)}"
                 + (f", which differ in {different[0]!r}" if different else " in another order")
                 + "; name the data as FOLDER:SPLIT to take the file's"
             )

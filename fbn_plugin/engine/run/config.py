@@ -17,6 +17,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from fbn_plugin.engine.run.checkpoint import atomic_write
+from fbn_plugin.engine.run.words import counted
 
 __all__ = ["CfgNode", "load_config", "pairs", "read_config", "refuse_changes", "save_config", "saved_config"]
 
@@ -93,8 +94,8 @@ def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change:
             continue
         if key == "SOLVER.REFERENCE_WORLD_SIZE" and new and old[key]:  # the linear rule sets it to their number
             raise ValueError(
-                f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds was made by {old[key]} process(es), got {new}: "
-                "resume it with as many, or choose another OUTPUT_DIR"
+                f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds was made by {counted(old[key], 'process')}, "
+                f"got {new}: resume it with as many, or choose another OUTPUT_DIR"
             )
         raise ValueError(
             f"{key} must be {old[key]!r} as in the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds, got {new!r}; resume "

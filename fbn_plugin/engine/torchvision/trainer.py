@@ -32,6 +32,7 @@ from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.engine.torchvision.config import norms_of
 from fbn_plugin.engine.torchvision.data import DetectionData
 from fbn_plugin.engine.torchvision.model import build_model, build_optimizer, build_scheduler
@@ -148,9 +149,10 @@ class DetectionTrainer:
         cfg = self.cfg
         model = distributed.data_parallel(self.model, self.device)
         periodic = PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER)
+        processes = counted(distributed.world_size(), "process")
         logger.info(
-            "training on %s, %d process(es), iteration %d to %d, seed %d",
-            *(self.device, distributed.world_size(), self.start + 1, cfg.SOLVER.MAX_ITER, self.seed),
+            "training on %s, %s, iteration %d to %d, seed %d",
+            *(self.device, processes, self.start + 1, cfg.SOLVER.MAX_ITER, self.seed),
         )
         self._write_run_info()
         meter = FilterMeter(self.model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)

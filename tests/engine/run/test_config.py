@@ -144,5 +144,5 @@ def test_a_run_of_another_number_of_processes(tmp_path):
     defaults = CfgNode({"SOLVER": {"BASE_LR": 0.1, "REFERENCE_WORLD_SIZE": 0}, "OUTPUT_DIR": str(tmp_path)})
     saved = load_config(defaults, None, ["SOLVER.REFERENCE_WORLD_SIZE", "2"])
     scaled = load_config(defaults, None, ["SOLVER.BASE_LR", "0.4", "SOLVER.REFERENCE_WORLD_SIZE", "8"])
-    with pytest.raises(ValueError, match="made by 2 process.es., got 8: resume it with as many"):
+    with pytest.raises(ValueError, match="made by 2 processes, got 8: resume it with as many"):
         refuse_changes(saved, scaled, [])
