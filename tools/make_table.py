@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import check_outputs, format_table, user_errors
+from fbn_plugin.engine.run.cli import add_import, check_outputs, format_table, import_modules, user_errors
 
 
 def read_labels(given: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
@@ -48,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--all-metrics", action="store_true", help="add the six APs at the last evaluation")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the tables as Markdown, too")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON, too")
+    add_import(parser)
     args = parser.parse_args(argv)
     with user_errors():
         check_outputs(args.output, args.json)
+        import_modules(args.imports)
         from fbn_plugin.engine.reports.table import PAPER_SOURCE, build_tables, paper_table
         from fbn_plugin.engine.run.checkpoint import atomic_write
         from fbn_plugin.engine.run.run_folder import read_run

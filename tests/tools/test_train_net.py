@@ -270,12 +270,14 @@ def test_bad_annotation_files(tool, folder, capsys, tmp_path):
     whole.write_text(content)
     register_coco_instances("cut", {}, str(tmp_path / "cut" / "train.json"), str(folder / "train"))
     register_coco_instances("fewer", {"thing_classes": ["disc"]}, str(whole), str(folder / "train"))
+    register_coco_instances("unnamed", {}, str(whole), str(folder / "train"))
     register_coco_instances("renamed", {"thing_classes": ["disc", "cube"]}, str(whole), str(folder / "train"))
     for name, classes, words in (
         (f"{tmp_path / 'cut'}:train", 2, ["train.json", "not valid JSON, perhaps cut short"]),
         ("cut", 2, ["train.json", "not valid JSON, perhaps cut short"]),
-        ("fewer", 1, ["'fewer'", "1 categories in detectron2", "whole.json has 2", "'square'", "FOLDER:SPLIT"]),
+        ("fewer", 1, ["'fewer'", "1 category in detectron2", "whole.json has 2", "'square'", "FOLDER:SPLIT"]),
         ("renamed", 2, ["'renamed'", "differ in 'square'"]),
+        ("unnamed", 80, ["NUM_CLASSES must be 2", "'unnamed'", "got 80"]),
     ):
         error = refusal(
             tool,

@@ -23,7 +23,7 @@ import fbn_plugin
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.detectron2.data import (
     check_annotation_files,
-    folders,
+    checked,
     has_rle,
     metric_names,
     register_datasets,
@@ -112,8 +112,6 @@ def _nearest_key(sentence: str, cfg: CfgNode) -> str:
     unknown = re.search(r"Non-existent (?:config )?key: ([\w.-]+)", sentence)
     if not unknown:
         return ""
-    if unknown[1].startswith("--"):
-        return "; flags go before the KEY VALUE overrides"
     nearest = difflib.get_close_matches(unknown[1], _keys(cfg), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
@@ -168,7 +166,7 @@ def _mapping(group: Any) -> Mapping:
 def _read_rle(cfg: CfgNode) -> None:
     """Set INPUT.MASK_FORMAT to what the training images have, where their masks are not polygons."""
     if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
-        rle = [name for name in cfg.DATASETS.TRAIN if name in folders and has_rle(folders[name])]
+        rle = [name for name in cfg.DATASETS.TRAIN if name in checked and has_rle(checked[name])]
         if rle:
             print(f"Dataset {rle[0]!r} has RLE masks: INPUT.MASK_FORMAT is set to bitmask.")
             cfg.INPUT.MASK_FORMAT = "bitmask"

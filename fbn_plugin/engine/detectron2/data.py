@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
 from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
 from fbn_plugin.engine.data.loaders import training_loader
+from fbn_plugin.engine.detectron2.registered import has_file, own_names, registered_dataset
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
@@ -30,7 +31,7 @@ __all__ = [
     "NamingMapper",
     "TrainingData",
     "check_annotation_files",
-    "folders",
+    "checked",
     "has_panoptic_api",
     "has_rle",
     "metric_names",
@@ -57,7 +58,8 @@ _BY_AP = ("coco", "COCO's box, mask and keypoint AP")
 # COCO has no small people with keypoints.
 _METRICS = {"bbox": METRICS, "segm": METRICS, "keypoints": tuple(name for name in METRICS if name != "APs")}
 
-folders: dict[str, CocoDataset] = {}
+# The sets whose annotations this project has read itself: folders, and what a Python function gives.
+checked: dict[str, CocoDataset] = {}
 
 
 def register_datasets(cfg: CfgNode, evaluate_only: bool) -> None:
@@ -72,6 +74,8 @@ def register_datasets(cfg: CfgNode, evaluate_only: bool) -> None:
     for name in names:
         if name not in DatasetCatalog:
             _register_folder(name, cfg)
+        elif name not in checked and not has_file(name):
+            _check_function(name)
         _check_dataset(name, cfg)
     classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
     check_same_classes({name: known for name, known in classes.items() if known is not None})
@@ -86,7 +90,7 @@ def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
     names = cfg.DATASETS.TEST if evaluate_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     for name in dict.fromkeys(names):
         metadata = MetadataCatalog.get(name)
-        if name in folders or metadata.get("json_file") is None:
+        if name in own_names or not has_file(name):
             continue
         file = metadata.json_file
         try:
@@ -100,6 +104,9 @@ def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a COCO annotation file: {type(error).__name__} {error}") from None
         known = metadata.get("thing_classes")
+        group = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
+        if known is None and group:  # registered without, so that only the file tells
+            check_number_of_classes(f"MODEL.{group}.NUM_CLASSES", cfg.MODEL[group].NUM_CLASSES, name, found)
         if known is not None and found != list(known):
             different = [each for each in found if each not in known] or [each for each in known if each not in found]
             raise ValueError(
@@ -111,7 +118,8 @@ def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
 
 
 def _register_folder(name: str, cfg: CfgNode) -> None:
-    data = folders[name] = resolve_dataset(name)
+    data = checked[name] = resolve_dataset(name)
+    own_names.add(name)
     DatasetCatalog.register(name, lambda: records(data, masks=cfg.MODEL.MASK_ON))
     MetadataCatalog.get(name).set(
         json_file=str(data.json_file),
@@ -120,6 +128,15 @@ def _register_folder(name: str, cfg: CfgNode) -> None:
         thing_classes=list(data.class_names),
         thing_dataset_id_to_contiguous_id={category: label for label, category in enumerate(data.category_ids)},
     )
+
+
+def _check_function(name: str) -> None:
+    """Read the objects that a Python function of the user's gives, where nothing else than COCO's evaluation is meant
+    for them."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type", "coco") == "coco" and metadata.get("stuff_classes") is None:
+        checked[name] = registered_dataset(name)
+        metadata.evaluator_type = "coco"
 
 
 def _check_dataset(name: str, cfg: CfgNode) -> None:
@@ -143,7 +160,7 @@ def _check_dataset(name: str, cfg: CfgNode) -> None:
             raise ValueError(f"MODEL.META_ARCHITECTURE {architecture}: dataset {name!r} has no semantic classes")
         check_number_of_classes("MODEL.SEM_SEG_HEAD.NUM_CLASSES", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, name, stuff)
     if cfg.MODEL.KEYPOINT_ON:
-        if name in folders:
+        if name in own_names:
             raise ValueError(f"dataset {name!r}: keypoints are read from detectron2's own datasets only")
         points, sigmas = metadata.get("keypoint_names"), cfg.TEST.KEYPOINT_OKS_SIGMAS
         if points is None:

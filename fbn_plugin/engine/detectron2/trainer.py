@@ -20,7 +20,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.evaluation import (
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluators,
     SemSegEvaluator,
@@ -33,13 +32,12 @@ from torch import nn
 
 import fbn_plugin
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer, LossNormalizer
+from fbn_plugin.engine.detectron2.coco import CocoEvaluator
 from fbn_plugin.engine.detectron2.data import (
     NamingMapper,
     TrainingData,
-    folders,
     has_panoptic_api,
     register_datasets,
-    tasks,
 )
 from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, PopulationStatistics
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
@@ -169,17 +167,7 @@ class Trainer(DefaultTrainer):
         if kind in ("sem_seg", "coco_panoptic_seg"):
             evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
         if kind in ("coco", "coco_panoptic_seg"):
-            coco = COCOEvaluator(
-                dataset_name,
-                tasks(cfg),
-                output_dir=folder,
-                max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-            )
-            if dataset_name in folders:  # the checked annotations in place of those of the file
-                coco._coco_api = folders[dataset_name].coco_api(masks=cfg.MODEL.MASK_ON)
-            coco._coco_api.dataset.setdefault("info", {})  # pycocotools loads no results without
-            evaluators.append(coco)
+            evaluators.append(CocoEvaluator(cfg, dataset_name, folder))
         if kind == "coco_panoptic_seg":
             if has_panoptic_api():
                 evaluators.append(COCOPanopticEvaluator(dataset_name, folder))

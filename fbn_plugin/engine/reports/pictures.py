@@ -128,7 +128,7 @@ def _draw(
     data: CocoDataset, image: Mapping[str, Any], pixels: Image.Image, objects: Sequence[dict[str, Any]]
 ) -> tuple[Image.Image, int]:
     """The objects on the resized image, and how many have no label for want of room."""
-    classes = {category["id"]: (number, category["name"]) for number, category in enumerate(data.categories)}
+    classes = {key: (number, data.class_names[number]) for number, key in enumerate(data.category_ids)}
     canvas = np.array(pixels, dtype=np.float32)
     size, scale = (image["height"], image["width"]), pixels.width / image["width"]
     for each in sorted(objects, key=lambda each: -each["bbox"][2] * each["bbox"][3]):  # the small ones on top

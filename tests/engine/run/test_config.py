@@ -79,7 +79,10 @@ def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
         (["MODEL.SIZES", "[[None]]"], "MODEL.SIZES"),
         (["TRAIN", "([1],)"], "TRAIN must be of type tuple of str, such as (), got ([1],)"),
         (["MODEL.NORM"], "pairs KEY VALUE, and 'MODEL.NORM'"),
-        (["--resume", "MODEL.NORM"], "flags go before"),
+        (["--resume", "MODEL.NORM"], "'--resume' stands among the KEY VALUE overrides: flags go before them"),
+        (["MODEL.NORM", "FBN", "--resume"], "'--resume' stands among"),
+        (["MODEL.NORM", "FBN", "--log-period", "5"], "'--log-period' stands among"),
+        (["MODEL.NORM", "--resume"], "'--resume' stands among"),
     ],
 )
 def test_a_wrong_override_is_named(overrides, words):
