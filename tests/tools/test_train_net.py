@@ -144,7 +144,18 @@ BAD_OVERRIDES = {
         ["SOLVER.WEIGHT_DECAY_NORM must be 0 with SCALE_LR_DIVISOR", "0.1"],
     ),
     "input norm": (["INPUT.NORM_GAMMA_INIT", "1.5"], ["INPUT.NORM_GAMMA_INIT", "1.5"]),
-    "augmented evaluation": (["TEST.AUG.ENABLED", "True"], ["TEST.AUG.ENABLED"]),
+    "augmented evaluation": (
+        ["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", "2"],
+        ["MODEL.META_ARCHITECTURE must be 'GeneralizedRCNN' with TEST.AUG.ENABLED", "'RetinaNet'"],
+    ),
+    "augmented evaluation at no size": (
+        ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "()"],
+        ["TEST.AUG.MIN_SIZES must be one value or more, each 1 or more, got ()"],
+    ),
+    "the best augmented evaluation": (
+        ["TEST.AUG.ENABLED", "True", "SOLVER.BEST_CHECKPOINT_METRIC", "bbox_TTA/AP"],
+        ["SOLVER.BEST_CHECKPOINT_METRIC", "'bbox_TTA/AP'", "bbox/AP"],
+    ),
     "evaluations that do not increase": (
         ["TEST.EVAL_ITERATIONS", "(30, 20)"],
         ["TEST.EVAL_ITERATIONS", "increasing", "(30, 20)"],
@@ -166,7 +177,11 @@ BAD_OVERRIDES = {
         ["SOLVER.REFERENCE_WORLD_SIZE", "3", "SOLVER.IMS_PER_BATCH", "4"],
         ["SOLVER.REFERENCE_WORLD_SIZE", "3", "multiple"],
     ),
-    "sampler": (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], ["SAMPLER_TRAIN", "'TrainingSampler'"]),
+    "sampler": (
+        ["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"],
+        ["DATALOADER.SAMPLER_TRAIN must be one of 'TrainingSampler', 'RepeatFactorTrainingSampler'"],
+    ),
+    "repeat threshold": (["DATALOADER.REPEAT_THRESHOLD", "1.5"], ["DATALOADER.REPEAT_THRESHOLD", "from 0 to 1", "1.5"]),
     "seed": (["SEED", "9223372036854775808"], ["SEED", "2**63"]),
     "precision": (["FLOAT32_PRECISION", "low"], ["FLOAT32_PRECISION", "'medium'", "'low'"]),
     "keypoints of a folder": (["MODEL.KEYPOINT_ON", "True"], ["shapes", "keypoints", "detectron2's own"]),

@@ -343,6 +343,10 @@ class CocoDetection(Dataset):
         augmentation: None gives images as they are, for evaluation.
         masks: give masks, and leave out objects that have none.
         filter_empty: leave out images without objects.
+
+    Attributes:
+        categories: labels of each image's objects, crowds among them.
+        is_portrait: whether each image is higher than wide.
     """
 
     def __init__(
@@ -354,16 +358,18 @@ class CocoDetection(Dataset):
     ):
         self.augmentation = augmentation
         self.masks = masks
+        self.categories: list[set[int]] = []
         records = []
         for data in datasets:
             labels = {category: label for label, category in enumerate(data.category_ids, start=1)}
-            objects = defaultdict(list)
+            objects, categories = defaultdict(list), defaultdict(set)
             usable = data.usable_annotations(masks)
             if missing := len(data.annotations) - len(usable):
                 logger.warning(
                     "%s: %d annotations of %d have no mask; left out", data.name, missing, len(data.annotations)
                 )
             for each in usable:
+                categories[each["image_id"]].add(labels[each["category_id"]])
                 if not each["iscrowd"]:
                     objects[each["image_id"]].append(
                         (each["bbox"], labels[each["category_id"]], each.get("segmentation") if masks else None)
@@ -372,6 +378,7 @@ class CocoDetection(Dataset):
                 if objects[image["id"]] or not filter_empty:
                     path = os.fspath(data.image_root / image["file_name"])
                     records.append((path, image["id"], image["height"], image["width"], objects[image["id"]]))
+                    self.categories.append(categories[image["id"]])
         self.is_portrait = [height > width for _, _, height, width, _ in records]
         # One array of bytes: reading Python objects in a worker would copy their memory page by page.
         packed = [np.frombuffer(pickle.dumps(record), dtype=np.uint8) for record in records]

@@ -20,6 +20,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 import fbn_plugin
+from fbn_plugin.engine.detectron2.augmentation import SUFFIX, check_augmentation
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.detectron2.data import (
     check_annotation_files,
@@ -132,6 +133,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     cfg = load_config(args.config_file, args.opts)
     check_values(cfg, _RULES)
     check_values(cfg, dependent_rules(cfg))
+    check_augmentation(cfg)
     norms = {f"MODEL.{name}.NORM": group.NORM for name, group in cfg.MODEL.items() if "NORM" in _mapping(group)}
     check_norms(norms, check_norm)
     processes = args.num_gpus * args.num_machines
@@ -176,6 +178,8 @@ def _check_metrics(cfg: CfgNode) -> None:
     metric, names = cfg.SOLVER.BEST_CHECKPOINT_METRIC, metric_names(cfg)
     if metric:
         check_metric("SOLVER.BEST_CHECKPOINT_METRIC", metric, names)
+    if cfg.TEST.AUG.ENABLED:  # at the end alone, so that there is no best among them
+        names = [*names, *metric_names(cfg, SUFFIX)]
     for entry in cfg.TEST.EXPECTED_RESULTS:
         name = "/".join(map(str, entry[:2])) if isinstance(entry, tuple | list) and len(entry) == 4 else None
         if name is None or not is_given(name, names):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
 from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
 from fbn_plugin.engine.data.loaders import training_loader
+from fbn_plugin.engine.data.sampling import repeat_factors
 from fbn_plugin.engine.detectron2.registered import has_file, own_names, registered_dataset
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
@@ -224,17 +225,21 @@ def tasks(cfg: CfgNode) -> tuple[str, ...]:
     )
 
 
-def metric_names(cfg: CfgNode) -> list[str]:
-    """What the run's evaluations give, such as ``"bbox/AP50"``; ``"sem_seg/..."`` stands for all of a group."""
+def metric_names(cfg: CfgNode, suffix: str = "") -> list[str]:
+    """What the run's evaluations give, such as ``"bbox/AP50"``; ``"sem_seg/..."`` stands for all of a group.
+
+    Args:
+        suffix: of the tasks of COCO's evaluation.
+    """
     names = []
     for data in cfg.DATASETS.TEST:
         prefix = metric_prefix(data, cfg.DATASETS.TEST)
         kind, classes = MetadataCatalog.get(data).evaluator_type, MetadataCatalog.get(data).get("thing_classes")
         if kind != "sem_seg":
             for task in tasks(cfg):
-                names += [f"{prefix}{task}/{figure}" for figure in _METRICS[task]]
+                names += [f"{prefix}{task}{suffix}/{figure}" for figure in _METRICS[task]]
                 if classes and len(classes) > 1 and task != "keypoints":
-                    names.append(f"{prefix}{task}/AP-...")
+                    names.append(f"{prefix}{task}{suffix}/AP-...")
             if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
                 names.append(f"{prefix}box_proposals/...")
         if kind in ("sem_seg", "coco_panoptic_seg"):
@@ -281,6 +286,10 @@ class TrainingData:
             self.images[name] = len(found)
             data += found
         self._groups = [int(image["width"] > image["height"]) for image in data]
+        self._factors = None
+        if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+            categories = [{each["category_id"] for each in image.get("annotations", ())} for image in data]
+            self._factors = repeat_factors(categories, cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.REPEAT_SQRT)
         self._images = MapDataset(DatasetFromList(data, copy=False), NamingMapper(cfg, is_train=True))
 
     def loader(self, seed: int, start: int = 0) -> DataLoader:
@@ -291,6 +300,7 @@ class TrainingData:
             self.cfg.SOLVER.IMS_PER_BATCH // distributed.world_size(),
             start,
             self._groups if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+            factors=self._factors,
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
         )

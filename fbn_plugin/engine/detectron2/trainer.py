@@ -31,6 +31,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 import fbn_plugin
+from fbn_plugin.engine.detectron2.augmentation import SUFFIX, augmented
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer, LossNormalizer
 from fbn_plugin.engine.detectron2.coco import CocoEvaluator
 from fbn_plugin.engine.detectron2.data import (
@@ -176,31 +177,51 @@ class Trainer(DefaultTrainer):
         return DatasetEvaluators(evaluators)
 
     @classmethod
-    def evaluate(cls, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    def evaluate(cls, cfg: CfgNode, model: nn.Module, augmentation: bool = True) -> dict[str, float]:
         """Metrics in percent on every set of DATASETS.TEST, by name: ``bbox/AP``, ...; empty on ranks but 0.
 
         With more than one set, each name has the set's in front. The detections go to OUTPUT_DIR/inference. Figures of
         boxes and masks count TEST.DETECTIONS_PER_IMAGE detections of an image.
+
+        Args:
+            augmentation: with TEST.AUG.ENABLED, evaluate with that too: ``bbox_TTA/AP``, ..., and the detections in
+                OUTPUT_DIR/inference_TTA.
         """
+        metrics = cls._evaluate(cfg, model)
+        if augmentation and cfg.TEST.AUG.ENABLED:
+            logger.info("evaluation with test-time augmentation")
+            metrics |= cls._evaluate(cfg, augmented(cfg, model), SUFFIX)
+        return metrics
+
+    @classmethod
+    def _evaluate(cls, cfg: CfgNode, model: nn.Module, suffix: str = "") -> dict[str, float]:
+        """One evaluation, with a suffix behind the names of its tasks and of its folder."""
+        sets = cfg.DATASETS.TEST
         if distributed.is_main():
             shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"), ignore_errors=True)
-            for name in cfg.DATASETS.TEST:
-                os.makedirs(inference_folder(cfg.OUTPUT_DIR, name, cfg.DATASETS.TEST, "inference.tmp"))
+            for name in sets:
+                os.makedirs(inference_folder(cfg.OUTPUT_DIR, name, sets, "inference.tmp"))
         distributed.barrier()
         results = cls.test(cfg, model)
         if not distributed.is_main():
             return {}
-        for name in cfg.DATASETS.TEST:
+        for name in sets:
             made, target = (
-                Path(inference_folder(cfg.OUTPUT_DIR, name, cfg.DATASETS.TEST, parent))
-                for parent in ("inference.tmp", "inference")
+                Path(inference_folder(cfg.OUTPUT_DIR, name, sets, parent))
+                for parent in ("inference.tmp", f"inference{suffix}")
             )
             target.mkdir(parents=True, exist_ok=True)
             for file in made.iterdir():
                 if file.is_file():
                     os.replace(file, target / file.name)
         shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"))
-        return {name: float(value) for name, value in flatten_results_dict(results).items()}
+        of_sets = {"": results} if len(sets) == 1 else results
+        named = {
+            (f"{name}/" if name else "") + task + suffix: figures
+            for name, found in of_sets.items()
+            for task, figures in found.items()
+        }
+        return {name: float(value) for name, value in flatten_results_dict(named).items()}
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> None:

@@ -158,7 +158,7 @@ def score_detections(
 
 def metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:
     """Rows of text, header first: box and mask AP in percent; ``-`` where COCO has no such objects."""
-    tasks = [task for task in ("bbox", "segm") if f"{task}/AP" in metrics]
+    tasks = [task for task in ("bbox", "segm", "bbox_TTA", "segm_TTA") if f"{task}/AP" in metrics]
     values = [[metrics[f"{task}/{name}"] for name in METRICS] for task in tasks]
     body = [["-" if math.isnan(value) else f"{value:.2f}" for value in row] for row in values]
     return [["task", *METRICS], *([task, *row] for task, row in zip(tasks, body))]
