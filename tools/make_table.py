@@ -6,7 +6,8 @@
     python tools/make_table.py runs/bn-seed* runs/fbn-seed* --all-metrics --json table.json
     python tools/make_table.py runs/* --label "FBN everywhere=runs/fbn-heads"
 
-RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2) or tools/train_detection.py (torchvision), with any norm.
+RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2) or tools/train_detection.py (torchvision), with any norm:
+of a training, or of an --eval-only into a folder of its own.
 Every evaluation of the runs is a row; on COCO 2017 the paper's are, too, run or not.
 Runs of the same norm become one column, mean ± standard deviation over their seeds; every framework and data set has a
 table of its own. Below each stands what was run, in which settings the runs differ, and how far they can be compared.

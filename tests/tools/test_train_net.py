@@ -17,6 +17,7 @@ from pycocotools import mask as mask_utils
 from tiny_detectron2 import CONFIG, ROOT, TINY, TOOL, datasets, metrics, prepare, run_tool
 
 import fbn_plugin
+from fbn_plugin.engine.run.run_folder import read_run
 
 
 def test_without_detectron2(tmp_path):
@@ -406,6 +407,9 @@ def test_train_and_evaluate(tool, folder, tmp_path):
         expected = {k: v for k, v in metrics(out)[-1].items() if k.startswith(("bbox/", "segm/"))}
         assert evaluation["metrics"] == {k: None if math.isnan(v) else v for k, v in expected.items()}
     assert (out / "config.yaml").read_bytes() == config
+    run = read_run(tmp_path / "eval")
+    (figures,) = run.evaluations(run.test_sets[0]).items()
+    assert figures == (3, {key: None if math.isnan(value) else value for key, value in expected.items()})
 
 
 @pytest.mark.detectron2

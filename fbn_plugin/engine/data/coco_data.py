@@ -28,6 +28,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fbn_plugin.engine.data.decoding import UNREADABLE
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.words import counted
 
@@ -288,14 +289,15 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     """An 8-bit image file as an RGB image, turned as its EXIF data say; UserError where it cannot be read."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                raise UserError(f"image {path} has more than 8 bits a channel; convert it to 8 bits")
-            return image.convert("RGB")
+            deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+            found = image if deep else ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"image {path} is not there") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"image {path} cannot be read: {error_sentence(error)}") from None
+    if deep:
+        raise UserError(f"image {path} has more than 8 bits a channel; convert it to 8 bits")
+    return found
 
 
 @dataclass(frozen=True)

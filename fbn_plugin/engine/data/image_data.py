@@ -23,6 +23,7 @@ from PIL import Image
 from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 
+from fbn_plugin.engine.data.decoding import UNREADABLE
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.words import counted
@@ -80,7 +81,7 @@ class Images(Dataset):
             else:
                 image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
             image = image.convert(self.mode)
-        except (OSError, SyntaxError) as error:
+        except UNREADABLE as error:
             name = self.samples.filename(index) if hasattr(self.samples, "filename") else f"number {index}"
             raise UserError(f"image {name} cannot be decoded: {error_sentence(error)}") from None
         return (image if self.transform is None else self.transform(image)), int(label)

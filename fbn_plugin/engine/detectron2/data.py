@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList, MapDataset
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.detection_utils import SizeMismatchError, read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_utils
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
 from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
+from fbn_plugin.engine.data.decoding import UNREADABLE
 from fbn_plugin.engine.data.loaders import training_loader
 from fbn_plugin.engine.data.sampling import repeat_factors
 from fbn_plugin.engine.detectron2.registered import has_file, own_names, registered_dataset
@@ -253,10 +254,18 @@ class NamingMapper(DatasetMapper):
     """detectron2's mapper, whose errors name the image: one that cannot be read, or is unlike its annotation."""
 
     def __call__(self, dataset_dict: dict) -> dict:
+        name = dataset_dict["file_name"]
         try:
             return super().__call__(dataset_dict)
-        except (OSError, SizeMismatchError) as error:
-            name, reason = dataset_dict["file_name"], " ".join(str(error).split())
+        except UNREADABLE as error:
+            if not isinstance(error, OSError | SizeMismatchError):
+                try:
+                    read_image(name, self.image_format)
+                except UNREADABLE:
+                    pass
+                else:
+                    raise  # it is not the image
+            reason = " ".join(str(error).split())
             raise UserError(reason if name in reason else f"image {name}: {reason}") from None
 
 

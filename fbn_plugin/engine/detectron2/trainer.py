@@ -49,6 +49,7 @@ from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, import_modules, use
 from fbn_plugin.engine.run.config import save_config
 from fbn_plugin.engine.run.evaluation_names import inference_folder
 from fbn_plugin.engine.run.norm_stats import FilterMeter
+from fbn_plugin.engine.run.output_dir import holds_training
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
 from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
@@ -241,20 +242,24 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
         trainer = Trainer(cfg, args.log_period)
         trainer.resume_or_load(args.resume)
         if distributed.is_main():
-            write_run_info(
-                cfg.OUTPUT_DIR,
-                "detectron2",
-                cfg.MODEL.DEVICE,
-                distributed.world_size(),
-                cfg.SOLVER.IMS_PER_BATCH,
-                trainer.train_data.images,
-                {name: len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST},
-            )
+            _write_run_info(cfg, trainer.train_data.images)
         starts = distributed.all_gather(trainer.start_iter)
         if len(set(starts)) > 1:
             raise UserError(f"the processes start at iterations {starts}: OUTPUT_DIR must be shared by all machines")
         trainer.train()
         _verify(cfg, trainer.metrics)
+
+
+def _write_run_info(cfg: CfgNode, train_images: dict[str, int]) -> None:
+    write_run_info(
+        cfg.OUTPUT_DIR,
+        "detectron2",
+        cfg.MODEL.DEVICE,
+        distributed.world_size(),
+        cfg.SOLVER.IMS_PER_BATCH,
+        train_images,
+        {name: len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST},
+    )
 
 
 def _verify(cfg: CfgNode, metrics: dict[str, float]) -> None:
@@ -274,7 +279,7 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line: %s", args)
     logger.info("Config:\n%s", cfg.dump())
-    if distributed.is_main() and not args.eval_only:
+    if distributed.is_main() and not (args.eval_only and holds_training(cfg.OUTPUT_DIR)):
         save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
     set_backends(cfg, args.eval_only)
 
@@ -287,6 +292,8 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> None:
     state = checkpointer.load(path, checkpointables=[], strict=True)
     metrics = Trainer.evaluate(cfg, model)
     if distributed.is_main():
+        if not holds_training(cfg.OUTPUT_DIR):
+            _write_run_info(cfg, {})
         file = os.path.join(cfg.OUTPUT_DIR, "evaluation.json")
         write_evaluation(file, state.get("iteration"), path, cfg.DATASETS.TEST, metrics, hardware(cfg.MODEL.DEVICE))
     _verify(cfg, metrics)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fbn_plugin.engine.data.coco_eval import no_detections
 from fbn_plugin.engine.run.detection_keys import detection_config
 from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.run_folder import NORM_KEYS, Run, norm_label
@@ -315,6 +316,7 @@ class Table:
         for column in self.columns:
             if column.runs:
                 lines.append(f"{column.label}: {_seeds(column)}.")
+        lines += [f"{remark}." for run in runs for remark in _remarks(run, self.test_set)]
         if any(len(column.runs) > 1 for column in self.columns):
             lines.append("Of several runs: mean ± sample standard deviation; n where not all runs have the figure.")
         reduced = list(dict.fromkeys(reason for run in runs for reason in _reductions(run, self.test_set)))
@@ -395,7 +397,8 @@ def build_tables(runs: Sequence[Run], labels: Mapping[Path, str] | None = None) 
         labels: folder of a run -> the column to put it in, in place of its norm's.
 
     Raises:
-        FileNotFoundError, ValueError: no readable ``metrics.json``, no DATASETS.TEST, or a label that joins norms.
+        FileNotFoundError, ValueError: no readable ``metrics.json`` or ``evaluation.json``, no DATASETS.TEST, or a label
+            that joins norms.
     """
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
@@ -485,6 +488,18 @@ def _each_of(numbers: Iterable[int], what: str) -> str:
     """Such as ``1 image``, ``2 or 16 images``."""
     *others, last = dict.fromkeys(numbers)
     return " or ".join([*(f"{each:,}" for each in others), counted(last, what)])
+
+
+def _remarks(run: Run, test_set: str) -> list[str]:
+    """What must be known of a run's figures."""
+    found = []
+    if run.is_evaluation:
+        weights, iterations = run.evaluated_weights
+        unknown = f"; they do not tell their iterations, for which its SOLVER.MAX_ITER {run.max_iter:,} is taken"
+        found.append(f"{run.folder} is an evaluation of {weights}{unknown if iterations is None else ''}")
+    if run.detects_nothing(test_set):
+        found.append(f"{run.folder}, the last evaluation on {no_detections(test_set)}")
+    return found
 
 
 def _hardware(run: Run) -> str:

@@ -2,12 +2,17 @@
 
 import os
 
-__all__ = ["check_output_dir", "holds_run", "how_to_continue", "make_output_dir"]
+__all__ = ["check_output_dir", "holds_run", "holds_training", "how_to_continue", "make_output_dir"]
 
 
 def holds_run(folder: str | os.PathLike) -> bool:
     """Whether a run has saved a checkpoint there."""
     return os.path.isfile(os.path.join(folder, "last_checkpoint"))
+
+
+def holds_training(folder: str | os.PathLike) -> bool:
+    """Whether something was trained there, whose settings an evaluation leaves as they are."""
+    return holds_run(folder) or os.path.isfile(os.path.join(folder, "metrics.json"))
 
 
 def check_output_dir(folder: str | os.PathLike, resume: bool, eval_only: bool) -> None:

@@ -26,7 +26,7 @@ from fbn_plugin.engine.run.evaluation_names import METRICS, inference_folder, me
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import FilterMeter
-from fbn_plugin.engine.run.output_dir import make_output_dir
+from fbn_plugin.engine.run.output_dir import holds_training, make_output_dir
 from fbn_plugin.engine.run.population import check_population_stats, refresh_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
@@ -87,7 +87,7 @@ class DetectionTrainer:
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, cfg.SOLVER.BEST_CHECKPOINT_METRIC, resume=self.start > 0)
         if distributed.is_main():
             make_output_dir(cfg.OUTPUT_DIR)
-            if not eval_only:
+            if not (eval_only and holds_training(cfg.OUTPUT_DIR)):
                 save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
         distributed.barrier()
         setup_logging(cfg.OUTPUT_DIR)
@@ -203,6 +203,8 @@ class DetectionTrainer:
         """Write ``evaluation.json`` into OUTPUT_DIR: the metrics, of which weights, and of which iteration (from 0,
         as in ``metrics.json``; null where the weights do not tell)."""
         if distributed.is_main():
+            if not holds_training(self.cfg.OUTPUT_DIR):
+                self._write_run_info()
             path = os.path.join(self.cfg.OUTPUT_DIR, "evaluation.json")
             write_evaluation(path, self.iteration, self.weights, self.cfg.DATASETS.TEST, metrics, hardware(self.device))
 

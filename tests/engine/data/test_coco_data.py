@@ -274,8 +274,9 @@ def test_images_that_cannot_be_used_are_named(copy):
 
     path.write_bytes(path.read_bytes()[:200])
     fails("cannot be read")
-    path.write_text("no image")
-    fails("cannot be read")
+    for content in (b"no image", b"", b"P6 80 x 255 "):  # of the last one Pillow says something else than of the others
+        path.write_bytes(content)
+        fails("cannot be read")
     Image.fromarray(np.zeros((96, 80), np.uint16)).save(path)
     fails("8 bits")
     Image.new("RGB", (10, 20)).save(path)
