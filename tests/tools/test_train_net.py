@@ -138,7 +138,18 @@ BAD_OVERRIDES = {
     "image format": (["INPUT.FORMAT", "ABC"], ["INPUT.FORMAT", "ABC", "BGR"]),
     "augmentation": (["INPUT.RANDOM_FLIP", "sideways"], ["INPUT", "horiz"]),
     "batch": (["SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH", "0"]),
-    "steps": (["SOLVER.STEPS", "('a',)"], ["SOLVER", "str"]),
+    "steps": (
+        ["SOLVER.STEPS", "('a',)"],
+        ["SOLVER.STEPS must be of type tuple of number", "got ('a',)"],
+    ),
+    "a string for a list": (["DATASETS.TRAIN", "mine"], ["DATASETS.TRAIN", "tuple", "mine"]),
+    "strings for numbers": (["MODEL.PIXEL_STD", "['a', 'b', 'c']"], ["MODEL.PIXEL_STD must be of type list of number"]),
+    "numbers for strings": (["DATASETS.TEST", "(1,)"], ["DATASETS.TEST must be of type tuple of str", "(1,)"]),
+    "labels without thresholds": (
+        ["MODEL.RPN.IOU_LABELS", "[1]"],
+        ["MODEL.RPN.IOU_LABELS [1] is refused", "assert len("],
+    ),
+    "mask format": (["INPUT.MASK_FORMAT", "png"], ["INPUT.MASK_FORMAT must be one of 'polygon', 'bitmask', got 'png'"]),
     "divisor": (["SOLVER.SCALE_LR_DIVISOR", "-1.0"], ["SOLVER.SCALE_LR_DIVISOR", "-1.0"]),
     "divisor and decay": (
         ["SOLVER.SCALE_LR_DIVISOR", "100.0", "SOLVER.WEIGHT_DECAY_NORM", "0.1"],
@@ -228,6 +239,16 @@ def test_bad_overrides(tool, folder, capsys, tmp_path, monkeypatch, case):
     )
     assert all(word in error for word in words), error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.detectron2
+def test_polygons_are_not_cut_without_shapely(tool, folder, tmp_path, monkeypatch):
+    """Which fvcore would ask for at the first image; masks of other kinds need none."""
+    monkeypatch.setitem(sys.modules, "shapely", None)
+    crop = ["INPUT.CROP.ENABLED", True, "OUTPUT_DIR", tmp_path]
+    with pytest.raises(ValueError, match="INPUT.CROP.ENABLED must be False where the package shapely is not installed"):
+        prepare(*datasets(folder, 2), *crop)
+    prepare(*datasets(folder, 2), *crop, "MODEL.MASK_ON", False)
 
 
 BAD_FILES = {

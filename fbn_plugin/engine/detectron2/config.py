@@ -3,8 +3,8 @@ written: detectron2 itself answers most of it with a bare error, some of it afte
 """
 
 import argparse
-import contextlib
 import difflib
+import importlib.util
 import logging
 import os
 import re
@@ -25,11 +25,13 @@ from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.detectron2.data import (
     check_annotation_files,
     checked,
+    has_polygons,
     has_rle,
     metric_names,
     register_datasets,
 )
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
+from fbn_plugin.engine.detectron2.values import attempt, check_types
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric, is_given
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.config import pairs
@@ -39,7 +41,7 @@ from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.run.population import check_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
-from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, one_of, refusal
+from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, get_value, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
 from fbn_plugin.engine.run.words import counted
 from fbn_plugin.frameworks.detectron2 import check_norm
@@ -49,7 +51,12 @@ __all__ = ["add_config", "load_config", "prepare"]
 # What a resumed run may have otherwise: what both engines let change, and a key that torchvision's does not have.
 _MAY_CHANGE = (*MAY_CHANGE, "VIS_PERIOD")
 
-_RULES = {**DETECTION_RULES, "INPUT.FORMAT": one_of("BGR", "YUV-BT.601", *Image.MODES)}
+_RULES = {
+    **DETECTION_RULES,
+    "INPUT.CROP.TYPE": one_of("relative_range", "relative", "absolute", "absolute_range"),
+    "INPUT.FORMAT": one_of("BGR", "YUV-BT.601", *Image.MODES),
+    "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
+}
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -131,6 +138,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         ValueError, OSError: one sentence.
     """
     cfg = load_config(args.config_file, args.opts)
+    check_types(cfg)
     check_values(cfg, _RULES)
     check_values(cfg, dependent_rules(cfg))
     check_augmentation(cfg)
@@ -146,6 +154,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     _read_rle(cfg)
     if not args.eval_only:
         _check_metrics(cfg)
+        _check_cropping(cfg)
     continues = check_run(
         *(cfg, norms, cfg.MODEL.DEVICE, processes, args.resume, args.eval_only),
         lambda: load_config(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), []),
@@ -155,7 +164,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         _fetch_weights(cfg.MODEL.WEIGHTS)
     check_annotation_files(cfg, args.eval_only)
 
-    _try_out(cfg, args.eval_only, continues)
+    _try_out(cfg, args, continues)
     make_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
@@ -172,6 +181,14 @@ def _read_rle(cfg: CfgNode) -> None:
         if rle:
             print(f"Dataset {rle[0]!r} has RLE masks: INPUT.MASK_FORMAT is set to bitmask.")
             cfg.INPUT.MASK_FORMAT = "bitmask"
+
+
+def _check_cropping(cfg: CfgNode) -> None:
+    """Refuse INPUT.CROP where the package that cuts polygons is missing: fvcore asks for it at the first image."""
+    polygons = any(name not in checked or has_polygons(checked[name]) for name in cfg.DATASETS.TRAIN)
+    if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and polygons and importlib.util.find_spec("shapely") is None:
+        reason = "where the package shapely is not installed, as the training images have polygons to cut"
+        check_values(cfg, {"INPUT.CROP.ENABLED": exactly(False, reason)})
 
 
 def _check_metrics(cfg: CfgNode) -> None:
@@ -226,7 +243,7 @@ def _fetch_weights(weights: str) -> None:
         raise FileNotFoundError(f"MODEL.WEIGHTS {weights} is not there")
 
 
-def _try_out(cfg: CfgNode, evaluate_only: bool, resume: bool) -> None:
+def _try_out(cfg: CfgNode, args: argparse.Namespace, resume: bool) -> None:
     """Build model, input and solver on the CPU and load the weights once, before anything is written.
 
     What the config may get wrong is spread over all of detectron2, which answers with bare errors. This costs a few
@@ -235,19 +252,20 @@ def _try_out(cfg: CfgNode, evaluate_only: bool, resume: bool) -> None:
     Raises:
         ValueError: one sentence.
     """
-    cfg = cfg.clone()
+    cfg, evaluate_only = cfg.clone(), args.eval_only
     cfg.MODEL.DEVICE = "cpu"
+    without = load_config(args.config_file, [])
+    overrides = {key: get_value(without, key) for key, _ in pairs(args.opts)}
     fbn_plugin.register()
     if "resnet" in cfg.MODEL.BACKBONE.NAME:
         check_values(cfg, {"MODEL.RESNETS.DEPTH": one_of(18, 34, 50, 101, 152)})
-    with _refused("MODEL"):
-        model = build_model(cfg)
+    model = attempt(cfg, "MODEL", build_model, overrides)
     if not evaluate_only:
         check_population_stats(cfg, model)
-        with _refused("INPUT"):
-            DatasetMapper(cfg, is_train=True)
-        with _refused("SOLVER"):
-            DefaultTrainer.build_lr_scheduler(cfg, build_optimizer(cfg, model))
+        attempt(cfg, "INPUT", lambda cfg: DatasetMapper(cfg, is_train=True), overrides)
+        attempt(
+            cfg, "SOLVER", lambda cfg: DefaultTrainer.build_lr_scheduler(cfg, build_optimizer(cfg, model)), overrides
+        )
 
     checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     path = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
@@ -263,13 +281,3 @@ def _try_out(cfg: CfgNode, evaluate_only: bool, resume: bool) -> None:
         BestCheckpoint(cfg.OUTPUT_DIR, cfg.SOLVER.BEST_CHECKPOINT_METRIC, resume=True)
         last, finished = cfg.SOLVER.MAX_ITER, state["iteration"] + 1
         check_enough_iterations("SOLVER.MAX_ITER", last, last, finished, cfg.OUTPUT_DIR)
-
-
-@contextlib.contextmanager
-def _refused(group: str) -> Iterator[None]:
-    """Turn detectron2's error on a value of the config into one sentence."""
-    try:
-        yield
-    except (KeyError, ValueError, AssertionError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error.args[0] if error.args else "").split())
-        raise ValueError(f"the config's {group} is refused by detectron2: {reason}") from None

@@ -24,7 +24,7 @@ from fbn_plugin.engine.data.loaders import training_loader
 from fbn_plugin.engine.data.sampling import repeat_factors
 from fbn_plugin.engine.detectron2.registered import has_file, own_names, registered_dataset
 from fbn_plugin.engine.run import distributed
-from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
 from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.words import counted
@@ -35,6 +35,7 @@ __all__ = [
     "check_annotation_files",
     "checked",
     "has_panoptic_api",
+    "has_polygons",
     "has_rle",
     "metric_names",
     "records",
@@ -211,6 +212,11 @@ def has_rle(data: CocoDataset) -> bool:
     )
 
 
+def has_polygons(data: CocoDataset) -> bool:
+    """Whether an object, crowds among them, has a mask of polygons."""
+    return any(isinstance(each["segmentation"], list) for each in data.usable_annotations(masks=True))
+
+
 def has_panoptic_api() -> bool:
     """Whether the package that computes PQ is installed."""
     return importlib.util.find_spec("panopticapi") is not None
@@ -292,6 +298,8 @@ class TrainingData:
                 )
             except AssertionError as error:
                 raise UserError(f"dataset {name!r}: {error}") from None
+            except ModuleNotFoundError as error:
+                raise UserError(f"dataset {name!r}: {error_sentence(error)}") from None
             self.images[name] = len(found)
             data += found
         self._groups = [int(image["width"] > image["height"]) for image in data]
