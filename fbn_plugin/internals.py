@@ -108,7 +108,7 @@ ATTRIBUTES = {
     ),
     "torchvision.models.resnet.ResNet": ("_norm_layer",),
     "fvcore.common.registry.Registry": ("_obj_map",),
-    "detectron2.evaluation.COCOEvaluator": ("_coco_api",),
+    "detectron2.evaluation.COCOEvaluator": ("_coco_api", "_derive_coco_results", "_kpt_oks_sigmas"),
 }
 
 

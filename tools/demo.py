@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import format_table, user_errors
+from fbn_plugin.engine.run.cli import add_import, format_table, user_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("BN", "FBN")
@@ -36,6 +36,7 @@ def parse_args(args=None) -> argparse.Namespace:
     parser.add_argument(
         "--data", help="a COCO-format folder with train and val annotations; default: digits on photographs"
     )
+    add_import(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY VALUE", help="config overrides for both runs, such as SOLVER.MAX_ITER 100"
     )
@@ -111,7 +112,8 @@ def main(args=None) -> None:
     for norm in NORMS:
         runs[norm] = output / norm
         config = f"configs/Demo/mask_rcnn_R_18_FPN_{norm}.yaml"
-        arguments = ["--resume", *overrides, "OUTPUT_DIR", str(runs[norm]), *args.overrides]
+        modules = [part for module in args.imports for part in ("--import", module)]
+        arguments = [*modules, "--resume", *overrides, "OUTPUT_DIR", str(runs[norm]), *args.overrides]
         commands.append(shlex.join(["python", "tools/train_detection.py", "--config-file", config, *arguments]))
         print(f"\n$ {commands[-1]}", flush=True)
         tool = [sys.executable, str(ROOT / "tools" / "train_detection.py"), "--config-file", str(ROOT / config)]

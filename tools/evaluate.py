@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             raise ValueError("--weights names a model to run, and --results wants none: give one of them")
         if not args.run_dir and not (args.results and args.dataset):
             raise ValueError("RUN_DIR is needed, or both --results and --dataset")
+        import_modules(args.imports)  # a data set, too, may be one that a module registers
 
         from fbn_plugin.engine.data.coco_data import resolve_dataset
         from fbn_plugin.engine.reports.evaluation import (
@@ -77,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             if (needed := run.info.get("imports")) and not args.imports:
                 options = " ".join(f"--import {name}" for name in needed)
                 raise ValueError(f"{run.folder} was trained with modules of its own: add {options}")
-            import_modules(args.imports)
             weights = run.weights(args.weights)
             device = hardware("cpu" if run.config.get("MODEL.DEVICE") == "cpu" else None)
             note = averages_note(run, weights)

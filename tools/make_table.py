@@ -6,7 +6,8 @@
     python tools/make_table.py runs/bn-seed* runs/fbn-seed* --all-metrics --json table.json
     python tools/make_table.py runs/* --label "FBN everywhere=runs/fbn-heads"
 
-RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2) or tools/train_detection.py (torchvision), with any norm.
+RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2) or tools/train_detection.py (torchvision), with any norm:
+of a training, or of an --eval-only into a folder of its own.
 Every evaluation of the runs is a row; on COCO 2017 the paper's are, too, run or not.
 Runs of the same norm become one column, mean ± standard deviation over their seeds; every framework and data set has a
 table of its own. Below each stands what was run, in which settings the runs differ, and how far they can be compared.
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import check_outputs, format_table, user_errors
+from fbn_plugin.engine.run.cli import add_import, check_outputs, format_table, import_modules, user_errors
 
 
 def read_labels(given: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
@@ -48,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> str:
     parser.add_argument("--all-metrics", action="store_true", help="add the six APs at the last evaluation")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the tables as Markdown, too")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures as JSON, too")
+    add_import(parser)
     args = parser.parse_args(argv)
     with user_errors():
         check_outputs(args.output, args.json)
+        import_modules(args.imports)
         from fbn_plugin.engine.reports.table import PAPER_SOURCE, build_tables, paper_table
         from fbn_plugin.engine.run.checkpoint import atomic_write
         from fbn_plugin.engine.run.run_folder import read_run

@@ -7,7 +7,8 @@
 
 `KEY VALUE` pairs at the end override the file, as in detectron2; `classification_config` in
 fbn_plugin/engine/classification/config.py lists the keys. OUTPUT_DIR receives `metrics.json`, TensorBoard files,
-`log.txt`, `config.yaml`, `run_info.json`, `results.json` and checkpoints (`model_final.pth`).
+`log.txt`, `config.yaml`, `run_info.json`, `results.json` and checkpoints (`model_final.pth`, and `model_best.pth` with
+SOLVER.BEST_CHECKPOINT_METRIC).
 """
 
 import sys

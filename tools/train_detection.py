@@ -5,7 +5,8 @@
 
 The vocabulary is detectron2's; ``KEY VALUE`` pairs override the file. OUTPUT_DIR receives ``metrics.json``, TensorBoard
 files, ``log.txt``, ``config.yaml``, ``run_info.json``, checkpoints (``model_final.pth``), and the detections under
-``inference/``; with ``--eval-only``, ``evaluation.json`` and the detections.
+``inference/``; with ``--eval-only``, ``evaluation.json``, the detections and, where nothing was trained in OUTPUT_DIR,
+the settings.
 """
 
 import sys

@@ -9,7 +9,8 @@
 
 Datasets are detectron2's, or COCO-format folders named ``FOLDER:SPLIT``. OUTPUT_DIR gets the config, the log,
 metrics.json, TensorBoard events, checkpoints, run_info.json and the COCO results; ``--eval-only`` writes
-evaluation.json there.
+evaluation.json and the COCO results there and, where nothing was trained in OUTPUT_DIR, the settings. With
+TEST.AUG.ENABLED the evaluation at the end, or of ``--eval-only``, is made with test-time augmentation, too.
 
 ``--resume`` continues from the last checkpoint with the settings that the run began with; on the CPU it ends with the
 same bits as a run that was never stopped.

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import check_outputs, user_errors
+from fbn_plugin.engine.run.cli import add_import, check_outputs, import_modules, user_errors
+from fbn_plugin.engine.run.words import counted
 
 MOST_IMAGES = 100
 
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     parser.add_argument("--images", metavar="FILE", nargs="+", help="names or ids of the images to draw")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score that is drawn (default: 0.5)")
     parser.add_argument("--output", metavar="FILE.png", type=Path, help="default: predictions.png in the first RUN_DIR")
+    add_import(parser)
     args = parser.parse_args(argv)
     output = args.output or args.run_dirs[0] / "predictions.png"
     with user_errors():
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             raise ValueError(f"--num-images must be from 1 to {MOST_IMAGES}, got {args.num_images}")
         if not 0 <= args.threshold <= 1:
             raise ValueError(f"--threshold must be from 0 to 1, got {args.threshold}")
+        import_modules(args.imports)
 
         from fbn_plugin.engine.data.coco_data import resolve_dataset
         from fbn_plugin.engine.reports.evaluation import read_detections
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             title: read_detections(run.detections(data.name), data) for title, run in zip(run_titles(runs), runs)
         }
         atomic_write(output, draw_detections(data, detections, images, args.threshold))
-    what = f"{len(images)} image{'s' * (len(images) > 1)} of {data.name}"
+    what = f"{counted(len(images), 'image')} of {data.name}"
     print(f"{what}, detections of score {args.threshold:.0%} and above: {output}")
     return output
 

@@ -28,8 +28,10 @@ def test_runs_on_data_of_ones_own(tmp_path):
         "INPUT.MIN_SIZE_TEST",
         64,
     ]
-    done = demo("--output", tmp_path / "out", "--data", data, *overrides)
+    (tmp_path / "of_ones_own.py").write_text("print('imported')\n")
+    done = demo("--output", tmp_path / "out", "--data", data, "--import", tmp_path / "of_ones_own.py", *overrides)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" | imported") == 2
     table = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert [row.split("|")[1].strip() for row in table] == ["norm", "-----:", "BN", "FBN"]
     page = (tmp_path / "out" / "mine" / "report.html").read_text()

@@ -29,6 +29,17 @@ class {name}(nn.BatchNorm2d):
     def forward(self, input):
         return super().forward(input)
 """
+DATA = """
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from fbn_plugin.engine.data.coco_data import resolve_dataset
+from fbn_plugin.engine.detectron2.data import records
+
+for split in ("train", "val"):
+    data = resolve_dataset("{folder}:" + split)
+    DatasetCatalog.register("mine_" + split, lambda data=data: records(data, masks=True))
+    MetadataCatalog.get("mine_" + split).thing_classes = ["disc", "box"]
+"""
 
 
 def run(tool, *arguments, processes=0, cwd=None):
@@ -149,12 +160,14 @@ def test_population_statistics_of_unknown_moments_are_refused_before_the_run(tmp
 
 
 def test_several_processes_of_detectron2(tmp_path, shapes):
-    """They are started anew, and import it too; ``tools/evaluate.py`` hands it on."""
+    """They are started anew, and import it too: norms and data sets; ``tools/evaluate.py`` hands it on."""
     pytest.importorskip("detectron2", reason="detectron2 is not installed")
     from tiny_detectron2 import CONFIG, TINY, datasets
 
     file, out = module(tmp_path), tmp_path / "out"
+    file.write_text(f"{file.read_text()}\n{DATA.format(folder=str(shapes))}")
     options = [*TINY, *datasets(shapes, 2), "MODEL.RESNETS.NORM", "QuietBN", "OUTPUT_DIR", out]
+    options += ["DATASETS.TRAIN", "('mine_train',)", "DATASETS.TEST", "('mine_val',)"]
     options += ["SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"]
     done = run("train_net.py", "--config-file", CONFIG, "--num-gpus", "2", "--import", file, *options)
     assert done.returncode == 0, done.stderr
@@ -162,7 +175,11 @@ def test_several_processes_of_detectron2(tmp_path, shapes):
     done = run("evaluate.py", out)
     assert done.returncode == 2 and f"add --import {file}" in done.stderr
     done = run("evaluate.py", out, "--import", file)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "\nmine_val (" in done.stdout, done.stderr
+    done = run("evaluate.py", "--results", out / "inference/coco_instances_results.json", "--dataset", "mine_val")
+    assert done.returncode == 2 and "--import the module that registers it" in done.stderr
+    done = run("visualize_predictions.py", out, "--import", file)
+    assert done.returncode == 0 and "4 images of mine_val" in done.stdout, done.stderr
 
 
 def test_the_argument_may_be_repeated():

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import shutil
 import statistics
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from fbn_plugin.engine.reports.table import PAPER_AP
@@ -331,6 +333,38 @@ def test_a_run_of_the_engine(tool, trained_run):
     assert found["segm", "4"]["FBN AP"] == "0.00"
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_folders_of_evaluations(tool, trained_run, tmp_path):
+    """The figures of the weights at their iterations, beside the run that they are of; a run's folder stays one."""
+    spec = importlib.util.spec_from_file_location("train_detection", ROOT / "tools" / "train_detection.py")
+    train_detection = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train_detection)
+    run, folder = shutil.copytree(trained_run, tmp_path / "run"), tmp_path / "evaluated"
+    weights = run / "model_0000001.pth"
+
+    def evaluate(*overrides):
+        options = ["--config-file", str(run / "config.yaml"), "--eval-only", *map(str, overrides)]
+        return train_detection.main([*options, "MODEL.WEIGHTS", str(weights)])
+
+    before = (run / "config.yaml").read_bytes(), (run / "run_info.json").read_bytes()
+    evaluate("OUTPUT_DIR", run)
+    assert before == ((run / "config.yaml").read_bytes(), (run / "run_info.json").read_bytes())
+    assert list(rows(tool.main([str(run)]))) == [("segm", "2"), ("segm", "4"), ("bbox", "2"), ("bbox", "4")]
+    metrics = evaluate("OUTPUT_DIR", folder)
+    text = tool.main([str(folder)])
+    assert rows(text) == {(task, "2"): {f"FBN {m}": f"{metrics[f'{task}/{m}']:.2f}" for m in ("AP", "AP50")}
+                          for task in ("segm", "bbox")}  # fmt: skip
+    assert f"{folder} is an evaluation of {weights}.\n" in text and "4 images" in text
+    state = torch.load(weights)
+    weights = tmp_path / "untold.pth"
+    torch.save(state["model"], weights)
+    evaluate("OUTPUT_DIR", folder, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0)
+    text = tool.main([str(run), str(folder)])
+    assert "they do not tell their iterations, for which its SOLVER.MAX_ITER 4 is taken" in text
+    assert f"{folder}, the last evaluation on" in text and "nothing was detected, so its average precisions" in text
+    assert rows(text)["bbox", "4"]["FBN (2) AP"] == "0.00"
+
+
 def test_bad_input(tool, write_run, tmp_path, capsys):
     run = write_run("run", "BN", 1, {270_000: 30})
     output = ["--output", str(tmp_path / "table.md"), "--json", str(tmp_path / "table.json")]
@@ -371,4 +405,11 @@ def test_bad_input(tool, write_run, tmp_path, capsys):
     (run / "metrics.json").write_text('{"bbox/AP": 3}\n')
     assert "has a line without an 'iteration'" in refusal(run)
     (run / "metrics.json").unlink()
-    assert "has no metrics.json" in refusal(run)
+    assert "has neither metrics.json nor evaluation.json" in refusal(run)
+    (run / "evaluation.json").write_text("{")
+    assert "evaluation.json is not valid JSON" in refusal(run)
+    content = {"iteration": 3, "weights": None, "dataset": ["coco_2017_val"], "metrics": {"bbox/AP": "hi"}}
+    (run / "evaluation.json").write_text(json.dumps(content))
+    assert "evaluation.json: bbox/AP must be a number or null, got 'hi'" in refusal(run)
+    (run / "evaluation.json").write_text(json.dumps({**content, "dataset": None}))
+    assert "evaluation.json is no evaluation: it has no 'dataset' of the right type" in refusal(run)

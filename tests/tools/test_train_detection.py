@@ -103,7 +103,7 @@ def test_two_processes_train_together_and_go_on_after_one_was_killed(arguments, 
     options = ["--resume", *arguments, *options, "SOLVER.REFERENCE_WORLD_SIZE", 1]
     whole = run(*options, "OUTPUT_DIR", tmp_path / "whole", launcher=torchrun)
     assert whole.returncode == 0, whole.stderr
-    assert "2 process(es)" in whole.stdout and whole.stdout.count("iteration 6/6") == 1
+    assert ", 2 processes, iteration 1 to 6" in whole.stdout and whole.stdout.count("iteration 6/6") == 1
     assert "SOLVER.REFERENCE_WORLD_SIZE 1, and 2 process" in whole.stdout and "MAX_ITER 6" in whole.stdout
 
     killed = tmp_path / "killed"

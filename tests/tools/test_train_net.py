@@ -17,6 +17,7 @@ from pycocotools import mask as mask_utils
 from tiny_detectron2 import CONFIG, ROOT, TINY, TOOL, datasets, metrics, prepare, run_tool
 
 import fbn_plugin
+from fbn_plugin.engine.run.run_folder import read_run
 
 
 def test_without_detectron2(tmp_path):
@@ -137,14 +138,36 @@ BAD_OVERRIDES = {
     "image format": (["INPUT.FORMAT", "ABC"], ["INPUT.FORMAT", "ABC", "BGR"]),
     "augmentation": (["INPUT.RANDOM_FLIP", "sideways"], ["INPUT", "horiz"]),
     "batch": (["SOLVER.IMS_PER_BATCH", "0"], ["SOLVER.IMS_PER_BATCH", "0"]),
-    "steps": (["SOLVER.STEPS", "('a',)"], ["SOLVER", "str"]),
+    "steps": (
+        ["SOLVER.STEPS", "('a',)"],
+        ["SOLVER.STEPS must be of type tuple of number", "got ('a',)"],
+    ),
+    "a string for a list": (["DATASETS.TRAIN", "mine"], ["DATASETS.TRAIN", "tuple", "mine"]),
+    "strings for numbers": (["MODEL.PIXEL_STD", "['a', 'b', 'c']"], ["MODEL.PIXEL_STD must be of type list of number"]),
+    "numbers for strings": (["DATASETS.TEST", "(1,)"], ["DATASETS.TEST must be of type tuple of str", "(1,)"]),
+    "labels without thresholds": (
+        ["MODEL.RPN.IOU_LABELS", "[1]"],
+        ["MODEL.RPN.IOU_LABELS [1] is refused", "assert len("],
+    ),
+    "mask format": (["INPUT.MASK_FORMAT", "png"], ["INPUT.MASK_FORMAT must be one of 'polygon', 'bitmask', got 'png'"]),
     "divisor": (["SOLVER.SCALE_LR_DIVISOR", "-1.0"], ["SOLVER.SCALE_LR_DIVISOR", "-1.0"]),
     "divisor and decay": (
         ["SOLVER.SCALE_LR_DIVISOR", "100.0", "SOLVER.WEIGHT_DECAY_NORM", "0.1"],
         ["SOLVER.WEIGHT_DECAY_NORM must be 0 with SCALE_LR_DIVISOR", "0.1"],
     ),
     "input norm": (["INPUT.NORM_GAMMA_INIT", "1.5"], ["INPUT.NORM_GAMMA_INIT", "1.5"]),
-    "augmented evaluation": (["TEST.AUG.ENABLED", "True"], ["TEST.AUG.ENABLED"]),
+    "augmented evaluation": (
+        ["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", "2"],
+        ["MODEL.META_ARCHITECTURE must be 'GeneralizedRCNN' with TEST.AUG.ENABLED", "'RetinaNet'"],
+    ),
+    "augmented evaluation at no size": (
+        ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "()"],
+        ["TEST.AUG.MIN_SIZES must be one value or more, each 1 or more, got ()"],
+    ),
+    "the best augmented evaluation": (
+        ["TEST.AUG.ENABLED", "True", "SOLVER.BEST_CHECKPOINT_METRIC", "bbox_TTA/AP"],
+        ["SOLVER.BEST_CHECKPOINT_METRIC", "'bbox_TTA/AP'", "bbox/AP"],
+    ),
     "evaluations that do not increase": (
         ["TEST.EVAL_ITERATIONS", "(30, 20)"],
         ["TEST.EVAL_ITERATIONS", "increasing", "(30, 20)"],
@@ -166,7 +189,11 @@ BAD_OVERRIDES = {
         ["SOLVER.REFERENCE_WORLD_SIZE", "3", "SOLVER.IMS_PER_BATCH", "4"],
         ["SOLVER.REFERENCE_WORLD_SIZE", "3", "multiple"],
     ),
-    "sampler": (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], ["SAMPLER_TRAIN", "'TrainingSampler'"]),
+    "sampler": (
+        ["DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"],
+        ["DATALOADER.SAMPLER_TRAIN must be one of 'TrainingSampler', 'RepeatFactorTrainingSampler'"],
+    ),
+    "repeat threshold": (["DATALOADER.REPEAT_THRESHOLD", "1.5"], ["DATALOADER.REPEAT_THRESHOLD", "from 0 to 1", "1.5"]),
     "seed": (["SEED", "9223372036854775808"], ["SEED", "2**63"]),
     "precision": (["FLOAT32_PRECISION", "low"], ["FLOAT32_PRECISION", "'medium'", "'low'"]),
     "keypoints of a folder": (["MODEL.KEYPOINT_ON", "True"], ["shapes", "keypoints", "detectron2's own"]),
@@ -214,6 +241,16 @@ def test_bad_overrides(tool, folder, capsys, tmp_path, monkeypatch, case):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.detectron2
+def test_polygons_are_not_cut_without_shapely(tool, folder, tmp_path, monkeypatch):
+    """Which fvcore would ask for at the first image; masks of other kinds need none."""
+    monkeypatch.setitem(sys.modules, "shapely", None)
+    crop = ["INPUT.CROP.ENABLED", True, "OUTPUT_DIR", tmp_path]
+    with pytest.raises(ValueError, match="INPUT.CROP.ENABLED must be False where the package shapely is not installed"):
+        prepare(*datasets(folder, 2), *crop)
+    prepare(*datasets(folder, 2), *crop, "MODEL.MASK_ON", False)
+
+
 BAD_FILES = {
     "not YAML": ("MODEL: [", ["config.yaml"]),
     "a list": ("[1, 2]", ["config.yaml"]),
@@ -242,7 +279,7 @@ def test_bad_arguments(tool, folder, capsys, tmp_path, monkeypatch):
     assert "LazyConfig" in refusal(tool, capsys, "--config-file", "model.py")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cuda = refusal(tool, capsys, "--num-gpus", 99, "--config-file", CONFIG, *data, "MODEL.DEVICE", "cuda")
-    assert "--num-gpus 99" in cuda and "0 GPUs" in cuda and "MODEL.DEVICE cpu" in cuda
+    assert "--num-gpus 99" in cuda and "has 0 GPUs" in cuda and "MODEL.DEVICE cpu" in cuda
     assert "processes (99)" in refusal(tool, capsys, "--num-gpus", 99, "--config-file", CONFIG, *data)
     sync = ["MODEL.RESNETS.NORM", "SyncBN", "SOLVER.IMS_PER_BATCH", 4]
     assert "SyncFBN" in refusal(tool, capsys, "--num-gpus", 2, "--config-file", CONFIG, *data, *sync)
@@ -270,12 +307,14 @@ def test_bad_annotation_files(tool, folder, capsys, tmp_path):
     whole.write_text(content)
     register_coco_instances("cut", {}, str(tmp_path / "cut" / "train.json"), str(folder / "train"))
     register_coco_instances("fewer", {"thing_classes": ["disc"]}, str(whole), str(folder / "train"))
+    register_coco_instances("unnamed", {}, str(whole), str(folder / "train"))
     register_coco_instances("renamed", {"thing_classes": ["disc", "cube"]}, str(whole), str(folder / "train"))
     for name, classes, words in (
         (f"{tmp_path / 'cut'}:train", 2, ["train.json", "not valid JSON, perhaps cut short"]),
         ("cut", 2, ["train.json", "not valid JSON, perhaps cut short"]),
-        ("fewer", 1, ["'fewer'", "1 categories in detectron2", "whole.json has 2", "'square'", "FOLDER:SPLIT"]),
+        ("fewer", 1, ["'fewer'", "1 category in detectron2", "whole.json has 2", "'square'", "FOLDER:SPLIT"]),
         ("renamed", 2, ["'renamed'", "differ in 'square'"]),
+        ("unnamed", 80, ["NUM_CLASSES must be 2", "'unnamed'", "got 80"]),
     ):
         error = refusal(
             tool,
@@ -389,6 +428,9 @@ def test_train_and_evaluate(tool, folder, tmp_path):
         expected = {k: v for k, v in metrics(out)[-1].items() if k.startswith(("bbox/", "segm/"))}
         assert evaluation["metrics"] == {k: None if math.isnan(v) else v for k, v in expected.items()}
     assert (out / "config.yaml").read_bytes() == config
+    run = read_run(tmp_path / "eval")
+    (figures,) = run.evaluations(run.test_sets[0]).items()
+    assert figures == (3, {key: None if math.isnan(value) else value for key, value in expected.items()})
 
 
 @pytest.mark.detectron2

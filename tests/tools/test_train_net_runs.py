@@ -456,9 +456,10 @@ RETINANET += [
 def test_faster_rcnn_on_two_test_sets(shapes, tmp_path):
     sets = [*named(f"{shapes}:train", f"{shapes}:val"), "DATASETS.TEST", f"('{shapes}:val', '{shapes}:train')"]
     best = ["SOLVER.BEST_CHECKPOINT_METRIC", f"{shapes}:train/bbox/AP", "MODEL.ROI_HEADS.NUM_CLASSES", 2]
-    train(*sets, *best, *SHORT, "MODEL.MASK_ON", False, "OUTPUT_DIR", tmp_path)
+    augmented = ["TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.MAX_SIZE", 96]
+    train(*sets, *best, *SHORT, *augmented, "MODEL.MASK_ON", False, "OUTPUT_DIR", tmp_path)
     found = {name for name in metrics(tmp_path)[-1] if name.endswith("/AP")}
-    assert found == {f"{shapes}:val/bbox/AP", f"{shapes}:train/bbox/AP"}
+    assert found == {f"{shapes}:{part}/{task}/AP" for part in ("val", "train") for task in ("bbox", "bbox_TTA")}
     files = sorted((tmp_path / "inference").glob("*/coco_instances_results.json"))
     assert [file.parent.name.rpartition("_")[2] for file in files] == ["train", "val"]
     with pytest.raises(ValueError, match="METRIC must be one of .*:val/bbox/AP, .*got 'bbox/AP'"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fbn_plugin import ops
 from fbn_plugin.engine.benchmark.layers import first_line, layer_input
 from fbn_plugin.engine.benchmark.timing import captured, side_stream
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.layers import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
 
 # Error of a result against float64, relative to its largest value: one rounding to the dtype of outputs, and sums in
@@ -204,7 +205,7 @@ def check(device: str, until: float, notes: list[str]) -> list[dict]:
     cases = _cases(device)
     for what, function, case in cases:
         if time.perf_counter() > until:
-            notes.append(f"{len(cases) - len(rows)} of {len(cases)} checks were left out: the time was over")
+            notes.append(f"{len(cases) - len(rows)} of {counted(len(cases), 'check')} left out: the time was over")
             break
         rows.append(_guarded(what, function, case, device))
     notes += [f"WRONG: {_words(row)}" for row in rows if not row["passed"]]

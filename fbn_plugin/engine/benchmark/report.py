@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from fbn_plugin.engine.benchmark.targets import target_table
 from fbn_plugin.engine.run.cli import format_table
+from fbn_plugin.engine.run.words import counted
 
 
 def shape_text(row: Mapping) -> str:
@@ -95,7 +96,7 @@ def environment_line(results: Mapping) -> str:
     facts, settings = results["environment"], results["settings"]
     if not facts:
         return "unknown machine"
-    parts = [facts["gpu"]] if settings["device"] == "cuda" else [facts["cpu"], f"{facts['threads']} threads"]
+    parts = [facts["gpu"]] if settings["device"] == "cuda" else [facts["cpu"], counted(facts["threads"], "thread")]
     parts += [f"{name} {facts[name]}" for name in ("torch", "fbn_plugin", "python") if facts.get(name)]
     parts += [facts["date"], *(["QUICK RUN, the figures mean nothing"] if settings["quick"] else [])]
     return ", ".join(parts)

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fbn_plugin.engine.run.words import counted
+
 HALF = ("float16", "bfloat16")
 FBN, FUSED_STEP = ("FBN T=5",), ("FBN T=5 fused",)
 BOTH_PASSES = {"pass": ("forward+backward",)}
@@ -126,7 +128,7 @@ class Judgement:
         aims = [(aim, value) for aim, value in aims if aim is not None]
         word = "no aim" if not aims else "met" if all(value <= aim for aim, value in aims) else "missed"
         missing = self.target.rows - len(numbers)
-        return f"{word}, {missing} rows not measured" if missing > 0 else word
+        return f"{word}, {counted(missing, 'row')} not measured" if missing > 0 else word
 
 
 def _words(row: Mapping, peer: str) -> str:

@@ -34,6 +34,7 @@ MAY_CHANGE = (
     "SOLVER.MIN_LR",
     "SOLVER.STEPS",
     "SOLVER.CHECKPOINT_PERIOD",
+    "SOLVER.BEST_CHECKPOINT_METRIC",
     "TEST.*",
     "OUTPUT_DIR",
 )
@@ -43,7 +44,7 @@ _MODEL = {
     "NAME": "resnet50",  # a timm model, or one of fbn_plugin.models
     "NORM": "",  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
     "PRETRAINED": False,  # start from timm's weights
-    "WEIGHTS": "",  # start from, or with --eval-only evaluate, this checkpoint or state dict
+    "WEIGHTS": "",  # start from, or with --eval-only evaluate, this checkpoint (timm's, too) or state dict
     "REVISED_INIT": False,  # convolutions and linear layers start as Davis and Frank (2022) have them
     "DROP_RATE": 0.0,  # dropout before the classifier
     "DEVICE": "cuda",  # where there is no GPU: cpu
@@ -91,6 +92,7 @@ _SOLVER = {
     "WARMUP_FACTOR": 0.001,  # share of BASE_LR that warm-up starts from
     "LABEL_SMOOTHING": 0.0,
     "CHECKPOINT_PERIOD": 0,  # iterations; 0: an epoch
+    "BEST_CHECKPOINT_METRIC": "",  # "top1" or "top5": each evaluation that beats the best so far writes model_best.pth
     "AMP": {"ENABLED": False},  # float16 on a GPU, bfloat16 on a CPU
 }
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import apply_gamma_init, convert_norm, prepend_input_norm, revised_init
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.frameworks import timm_models
 from fbn_plugin.frameworks.timm import param_groups
 
@@ -47,7 +48,9 @@ def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
         raise ValueError(f"{name} has no batch normalization that {norm} could replace")
     model = convert_norm(model, norm)
     if left := [type(module).__name__ for module in model.modules() if module in old]:
-        raise ValueError(f"{len(left)} norms of {name} cannot be replaced by {norm}, the first is a {left[0]}")
+        raise ValueError(
+            f"{counted(len(left), 'norm')} of {name} cannot be replaced by {norm}, the first is a {left[0]}"
+        )
     return model if kwargs.get("pretrained") else apply_gamma_init(model)
 
 

@@ -23,6 +23,7 @@ from fbn_plugin.engine.classification.model import build_model, build_optimizer,
 from fbn_plugin.engine.data.image_data import ImageData, load_image_data
 from fbn_plugin.engine.data.sampling import BalancedSampler
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
@@ -32,6 +33,7 @@ from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
 from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
+from fbn_plugin.engine.run.words import counted
 
 __all__ = ["ClassificationTrainer", "evaluate"]
 
@@ -96,6 +98,9 @@ class ClassificationTrainer:
         self.data = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
         if not eval_only:
             _check_batch(cfg, self.data)
+            if solver.BEST_CHECKPOINT_METRIC:
+                names = [f"top{k}" for k in self._top_k()]
+                check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
@@ -110,7 +115,11 @@ class ClassificationTrainer:
         if continues:
             self._continue(eval_only)
         else:
-            self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
+            try:
+                self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
+            except ValueError as error:
+                raise ValueError(f"MODEL.WEIGHTS: {error}") from None
+        self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
 
     def _continue(self, eval_only: bool) -> None:
         """Load the last checkpoint."""
@@ -128,22 +137,25 @@ class ClassificationTrainer:
         """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set."""
         distributed.broadcast_buffers(self.model)
         loader = build_val_loader(self.cfg, self.data.val, self.device)
-        return evaluate(self.model, loader, self.device, (1, 5) if len(self.data.classes) > 5 else (1,))
+        return evaluate(self.model, loader, self.device, self._top_k())
+
+    def _top_k(self) -> tuple[int, ...]:
+        return (1, 5) if len(self.data.classes) > 5 else (1,)
 
     def describe(self, result: dict[str, float]) -> str:
         """One line that says what `result` was measured with and on."""
         cfg = self.cfg
         model = cfg.MODEL.NAME + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
         top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
-        images = f"{len(self.data.val)} validation images"
+        images = counted(len(self.data.val), "validation image")
         return f"{model} on {self.data.title}: top-1 {result['top1']:.2f} %{top5}, loss {result['loss']:.4f} ({images})"
 
     def train(self) -> dict[str, float]:
         """Train from the start, or from where the checkpoint left off, to the end; return the final evaluation.
 
-        Writes config.yaml, log.txt, metrics.json, TensorBoard files, checkpoints, run_info.json and results.json to
-        OUTPUT_DIR. On the CPU a run that is interrupted and resumed ends with the same bits as one that is not; on a
-        GPU some backward passes add in no fixed order.
+        Writes config.yaml, log.txt, metrics.json, TensorBoard files, checkpoints (with SOLVER.BEST_CHECKPOINT_METRIC
+        model_best.pth), run_info.json and results.json to OUTPUT_DIR. On the CPU a run that is interrupted and resumed
+        ends with the same bits as one that is not; on a GPU some backward passes add in no fixed order.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -200,8 +212,9 @@ class ClassificationTrainer:
         distributed.barrier()
         setup_logging(cfg.OUTPUT_DIR)
         logger.info(
-            f"{data.title}: {len(data.train)} training images, {len(data.val)} validation images, "
-            f"{len(data.classes)} classes; {self.iters_per_epoch} iterations an epoch"
+            f"{data.title}: {counted(len(data.train), 'training image')}, "
+            f"{counted(len(data.val), 'validation image')}, {len(data.classes)} classes; "
+            f"{counted(self.iters_per_epoch, 'iteration')} an epoch"
         )
 
     def _step(self, model: nn.Module, iteration: int, images: Tensor, targets: Tensor) -> dict[str, float]:
@@ -221,6 +234,7 @@ class ClassificationTrainer:
 
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
         result = self.evaluate()
+        self.best.update(self.model, iteration, result)  # first: an evaluation in the log is not done again
         epoch = (iteration + 1) / self.iters_per_epoch
         log.write(iteration, {"epoch": epoch, **{f"val/{name}": value for name, value in result.items()}})
         logger.info("epoch %.4g: %s", epoch, self.describe(result))
@@ -252,7 +266,7 @@ def _check_batch(cfg: CfgNode, data: ImageData) -> None:
         balanced = BalancedSampler(data.train, per_class, cfg.SEED).batch_size * processes
         if balanced != images:
             share = f"DATALOADER.IMAGES_PER_CLASS {per_class} of {len(data.classes)} classes"
-            raise refusal("SOLVER.IMS_PER_BATCH", f"{balanced}, {share} in {processes} process(es)", images)
+            raise refusal("SOLVER.IMS_PER_BATCH", f"{balanced}, {share} in {counted(processes, 'process')}", images)
 
 
 def _build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:

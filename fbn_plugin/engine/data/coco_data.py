@@ -13,7 +13,8 @@ import os
 import pickle
 import random
 import re
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,20 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fbn_plugin.engine.data.decoding import UNREADABLE
 from fbn_plugin.engine.run.cli import UserError, error_sentence
+from fbn_plugin.engine.run.words import counted
 
-__all__ = ["Augmentation", "CocoDataset", "CocoDetection", "read_image", "resolve_dataset"]
+__all__ = [
+    "Augmentation",
+    "CocoDataset",
+    "CocoDetection",
+    "check_dataset",
+    "read_dataset",
+    "read_image",
+    "resolve_dataset",
+    "unique_names",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +67,13 @@ class CocoDataset:
 
     Attributes:
         name: as given to ``resolve_dataset``.
-        json_file, image_root: where it lies.
+        json_file, image_root: where it lies; None for annotations that a Python function of the user's gives.
         images, annotations, categories: the file's lists; categories in the order of their ids. Annotations are
             numbered from 1, have ``iscrowd`` and ``area``, and a ``segmentation`` only where it is a usable one.
     """
 
     name: str
-    json_file: Path
+    json_file: Path | None
     image_root: Path
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
@@ -69,7 +81,8 @@ class CocoDataset:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return tuple(category["name"] for category in self.categories)
+        """One for each category, none twice: where two categories have one name, their ids tell them apart."""
+        return unique_names([(category["name"], category["id"]) for category in self.categories])
 
     @property
     def category_ids(self) -> tuple[int, ...]:
@@ -94,6 +107,16 @@ class CocoDataset:
         return api
 
 
+def unique_names(categories: Sequence[tuple[str, Any]]) -> tuple[str, ...]:
+    """Names of categories, those that occur more than once with the id: ``"person (id 3)"``.
+
+    Args:
+        categories: name and id of each.
+    """
+    count = Counter(name for name, _ in categories)
+    return tuple(name if count[name] == 1 else f"{name} (id {number})" for name, number in categories)
+
+
 def resolve_dataset(name: str) -> CocoDataset:
     """Find and read a COCO-format set.
 
@@ -102,7 +125,8 @@ def resolve_dataset(name: str) -> CocoDataset:
             ``datasets``), or ``FOLDER:SPLIT``. FOLDER is absolute, or relative to $DETECTRON2_DATASETS or to the
             current folder. Annotations are looked for in FOLDER/annotations, FOLDER and FOLDER/SPLIT
             (``instances_train.json``, ``train.json``, ``instances_train2017.json``, ...), images in FOLDER/SPLIT,
-            FOLDER/SPLIT2017, FOLDER/images, FOLDER/images/SPLIT and FOLDER.
+            FOLDER/SPLIT2017, FOLDER/images, FOLDER/images/SPLIT and FOLDER. Or a name that was registered in
+            detectron2's ``DatasetCatalog``, by a module that is imported.
 
     Raises:
         FileNotFoundError, ValueError: one sentence with the path or the entry that is wrong.
@@ -112,11 +136,17 @@ def resolve_dataset(name: str) -> CocoDataset:
         json_file, image_root = (root / path for path in _BUILTIN[name])
         if not json_file.is_file():
             raise FileNotFoundError(f"dataset {name!r} wants {json_file}, which is not there; set DETECTRON2_DATASETS")
-        return _read(name, json_file, [image_root])
+        return read_dataset(name, json_file, [image_root])
+    if "detectron2.data" in sys.modules:  # nothing is registered there as long as nobody has imported it
+        from fbn_plugin.engine.detectron2.registered import registered_dataset
+
+        if (registered := registered_dataset(name)) is not None:
+            return registered
     folder_name, _, split = name.rpartition(":")
     if not folder_name or not split:
         raise ValueError(
-            f"unknown dataset {name!r}; use FOLDER:SPLIT, such as 'my_data:train', or {', '.join(_BUILTIN)}"
+            f"unknown dataset {name!r}; use FOLDER:SPLIT, such as 'my_data:train', or {', '.join(_BUILTIN)}, or "
+            "--import the module that registers it in detectron2's DatasetCatalog"
         )
     given = Path(folder_name).expanduser()
     folder = next((path for path in (root / given, given) if path.is_dir()), None)
@@ -125,7 +155,7 @@ def resolve_dataset(name: str) -> CocoDataset:
     json_file = _find_annotations(name, folder, split)
     tags = dict.fromkeys([split, json_file.stem.removeprefix("instances_"), f"{split}2017"])
     roots = [path for tag in tags for path in (folder / tag, folder / "images" / tag, folder / tag / "images")]
-    return _read(name, json_file, [*roots, folder / "images", folder, json_file.parent])
+    return read_dataset(name, json_file, [*roots, folder / "images", folder, json_file.parent])
 
 
 def _find_annotations(name: str, folder: Path, split: str) -> Path:
@@ -151,17 +181,34 @@ def _find_annotations(name: str, folder: Path, split: str) -> Path:
     )
 
 
-def _read(name: str, json_file: Path, roots: Sequence[Path]) -> CocoDataset:
+def read_dataset(name: str, json_file: Path, roots: Sequence[Path]) -> CocoDataset:
+    """Read and check an annotation file; errors as ``resolve_dataset``.
+
+    Args:
+        name: of the set.
+        json_file: in COCO's format.
+        roots: folders to look for the images in.
+    """
     try:
         with open(json_file, encoding="utf-8") as file:
             content = json.load(file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{json_file} is not valid JSON, perhaps cut short: {error}") from None
+    return check_dataset(name, content, json_file, roots)
+
+
+def check_dataset(name: str, content: Any, json_file: Path | None, roots: Sequence[Path]) -> CocoDataset:
+    """A set from the content of an annotation file, see ``read_dataset``.
+
+    Args:
+        json_file: where the content is from; None for one that no file holds.
+    """
+    source = f"dataset {name!r}" if json_file is None else str(json_file)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(f"{json_file} is not a COCO annotation file: it has no list {key!r}")
+            raise ValueError(f"{source} is not a COCO annotation file: it has no list {key!r}")
         if key != "annotations" and not content[key]:
-            raise ValueError(f"{json_file} has no {key}")
+            raise ValueError(f"{source} has no {key}")
     try:
         images = [
             {**image, "height": int(image["height"]), "width": int(image["width"])} for image in content["images"]
@@ -171,21 +218,31 @@ def _read(name: str, json_file: Path, roots: Sequence[Path]) -> CocoDataset:
         names = [image["file_name"] for image in images]
         known = {category["id"]: category["name"] for category in categories}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{json_file}: an image or a category lacks a field or has a bad one: {error}") from None
-    annotations = [_check(json_file, each, i + 1, sizes, known) for i, each in enumerate(content["annotations"])]
+        raise ValueError(f"{source}: an image or a category lacks a field or has a bad one: {error}") from None
+    _check_ids(source, images, categories)
+    annotations = [_check(source, each, i + 1, sizes, known) for i, each in enumerate(content["annotations"])]
     image_root = next((r for r in roots if any((r / n).is_file() for n in names[:20])), None)
     if image_root is None:
         looked = ", ".join(str(r) for r in dict.fromkeys(roots) if r.is_dir()) or str(roots[0])
-        raise FileNotFoundError(f"dataset {name!r}: image {names[0]!r} of {json_file} is not in {looked}")
+        raise FileNotFoundError(f"dataset {name!r}: image {names[0]!r} of {source} is not in {looked}")
     _check_images(image_root, names)
     return CocoDataset(name, json_file, image_root, images, annotations, categories)
 
 
-def _check(json_file: Path, annotation: dict, number: int, sizes: dict, categories: dict) -> dict[str, Any]:
+def _check_ids(source: str, images: Sequence[dict], categories: Sequence[dict]) -> None:
+    """Refuse an id that two images or categories have, and say how two categories of one name are told apart."""
+    for what, given in (("image", images), ("category", categories)):
+        (number, count), *_ = Counter(each["id"] for each in given).most_common(1)
+        if count > 1:
+            raise ValueError(f"{source}: {counted(count, what)} have the id {number!r}, which must be that of one")
+    names = unique_names([(each["name"], each["id"]) for each in categories])
+    if same := [name for name, each in zip(names, categories) if name != each["name"]]:
+        logger.warning("%s: names that several categories have are told apart by the id: %s", source, ", ".join(same))
+
+
+def _check(source: str, annotation: dict, number: int, sizes: dict, categories: dict) -> dict[str, Any]:
     """A copy of one annotation in the form that CocoDataset promises."""
-    who = (
-        f"{json_file}: annotation {annotation.get('id', number)!r}" if isinstance(annotation, dict) else str(json_file)
-    )
+    who = f"{source}: annotation {annotation.get('id', number)!r}" if isinstance(annotation, dict) else source
     try:
         size = sizes[annotation["image_id"]]
         categories[annotation["category_id"]]
@@ -232,14 +289,15 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     """An 8-bit image file as an RGB image, turned as its EXIF data say; UserError where it cannot be read."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                raise UserError(f"image {path} has more than 8 bits a channel; convert it to 8 bits")
-            return image.convert("RGB")
+            deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+            found = image if deep else ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"image {path} is not there") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"image {path} cannot be read: {error_sentence(error)}") from None
+    if deep:
+        raise UserError(f"image {path} has more than 8 bits a channel; convert it to 8 bits")
+    return found
 
 
 @dataclass(frozen=True)
@@ -287,6 +345,10 @@ class CocoDetection(Dataset):
         augmentation: None gives images as they are, for evaluation.
         masks: give masks, and leave out objects that have none.
         filter_empty: leave out images without objects.
+
+    Attributes:
+        categories: labels of each image's objects, crowds among them.
+        is_portrait: whether each image is higher than wide.
     """
 
     def __init__(
@@ -298,16 +360,18 @@ class CocoDetection(Dataset):
     ):
         self.augmentation = augmentation
         self.masks = masks
+        self.categories: list[set[int]] = []
         records = []
         for data in datasets:
             labels = {category: label for label, category in enumerate(data.category_ids, start=1)}
-            objects = defaultdict(list)
+            objects, categories = defaultdict(list), defaultdict(set)
             usable = data.usable_annotations(masks)
             if missing := len(data.annotations) - len(usable):
                 logger.warning(
                     "%s: %d annotations of %d have no mask; left out", data.name, missing, len(data.annotations)
                 )
             for each in usable:
+                categories[each["image_id"]].add(labels[each["category_id"]])
                 if not each["iscrowd"]:
                     objects[each["image_id"]].append(
                         (each["bbox"], labels[each["category_id"]], each.get("segmentation") if masks else None)
@@ -316,6 +380,7 @@ class CocoDetection(Dataset):
                 if objects[image["id"]] or not filter_empty:
                     path = os.fspath(data.image_root / image["file_name"])
                     records.append((path, image["id"], image["height"], image["width"], objects[image["id"]]))
+                    self.categories.append(categories[image["id"]])
         self.is_portrait = [height > width for _, _, height, width, _ in records]
         # One array of bytes: reading Python objects in a worker would copy their memory page by page.
         packed = [np.frombuffer(pickle.dumps(record), dtype=np.uint8) for record in records]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from pycocotools.cocoeval import COCOeval
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.run.evaluation_names import METRICS
 
-__all__ = ["coco_results", "evaluate_coco", "metric_names"]
+__all__ = ["coco_results", "evaluate_coco", "metric_names", "no_detections"]
+
+logger = logging.getLogger(__name__)
 
 # (IoU threshold or None for all of 0.5:0.95, index of the area range in COCOeval: all, small, medium, large).
 _METRICS = dict(zip(METRICS, ((None, 0), (0.5, 0), (0.75, 0), (None, 1), (None, 2), (None, 3))))
@@ -47,6 +50,11 @@ def metric_names(data: CocoDataset, masks: bool = True) -> list[str]:
     return [f"{task}/{name}" for task in (("bbox", "segm") if masks else ("bbox",)) for name in (*_METRICS, *classes)]
 
 
+def no_detections(name: str) -> str:
+    """The sentence on a model that detects nothing on a set."""
+    return f"{name}: nothing was detected, so its average precisions are 0.00"
+
+
 def evaluate_coco(
     data: CocoDataset, results: Sequence[dict[str, Any]], masks: bool = True, max_detections: int = 100
 ) -> dict[str, float]:
@@ -62,6 +70,8 @@ def evaluate_coco(
         ``bbox/AP``, ``bbox/AP50``, ``bbox/AP75``, ``bbox/APs``, ``bbox/APm``, ``bbox/APl``, with more than one class
         ``bbox/AP-<class>``, and the same under ``segm/``. NaN where the set has no object that counts.
     """
+    if not results:
+        logger.warning("%s", no_detections(data.name))
     metrics = {}
     for task in ("bbox", "segm") if masks else ("bbox",):
         truth = data.coco_api(masks=task == "segm")

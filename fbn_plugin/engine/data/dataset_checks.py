@@ -4,21 +4,28 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.evaluation_names import folder_name
 from fbn_plugin.engine.run.rules import refusal
 
 __all__ = ["check_named_sets", "check_number_of_classes", "check_same_classes"]
 
 
 def check_named_sets(cfg: CfgNode, eval_only: bool) -> None:
-    """Refuse a run without the sets that it is for.
+    """Refuse a run without the sets that it is for, or with sets that it would take for one.
 
     Raises:
-        ValueError: DATASETS.TRAIN, or for an evaluation DATASETS.TEST, is empty.
+        ValueError: DATASETS.TRAIN, or for an evaluation DATASETS.TEST, is empty; or two sets of DATASETS.TEST are the
+            same, or their detections would be the same file.
     """
     name = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[name]:
         what = f"one data set or more, such as 'my_data:{name.lower()}'"
         raise refusal(f"DATASETS.{name}", what, cfg.DATASETS[name])
+    places = [folder_name(each) for each in cfg.DATASETS.TEST]
+    for each, place in zip(cfg.DATASETS.TEST, places):
+        if places.count(place) > 1:
+            what = f"sets whose detections have folders of their own, {each!r} and another one have {place}"
+            raise refusal("DATASETS.TEST", what, cfg.DATASETS.TEST)
 
 
 def check_number_of_classes(key: str, number: int, dataset: str, classes: Sequence[str]) -> None:

@@ -23,8 +23,10 @@ from PIL import Image
 from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 
+from fbn_plugin.engine.data.decoding import UNREADABLE
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.words import counted
 
 CIFAR10_JPEG_FILE = "cifar10_jpeg.npz"
 
@@ -79,7 +81,7 @@ class Images(Dataset):
             else:
                 image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
             image = image.convert(self.mode)
-        except (OSError, SyntaxError) as error:
+        except UNREADABLE as error:
             name = self.samples.filename(index) if hasattr(self.samples, "filename") else f"number {index}"
             raise UserError(f"image {name} cannot be decoded: {error_sentence(error)}") from None
         return (image if self.transform is None else self.transform(image)), int(label)
@@ -168,7 +170,7 @@ def _mnist(root: str, mode: str) -> ImageData:
     for split in ("train", "t10k"):
         images, labels = read_idx(root / f"{split}-images-idx3-ubyte"), read_idx(root / f"{split}-labels-idx1-ubyte")
         if len(images) != len(labels):
-            raise ValueError(f"{root} has {len(images)} {split} images but {len(labels)} labels")
+            raise ValueError(f"{root} has {counted(len(images), f'{split} image')} but {counted(len(labels), 'label')}")
         parts.append(Images(list(zip(images, labels)), mode))
     return ImageData("MNIST", *parts, tuple("0123456789"))
 

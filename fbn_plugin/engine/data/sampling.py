@@ -5,8 +5,9 @@ augmented the same way, as one that was never stopped.
 """
 
 import itertools
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -14,7 +15,14 @@ from torch.utils.data import Dataset, Sampler
 from fbn_plugin.engine.run.seeding import seeded_rng
 from fbn_plugin.training.balanced_batches import BalancedBatchSampler
 
-__all__ = ["BalancedSampler", "GroupedBatchSampler", "InfiniteSampler", "SeededDataset"]
+__all__ = [
+    "BalancedSampler",
+    "GroupedBatchSampler",
+    "InfiniteSampler",
+    "RepeatFactorSampler",
+    "SeededDataset",
+    "repeat_factors",
+]
 
 
 class InfiniteSampler(Sampler):
@@ -49,6 +57,58 @@ class InfiniteSampler(Sampler):
                 generator = np.random.default_rng([self.seed, epoch])
                 order = generator.permutation(self.size) if self.shuffle else np.arange(self.size)
             yield int(order[position % self.size]), position
+
+
+def repeat_factors(categories: Sequence[Collection[Hashable]], threshold: float, sqrt: bool = True) -> np.ndarray:
+    """How often an epoch should have each image so that rare categories are seen more often: the largest
+    ``max(1, sqrt(threshold / frequency))`` of its categories, where a frequency is the share of images that have a
+    category (Gupta et al., "LVIS", 2019, appendix B.2; detectron2's RepeatFactorTrainingSampler).
+
+    Args:
+        categories: of each image.
+        threshold: frequency below which images are repeated.
+        sqrt: False leaves out the square root.
+
+    Returns:
+        factors (N), 1 or more; 1 for an image without categories.
+    """
+    count = Counter(category for each in categories for category in set(each))
+    factor = {category: max(1.0, threshold * len(categories) / number) for category, number in count.items()}
+    if sqrt:
+        factor = {category: math.sqrt(value) for category, value in factor.items()}
+    return np.array([max((factor[category] for category in each), default=1.0) for each in categories])
+
+
+class RepeatFactorSampler(Sampler):
+    """An endless stream of ``(index, position)``, as InfiniteSampler's, whose epochs have each image as often as its
+    factor says: the whole part always, once more with the probability of the rest.
+
+    Args:
+        factors: of each image, see ``repeat_factors``.
+        seed: of the order.
+        start: as InfiniteSampler's.
+    """
+
+    def __init__(self, factors: np.ndarray, seed: int, rank: int = 0, world_size: int = 1, start: int = 0):
+        self.factors = factors
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        position, begins = self.rank + self.start * self.world_size, 0
+        for epoch in itertools.count():
+            generator = np.random.default_rng([self.seed, epoch])
+            whole = np.floor(self.factors)
+            times = whole + (generator.random(len(whole)) < self.factors - whole)
+            size = int(times.sum())
+            if position < begins + size:  # an epoch that a resumed run has behind it needs no order
+                order = generator.permutation(np.repeat(np.arange(len(times)), times.astype(int)))
+                while position < begins + size:
+                    yield int(order[position - begins]), position
+                    position += self.world_size
+            begins += size
 
 
 class BalancedSampler(Sampler):
@@ -93,13 +153,13 @@ class GroupedBatchSampler(Sampler):
     up.
 
     Args:
-        sampler: an InfiniteSampler that starts at 0.
+        sampler: an InfiniteSampler or RepeatFactorSampler that starts at 0.
         groups: the group of each sample of the dataset.
         batch_size: samples in a batch.
         skip: batches to pass over, to resume at that iteration.
     """
 
-    def __init__(self, sampler: InfiniteSampler, groups: Sequence[int], batch_size: int, skip: int = 0):
+    def __init__(self, sampler: Sampler, groups: Sequence[int], batch_size: int, skip: int = 0):
         self.sampler = sampler
         self.groups = groups
         self.batch_size = batch_size

@@ -3,8 +3,8 @@ written: detectron2 itself answers most of it with a bare error, some of it afte
 """
 
 import argparse
-import contextlib
 import difflib
+import importlib.util
 import logging
 import os
 import re
@@ -20,15 +20,18 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 import fbn_plugin
+from fbn_plugin.engine.detectron2.augmentation import SUFFIX, check_augmentation
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.detectron2.data import (
     check_annotation_files,
-    folders,
+    checked,
+    has_polygons,
     has_rle,
     metric_names,
     register_datasets,
 )
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
+from fbn_plugin.engine.detectron2.values import attempt, check_types
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric, is_given
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.config import pairs
@@ -38,8 +41,9 @@ from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.run.population import check_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
-from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, one_of, refusal
+from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, get_value, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.frameworks.detectron2 import canonical_norm, check_norm
 from fbn_plugin.frameworks.detectron2_keys import add_keys
 
@@ -48,7 +52,12 @@ __all__ = ["add_config", "load_config", "prepare"]
 # What a resumed run may have otherwise: what both engines let change, and a key that torchvision's does not have.
 _MAY_CHANGE = (*MAY_CHANGE, "VIS_PERIOD")
 
-_RULES = {**DETECTION_RULES, "INPUT.FORMAT": one_of("BGR", "YUV-BT.601", *Image.MODES)}
+_RULES = {
+    **DETECTION_RULES,
+    "INPUT.CROP.TYPE": one_of("relative_range", "relative", "absolute", "absolute_range"),
+    "INPUT.FORMAT": one_of("BGR", "YUV-BT.601", *Image.MODES),
+    "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
+}
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -112,8 +121,6 @@ def _nearest_key(sentence: str, cfg: CfgNode) -> str:
     unknown = re.search(r"Non-existent (?:config )?key: ([\w.-]+)", sentence)
     if not unknown:
         return ""
-    if unknown[1].startswith("--"):
-        return "; flags go before the KEY VALUE overrides"
     nearest = difflib.get_close_matches(unknown[1], _keys(cfg), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
@@ -132,8 +139,10 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         ValueError, OSError: one sentence.
     """
     cfg = load_config(args.config_file, args.opts)
+    check_types(cfg)
     check_values(cfg, _RULES)
     check_values(cfg, dependent_rules(cfg))
+    check_augmentation(cfg)
     norms = {f"MODEL.{name}.NORM": group.NORM for name, group in cfg.MODEL.items() if "NORM" in _mapping(group)}
     check_norms(norms, check_norm)
     processes = args.num_gpus * args.num_machines
@@ -146,6 +155,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     _read_rle(cfg)
     if not args.eval_only:
         _check_metrics(cfg)
+        _check_cropping(cfg)
     continues = check_run(
         *(cfg, norms, cfg.MODEL.DEVICE, processes, args.resume, args.eval_only),
         lambda: load_config(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), []),
@@ -155,7 +165,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
         _fetch_weights(cfg.MODEL.WEIGHTS)
     check_annotation_files(cfg, args.eval_only)
 
-    _try_out(cfg, args.eval_only, continues)
+    _try_out(cfg, args, continues)
     make_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
@@ -168,16 +178,26 @@ def _mapping(group: Any) -> Mapping:
 def _read_rle(cfg: CfgNode) -> None:
     """Set INPUT.MASK_FORMAT to what the training images have, where their masks are not polygons."""
     if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
-        rle = [name for name in cfg.DATASETS.TRAIN if name in folders and has_rle(folders[name])]
+        rle = [name for name in cfg.DATASETS.TRAIN if name in checked and has_rle(checked[name])]
         if rle:
             print(f"Dataset {rle[0]!r} has RLE masks: INPUT.MASK_FORMAT is set to bitmask.")
             cfg.INPUT.MASK_FORMAT = "bitmask"
+
+
+def _check_cropping(cfg: CfgNode) -> None:
+    """Refuse INPUT.CROP where the package that cuts polygons is missing: fvcore asks for it at the first image."""
+    polygons = any(name not in checked or has_polygons(checked[name]) for name in cfg.DATASETS.TRAIN)
+    if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and polygons and importlib.util.find_spec("shapely") is None:
+        reason = "where the package shapely is not installed, as the training images have polygons to cut"
+        check_values(cfg, {"INPUT.CROP.ENABLED": exactly(False, reason)})
 
 
 def _check_metrics(cfg: CfgNode) -> None:
     metric, names = cfg.SOLVER.BEST_CHECKPOINT_METRIC, metric_names(cfg)
     if metric:
         check_metric("SOLVER.BEST_CHECKPOINT_METRIC", metric, names)
+    if cfg.TEST.AUG.ENABLED:  # at the end alone, so that there is no best among them
+        names = [*names, *metric_names(cfg, SUFFIX)]
     for entry in cfg.TEST.EXPECTED_RESULTS:
         name = "/".join(map(str, entry[:2])) if isinstance(entry, tuple | list) and len(entry) == 4 else None
         if name is None or not is_given(name, names):
@@ -199,11 +219,11 @@ def _choose_device(cfg: CfgNode, per_machine: int, processes: int, evaluate_only
         raise refusal("--num-gpus", "1 or more", per_machine)
     if device.type != "cpu" and processes > 1 and per_machine > gpus:
         raise ValueError(
-            f"--num-gpus {per_machine}, and there are {gpus} GPUs here; with MODEL.DEVICE cpu it is the number of "
-            "processes on the CPU"
+            f"--num-gpus {per_machine}, and this machine has {counted(gpus, 'GPU')}; with MODEL.DEVICE cpu it is the "
+            "number of processes on the CPU"
         )
     if device.type == "cuda" and gpus and (device.index or 0) >= gpus:
-        raise refusal("MODEL.DEVICE", f"one of the {gpus} GPUs here", name)
+        raise refusal("MODEL.DEVICE", f"a GPU of this machine, which has {gpus}", name)
     if processes > 1 and device.index is not None:
         raise refusal("MODEL.DEVICE", f"{device.type!r} for {processes} processes", name)
     if device.type == "cuda" and not gpus:
@@ -224,7 +244,7 @@ def _fetch_weights(weights: str) -> None:
         raise FileNotFoundError(f"MODEL.WEIGHTS {weights} is not there")
 
 
-def _try_out(cfg: CfgNode, evaluate_only: bool, resume: bool) -> None:
+def _try_out(cfg: CfgNode, args: argparse.Namespace, resume: bool) -> None:
     """Build model, input and solver on the CPU and load the weights once, before anything is written.
 
     What the config may get wrong is spread over all of detectron2, which answers with bare errors. This costs a few
@@ -233,19 +253,20 @@ def _try_out(cfg: CfgNode, evaluate_only: bool, resume: bool) -> None:
     Raises:
         ValueError: one sentence.
     """
-    cfg = cfg.clone()
+    cfg, evaluate_only = cfg.clone(), args.eval_only
     cfg.MODEL.DEVICE = "cpu"
+    without = load_config(args.config_file, [])
+    overrides = {key: get_value(without, key) for key, _ in pairs(args.opts)}
     fbn_plugin.register()
     if "resnet" in cfg.MODEL.BACKBONE.NAME:
         check_values(cfg, {"MODEL.RESNETS.DEPTH": one_of(18, 34, 50, 101, 152)})
-    with _refused("MODEL"):
-        model = build_model(cfg)
+    model = attempt(cfg, "MODEL", build_model, overrides)
     if not evaluate_only:
         check_population_stats(cfg, model)
-        with _refused("INPUT"):
-            DatasetMapper(cfg, is_train=True)
-        with _refused("SOLVER"):
-            DefaultTrainer.build_lr_scheduler(cfg, build_optimizer(cfg, model))
+        attempt(cfg, "INPUT", lambda cfg: DatasetMapper(cfg, is_train=True), overrides)
+        attempt(
+            cfg, "SOLVER", lambda cfg: DefaultTrainer.build_lr_scheduler(cfg, build_optimizer(cfg, model)), overrides
+        )
 
     checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     path = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
@@ -261,13 +282,3 @@ def _try_out(cfg: CfgNode, evaluate_only: bool, resume: bool) -> None:
         BestCheckpoint(cfg.OUTPUT_DIR, cfg.SOLVER.BEST_CHECKPOINT_METRIC, resume=True)
         last, finished = cfg.SOLVER.MAX_ITER, state["iteration"] + 1
         check_enough_iterations("SOLVER.MAX_ITER", last, last, finished, cfg.OUTPUT_DIR)
-
-
-@contextlib.contextmanager
-def _refused(group: str) -> Iterator[None]:
-    """Turn detectron2's error on a value of the config into one sentence."""
-    try:
-        yield
-    except (KeyError, ValueError, AssertionError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error.args[0] if error.args else "").split())
-        raise ValueError(f"the config's {group} is refused by detectron2: {reason}") from None

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList, MapDataset
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.detection_utils import SizeMismatchError, read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_utils
@@ -19,18 +19,23 @@ from torch.utils.data import DataLoader
 
 from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
 from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
+from fbn_plugin.engine.data.decoding import UNREADABLE
 from fbn_plugin.engine.data.loaders import training_loader
+from fbn_plugin.engine.data.sampling import repeat_factors
+from fbn_plugin.engine.detectron2.registered import has_file, own_names, registered_dataset
 from fbn_plugin.engine.run import distributed
-from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
 from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.words import counted
 
 __all__ = [
     "NamingMapper",
     "TrainingData",
     "check_annotation_files",
-    "folders",
+    "checked",
     "has_panoptic_api",
+    "has_polygons",
     "has_rle",
     "metric_names",
     "records",
@@ -56,7 +61,8 @@ _BY_AP = ("coco", "COCO's box, mask and keypoint AP")
 # COCO has no small people with keypoints.
 _METRICS = {"bbox": METRICS, "segm": METRICS, "keypoints": tuple(name for name in METRICS if name != "APs")}
 
-folders: dict[str, CocoDataset] = {}
+# The sets whose annotations this project has read itself: folders, and what a Python function gives.
+checked: dict[str, CocoDataset] = {}
 
 
 def register_datasets(cfg: CfgNode, evaluate_only: bool) -> None:
@@ -71,6 +77,8 @@ def register_datasets(cfg: CfgNode, evaluate_only: bool) -> None:
     for name in names:
         if name not in DatasetCatalog:
             _register_folder(name, cfg)
+        elif name not in checked and not has_file(name):
+            _check_function(name)
         _check_dataset(name, cfg)
     classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
     check_same_classes({name: known for name, known in classes.items() if known is not None})
@@ -85,7 +93,7 @@ def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
     names = cfg.DATASETS.TEST if evaluate_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     for name in dict.fromkeys(names):
         metadata = MetadataCatalog.get(name)
-        if name in folders or metadata.get("json_file") is None:
+        if name in own_names or not has_file(name):
             continue
         file = metadata.json_file
         try:
@@ -99,17 +107,22 @@ def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a COCO annotation file: {type(error).__name__} {error}") from None
         known = metadata.get("thing_classes")
+        group = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
+        if known is None and group:  # registered without, so that only the file tells
+            check_number_of_classes(f"MODEL.{group}.NUM_CLASSES", cfg.MODEL[group].NUM_CLASSES, name, found)
         if known is not None and found != list(known):
             different = [each for each in found if each not in known] or [each for each in known if each not in found]
             raise ValueError(
-                f"dataset {name!r} has {len(known)} categories in detectron2, and its file {file} has {len(found)}"
+                f"dataset {name!r} has {counted(len(known), 'category')} in detectron2, "
+                f"and its file {file} has {len(found)}"
                 + (f", which differ in {different[0]!r}" if different else " in another order")
                 + "; name the data as FOLDER:SPLIT to take the file's"
             )
 
 
 def _register_folder(name: str, cfg: CfgNode) -> None:
-    data = folders[name] = resolve_dataset(name)
+    data = checked[name] = resolve_dataset(name)
+    own_names.add(name)
     DatasetCatalog.register(name, lambda: records(data, masks=cfg.MODEL.MASK_ON))
     MetadataCatalog.get(name).set(
         json_file=str(data.json_file),
@@ -118,6 +131,15 @@ def _register_folder(name: str, cfg: CfgNode) -> None:
         thing_classes=list(data.class_names),
         thing_dataset_id_to_contiguous_id={category: label for label, category in enumerate(data.category_ids)},
     )
+
+
+def _check_function(name: str) -> None:
+    """Read the objects that a Python function of the user's gives, where nothing else than COCO's evaluation is meant
+    for them."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type", "coco") == "coco" and metadata.get("stuff_classes") is None:
+        checked[name] = registered_dataset(name)
+        metadata.evaluator_type = "coco"
 
 
 def _check_dataset(name: str, cfg: CfgNode) -> None:
@@ -141,7 +163,7 @@ def _check_dataset(name: str, cfg: CfgNode) -> None:
             raise ValueError(f"MODEL.META_ARCHITECTURE {architecture}: dataset {name!r} has no semantic classes")
         check_number_of_classes("MODEL.SEM_SEG_HEAD.NUM_CLASSES", cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, name, stuff)
     if cfg.MODEL.KEYPOINT_ON:
-        if name in folders:
+        if name in own_names:
             raise ValueError(f"dataset {name!r}: keypoints are read from detectron2's own datasets only")
         points, sigmas = metadata.get("keypoint_names"), cfg.TEST.KEYPOINT_OKS_SIGMAS
         if points is None:
@@ -190,6 +212,11 @@ def has_rle(data: CocoDataset) -> bool:
     )
 
 
+def has_polygons(data: CocoDataset) -> bool:
+    """Whether an object, crowds among them, has a mask of polygons."""
+    return any(isinstance(each["segmentation"], list) for each in data.usable_annotations(masks=True))
+
+
 def has_panoptic_api() -> bool:
     """Whether the package that computes PQ is installed."""
     return importlib.util.find_spec("panopticapi") is not None
@@ -205,17 +232,21 @@ def tasks(cfg: CfgNode) -> tuple[str, ...]:
     )
 
 
-def metric_names(cfg: CfgNode) -> list[str]:
-    """What the run's evaluations give, such as ``"bbox/AP50"``; ``"sem_seg/..."`` stands for all of a group."""
+def metric_names(cfg: CfgNode, suffix: str = "") -> list[str]:
+    """What the run's evaluations give, such as ``"bbox/AP50"``; ``"sem_seg/..."`` stands for all of a group.
+
+    Args:
+        suffix: of the tasks of COCO's evaluation.
+    """
     names = []
     for data in cfg.DATASETS.TEST:
         prefix = metric_prefix(data, cfg.DATASETS.TEST)
         kind, classes = MetadataCatalog.get(data).evaluator_type, MetadataCatalog.get(data).get("thing_classes")
         if kind != "sem_seg":
             for task in tasks(cfg):
-                names += [f"{prefix}{task}/{figure}" for figure in _METRICS[task]]
+                names += [f"{prefix}{task}{suffix}/{figure}" for figure in _METRICS[task]]
                 if classes and len(classes) > 1 and task != "keypoints":
-                    names.append(f"{prefix}{task}/AP-...")
+                    names.append(f"{prefix}{task}{suffix}/AP-...")
             if cfg.MODEL.META_ARCHITECTURE == "ProposalNetwork":
                 names.append(f"{prefix}box_proposals/...")
         if kind in ("sem_seg", "coco_panoptic_seg"):
@@ -229,10 +260,18 @@ class NamingMapper(DatasetMapper):
     """detectron2's mapper, whose errors name the image: one that cannot be read, or is unlike its annotation."""
 
     def __call__(self, dataset_dict: dict) -> dict:
+        name = dataset_dict["file_name"]
         try:
             return super().__call__(dataset_dict)
-        except (OSError, SizeMismatchError) as error:
-            name, reason = dataset_dict["file_name"], " ".join(str(error).split())
+        except UNREADABLE as error:
+            if not isinstance(error, OSError | SizeMismatchError):
+                try:
+                    read_image(name, self.image_format)
+                except UNREADABLE:
+                    pass
+                else:
+                    raise  # it is not the image
+            reason = " ".join(str(error).split())
             raise UserError(reason if name in reason else f"image {name}: {reason}") from None
 
 
@@ -259,9 +298,15 @@ class TrainingData:
                 )
             except AssertionError as error:
                 raise UserError(f"dataset {name!r}: {error}") from None
+            except ModuleNotFoundError as error:
+                raise UserError(f"dataset {name!r}: {error_sentence(error)}") from None
             self.images[name] = len(found)
             data += found
         self._groups = [int(image["width"] > image["height"]) for image in data]
+        self._factors = None
+        if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+            categories = [{each["category_id"] for each in image.get("annotations", ())} for image in data]
+            self._factors = repeat_factors(categories, cfg.DATALOADER.REPEAT_THRESHOLD, cfg.DATALOADER.REPEAT_SQRT)
         self._images = MapDataset(DatasetFromList(data, copy=False), NamingMapper(cfg, is_train=True))
 
     def loader(self, seed: int, start: int = 0) -> DataLoader:
@@ -272,6 +317,7 @@ class TrainingData:
             self.cfg.SOLVER.IMS_PER_BATCH // distributed.world_size(),
             start,
             self._groups if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+            factors=self._factors,
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
         )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.data.coco_data import resolve_dataset
+from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
 from fbn_plugin.engine.reports.evaluation import read_detections, score_detections
 from fbn_plugin.engine.run.run_folder import Run
 
@@ -17,7 +17,7 @@ __all__ = ["evaluate_run"]
 def evaluate_run(
     run: Run, name: str, overrides: Sequence[str], folder: Path, train_net: Path, imports: Sequence[str] = ()
 ) -> dict[str, float]:
-    """AP in percent on the data set ``name``, see ``evaluate_weights``.
+    """AP in percent on the data set ``name``, see ``evaluate_weights``; of a run with TEST.AUG.ENABLED with it, too.
 
     Args:
         train_net: ``tools/train_net.py``, which detects in a process of its own.
@@ -36,4 +36,12 @@ def evaluate_run(
         if done.returncode == 2 and sentence:
             raise ValueError(sentence[1])
         raise RuntimeError(f"{train_net} ended with code {done.returncode}:\n{done.stderr}")
-    return score_detections(data, read_detections(folder / "inference" / "coco_instances_results.json", data), run)
+    metrics = _score(data, folder / "inference", run)
+    if (augmented := folder / "inference_TTA").is_dir():  # TEST.AUG, under detectron2's names
+        figures = _score(data, augmented, run)
+        metrics |= {name.replace("/", "_TTA/", 1): value for name, value in figures.items()}
+    return metrics
+
+
+def _score(data: CocoDataset, folder: Path, run: Run) -> dict[str, float]:
+    return score_detections(data, read_detections(folder / "coco_instances_results.json", data), run)

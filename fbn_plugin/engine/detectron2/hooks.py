@@ -88,7 +88,8 @@ class Evaluation(HookBase):
         model = self.trainer.bare_model
         distributed.broadcast_buffers(model)  # training keeps running statistics of its own in each process
         with seeded_rng(self.trainer.seed, iteration):
-            metrics = self.trainer.metrics = self.trainer.evaluate(self.trainer.cfg, model)
+            at_end = iteration + 1 == self.trainer.max_iter
+            metrics = self.trainer.metrics = self.trainer.evaluate(self.trainer.cfg, model, augmentation=at_end)
         self.best.update(model, iteration, metrics)
         if distributed.is_main():
             self.trainer.storage.put_scalars(cur_iter=iteration, smoothing_hint=False, **metrics)

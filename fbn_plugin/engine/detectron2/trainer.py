@@ -20,7 +20,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.evaluation import (
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluators,
     SemSegEvaluator,
@@ -32,14 +31,14 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 import fbn_plugin
+from fbn_plugin.engine.detectron2.augmentation import SUFFIX, augmented
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer, LossNormalizer
+from fbn_plugin.engine.detectron2.coco import CocoEvaluator
 from fbn_plugin.engine.detectron2.data import (
     NamingMapper,
     TrainingData,
-    folders,
     has_panoptic_api,
     register_datasets,
-    tasks,
 )
 from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, PopulationStatistics
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
@@ -50,6 +49,7 @@ from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, import_modules, use
 from fbn_plugin.engine.run.config import save_config
 from fbn_plugin.engine.run.evaluation_names import inference_folder
 from fbn_plugin.engine.run.norm_stats import FilterMeter
+from fbn_plugin.engine.run.output_dir import holds_training
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
 from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
@@ -169,17 +169,7 @@ class Trainer(DefaultTrainer):
         if kind in ("sem_seg", "coco_panoptic_seg"):
             evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
         if kind in ("coco", "coco_panoptic_seg"):
-            coco = COCOEvaluator(
-                dataset_name,
-                tasks(cfg),
-                output_dir=folder,
-                max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
-                kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-            )
-            if dataset_name in folders:  # the checked annotations in place of those of the file
-                coco._coco_api = folders[dataset_name].coco_api(masks=cfg.MODEL.MASK_ON)
-            coco._coco_api.dataset.setdefault("info", {})  # pycocotools loads no results without
-            evaluators.append(coco)
+            evaluators.append(CocoEvaluator(cfg, dataset_name, folder))
         if kind == "coco_panoptic_seg":
             if has_panoptic_api():
                 evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
@@ -188,31 +178,51 @@ class Trainer(DefaultTrainer):
         return DatasetEvaluators(evaluators)
 
     @classmethod
-    def evaluate(cls, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    def evaluate(cls, cfg: CfgNode, model: nn.Module, augmentation: bool = True) -> dict[str, float]:
         """Metrics in percent on every set of DATASETS.TEST, by name: ``bbox/AP``, ...; empty on ranks but 0.
 
         With more than one set, each name has the set's in front. The detections go to OUTPUT_DIR/inference. Figures of
         boxes and masks count TEST.DETECTIONS_PER_IMAGE detections of an image.
+
+        Args:
+            augmentation: with TEST.AUG.ENABLED, evaluate with that too: ``bbox_TTA/AP``, ..., and the detections in
+                OUTPUT_DIR/inference_TTA.
         """
+        metrics = cls._evaluate(cfg, model)
+        if augmentation and cfg.TEST.AUG.ENABLED:
+            logger.info("evaluation with test-time augmentation")
+            metrics |= cls._evaluate(cfg, augmented(cfg, model), SUFFIX)
+        return metrics
+
+    @classmethod
+    def _evaluate(cls, cfg: CfgNode, model: nn.Module, suffix: str = "") -> dict[str, float]:
+        """One evaluation, with a suffix behind the names of its tasks and of its folder."""
+        sets = cfg.DATASETS.TEST
         if distributed.is_main():
             shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"), ignore_errors=True)
-            for name in cfg.DATASETS.TEST:
-                os.makedirs(inference_folder(cfg.OUTPUT_DIR, name, cfg.DATASETS.TEST, "inference.tmp"))
+            for name in sets:
+                os.makedirs(inference_folder(cfg.OUTPUT_DIR, name, sets, "inference.tmp"))
         distributed.barrier()
         results = cls.test(cfg, model)
         if not distributed.is_main():
             return {}
-        for name in cfg.DATASETS.TEST:
+        for name in sets:
             made, target = (
-                Path(inference_folder(cfg.OUTPUT_DIR, name, cfg.DATASETS.TEST, parent))
-                for parent in ("inference.tmp", "inference")
+                Path(inference_folder(cfg.OUTPUT_DIR, name, sets, parent))
+                for parent in ("inference.tmp", f"inference{suffix}")
             )
             target.mkdir(parents=True, exist_ok=True)
             for file in made.iterdir():
                 if file.is_file():
                     os.replace(file, target / file.name)
         shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"))
-        return {name: float(value) for name, value in flatten_results_dict(results).items()}
+        of_sets = {"": results} if len(sets) == 1 else results
+        named = {
+            (f"{name}/" if name else "") + task + suffix: figures
+            for name, found in of_sets.items()
+            for task, figures in found.items()
+        }
+        return {name: float(value) for name, value in flatten_results_dict(named).items()}
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -232,20 +242,24 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
         trainer = Trainer(cfg, args.log_period)
         trainer.resume_or_load(args.resume)
         if distributed.is_main():
-            write_run_info(
-                cfg.OUTPUT_DIR,
-                "detectron2",
-                cfg.MODEL.DEVICE,
-                distributed.world_size(),
-                cfg.SOLVER.IMS_PER_BATCH,
-                trainer.train_data.images,
-                {name: len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST},
-            )
+            _write_run_info(cfg, trainer.train_data.images)
         starts = distributed.all_gather(trainer.start_iter)
         if len(set(starts)) > 1:
             raise UserError(f"the processes start at iterations {starts}: OUTPUT_DIR must be shared by all machines")
         trainer.train()
         _verify(cfg, trainer.metrics)
+
+
+def _write_run_info(cfg: CfgNode, train_images: dict[str, int]) -> None:
+    write_run_info(
+        cfg.OUTPUT_DIR,
+        "detectron2",
+        cfg.MODEL.DEVICE,
+        distributed.world_size(),
+        cfg.SOLVER.IMS_PER_BATCH,
+        train_images,
+        {name: len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST},
+    )
 
 
 def _verify(cfg: CfgNode, metrics: dict[str, float]) -> None:
@@ -265,7 +279,7 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line: %s", args)
     logger.info("Config:\n%s", cfg.dump())
-    if distributed.is_main() and not args.eval_only:
+    if distributed.is_main() and not (args.eval_only and holds_training(cfg.OUTPUT_DIR)):
         save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
     set_backends(cfg, args.eval_only)
 
@@ -278,6 +292,8 @@ def _evaluate_only(cfg: CfgNode, resume: bool) -> None:
     state = checkpointer.load(path, checkpointables=[], strict=True)
     metrics = Trainer.evaluate(cfg, model)
     if distributed.is_main():
+        if not holds_training(cfg.OUTPUT_DIR):
+            _write_run_info(cfg, {})
         file = os.path.join(cfg.OUTPUT_DIR, "evaluation.json")
         write_evaluation(file, state.get("iteration"), path, cfg.DATASETS.TEST, metrics, hardware(cfg.MODEL.DEVICE))
     _verify(cfg, metrics)

@@ -14,6 +14,7 @@ from fbn_plugin.engine.data.coco_eval import evaluate_coco
 from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
 from fbn_plugin.engine.run.run_folder import Run
+from fbn_plugin.engine.run.words import counted
 
 __all__ = [
     "averages_note",
@@ -80,8 +81,9 @@ def averages_note(run: Run, weights: Path) -> str | None:
     if has_metrics and any(iteration + 1 in run.evaluations(name) for name in run.test_sets):
         return None
     return (
-        f"metrics.json has no evaluation after {iteration + 1} iterations, so these weights hold the running averages "
-        "of training, not the population statistics that the run's own evaluations use (TEST.PRECISE_BN)."
+        f"metrics.json has no evaluation after {counted(iteration + 1, 'iteration')}, so these weights hold the "
+        "running averages of training, not the population statistics that the run's own evaluations use "
+        "(TEST.PRECISE_BN)."
     )
 
 
@@ -156,7 +158,7 @@ def score_detections(
 
 def metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:
     """Rows of text, header first: box and mask AP in percent; ``-`` where COCO has no such objects."""
-    tasks = [task for task in ("bbox", "segm") if f"{task}/AP" in metrics]
+    tasks = [task for task in ("bbox", "segm", "bbox_TTA", "segm_TTA") if f"{task}/AP" in metrics]
     values = [[metrics[f"{task}/{name}"] for name in METRICS] for task in tasks]
     body = [["-" if math.isnan(value) else f"{value:.2f}" for value in row] for row in values]
     return [["task", *METRICS], *([task, *row] for task, row in zip(tasks, body))]

@@ -13,6 +13,7 @@ from pycocotools import mask as mask_utils
 
 from fbn_plugin.engine.data.coco_data import CocoDataset, read_image
 from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.words import counted
 
 __all__ = ["draw_detections", "find_images", "spread_images"]
 
@@ -112,7 +113,7 @@ def _row(
         drawn, unlabelled = _draw(data, image, pixels, objects)
         row.paste(drawn, (left, caption_height))
         what = "detection" if column else "object"
-        caption = f"{len(objects)} {what}{'s' * (len(objects) != 1)}" if objects else f"no {what}s"
+        caption = counted(len(objects), what) if objects else f"no {what}s"
         if unlabelled:
             caption += f", {unlabelled} without a label"
         if not column:
@@ -127,7 +128,7 @@ def _draw(
     data: CocoDataset, image: Mapping[str, Any], pixels: Image.Image, objects: Sequence[dict[str, Any]]
 ) -> tuple[Image.Image, int]:
     """The objects on the resized image, and how many have no label for want of room."""
-    classes = {category["id"]: (number, category["name"]) for number, category in enumerate(data.categories)}
+    classes = {key: (number, data.class_names[number]) for number, key in enumerate(data.category_ids)}
     canvas = np.array(pixels, dtype=np.float32)
     size, scale = (image["height"], image["width"]), pixels.width / image["width"]
     for each in sorted(objects, key=lambda each: -each["bbox"][2] * each["bbox"][3]):  # the small ones on top

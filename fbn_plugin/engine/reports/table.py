@@ -4,14 +4,16 @@ what a reader must know to compare them: data, length, hardware, seeds, and the 
 import functools
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fbn_plugin.engine.data.coco_eval import no_detections
 from fbn_plugin.engine.run.detection_keys import detection_config
 from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.run_folder import NORM_KEYS, Run, norm_label
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.registry import NORMS
 
 __all__ = ["PAPER_AP", "PAPER_SOURCE", "Column", "Table", "build_tables", "paper_table"]
@@ -138,12 +140,12 @@ def _departures(run: Run) -> list[str]:
     if run.norm not in _PAPER_NORMS:
         found.append(f"{run.norm} in place of BN or FBN at T_sigma = 5")
     if run.images_per_batch != _PAPER_IMAGES:
-        found.append(f"{run.images_per_batch} images a batch in place of {_PAPER_IMAGES}")
+        found.append(f"{counted(run.images_per_batch, 'image')} a batch in place of {_PAPER_IMAGES}")
     if (iterations := _at_two_images(run, run.max_iter)) > _PAPER_ITERATIONS[-1]:
-        found.append(f"{iterations:,} iterations in place of {_PAPER_ITERATIONS[-1]:,}")
+        found.append(f"{counted(iterations, 'iteration')} in place of {_PAPER_ITERATIONS[-1]:,}")
     keys = [key for key in _paper_config() if key not in (*_NOT_COMPARED, *_SIZE_KEYS)]
     if missing := [key for key in keys if key not in run.config]:
-        found.append(f"{len(missing)} settings that config.yaml does not tell, such as {missing[0]}")
+        found.append(f"{counted(len(missing), 'setting')} that config.yaml does not tell, such as {missing[0]}")
     return found + _unlike_paper(run, keys)
 
 
@@ -306,13 +308,15 @@ class Table:
         lines = [
             f"{self.engine}; trained on {_images(runs, 'train_images', self.train_sets)}, evaluated on "
             f"{_images(runs, 'test_images', [self.test_set])}.",
-            f"{_each(f'{run.max_iter:,}' for run in runs)} iterations of {_each(run.images_per_batch for run in runs)} "
-            f"images a batch; the table counts iterations of {_PAPER_IMAGES} images.",
+            f"{_each_of((run.max_iter for run in runs), 'iteration')} of "
+            f"{_each_of((run.images_per_batch for run in runs), 'image')} a batch; the table counts iterations of "
+            f"{_PAPER_IMAGES} images.",
             f"Hardware: {_each(_hardware(run) for run in runs)}.",
         ]
         for column in self.columns:
             if column.runs:
                 lines.append(f"{column.label}: {_seeds(column)}.")
+        lines += [f"{remark}." for run in runs for remark in _remarks(run, self.test_set)]
         if any(len(column.runs) > 1 for column in self.columns):
             lines.append("Of several runs: mean ± sample standard deviation; n where not all runs have the figure.")
         reduced = list(dict.fromkeys(reason for run in runs for reason in _reductions(run, self.test_set)))
@@ -393,7 +397,8 @@ def build_tables(runs: Sequence[Run], labels: Mapping[Path, str] | None = None) 
         labels: folder of a run -> the column to put it in, in place of its norm's.
 
     Raises:
-        FileNotFoundError, ValueError: no readable ``metrics.json``, no DATASETS.TEST, or a label that joins norms.
+        FileNotFoundError, ValueError: no readable ``metrics.json`` or ``evaluation.json``, no DATASETS.TEST, or a label
+            that joins norms.
     """
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
@@ -479,6 +484,24 @@ def _each(values) -> str:
     return " or ".join(dict.fromkeys(map(str, values)))
 
 
+def _each_of(numbers: Iterable[int], what: str) -> str:
+    """Such as ``1 image``, ``2 or 16 images``."""
+    *others, last = dict.fromkeys(numbers)
+    return " or ".join([*(f"{each:,}" for each in others), counted(last, what)])
+
+
+def _remarks(run: Run, test_set: str) -> list[str]:
+    """What must be known of a run's figures."""
+    found = []
+    if run.is_evaluation:
+        weights, iterations = run.evaluated_weights
+        unknown = f"; they do not tell their iterations, for which its SOLVER.MAX_ITER {run.max_iter:,} is taken"
+        found.append(f"{run.folder} is an evaluation of {weights}{unknown if iterations is None else ''}")
+    if run.detects_nothing(test_set):
+        found.append(f"{run.folder}, the last evaluation on {no_detections(test_set)}")
+    return found
+
+
 def _hardware(run: Run) -> str:
     if "hardware" not in run.info:
         return "not recorded"
@@ -500,7 +523,7 @@ def _seeds(column: Column) -> str:
     parts = [f"seed{'s' * (len(set(known)) > 1)} {', '.join(map(str, dict.fromkeys(known)))}"] if known else []
     if drawn := len(column.runs) - len(known):
         parts.append(f"{drawn} of a seed that was drawn")
-    text = f"{len(column.runs)} run{'s' * (len(column.runs) > 1)}, {' and '.join(parts)}"
+    text = f"{counted(len(column.runs), 'run')}, {' and '.join(parts)}"
     if twice := [str(seed) for seed in dict.fromkeys(known) if known.count(seed) > 1]:
         text += f"; seed {', '.join(twice)} more than once, which are no independent runs"
     return f"{text}; in {', '.join(str(run.folder) for run in column.runs)}"
@@ -533,7 +556,7 @@ def _comparison(plain: Column, filtered: Column) -> list[str]:
         pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
         if pairs:
             parts.append(f"{task} AP {_difference(pairs)}")
-    what = f"{filtered.label} minus {plain.label} after {at:,} iterations, seed by seed (n = {len(seeds)})"
+    what = f"{filtered.label} minus {plain.label} after {counted(at, 'iteration')}, seed by seed (n = {len(seeds)})"
     if not parts:
         return []
     caution = "" if len(seeds) > 1 else "; one pair of runs does not tell a difference from chance"

@@ -80,6 +80,8 @@ class BestCheckpoint:
         if self.metric not in metrics:
             raise UserError(f"SOLVER.BEST_CHECKPOINT_METRIC must be one of {', '.join(metrics)}, got {self.metric!r}")
         value = metrics[self.metric]
+        if math.isnan(value):
+            logger.warning("%s is no number, as the set has no such objects: no best model by it", self.metric)
         if not value > self.value:
             return
         self.value = value

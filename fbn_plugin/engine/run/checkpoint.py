@@ -2,9 +2,11 @@
 loading) with atomic writes, one sentence for a damaged file, and the random states of every process.
 """
 
+import argparse
 import logging
 import os
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 
 from fbn_plugin.engine.run import distributed
-from fbn_plugin.engine.run.weights import refuse_misfit
+from fbn_plugin.engine.run.weights import refuse_foreign, refuse_misfit
+from fbn_plugin.engine.run.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +56,15 @@ def atomic_write(path: str | os.PathLike, data: bytes | None = None, write=None)
 def load_file(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint or a plain state dict to the CPU, without running code from it (``weights_only``).
 
+    Files of timm's, Lightning's and the like have their weights elsewhere: of ``state_dict_ema``, ``model_ema``,
+    ``state_dict`` and ``model`` the first that is there is taken, as ``timm.models.load_state_dict`` does, and said.
+    What ``DistributedDataParallel`` and ``torch.compile`` put in front of every name goes.
+
+    Args:
+        path: a file of ``torch.save``'s, or one that ends in ``.safetensors``.
+
     Returns:
-        the file's dictionary; a plain state dict comes back as ``{"model": state_dict}``.
+        the file's dictionary, its weights under ``"model"``.
 
     Raises:
         FileNotFoundError, ValueError: no such file; not a PyTorch file, or one cut short.
@@ -62,14 +72,38 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"checkpoint {path} is not there")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        if os.fspath(path).endswith(".safetensors"):
+            from safetensors.torch import load_file as load_safetensors
+
+            data = load_safetensors(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its arguments as one
+                data = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise
     except Exception:  # the unpickler fails in any way on any bytes; PyTorch's words would advise to let code run
         raise ValueError(
             f"checkpoint {path} cannot be read: it is cut short, no PyTorch file, or has more than tensors in it"
         ) from None
     if not isinstance(data, dict):
         raise ValueError(f"checkpoint {path} holds a {type(data).__name__}, not a dictionary of weights")
-    return data if "model" in data else {"model": data}
+    known = ("state_dict_ema", "model_ema", "state_dict", "model")
+    there = [key for key in known if isinstance(data.get(key), Mapping)]
+    if not there:
+        return {"model": _without_wrappers(data)}
+    if there[0] != "model":
+        left = f"; not those of {' and '.join(there[1:])}" if there[1:] else ""
+        logger.info("%s: the weights are those of %s%s", path, there[0], left)
+    rest = {key: value for key, value in data.items() if key not in there}
+    return {**rest, "model": _without_wrappers(data[there[0]])}
+
+
+def _without_wrappers(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Without a prefix that all names have."""
+    prefixes = ("module.", "_orig_mod.")
+    while found := [prefix for prefix in prefixes if weights and all(name.startswith(prefix) for name in weights)]:
+        weights = {name.removeprefix(found[0]): value for name, value in weights.items()}
+    return dict(weights)
 
 
 class RandomState:
@@ -140,12 +174,17 @@ class AtomicSaving:
 
 
 class AtomicCheckpointer(AtomicSaving, Checkpointer):
-    """fvcore's Checkpointer with atomic writes; a run is resumed only into the very same model."""
+    """fvcore's Checkpointer with atomic writes; a run is resumed only into the very same model, and weights to start
+    from must have something of it."""
 
     def _log_incompatible_keys(self, incompatible) -> None:
         if self._strict:
             wrong = incompatible.missing_keys, incompatible.incorrect_shapes, incompatible.unexpected_keys
             refuse_misfit(f"checkpoint {self._path}", *wrong)
+        own = self.model.state_dict()
+        loaded = own.keys() - set(incompatible.missing_keys) - {name for name, _, _ in incompatible.incorrect_shapes}
+        refuse_foreign(self._path, loaded, incompatible.unexpected_keys)
+        logger.info("%s: %d of %s of the model loaded", self._path, len(loaded), counted(len(own), "entry"))
         super()._log_incompatible_keys(incompatible)
 
     def _load_file(self, f: str) -> dict[str, Any]:

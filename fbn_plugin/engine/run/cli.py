@@ -117,7 +117,7 @@ def add_import(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE_OR_FILE",
-        help="import this first, such as my_norms.py that registers a norm; may be repeated",
+        help="import this first, such as my_norms.py that registers a norm or a data set; may be repeated",
     )
 
 

@@ -18,6 +18,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from fbn_plugin.engine.run.checkpoint import atomic_write
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.frameworks.detectron2_keys import without_defaults
 from fbn_plugin.registry import parse_spec
 
@@ -100,8 +101,8 @@ def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change:
             continue
         if key == "SOLVER.REFERENCE_WORLD_SIZE" and new and old[key]:  # the linear rule sets it to their number
             raise ValueError(
-                f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds was made by {old[key]} process(es), got {new}: "
-                "resume it with as many, or choose another OUTPUT_DIR"
+                f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds was made by {counted(old[key], 'process')}, "
+                f"got {new}: resume it with as many, or choose another OUTPUT_DIR"
             )
         raise ValueError(
             f"{key} must be {old[key]!r} as in the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds, got {new!r}; resume "
@@ -144,15 +145,15 @@ def _read(config_file: str | os.PathLike | None) -> list[tuple[str, Any]]:
 
 
 def pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """``[KEY, VALUE, ...]`` as pairs; ValueError where the last key has no value."""
+    """``[KEY, VALUE, ...]`` as pairs; ValueError where a flag is among them, or the last key has no value."""
+    if flags := [each for each in overrides if each.startswith("--")]:
+        raise ValueError(f"{flags[0]!r} stands among the KEY VALUE overrides: flags go before them")
     if len(overrides) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, and {overrides[-1]!r} has no partner")
     return list(zip(overrides[::2], overrides[1::2]))
 
 
 def _unknown_key(key: str, known: Mapping[str, Any]) -> str:
-    if key.startswith("--"):
-        return f"{key!r} is not a config key; flags go before the KEY VALUE overrides"
     nearest = difflib.get_close_matches(key, known, n=1)
     inside = [name for name in known if name.startswith(key + ".")]
     hint = f"; it is a group of {', '.join(inside)}" if inside else f"; did you mean {nearest[0]!r}?" if nearest else ""

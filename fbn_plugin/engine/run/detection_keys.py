@@ -45,7 +45,6 @@ FIXED = {
     "MODEL.ROI_MASK_HEAD.NAME": "MaskRCNNConvUpsampleHead",
     "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK": False,
     "INPUT.CROP.ENABLED": False,
-    "DATALOADER.SAMPLER_TRAIN": "TrainingSampler",
     "TEST.AUG.ENABLED": False,
 }
 
@@ -181,7 +180,16 @@ def detection_config() -> CfgNode:
             "MODEL": copy.deepcopy(_MODEL),
             "INPUT": copy.deepcopy(_INPUT),
             "DATASETS": {"TRAIN": (), "TEST": ()},
-            "DATALOADER": {"NUM_WORKERS": 4, "ASPECT_RATIO_GROUPING": True, "FILTER_EMPTY_ANNOTATIONS": True},
+            "DATALOADER": {
+                "NUM_WORKERS": 4,
+                "ASPECT_RATIO_GROUPING": True,
+                "FILTER_EMPTY_ANNOTATIONS": True,
+                # RepeatFactorTrainingSampler: an epoch has images of categories that fewer than REPEAT_THRESHOLD of the
+                # images have more than once, up to the (square root of the) quotient of the two shares.
+                "SAMPLER_TRAIN": "TrainingSampler",
+                "REPEAT_THRESHOLD": 0.0,
+                "REPEAT_SQRT": True,
+            },
             "SOLVER": copy.deepcopy(_SOLVER),
             "TEST": copy.deepcopy(_TEST),
             "OUTPUT_DIR": "./output",

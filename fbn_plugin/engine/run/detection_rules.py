@@ -1,13 +1,15 @@
 """What the values of a detection run's config must be, whichever engine trains it; each adds its own models' rules."""
 
 from fbn_plugin.engine.run.config import CfgNode
-from fbn_plugin.engine.run.rules import COMMON_RULES, Rule, at_least, each, exactly, multiple_of, one_of
+from fbn_plugin.engine.run.rules import COMMON_RULES, Rule, at_least, between, each, exactly, multiple_of, one_of
 
 __all__ = ["DETECTION_RULES", "dependent_rules", "divisor_rules"]
 
 DETECTION_RULES = {
     **COMMON_RULES,
-    "DATALOADER.SAMPLER_TRAIN": exactly("TrainingSampler", "in this tool"),  # the others' order cannot be resumed
+    "DATALOADER.REPEAT_THRESHOLD": between(0, 1),
+    # Of detectron2's others the order cannot be resumed.
+    "DATALOADER.SAMPLER_TRAIN": one_of("TrainingSampler", "RepeatFactorTrainingSampler"),
     "FLOAT32_PRECISION": one_of("", "highest", "high", "medium"),
     "INPUT.MAX_SIZE_TEST": at_least(1),
     "INPUT.MAX_SIZE_TRAIN": at_least(1),
@@ -18,7 +20,6 @@ DETECTION_RULES = {
     "SOLVER.CHECKPOINT_PERIOD": at_least(1),
     "SOLVER.MAX_ITER": at_least(1),
     "SOLVER.REFERENCE_WORLD_SIZE": at_least(0),
-    "TEST.AUG.ENABLED": exactly(False, "in this tool"),
     "TEST.PRECISE_BN.NUM_ITER": at_least(1),
 }
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.words import counted
 
 __all__ = [
     "all_gather",
@@ -54,7 +55,8 @@ def init(device: str = "cuda") -> torch.device:
             chosen = torch.device("cuda", local_rank)
         index = chosen.index or 0
         if index >= torch.cuda.device_count():
-            raise ValueError(f"this process wants cuda:{index}, but there are {torch.cuda.device_count()} GPUs here")
+            gpus = counted(torch.cuda.device_count(), "GPU")
+            raise ValueError(f"this process wants cuda:{index}, and this machine has {gpus}")
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     if launched and not dist.is_initialized():

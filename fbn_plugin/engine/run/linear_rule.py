@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.words import counted
 
 __all__ = ["scale_to_processes"]
 
@@ -48,10 +49,10 @@ def scale_to_processes(cfg: CfgNode, processes: int, say: Callable[[str], None] 
         node[key] = tuple(dict.fromkeys(iterations(count) for count in node[key]))
     solver.REFERENCE_WORLD_SIZE = processes
     say(
-        f"SOLVER.REFERENCE_WORLD_SIZE {reference}, and {processes} process(es): IMS_PER_BATCH {solver.IMS_PER_BATCH}, "
-        f"BASE_LR {solver.BASE_LR:g}, MAX_ITER {solver.MAX_ITER}, STEPS {solver.STEPS}, WARMUP_ITERS "
-        f"{solver.WARMUP_ITERS}, CHECKPOINT_PERIOD {solver.CHECKPOINT_PERIOD}, EVAL_PERIOD {test.EVAL_PERIOD}, "
-        f"EVAL_ITERATIONS {test.EVAL_ITERATIONS}"
+        f"SOLVER.REFERENCE_WORLD_SIZE {reference}, and {counted(processes, 'process')}: "
+        f"IMS_PER_BATCH {solver.IMS_PER_BATCH}, BASE_LR {solver.BASE_LR:g}, MAX_ITER {solver.MAX_ITER}, "
+        f"STEPS {solver.STEPS}, WARMUP_ITERS {solver.WARMUP_ITERS}, CHECKPOINT_PERIOD {solver.CHECKPOINT_PERIOD}, "
+        f"EVAL_PERIOD {test.EVAL_PERIOD}, EVAL_ITERATIONS {test.EVAL_ITERATIONS}"
     )
     if cfg.is_frozen():
         scaled.freeze()

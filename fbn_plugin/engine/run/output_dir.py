@@ -2,7 +2,7 @@
 
 import os
 
-__all__ = ["check_output_dir", "holds_run", "how_to_continue", "make_output_dir"]
+__all__ = ["check_output_dir", "holds_run", "holds_training", "how_to_continue", "make_output_dir"]
 
 
 def holds_run(folder: str | os.PathLike) -> bool:
@@ -10,14 +10,25 @@ def holds_run(folder: str | os.PathLike) -> bool:
     return os.path.isfile(os.path.join(folder, "last_checkpoint"))
 
 
+def holds_training(folder: str | os.PathLike) -> bool:
+    """Whether something was trained there, whose settings an evaluation leaves as they are."""
+    return holds_run(folder) or os.path.isfile(os.path.join(folder, "metrics.json"))
+
+
 def check_output_dir(folder: str | os.PathLike, resume: bool, eval_only: bool) -> None:
-    """Refuse to write over a file, or to train over a run.
+    """Refuse to write over a file, where nothing may be written, or to train over a run.
 
     Raises:
-        ValueError: the folder is a file, or holds a run that is not to be resumed.
+        ValueError: the folder is a file, cannot be written to, or holds a run that is not to be resumed.
     """
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"OUTPUT_DIR {folder} is a file, not a folder")
+    there = os.path.abspath(folder)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if os.path.isdir(there) and not os.access(there, os.W_OK | os.X_OK):  # a file there, make_output_dir refuses
+        below = "it" if os.path.exists(folder) else there
+        raise ValueError(f"OUTPUT_DIR {folder} cannot be written to: {below} is read-only")
     if holds_run(folder) and not (resume or eval_only):
         raise ValueError(f"OUTPUT_DIR {folder} holds a run; add --resume to continue it, or choose another")
 

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.layers.description import check_moments
 from fbn_plugin.training.population_statistics import norms_to_update, update_population_stats
 
@@ -62,4 +63,4 @@ def refresh_population_stats(
     try:
         update_population_stats(model, batches(), num_iter, forward=forward)
     except ValueError as error:
-        raise UserError(f"TEST.PRECISE_BN after {iterations} iterations: {error}") from None
+        raise UserError(f"TEST.PRECISE_BN after {counted(iterations, 'iteration')}: {error}") from None

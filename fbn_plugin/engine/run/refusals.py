@@ -12,6 +12,7 @@ import torch.distributed as dist
 from fbn_plugin.engine.run.config import CfgNode, refuse_changes
 from fbn_plugin.engine.run.output_dir import check_output_dir, holds_run
 from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.words import counted
 
 __all__ = ["check_enough_iterations", "check_finite", "check_run", "check_state"]
 
@@ -93,7 +94,8 @@ def check_enough_iterations(key: str, value: int, iterations: int, finished: int
         ValueError: ``finished`` is more.
     """
     if finished > iterations:
-        raise refusal(key, f"enough for the {finished} iterations of the run that OUTPUT_DIR {output_dir} holds", value)
+        done = counted(finished, "iteration")
+        raise refusal(key, f"enough for the {done} of the run that OUTPUT_DIR {output_dir} holds", value)
 
 
 def check_finite(losses: Mapping[str, float], iteration: int) -> None:

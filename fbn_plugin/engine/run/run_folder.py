@@ -1,6 +1,7 @@
 """Reading back what a detection run left in its OUTPUT_DIR, whether detectron2 or torchvision trained it: settings,
 evaluations, weights, detections."""
 
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -82,14 +83,19 @@ class Run:
         """AP in percent on a set of DATASETS.TEST: finished iterations -> ``{"bbox/AP": 31.2, ...}``, in order.
 
         None where COCO has no such objects. An iteration that was evaluated twice, as after an interruption, has the
-        later figures.
+        later figures. A folder of ``--eval-only`` has one evaluation, that of ``evaluation.json``.
 
         Raises:
-            FileNotFoundError, ValueError: ``metrics.json`` is not there or not what it should be.
+            FileNotFoundError, ValueError: neither ``metrics.json`` nor ``evaluation.json`` is there, or it is not what
+                it should be.
         """
         path = self.folder / "metrics.json"
+        if self.is_evaluation:
+            return self._one_evaluation(dataset)
         if not path.is_file():
-            raise FileNotFoundError(f"{self.folder} is no run folder with evaluations: it has no metrics.json")
+            raise FileNotFoundError(
+                f"{self.folder} is no run folder with evaluations: it has neither metrics.json nor evaluation.json"
+            )
         prefix = metric_prefix(dataset, self.test_sets)
         found: dict[int, dict[str, float | None]] = {}
         for row in read_metrics(path):
@@ -105,6 +111,54 @@ class Run:
             if values:  # detectron2 counts the evaluation at the end one iteration further
                 found.setdefault(min(row["iteration"] + 1, self.max_iter), {}).update(values)
         return dict(sorted(found.items()))
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether nothing was trained in the folder, only evaluated."""
+        return not (self.folder / "metrics.json").is_file() and (self.folder / "evaluation.json").is_file()
+
+    @property
+    def evaluated_weights(self) -> tuple[str, int | None]:
+        """Of a folder of ``--eval-only``: which weights, and the iterations that they have behind them; None if they do
+        not tell."""
+        content = self._evaluation()
+        iteration = content["iteration"]
+        return str(content["weights"]), None if iteration is None else iteration + 1
+
+    def _evaluation(self) -> dict[str, Any]:
+        path = self.folder / "evaluation.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        kinds = {"iteration": int | None, "weights": str | None, "dataset": list, "metrics": dict}
+        for key, kind in kinds.items():
+            if not isinstance(content, dict) or not isinstance(content.get(key, ...), kind):
+                raise ValueError(f"{path} is no evaluation: it has no {key!r} of the right type")
+        return content
+
+    def _one_evaluation(self, dataset: str) -> dict[int, dict[str, float | None]]:
+        content = self._evaluation()
+        prefix = metric_prefix(dataset, content["dataset"])
+        if dataset not in content["dataset"]:
+            return {}
+        groups = (f"{prefix}bbox/", f"{prefix}segm/")
+        values = {
+            key.removeprefix(prefix): value for key, value in content["metrics"].items() if key.startswith(groups)
+        }
+        if wrong := [key for key, value in values.items() if not isinstance(value, int | float | None)]:
+            raise ValueError(
+                f"{self.folder / 'evaluation.json'}: {wrong[0]} must be a number or null, got {values[wrong[0]]!r}"
+            )
+        return {self.evaluated_weights[1] or self.max_iter: values}
+
+    def detects_nothing(self, dataset: str) -> bool:
+        """Whether the file of the last evaluation's detections on a set is there, and empty."""
+        try:
+            path = self.detections(dataset)
+        except FileNotFoundError:
+            return False
+        return path.stat().st_size < 10 and path.read_text().strip() == "[]"
 
     def weights(self, given: str | os.PathLike | None = None) -> Path:
         """The checkpoint to evaluate: ``given`` (a path, or a name in the folder), else ``model_final.pth``, else the

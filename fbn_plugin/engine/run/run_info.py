@@ -16,6 +16,7 @@ import torch
 import fbn_plugin
 from fbn_plugin.engine.run.checkpoint import atomic_write
 from fbn_plugin.engine.run.cli import imported
+from fbn_plugin.engine.run.words import counted
 
 __all__ = ["cpu_name", "hardware", "package_versions", "read_run_info", "write_evaluation", "write_run_info"]
 
@@ -41,8 +42,7 @@ def hardware(device: str | torch.device | None = None) -> str:
     if kind == "cuda":
         return torch.cuda.get_device_name(device)
     if kind == "cpu":
-        threads = torch.get_num_threads()
-        return f"{cpu_name()}, {threads} thread{'s' * (threads != 1)}"
+        return f"{cpu_name()}, {counted(torch.get_num_threads(), 'thread')}"
     return kind
 
 

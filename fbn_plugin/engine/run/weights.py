@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from fbn_plugin.adapters import load_adapters
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.layers.description import family
 
 __all__ = ["loading_report", "refuse_foreign", "refuse_misfit"]
@@ -57,7 +58,7 @@ def loading_report(
         lines.append(f"not in the file, so at its initial values: {listed}")
     leftover = [name for name in unused if not name.endswith((*_STATISTICS, "num_batches_tracked"))]
     if leftover:
-        lines.append(f"{len(leftover)} entries of the file not used: {_first(leftover)}")
+        lines.append(f"{counted(len(leftover), 'entry')} of the file not used: {_first(leftover)}")
     return lines
 
 
@@ -82,7 +83,8 @@ def refuse_misfit(
     wrong += [f"{name} (not in the model)" for name in unused if name not in shapes]
     wrong = [each for each in wrong if "num_batches_tracked" not in each]
     if wrong:
-        raise ValueError(f"{file} is of another model: {len(wrong)} entries do not fit, such as {wrong[0]}")
+        number = counted(len(wrong), "entry") + (" does" if len(wrong) == 1 else " do")
+        raise ValueError(f"{file} is of another model: {number} not fit, such as {wrong[0]}")
 
 
 def refuse_foreign(file: str, loaded: Collection[str], unused: Collection[str]) -> None:
@@ -127,7 +129,7 @@ def _part(name: str, backbone: str) -> str:
 
 
 def _kinds(count: Counter) -> str:
-    return ", ".join(f"{number} norms ({kind})" for kind, number in count.items()) or "no norms"
+    return ", ".join(f"{counted(number, 'norm')} ({kind})" for kind, number in count.items()) or "no norms"
 
 
 def _first(names: Iterable[str], count: int = 3) -> str:

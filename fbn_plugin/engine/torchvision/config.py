@@ -48,7 +48,7 @@ _UNUSED = (
     "INPUT.CROP.*",
     "INPUT.MASK_FORMAT",
     "DATASETS.P*",
-    "DATALOADER.REPEAT_*",
+    "DATALOADER.RANDOM_SUBSET_RATIO",
     "SOLVER.NUM_DECAYS",
     "TEST.EXPECTED_RESULTS",
     "TEST.KEYPOINT_OKS_SIGMAS",
@@ -63,6 +63,7 @@ _INCREASING = Rule("increasing from 0 to 1", lambda given: [0, *given, 1] == sor
 _RULES = {
     **{key: exactly(value, "in this tool") for key, value in FIXED.items()},
     **DETECTION_RULES,
+    "TEST.AUG.ENABLED": exactly(False, "in this tool; tools/train_net.py has test-time augmentation"),
     **dict.fromkeys(
         (
             "MODEL.FPN.OUT_CHANNELS",

@@ -26,12 +26,13 @@ from fbn_plugin.engine.run.evaluation_names import METRICS, inference_folder, me
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import FilterMeter
-from fbn_plugin.engine.run.output_dir import make_output_dir
+from fbn_plugin.engine.run.output_dir import holds_training, make_output_dir
 from fbn_plugin.engine.run.population import check_population_stats, refresh_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.engine.torchvision.config import norms_of
 from fbn_plugin.engine.torchvision.data import DetectionData
 from fbn_plugin.engine.torchvision.model import build_model, build_optimizer, build_scheduler
@@ -86,7 +87,7 @@ class DetectionTrainer:
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, cfg.SOLVER.BEST_CHECKPOINT_METRIC, resume=self.start > 0)
         if distributed.is_main():
             make_output_dir(cfg.OUTPUT_DIR)
-            if not eval_only:
+            if not (eval_only and holds_training(cfg.OUTPUT_DIR)):
                 save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
         distributed.barrier()
         setup_logging(cfg.OUTPUT_DIR)
@@ -148,9 +149,10 @@ class DetectionTrainer:
         cfg = self.cfg
         model = distributed.data_parallel(self.model, self.device)
         periodic = PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER)
+        processes = counted(distributed.world_size(), "process")
         logger.info(
-            "training on %s, %d process(es), iteration %d to %d, seed %d",
-            *(self.device, distributed.world_size(), self.start + 1, cfg.SOLVER.MAX_ITER, self.seed),
+            "training on %s, %s, iteration %d to %d, seed %d",
+            *(self.device, processes, self.start + 1, cfg.SOLVER.MAX_ITER, self.seed),
         )
         self._write_run_info()
         meter = FilterMeter(self.model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)
@@ -201,6 +203,8 @@ class DetectionTrainer:
         """Write ``evaluation.json`` into OUTPUT_DIR: the metrics, of which weights, and of which iteration (from 0,
         as in ``metrics.json``; null where the weights do not tell)."""
         if distributed.is_main():
+            if not holds_training(self.cfg.OUTPUT_DIR):
+                self._write_run_info()
             path = os.path.join(self.cfg.OUTPUT_DIR, "evaluation.json")
             write_evaluation(path, self.iteration, self.weights, self.cfg.DATASETS.TEST, metrics, hardware(self.device))
 

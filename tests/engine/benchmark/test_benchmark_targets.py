@@ -48,8 +48,8 @@ def verdict(target, *files):
     [
         ((0.90, 0.95), "met"),
         ((0.90, 0.9501), "missed"),
-        ((0.90,), "met, 1 rows not measured"),
-        ((1.2,), "missed, 1 rows not measured"),
+        ((0.90,), "met, 1 row not measured"),
+        ((1.2,), "missed, 1 row not measured"),
         ((float("nan"), 0.9), "missed"),
         ((), "not measured"),
     ],

@@ -1,5 +1,6 @@
 """Classification: the norm reaches every layer of a model, metrics are right, and an interrupted run loses nothing."""
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file as save_safetensors
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.models import load_state_dict as load_timm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
@@ -91,7 +94,7 @@ def test_norms_that_cannot_be_replaced_are_an_error(monkeypatch):
             return super().forward(x) * 2
 
     monkeypatch.setattr(timm, "create_model", lambda name: nn.Sequential(nn.BatchNorm2d(3), WhitenedBatchNorm(3)))
-    with pytest.warns(UserWarning, match="left"), pytest.raises(ValueError, match="1 norms of odd.*WhitenedBatchNorm"):
+    with pytest.warns(UserWarning, match="left"), pytest.raises(ValueError, match="1 norm of odd.*WhitenedBatchNorm"):
         create_model("odd", "FBN")
 
 
@@ -518,6 +521,64 @@ def test_weights_to_evaluate_and_to_start_from(tmp_path):
     torch.save({"model": load_file(final)["model"]}, final)
     with pytest.raises(ValueError, match=r"it has no iteration"):
         ClassificationTrainer(config(tmp_path), resume=True)
+
+
+def test_weights_that_do_not_fit_at_all_are_refused(tmp_path):
+    """As the detectors refuse them; a file that fits in part is taken."""
+    torch.save({f"bert.{n}.weight": torch.ones(2) for n in range(2)}, tmp_path / "foreign.pth")
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS: .*foreign.pth has no weight of this model; .* bert.0.weight"):
+        ClassificationTrainer(config(MODEL__WEIGHTS=tmp_path / "foreign.pth"))
+    source = timm.create_model("test_resnet", num_classes=3, in_chans=1)
+    torch.save(source.state_dict(), tmp_path / "other_head.pth")
+    trainer = ClassificationTrainer(config(MODEL__WEIGHTS=tmp_path / "other_head.pth"))
+    assert torch.equal(trainer.model.conv1[0].weight, source.conv1[0].weight)
+
+
+@pytest.mark.parametrize("form", ["timm", "timm without an average", "wrapped", "safetensors"])
+def test_weights_of_timms_own_training(tmp_path, form, caplog):
+    """Of its averaged weights and the others, what timm itself takes."""
+    sources = [timm.create_model("test_resnet", num_classes=10, in_chans=1) for _ in range(2)]
+    plain, average = (source.state_dict() for source in sources)
+    file = tmp_path / "model_best.pth.tar"
+    if form == "safetensors":
+        file = tmp_path / "model.safetensors"
+        save_safetensors(plain, file)
+    elif form == "wrapped":
+        torch.save({f"module._orig_mod.{name}": value for name, value in plain.items()}, file)
+    else:
+        content = {
+            "epoch": 3,
+            "arch": "test_resnet",
+            "state_dict": plain,
+            "optimizer": {},
+            "version": 2,
+            "metric": 71.5,
+        }
+        content |= {"args": argparse.Namespace(lr=0.1, model="test_resnet")}
+        torch.save(content | ({"state_dict_ema": average} if form == "timm" else {}), file)
+    with caplog.at_level("INFO", "fbn_plugin"):
+        trainer = ClassificationTrainer(config(MODEL__WEIGHTS=file), eval_only=True)
+    expected = load_timm(str(file))
+    assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
+    said = {"timm": "of state_dict_ema; not those of state_dict\n", "timm without an average": "those of state_dict\n"}
+    assert said.get(form, "entries of the model loaded") in caplog.text
+
+
+def test_the_best_model_is_kept(tmp_path):
+    """By the metric of the config, over an interruption; it is evaluated to the value that it was kept for."""
+    options = {"SOLVER__BEST_CHECKPOINT_METRIC": "top1", "SOLVER__MAX_EPOCH": 3, "SOLVER__BASE_LR": 0.01}
+    ClassificationTrainer(config(tmp_path, **options, SOLVER__MAX_ITER=44)).train()
+    ClassificationTrainer(config(tmp_path, **options), resume=True).train()
+    rows = [row for row in read_metrics(tmp_path / "metrics.json") if "val/top1" in row]
+    best = max(rows, key=lambda row: row["val/top1"])
+    saved = load_file(tmp_path / "model_best.pth")
+    assert (saved["metric"], saved["value"], saved["iteration"]) == ("top1", best["val/top1"], best["iteration"])
+    trainer = ClassificationTrainer(
+        config(tmp_path / "new", MODEL__WEIGHTS=tmp_path / "model_best.pth"), eval_only=True
+    )
+    assert trainer.evaluate()["top1"] == saved["value"]
+    with pytest.raises(ValueError, match="BEST_CHECKPOINT_METRIC must be one of top1, top5, got 'loss'"):
+        ClassificationTrainer(config(SOLVER__BEST_CHECKPOINT_METRIC="loss"))
 
 
 def test_pretrained_weights_reach_the_filtered_model(tmp_path):

@@ -97,6 +97,8 @@ def _first(field, value):
         (_first("segmentation", {"size": [5, 5], "counts": "1"}), "size (height, width) (96, 80)"),
         (_first("segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "odd number"),
         (lambda c: c["images"][1].__setitem__("file_name", "gone.png"), "gone.png is not there (1 of 4 missing)"),
+        (lambda c: c["images"].append(c["images"][0]), "2 images have the id 0, which must be that of one"),
+        (lambda c: c["categories"].append({"id": 3, "name": "x"}), "2 categories have the id 3"),
         (lambda c: [each.__setitem__("file_name", "a/b.png") for each in c["images"]], "'a/b.png'"),
     ],
 )
@@ -111,6 +113,17 @@ def test_wrong_content_is_named(copy, change, words):
 def test_a_name_that_is_none(name):
     with pytest.raises(ValueError, match="use FOLDER:SPLIT"):
         resolve_dataset(name)
+
+
+def test_categories_of_one_name_are_told_apart(copy, caplog):
+    def change(content):
+        content["categories"] += [{"id": 9, "name": "box"}]
+
+    edit(copy, "train", change)
+    assert resolve_dataset(f"{copy}:train").class_names == ("disc", "box (id 7)", "box (id 9)")
+    assert (
+        "instances_train.json: names that several categories have are told apart by the id: box (id 7)" in caplog.text
+    )
 
 
 def test_a_missing_folder_or_split(copy):
@@ -261,8 +274,9 @@ def test_images_that_cannot_be_used_are_named(copy):
 
     path.write_bytes(path.read_bytes()[:200])
     fails("cannot be read")
-    path.write_text("no image")
-    fails("cannot be read")
+    for content in (b"no image", b"", b"P6 80 x 255 "):  # of the last one Pillow says something else than of the others
+        path.write_bytes(content)
+        fails("cannot be read")
     Image.fromarray(np.zeros((96, 80), np.uint16)).save(path)
     fails("8 bits")
     Image.new("RGB", (10, 20)).save(path)

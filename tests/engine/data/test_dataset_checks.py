@@ -11,6 +11,10 @@ def test_a_run_names_its_sets():
     check_named_sets(cfg, eval_only=True)
     with pytest.raises(ValueError, match=r"DATASETS.TRAIN must be .*'my_data:train', got \(\)"):
         check_named_sets(cfg, eval_only=False)
+    for names in (("a:val", "a:val"), ("my-data:val", "my_data:val")):
+        cfg.DATASETS.TEST = names
+        with pytest.raises(ValueError, match=f"DATASETS.TEST must be sets whose detections .* got .*{names[1]}"):
+            check_named_sets(cfg, eval_only=True)
 
 
 def test_number_of_classes():

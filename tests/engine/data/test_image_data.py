@@ -251,8 +251,10 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
     damaged = tmp_path / "train/ant/1.png"
     damaged.write_bytes(damaged.read_bytes()[:45])
     data = load_image_data("image_folder", str(tmp_path))
-    with pytest.raises(UserError, match=r"ant/1\.png cannot be decoded"):
-        data.train[1]
+    for content in (damaged.read_bytes(), b"P6 80 x 255 "):
+        damaged.write_bytes(content)
+        with pytest.raises(UserError, match=r"ant/1\.png cannot be decoded"):
+            data.train[1]
     with pytest.raises(UserError, match="number 0 cannot be decoded"):
         Images([(b"no image", 3)])[0]
 

@@ -3,6 +3,7 @@
 import random
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -27,7 +28,14 @@ def batches(number, start=0, **options):
     return list(islice(loader, number))
 
 
-@pytest.mark.parametrize("how", [{}, {"groups": [index // 6 for index in range(12)]}, {"images_per_class": 1}])
+FACTORS = np.array([1.0] * 9 + [2.5] * 3)
+HALVES = [index // 6 for index in range(12)]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"groups": HALVES}, {"images_per_class": 1}, {"factors": FACTORS}, {"factors": FACTORS, "groups": HALVES}],
+)
 def test_batches_go_on_where_they_stopped(how):
     whole = batches(8, **how)
     state = torch.get_rng_state()

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from fbn_plugin.engine.data.sampling import BalancedSampler, GroupedBatchSampler, InfiniteSampler, SeededDataset
+from fbn_plugin.engine.data.sampling import (
+    BalancedSampler,
+    GroupedBatchSampler,
+    InfiniteSampler,
+    RepeatFactorSampler,
+    SeededDataset,
+    repeat_factors,
+)
 
 sizes = st.integers(1, 12)
 seeds = st.integers(0, 2**32)
@@ -91,3 +98,30 @@ def test_balanced_batches_and_a_resumed_stream(world_size):
         assert stream[0] != stream[6]
         positions += [position for batch in stream for _, position in batch]
     assert sorted(positions) == list(range(12 * 6 * world_size)), "each sample's augmentation is its own"
+
+
+def test_rare_categories_are_repeated():
+    """Of ten images, five have a, one has b, and one has none of either."""
+    categories = [{"a"}, {"a"}, {"a"}, {"a"}, {"a", "b"}, {"c"}, {"c"}, {"c"}, {"c"}, ()]
+    assert repeat_factors(categories, 0.4).tolist() == [1, 1, 1, 1, 2, 1, 1, 1, 1, 1]
+    assert repeat_factors(categories, 0.4, sqrt=False).tolist() == [1, 1, 1, 1, 4, 1, 1, 1, 1, 1]
+    assert repeat_factors(categories, 0.8, sqrt=False).tolist() == pytest.approx([1.6] * 4 + [8] + [2] * 4 + [1])
+    assert repeat_factors(categories, 0.0).tolist() == [1] * 10
+
+
+def test_epochs_repeat_images_by_their_factors():
+    factors = np.array([1.0, 2.5, 1.0, 3.0])
+    items = [index for index, _ in islice(RepeatFactorSampler(factors, 1), 4000)]
+    counts = np.bincount(items)
+    assert counts / counts[0] == pytest.approx(factors, rel=0.1)
+    assert sorted(items[:7])[:6] == [0, 1, 1, 2, 3, 3] and items[:7] != sorted(items[:7])
+
+
+@given(seeds, st.integers(1, 4), st.integers(0, 30))
+def test_ranks_share_one_stream_of_repeated_images(seed, world, start):
+    factors = np.array([1.0, 2.5, 1.25])
+    stream = list(islice(RepeatFactorSampler(factors, seed), (start + 5) * world))
+    assert [position for _, position in stream] == list(range(len(stream)))
+    for rank in range(world):
+        part = list(islice(RepeatFactorSampler(factors, seed, rank, world, start), 5))
+        assert part == stream[rank::world][start:]

@@ -81,7 +81,10 @@ def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
         (["MODEL.SIZES", "[[None]]"], "MODEL.SIZES"),
         (["TRAIN", "([1],)"], "TRAIN must be of type tuple of str, such as (), got ([1],)"),
         (["MODEL.NORM"], "pairs KEY VALUE, and 'MODEL.NORM'"),
-        (["--resume", "MODEL.NORM"], "flags go before"),
+        (["--resume", "MODEL.NORM"], "'--resume' stands among the KEY VALUE overrides: flags go before them"),
+        (["MODEL.NORM", "FBN", "--resume"], "'--resume' stands among"),
+        (["MODEL.NORM", "FBN", "--log-period", "5"], "'--log-period' stands among"),
+        (["MODEL.NORM", "--resume"], "'--resume' stands among"),
     ],
 )
 def test_a_wrong_override_is_named(overrides, words):
@@ -146,5 +149,5 @@ def test_a_run_of_another_number_of_processes(tmp_path):
     defaults = CfgNode({"SOLVER": {"BASE_LR": 0.1, "REFERENCE_WORLD_SIZE": 0}, "OUTPUT_DIR": str(tmp_path)})
     saved = load_config(defaults, None, ["SOLVER.REFERENCE_WORLD_SIZE", "2"])
     scaled = load_config(defaults, None, ["SOLVER.BASE_LR", "0.4", "SOLVER.REFERENCE_WORLD_SIZE", "8"])
-    with pytest.raises(ValueError, match="made by 2 process.es., got 8: resume it with as many"):
+    with pytest.raises(ValueError, match="made by 2 processes, got 8: resume it with as many"):
         refuse_changes(saved, scaled, [])

@@ -22,7 +22,7 @@ def test_devices(monkeypatch):
     assert distributed.init("cuda") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="wants cuda:2, but there are 2 GPUs here"):
+    with pytest.raises(ValueError, match="wants cuda:2, and this machine has 2 GPUs"):
         distributed.init("cuda:2")
 
 

@@ -1,5 +1,7 @@
 """OUTPUT_DIR: what must not be written over, and how a run goes on."""
 
+import os
+
 import pytest
 
 from fbn_plugin.engine.run.output_dir import check_output_dir, holds_run, how_to_continue, make_output_dir
@@ -18,6 +20,16 @@ def test_a_run_is_resumed_or_evaluated_and_not_written_over(tmp_path):
     check_output_dir(tmp_path, resume=False, eval_only=True)
     with pytest.raises(ValueError, match=f"OUTPUT_DIR {tmp_path} holds a run"):
         check_output_dir(tmp_path, resume=False, eval_only=False)
+
+
+def test_a_folder_that_is_read_only(tmp_path, monkeypatch):
+    """Whoever runs the tests may write everywhere."""
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK or str(path) != str(tmp_path))
+    for resume, eval_only in ((False, False), (True, False), (False, True)):
+        with pytest.raises(ValueError, match=f"OUTPUT_DIR {tmp_path} cannot be written to: it is read-only"):
+            check_output_dir(tmp_path, resume, eval_only)
+    with pytest.raises(ValueError, match=f"OUTPUT_DIR {tmp_path}/a/b cannot be written to: {tmp_path} is read-only"):
+        check_output_dir(tmp_path / "a" / "b", resume=False, eval_only=False)
 
 
 def test_a_file_is_no_folder(tmp_path):

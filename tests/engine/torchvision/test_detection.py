@@ -6,6 +6,7 @@ import json
 import math
 import pickle
 import shutil
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from fbn_plugin import SyncFilteredBatchNorm
+from fbn_plugin.engine.data.sampling import repeat_factors
 from fbn_plugin.engine.run import population
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.detection_keys import detection_config
 from fbn_plugin.engine.run.run_info import read_run_info
 from fbn_plugin.engine.run.schedule import recorded_evaluation
+from fbn_plugin.engine.run.words import counted
 from fbn_plugin.engine.torchvision import trainer as detection
 from fbn_plugin.engine.torchvision.config import load_detection_config
 from fbn_plugin.engine.torchvision.model import build_model, build_optimizer, build_scheduler
@@ -413,13 +416,13 @@ def test_a_backbone_of_detectron2s_goes_under_any_norm_and_says_so(config, tmp_p
     kinds = {"FrozenBatchNorm2d": 1} if not has_none else {}
     kind = type(build_model(config(MODEL__RESNETS__NORM=norm)).backbone.body.layer1[0].bn1).__name__
     kinds[kind] = 20 - sum(kinds.values()) if kind not in kinds else 20
-    listed = ", ".join(f"{count} norms ({name})" for name, count in kinds.items())
+    listed = ", ".join(f"{counted(count, 'norm')} ({name})" for name, count in kinds.items())
     assert f"scale and shift of {listed} loaded" in lines
     statistics = f"left out: {kind} has none" if has_none else f"running statistics of {listed} loaded"
     assert statistics in lines
     assert f"{'60 of 60' if has_none else '100 of 100'} tensors of the backbone loaded" in lines
     assert "not in the file, so at its initial values: fpn, rpn, roi_heads" in lines
-    assert "1 entries of the file not used: pred_w" in lines
+    assert "1 entry of the file not used: pred_w" in lines
 
 
 def test_the_model_sees_what_detectron2s_would(config):
@@ -723,15 +726,15 @@ def test_every_key_of_detectron2s_is_known(tmp_path, caplog, monkeypatch):
         ),
         "test-time augmentation": (
             "TEST: {AUG: {ENABLED: True, MIN_SIZES: [400]}}",
-            "TEST.AUG.ENABLED must be False in this tool, got True",
+            "TEST.AUG.ENABLED must be False in this tool; tools/train_net.py has test-time augmentation, got True",
         ),
         "cropping": (
             "INPUT: {CROP: {ENABLED: True, SIZE: [0.5, 0.5]}}",
             "INPUT.CROP.ENABLED must be False in this tool, got True",
         ),
-        "repeat factors": (
-            "DATALOADER: {SAMPLER_TRAIN: RepeatFactorTrainingSampler, REPEAT_THRESHOLD: 0.001}",
-            "DATALOADER.SAMPLER_TRAIN must be 'TrainingSampler' in this tool, got 'RepeatFactorTrainingSampler'",
+        "random subsets": (
+            "DATALOADER: {SAMPLER_TRAIN: RandomSubsetTrainingSampler, RANDOM_SUBSET_RATIO: 0.5}",
+            "DATALOADER.SAMPLER_TRAIN must be one of 'TrainingSampler', 'RepeatFactorTrainingSampler', got 'RandomSub",
         ),
         "another project": ("MODEL: {TRIDENT: {NUM_BRANCH: 3}}", "unknown config key 'MODEL.TRIDENT.NUM_BRANCH'"),
     }.values(),
@@ -872,6 +875,19 @@ def test_a_run_says_what_it_was_made_with(config, shapes):
     assert info["train_images"] == {f"{shapes}:train": 8} and info["test_images"] == {f"{shapes}:val": 4}
 
 
+def test_images_of_rare_categories_are_repeated(config):
+    """As often as their factors say, and in the same batches after an interruption."""
+    options = {"DATALOADER__SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "DATALOADER__REPEAT_THRESHOLD": 1.0}
+    trainer = DetectionTrainer(config(**options))
+    factors = repeat_factors(trainer.data._images.categories, 1.0)
+    ids = [[target["image_id"] for target in batch[1]] for batch in islice(trainer.data.training_batches(0, 0), 100)]
+    assert ids[90:] == [
+        [target["image_id"] for target in batch[1]] for batch in islice(trainer.data.training_batches(0, 90), 10)
+    ]
+    seen = np.bincount(np.concatenate(ids), minlength=len(factors))[: len(factors)]
+    assert seen / seen.sum() == pytest.approx(factors / factors.sum(), abs=0.05) and factors.max() > 1
+
+
 def test_a_scaled_run_is_resumed_on_as_many_processes(config, monkeypatch):
     options = {"SOLVER__REFERENCE_WORLD_SIZE": 2, "SOLVER__IMS_PER_BATCH": 4, "SOLVER__MAX_ITER": 1}
     trainer = DetectionTrainer(config(**options))
@@ -880,6 +896,6 @@ def test_a_scaled_run_is_resumed_on_as_many_processes(config, monkeypatch):
     assert DetectionTrainer(config(**options), resume=True).start == 2
     monkeypatch.setattr(detection.distributed, "world_size", lambda: 2)
     with pytest.raises(
-        ValueError, match=r"run that OUTPUT_DIR .* holds was made by 1 process\(es\), got 2: resume it with as many"
+        ValueError, match=r"run that OUTPUT_DIR .* holds was made by 1 process, got 2: resume it with as many"
     ):
         DetectionTrainer(config(**options), resume=True)

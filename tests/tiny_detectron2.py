@@ -1,4 +1,4 @@
-"""What the tests of tools/train_net.py share: a tiny model, the command line, and the way in without a new process."""
+"""What the tests of detectron2 runs share: a tiny model, the command line, and the way in without a new process."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "train_net.py"
 CONFIG = ROOT / "configs" / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_FPN_FBN.yaml"
 

@@ -1,0 +1,76 @@
+"""COCO's evaluation in a detectron2 run: detectron2's evaluator on checked annotations, for which a model that detects
+nothing has an AP of 0, and two categories of one name have two figures."""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from pycocotools.cocoeval import COCOeval
+
+from fbn_plugin.engine.data.coco_data import unique_names
+from fbn_plugin.engine.data.coco_eval import no_detections
+from fbn_plugin.engine.detectron2.data import checked, tasks
+from fbn_plugin.engine.detectron2.registered import has_file
+
+__all__ = ["CocoEvaluator"]
+
+logger = logging.getLogger(__name__)
+
+
+class CocoEvaluator(COCOEvaluator):
+    """detectron2's evaluator of boxes, masks and keypoints.
+
+    Args:
+        cfg: config.
+        name: of a registered set.
+        folder: for what the evaluator writes.
+    """
+
+    def __init__(self, cfg: CfgNode, name: str, folder: str):
+        self.name = name
+        options = {"max_dets_per_image": cfg.TEST.DETECTIONS_PER_IMAGE, "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
+        metadata = MetadataCatalog.get(name)
+        if has_file(name):
+            super().__init__(name, tasks(cfg), output_dir=folder, **options)
+        else:
+            # Records of a Python function: detectron2 would write them to the folder as a file, and look for that one
+            # there at the next evaluation. Theirs come below.
+            with tempfile.TemporaryDirectory() as empty:
+                metadata.json_file = os.path.join(empty, "empty.json")
+                with open(metadata.json_file, "w") as file:
+                    json.dump({"images": [], "annotations": [], "categories": []}, file)
+                super().__init__(name, tasks(cfg), output_dir=folder, **options)
+                del metadata.json_file
+        if name in checked:
+            self._coco_api = checked[name].coco_api(masks=cfg.MODEL.MASK_ON)
+        self._coco_api.dataset.setdefault("info", {})  # pycocotools loads no results without
+
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None
+    ) -> dict[str, float]:
+        if coco_eval is None:
+            logger.warning("%s", no_detections(self.name))
+            coco_eval = self._without_detections(iou_type)
+        if class_names:
+            categories = self._coco_api.loadCats(sorted(self._coco_api.getCatIds()))
+            class_names = unique_names([(each["name"], each["id"]) for each in categories])
+        return super()._derive_coco_results(coco_eval, iou_type, class_names)
+
+    def _without_detections(self, task: str) -> COCOeval:
+        """The evaluation of a model that detects nothing."""
+        nothing = type(self._coco_api)()
+        nothing.dataset = {**self._coco_api.dataset, "annotations": []}
+        nothing.createIndex()
+        evaluation = COCOeval(self._coco_api, nothing, task)
+        if task == "keypoints" and self._kpt_oks_sigmas:
+            evaluation.params.kpt_oks_sigmas = np.array(self._kpt_oks_sigmas)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        return evaluation

@@ -1,0 +1,108 @@
+"""The values of detectron2's keys: of the type of their defaults, elements of lists included, and what detectron2 makes
+of them. It answers most of a wrong value with a bare error, and names the key in few."""
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from detectron2.config import CfgNode, get_cfg
+
+from fbn_plugin.engine.run.rules import get_value, refusal
+
+__all__ = ["attempt", "check_types"]
+
+T = TypeVar("T")
+
+# What detectron2 raises for a wrong value.
+_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def check_types(cfg: CfgNode) -> None:
+    """Refuse a value that is not of the type of detectron2's default.
+
+    Raises:
+        ValueError: the first one.
+    """
+    for key, default in _values(get_cfg()):
+        value = get_value(cfg, key)
+        if key in ("DATASETS.TRAIN", "DATASETS.TEST"):
+            default = ("my_data:train",)  # empty, it tells nothing of its elements
+        if default is not None and value != default and not _is_like(value, default):
+            raise refusal(key, f"of type {_type_name(default)}, such as {default!r}", value)
+
+
+def attempt(cfg: CfgNode, group: str, build: Callable[[CfgNode], T], overrides: Mapping[str, Any]) -> T:
+    """What ``build`` makes of a config; where it raises an error, one sentence, with the key if one of the command line
+    is to blame.
+
+    Args:
+        cfg: config.
+        group: the part of it that ``build`` reads.
+        build: raises an error for a wrong value.
+        overrides: keys of the command line -> the values that they would have without it.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    try:
+        return build(cfg)
+    except _ERRORS as error:
+        reason = _reason(error)
+    for key, before in overrides.items():
+        if key.startswith(f"{group}.") and get_value(cfg, key) != before:
+            value = get_value(cfg, key)
+            other = cfg.clone()
+            other.merge_from_list([key, before])
+            try:
+                build(other)
+            except _ERRORS:
+                continue
+            raise ValueError(f"{key} {value!r} is refused by detectron2: {reason}")
+    raise ValueError(f"the config's {group} is refused by detectron2: {reason}")
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says; of one without words, the line that raised it."""
+    said = " ".join(str(error.args[0] if error.args else "").split())
+    if said and not isinstance(error, LookupError):
+        return said
+    line = traceback.extract_tb(error.__traceback__)[-1].line
+    return f"{type(error).__name__}{f' {said}' if said else ''} at `{line}`"
+
+
+def _values(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _values(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    if isinstance(default, bool | str):
+        return isinstance(value, type(default))
+    if isinstance(default, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, list | tuple):
+        return False
+    if not default:
+        return True
+    kinds = [default[0]]
+    if isinstance(default[0], Sequence) and not isinstance(default[0], str):
+        kinds.append(default[0][0])  # one list for all levels
+    return any(all(_is_like(each, kind) for each in value) for kind in kinds)
+
+
+def _type_name(default: Any) -> str:
+    if isinstance(default, list | tuple):
+        return f"{type(default).__name__}{f' of {_type_name(default[0])}' if default else ''}"
+    return "number" if type(default) in (int, float) else type(default).__name__
