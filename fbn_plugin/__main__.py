@@ -1,7 +1,7 @@
 """Run another project's script with the norms of fbn_plugin in every framework, without editing it.
 
-    python -m fbn_plugin train.py --model resnet18 --model-kwargs norm_layer=fbn            (timm's)
-    python -m fbn_plugin tools/train_net.py --config-file ... MODEL.RESNETS.NORM 'FBN(t_sigma=4)'     (detectron2's)
+    python -m fbn_plugin train.py --model resnet18 --model-kwargs norm_layer=fbn                # timm's
+    python -m fbn_plugin tools/train_net.py --config-file ... MODEL.RESNETS.NORM 'FBN(t_sigma=4)'    # detectron2's
     python -m fbn_plugin --import my_norms.py -m my_project.train --epochs 3
     torchrun --nproc-per-node 2 -m fbn_plugin train.py ...
 
@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.run.cli import add_import, user_errors
+from fbn_plugin.engine.run.cli import add_import, show_held_warnings, user_errors
 from fbn_plugin.engine.run.script import Script
 
 
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             what = "-m wants the name of a module" if is_module else "no script is given"
             raise ValueError(f"{what}: python -m fbn_plugin SCRIPT ARGUMENTS; --help says more")
         script = Script(target, arguments, is_module, args.imports)
+    show_held_warnings()
     script.run()
 
 

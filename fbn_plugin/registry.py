@@ -342,7 +342,7 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"a norm's options are written option=value with literal values, got {spec!r}") from error
     if values:
-        raise ValueError(f"{spec!r}: options are written by name: {_meant(name, values, options)}")
+        raise ValueError(f"options are written by name, got {spec!r}: {_meant(name, values, options)}")
     for key, value in options.items():
         if key not in defaults:
             raise _unknown(f"unknown option of {name}", key, list(defaults))

@@ -29,6 +29,24 @@ def test_every_file_that_is_named_exists():
     assert [name for name in sorted(configs | others) if not (ROOT / name).is_file()] == []
 
 
+def test_shell_examples_quote_what_a_shell_reads_otherwise():
+    """Brackets above all, as in specs: unquoted they are a syntax error."""
+    files = [*PAGES, *ROOT.glob("*.md"), *ROOT.glob("configs/**/*.md"), ROOT / "fbn_plugin" / "__main__.py"]
+    files += [path for folder in ("tools", "examples") for path in (ROOT / folder).glob("*.py")]
+    commands = []
+    for path in files:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        # at the begin of a line, in a block or a docstring, or between backticks
+        found = re.findall(
+            r"(?:^ *|`)((?:[A-Z_]+=\S+ )*(?:[\w./]*python3?|torchrun|make|pip) [^\n`]*)", text, re.MULTILINE
+        )
+        commands += [f"{path.relative_to(ROOT)}: {command}" for command in found if " = " not in command]
+    bare = {command: re.sub(r"'[^']*'|\"[^\"]*\"", "", command.partition(" #")[0]) for command in commands}
+    assert len(commands) > 60
+    assert not [command for command, rest in bare.items() if set("()<>;&|") & set(rest)]
+    assert any("FBN(t_sigma=4)" in command for command in commands)
+
+
 def test_the_table_of_norms_is_the_registry():
     table = re.findall(r"^\| (`.*?) \|", text_of("norms"), re.MULTILINE)
     assert {name for name, _ in fbn_plugin.NORMS} <= set(re.findall(r"`([\w-]+)`", "".join(table)))

@@ -3,7 +3,7 @@
 ``fbn_plugin.register()``.
 
     python tools/train_net.py --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_FBN.yaml --num-gpus 1
-    python tools/train_net.py --config-file ... --num-gpus 2 MODEL.DEVICE cpu     (two processes on the CPU)
+    python tools/train_net.py --config-file ... --num-gpus 2 MODEL.DEVICE cpu    # two processes on the CPU
     python tools/train_net.py --config-file ... --resume
     python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 
@@ -17,22 +17,19 @@ same bits as a run that was never stopped.
 """
 
 import importlib.util
-import sys
 
 from fbn_plugin.engine.run.cli import add_import, add_log_period, import_modules, interruptible, user_errors
 
-try:
-    from detectron2.engine import default_argument_parser
-except ImportError as error:
-    found = importlib.util.find_spec("detectron2") is not None
-    missing = f"cannot be imported ({error})" if found else "is not installed"
-    print(
-        f"error: this tool trains detectron2's models, and detectron2 {missing}; its install guide is at "
-        "https://detectron2.readthedocs.io/tutorials/install.html (tools/train_detection.py does without it)",
-        file=sys.stderr,
-    )
-    raise SystemExit(2) from None
 with user_errors():
+    try:
+        from detectron2.engine import default_argument_parser
+    except ImportError as error:
+        found = importlib.util.find_spec("detectron2") is not None
+        missing = f"cannot be imported ({error})" if found else "is not installed"
+        raise ValueError(
+            f"this tool trains detectron2's models, and detectron2 {missing}; its install guide is at "
+            "https://detectron2.readthedocs.io/tutorials/install.html (tools/train_detection.py does without it)"
+        ) from None
     from fbn_plugin.engine.detectron2.config import prepare
     from fbn_plugin.engine.detectron2.processes import launch
     from fbn_plugin.engine.detectron2.trainer import run

@@ -222,6 +222,15 @@ def refusal(tool, capsys, *arguments):
 
 
 @pytest.mark.detectron2
+def test_no_warnings_of_others_stand_above_a_refusal(tmp_path):
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    options = ["MODEL.RESNETS.NORM", "FBN(4)", "OUTPUT_DIR", tmp_path / "out"]
+    done = run_tool("--config-file", CONFIG, *options, PYTHONWARNINGS="")
+    assert done.returncode == 2 and "did you mean 'FBN(t_sigma=4)'?" in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.detectron2
 @pytest.mark.parametrize("case", BAD_OVERRIDES)
 def test_bad_overrides(tool, folder, capsys, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ __all__ = [
     "imported",
     "interruptible",
     "parse_config_arguments",
+    "show_held_warnings",
     "user_errors",
 ]
 
@@ -43,13 +45,55 @@ def user_errors(*types: type[BaseException]) -> Iterator[None]:
 
     Without types: what set-up raises for bad input (ValueError, OSError, missing package). Wrap the training itself in
     ``user_errors(*RUN_ERRORS)``, so that a bug keeps its traceback.
+
+    What other packages say in set-up about their own future is held back, so that the sentence does not stand below
+    pages of it, and is shown when the training begins, or with a bug.
     """
-    types = types or (ValueError, OSError, ModuleNotFoundError)
+    in_run, types = bool(types), types or (ValueError, OSError, ModuleNotFoundError)
+    if in_run:
+        show_held_warnings()
     try:
-        yield
+        with contextlib.nullcontext() if in_run else _hold_warnings():
+            yield
     except types as error:
+        _held.clear()
         print(f"error: {error_sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Exception:
+        show_held_warnings()
+        raise
+
+
+# Arguments for `warnings.showwarning`.
+_held: list[tuple] = []
+_PACKAGE = str(Path(__file__).parents[2])
+
+
+@contextlib.contextmanager
+def _hold_warnings() -> Iterator[None]:
+    """Keep deprecations back that are not this package's."""
+    show = warnings.showwarning
+
+    def hold(message, category, filename, *place):
+        if issubclass(category, FutureWarning | DeprecationWarning) and not filename.startswith(_PACKAGE):
+            _held.append((message, category, filename, *place))
+        else:
+            show(message, category, filename, *place)
+
+    warnings.showwarning = hold
+    try:
+        yield
+    finally:
+        if warnings.showwarning is hold:
+            warnings.showwarning = show
+
+
+def show_held_warnings() -> None:
+    """Show the warnings that :func:`user_errors` has held back."""
+    held = _held[:]
+    _held.clear()
+    for warning in held:
+        warnings.showwarning(*warning)
 
 
 def error_sentence(error: BaseException) -> str:

@@ -2,10 +2,13 @@
 
 import errno
 import os
+import warnings
+from pathlib import Path
 
 import pytest
 
-from fbn_plugin.engine.run.cli import check_outputs, error_sentence, interruptible, user_errors
+import fbn_plugin
+from fbn_plugin.engine.run.cli import RUN_ERRORS, check_outputs, error_sentence, interruptible, user_errors
 
 
 def test_bad_input_is_one_line_and_a_bug_keeps_its_traceback(capsys):
@@ -14,6 +17,35 @@ def test_bad_input_is_one_line_and_a_bug_keeps_its_traceback(capsys):
     assert exit.value.code == 2 and capsys.readouterr().err == "error: t_sigma must be above 1\n"
     with pytest.raises(KeyError), user_errors():
         raise KeyError("a bug")
+
+
+def deprecated(folder="/somewhere/torch"):
+    warnings.warn_explicit("use another", FutureWarning, f"{folder}/jit.py", 7, module="torch.jit")
+
+
+def test_deprecations_of_others_do_not_stand_above_an_error(capsys, recwarn):
+    with user_errors():
+        deprecated()
+    with pytest.raises(SystemExit), user_errors():
+        deprecated()
+        raise ValueError("t_sigma must be above 1")
+    with user_errors(*RUN_ERRORS):
+        pass
+    assert capsys.readouterr().err == "error: t_sigma must be above 1\n" and not recwarn
+
+
+def test_deprecations_are_shown_when_the_run_begins_or_with_a_bug(recwarn):
+    with user_errors():
+        deprecated()
+        deprecated(str(Path(fbn_plugin.__file__).parent))
+        warnings.warn("of use at once", stacklevel=1)
+    assert [str(each.message) for each in recwarn] == ["use another", "of use at once"]
+    with user_errors(*RUN_ERRORS):
+        assert len(recwarn) == 3 and recwarn[-1].filename == "/somewhere/torch/jit.py"
+    with pytest.raises(KeyError), user_errors():
+        deprecated()
+        raise KeyError("a bug")
+    assert len(recwarn) == 4
 
 
 def test_an_error_of_the_system_names_the_file_and_the_reason(tmp_path, capsys):
