@@ -135,6 +135,12 @@ class NormSummary:
 
     Attributes:
         entries: one for each norm, in the model's order; a module that is used in several places is one.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.FilteredBatchNorm2d(8))
+        >>> fbn_plugin.summarize(model).line
+        '1 FBN(t_sigma=5), 0 BN'
     """
 
     entries: tuple[NormEntry, ...]
