@@ -34,12 +34,22 @@ NEEDED = {
         # replaced in frameworks/pytorch.py
         "torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__",
     ),
-    "torchvision": ("torchvision.models.resnet.ResNet._make_layer",),  # overridden in models/mask_rcnn.py
+    "torchvision": (
+        "torchvision.models.resnet.ResNet._make_layer",  # overridden in models/mask_rcnn.py
+        # replaced in frameworks/torchvision.py, which exchanges the code of all builders that get_model knows, too
+        "torchvision.models.detection.FasterRCNN.__init__",
+        "torchvision.models.detection.RetinaNet.__init__",
+        "torchvision.models.detection.FCOS.__init__",
+        "torchvision.models.detection.ssd.SSD.__init__",
+        "torchvision.models.detection.backbone_utils.resnet_fpn_backbone.__wrapped__",
+        "torchvision.models.detection.backbone_utils.mobilenet_backbone.__wrapped__",
+    ),
     "timm": (  # replaced in frameworks/timm.py
         "timm.layers.create_norm.get_norm_layer",
         "timm.layers.create_norm_act.get_norm_act_layer",
         "timm.layers.norm_act.convert_sync_batchnorm",
         "timm.layers.norm_act.freeze_batch_norm_2d",
+        "timm.layers.norm_act.unfreeze_batch_norm_2d",
         "timm.layers.split_batchnorm.convert_splitbn_model",
         "timm.models.adapt_model_from_string",
         "timm.utils.model.reparameterize_model",

@@ -329,6 +329,16 @@ def _warn_of_lost_filter(conversion: Callable) -> Callable:
     return converted
 
 
+def unfreeze_batch_norm_2d(module: nn.Module) -> nn.Module:
+    """timm's function, which says that what it makes is plain: a frozen norm does not know what it was."""
+    frozen = sum(isinstance(each, FrozenBatchNormAct2d | norm_act.FrozenBatchNorm2d) for each in module.modules())
+    if frozen:
+        instead = "fbn_plugin.convert_norm(model, 'FBN', sources='FrozenBN') makes filtered ones"
+        message = f"timm's unfreeze_batch_norm_2d makes {frozen} frozen norms batch norms without a filter: {instead}"
+        warnings.warn(message, stacklevel=2)
+    return _THEIRS["unfreeze_batch_norm_2d"](module)
+
+
 _THEIRS = {
     function.__name__: function
     for function in (
@@ -336,6 +346,7 @@ _THEIRS = {
         create_norm_act.get_norm_act_layer,
         norm_act.convert_sync_batchnorm,
         norm_act.freeze_batch_norm_2d,
+        norm_act.unfreeze_batch_norm_2d,
         timm_model.reparameterize_model,
         split_batchnorm.convert_splitbn_model,
         timm_adapt_model_from_string,
@@ -347,6 +358,7 @@ _OURS = {
     "convert_sync_batchnorm": _warn_of_lost_filter(_THEIRS["convert_sync_batchnorm"]),
     "convert_splitbn_model": _warn_of_lost_filter(_THEIRS["convert_splitbn_model"]),
     "freeze_batch_norm_2d": freeze_batch_norm_2d,
+    "unfreeze_batch_norm_2d": unfreeze_batch_norm_2d,
     "reparameterize_model": reparameterize_model,
     "adapt_model_from_string": adapt_model_from_string,
 }
