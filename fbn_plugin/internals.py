@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import sys
 import warnings
+from types import ModuleType
 from typing import Any
 
 # The versions that the tests have run with, the oldest and the newest.
@@ -42,12 +43,22 @@ NEEDED = {
         # replaced in frameworks/pytorch.py
         "torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__",
     ),
-    "torchvision": ("torchvision.models.resnet.ResNet._make_layer",),  # overridden in models/mask_rcnn.py
+    "torchvision": (
+        "torchvision.models.resnet.ResNet._make_layer",  # overridden in models/mask_rcnn.py
+        # replaced in frameworks/torchvision.py, which exchanges the code of all builders that get_model knows, too
+        "torchvision.models.detection.FasterRCNN.__init__",
+        "torchvision.models.detection.RetinaNet.__init__",
+        "torchvision.models.detection.FCOS.__init__",
+        "torchvision.models.detection.ssd.SSD.__init__",
+        "torchvision.models.detection.backbone_utils.resnet_fpn_backbone.__wrapped__",
+        "torchvision.models.detection.backbone_utils.mobilenet_backbone.__wrapped__",
+    ),
     "timm": (  # replaced in frameworks/timm.py
         "timm.layers.create_norm.get_norm_layer",
         "timm.layers.create_norm_act.get_norm_act_layer",
         "timm.layers.norm_act.convert_sync_batchnorm",
         "timm.layers.norm_act.freeze_batch_norm_2d",
+        "timm.layers.norm_act.unfreeze_batch_norm_2d",
         "timm.layers.split_batchnorm.convert_splitbn_model",
         "timm.models.adapt_model_from_string",
         "timm.utils.model.reparameterize_model",
@@ -119,8 +130,12 @@ def lookup(name: str) -> Any:
     """What is under a dotted name, its modules imported; None if it is not there."""
     found = importlib.import_module(name.partition(".")[0])
     path = found.__name__
-    for part in name.split(".")[1:]:
+    parts = name.split(".")
+    for number, part in enumerate(parts[1:], 2):
         path += f".{part}"
+        if number < len(parts) and isinstance(sys.modules.get(path), ModuleType):
+            found = sys.modules[path]  # a function may have the name of its module, and hide it
+            continue
         if not hasattr(found, part):
             try:
                 importlib.import_module(path)

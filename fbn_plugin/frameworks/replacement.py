@@ -6,6 +6,7 @@ code is changed for one that calls ours. What it did by itself is kept as anothe
 """
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -36,7 +37,8 @@ def original(name: str) -> Callable[..., Any]:
     """The function under a dotted name as its package has it, whatever is in its place.
 
     Args:
-        name: such as ``"detectron2.layers.batch_norm.get_norm"``; of a class method with ``.__func__`` behind it.
+        name: such as ``"detectron2.layers.batch_norm.get_norm"``; of a class method with ``.__func__`` behind it, of a
+            function that is wrapped with ``.__wrapped__``.
 
     Raises:
         ValueError: it is not a Python function, or has a closure, so that it cannot get the code of another.
@@ -49,7 +51,9 @@ def original(name: str) -> Callable[..., Any]:
     return _REPLACED[name].original
 
 
-def replace(name: str, ours: Callable[..., Any], calls_itself: bool = False) -> None:
+def replace(
+    name: str, ours: Callable[..., Any], calls_itself: bool = False, signature: inspect.Signature | None = None
+) -> None:
     """Let ``ours`` take the place of a function. Doing so again is for a module that was loaded anew.
 
     Args:
@@ -57,6 +61,7 @@ def replace(name: str, ours: Callable[..., Any], calls_itself: bool = False) -> 
         ours: takes the same arguments.
         calls_itself: whether the function calls itself by its name, as one that walks over the children of a model
             does. Then it goes on as it began: ``ours`` gets the outermost call.
+        signature: what ``inspect`` is to say of the function; None is what it said before.
     """
     theirs = original(name)
     entry, function = _REPLACED[name], internals.lookup(name)
@@ -64,6 +69,8 @@ def replace(name: str, ours: Callable[..., Any], calls_itself: bool = False) -> 
     if function.__code__ is not entry.code:
         entry.functions.append((function, function.__code__))
         function.__wrapped__ = theirs  # the signature is still that
+        if signature is not None:
+            function.__signature__ = signature
         function.__code__ = entry.code
 
 
@@ -73,6 +80,7 @@ def restore(name: str) -> None:
         for function, code in _REPLACED[name].functions:
             function.__code__ = code
             del function.__wrapped__
+            vars(function).pop("__signature__", None)
         _REPLACED[name].functions.clear()
 
 

@@ -23,6 +23,7 @@ from timm.layers import (
     create_act_layer,
 )
 from timm.layers.grn import GlobalResponseNorm
+from timm.layers.norm_act import FrozenBatchNorm2d
 from timm.layers.typing import LayerType
 from timm.models import resnet
 from torch import Tensor, nn
@@ -337,12 +338,23 @@ def _warn_of_lost_filter(conversion: Callable) -> Callable:
     return converted
 
 
+def unfreeze_batch_norm_2d(module: nn.Module) -> nn.Module:
+    """timm's function, which says that what it makes is plain: a frozen norm does not know what it was."""
+    frozen = sum(isinstance(each, FrozenBatchNormAct2d | FrozenBatchNorm2d) for each in module.modules())
+    if frozen:
+        instead = "fbn_plugin.convert_norm(model, 'FBN', sources='FrozenBN') makes filtered ones"
+        message = f"timm's unfreeze_batch_norm_2d makes {frozen} frozen norms batch norms without a filter: {instead}"
+        warnings.warn(message, stacklevel=replacement.CALLER)
+    return _THEIRS["unfreeze_batch_norm_2d"](module)
+
+
 # Where timm defines what ours take the place of; and whether the function calls itself for each child of a model.
 _REPLACED = {
     "timm.layers.create_norm.get_norm_layer": False,
     "timm.layers.create_norm_act.get_norm_act_layer": False,
     "timm.layers.norm_act.convert_sync_batchnorm": True,
     "timm.layers.norm_act.freeze_batch_norm_2d": True,
+    "timm.layers.norm_act.unfreeze_batch_norm_2d": True,
     "timm.layers.split_batchnorm.convert_splitbn_model": True,
     "timm.models.adapt_model_from_string": False,
     "timm.utils.model.reparameterize_model": False,
@@ -354,6 +366,7 @@ _OURS = {
     "convert_sync_batchnorm": _warn_of_lost_filter(_THEIRS["convert_sync_batchnorm"]),
     "convert_splitbn_model": _warn_of_lost_filter(_THEIRS["convert_splitbn_model"]),
     "freeze_batch_norm_2d": freeze_batch_norm_2d,
+    "unfreeze_batch_norm_2d": unfreeze_batch_norm_2d,
     "reparameterize_model": reparameterize_model,
     "adapt_model_from_string": adapt_model_from_string,
 }

@@ -87,16 +87,20 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
         for name in ("weight", "bias"):
             if getattr(old, name, old) is None and isinstance(getattr(new, name, None), nn.Parameter):
                 setattr(new, name, None)
-    if _eps_is_left(old, factory.spec) and family(new) == "BN" and new.weight is not None:
+    return _make_up_for_eps(old, new)
+
+
+def _make_up_for_eps(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Where a frozen norm has an eps of 0 and a new one that trains another, let the scale keep the evaluation."""
+    if _has_no_eps(old) and family(new) == "BN" and getattr(new, "weight", None) is not None:
         with torch.no_grad():
             scale = ((new.running_var + new.eps) / new.running_var).sqrt()
             new.weight.mul_(torch.where(new.running_var > 0, scale, 1))
     return new
 
 
-def _eps_is_left(old: nn.Module, spec: NormSpec) -> bool:
-    """Whether a frozen norm has an eps of 0 that a norm which trains could not have: a constant channel is NaN."""
-    return family(old) == "FrozenBN" and getattr(old, "eps", None) == 0 and spec.name != "FrozenBN"
+def _has_no_eps(norm: nn.Module) -> bool:
+    return family(norm) == "FrozenBN" and getattr(norm, "eps", None) == 0
 
 
 def _kept_options(old: nn.Module, spec: NormSpec) -> dict:
@@ -112,7 +116,7 @@ def _kept_options(old: nn.Module, spec: NormSpec) -> dict:
         kept["num_groups"] = old.num_groups
     if norm_kind(old) == spec.name:
         kept = {**settings, **kept}
-    if _eps_is_left(old, spec):
+    if _has_no_eps(old) and spec.name != "FrozenBN":  # in training a constant channel would be NaN
         kept.pop("eps", None)
     return {name: value for name, value in kept.items() if name in defaults and name not in (*spec.options, "bias")}
 
@@ -361,6 +365,26 @@ def _replace(
             _swap(model, {new: old for old, new in replaced.items()})
             raise
     return model, held
+
+
+def replace_norms(model: nn.Module, build: Callable[[int], nn.Module], sources: str | Iterable[str]) -> nn.Module:
+    """Replace norms of some families by what a callable builds for their number of channels, as :func:`convert_norm`
+    does for a spec; frozen stages stay frozen. Settings such as ``eps`` are those of the callable.
+
+    Returns:
+        ``model``, changed in place.
+    """
+    choice = choose(model, check_sources(sources), (), (), thaw=False)
+    replaced = {}
+    for old in choice.chosen:
+        new = build(_num_channels(old))
+        if type(new) is not type(old):
+            reference = next((tensor for tensor in (*old.parameters(), *old.buffers())), None)
+            new = new if reference is None else new.to(reference.device, reference.dtype)
+            replaced[old] = _make_up_for_eps(old, copy_norm_state(old, new))
+    for remark in choice.remarks(str(build), by_default=False):
+        warnings.warn(remark, stacklevel=2)
+    return _swap(model, replaced)[0]
 
 
 def _told(held: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers.description import describe, family, has_known_forward
-from fbn_plugin.registry import NORMS, NormSpec, norm_options, registered_name
+from fbn_plugin.registry import NORMS, NormSpec, default_num_groups, norm_options, registered_name
 from fbn_plugin.surgery.stages import frozen_layer, is_frozen
 
 LAZY = "it does not know its channels yet: run the model once, then convert"
@@ -64,6 +64,8 @@ def norm_spec(module: nn.Module) -> str:
     """The spec string of a norm as it is: its kind, the options that are not at their default, and always its cut."""
     kind = norm_kind(module)
     defaults = norm_options(kind) if kind in NORMS else {}
+    if defaults.get("num_groups", 0) is None and hasattr(module, "num_channels"):
+        defaults["num_groups"] = default_num_groups(module.num_channels)
     options = {k: v for k, v in norm_settings(module).items() if k == "t_sigma" or v != defaults[k]}
     short = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in options.items()}
     return str(NormSpec(kind, short))
@@ -135,6 +137,12 @@ class NormSummary:
 
     Attributes:
         entries: one for each norm, in the model's order; a module that is used in several places is one.
+
+    Examples::
+
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), fbn_plugin.FilteredBatchNorm2d(8))
+        >>> fbn_plugin.summarize(model).line
+        '1 FBN(t_sigma=5), 0 BN'
     """
 
     entries: tuple[NormEntry, ...]

@@ -477,11 +477,25 @@ def test_freezing_makes_frozen_norms_with_the_same_evaluation(name):
     assert sum("FrozenBatchNorm" in type(m).__name__ for m in frozen.modules()) == count
     torch.testing.assert_close(frozen.train()(images), before, rtol=1e-4, atol=1e-5)  # statistics stay
     # What timm unfreezes is batch normalization: frozen norms do not say what they were. Convert once more.
-    thawed = timm.layers.unfreeze_batch_norm_2d(frozen)
+    with pytest.warns(
+        UserWarning, match=f"unfreeze_batch_norm_2d makes {count} frozen norms .*without a filter.*'FBN'"
+    ):
+        thawed = timm.layers.unfreeze_batch_norm_2d(frozen)
     assert not any(isinstance(m, FilterMixin) for m in thawed.modules())
     fbn_plugin.convert_norm(thawed, "FBN")
     assert all(isinstance(m, FilteredBatchNorm2d) for m in norms_of(thawed).values())
     torch.testing.assert_close(thawed.eval()(images), before)
+
+
+def test_unfreezing_what_is_not_frozen_says_nothing(recwarn):
+    model = timm.create_model("test_resnet", norm_layer="fbn")
+    timm.utils.freeze(model, include_bn_running_stats=False)
+    timm.utils.unfreeze(model)
+    assert not recwarn.list and norms_of(model)
+    timm.utils.freeze(model)
+    with pytest.warns(UserWarning, match="without a filter"):
+        timm.utils.unfreeze(model)
+    assert fbn_plugin.summarize(model).counts["FBN"] == 0
 
 
 def test_freeze_of_submodules():

@@ -175,6 +175,7 @@ def test_run_info(undisturbed, shapes):
     assert (info["engine"], info["processes"], info["images_per_batch"]) == ("detectron2", 1, 2)
     assert info["train_images"] == {f"{shapes}:train": 7}  # one has no object
     assert info["test_images"] == {f"{shapes}:val": 4}
+    assert "norms: " in (log := (undisturbed / "log.txt").read_text()) and ", 0 BN\n" in log
 
 
 def test_what_a_resumed_run_may_change(undisturbed, shapes, capsys):

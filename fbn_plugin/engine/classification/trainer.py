@@ -27,6 +27,7 @@ from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
+from fbn_plugin.engine.run.norm_stats import log_norms
 from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
 from fbn_plugin.engine.run.rules import refusal
@@ -211,6 +212,7 @@ class ClassificationTrainer:
             )
         distributed.barrier()
         setup_logging(cfg.OUTPUT_DIR)
+        log_norms(self.model)
         logger.info(
             f"{data.title}: {counted(len(data.train), 'training image')}, "
             f"{counted(len(data.val), 'validation image')}, {len(data.classes)} classes; "

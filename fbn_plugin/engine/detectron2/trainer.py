@@ -48,7 +48,7 @@ from fbn_plugin.engine.run.checkpoint import RandomState
 from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, import_modules, user_errors
 from fbn_plugin.engine.run.config import save_config
 from fbn_plugin.engine.run.evaluation_names import inference_folder
-from fbn_plugin.engine.run.norm_stats import FilterMeter
+from fbn_plugin.engine.run.norm_stats import FilterMeter, log_norms
 from fbn_plugin.engine.run.output_dir import holds_training
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
@@ -155,6 +155,7 @@ class Trainer(DefaultTrainer):
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = build_model(cfg)
         logger.info("Model:\n%s", model)
+        log_norms(model)
         return model
 
     @classmethod

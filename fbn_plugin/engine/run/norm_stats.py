@@ -1,8 +1,9 @@
-"""The share of values that filtered norms leave out, layer by layer, while a model trains: what the filter does, as
-scalars beside the loss."""
+"""What a run tells of its norms: at its start which the model has, and while it trains the share of values that
+filtered ones leave out, layer by layer: what the filter does, as scalars beside the loss."""
 
 import contextlib
 import functools
+import logging
 import math
 from collections.abc import Iterator
 
@@ -10,8 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
+from fbn_plugin.surgery.norm_summary import summarize
 
-__all__ = ["FilterMeter"]
+__all__ = ["FilterMeter", "log_norms"]
+
+logger = logging.getLogger(__name__)
+
+
+def log_norms(model: nn.Module) -> None:
+    """Say in one line which norms a model has, such as ``norms: 53 FBN(t_sigma=5), 0 BN``."""
+    logger.info("norms: %s", summarize(model).line)
 
 
 class FilterMeter:

@@ -25,7 +25,7 @@ from fbn_plugin.engine.run.detection_keys import MAY_CHANGE, detection_config
 from fbn_plugin.engine.run.evaluation_names import METRICS, inference_folder, metric_prefix
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
-from fbn_plugin.engine.run.norm_stats import FilterMeter
+from fbn_plugin.engine.run.norm_stats import FilterMeter, log_norms
 from fbn_plugin.engine.run.output_dir import holds_training, make_output_dir
 from fbn_plugin.engine.run.population import check_population_stats, refresh_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
@@ -91,6 +91,7 @@ class DetectionTrainer:
                 save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
         distributed.barrier()
         setup_logging(cfg.OUTPUT_DIR)
+        log_norms(self.model)
         if weights:
             weights.advise(cfg)
         for line in report:

@@ -372,6 +372,7 @@ def test_stopping_early_keeps_the_schedule(tmp_path):
     ClassificationTrainer(config(tmp_path / "parts", **EXACT, SOLVER__MAX_ITER=5)).train()
     ClassificationTrainer(config(tmp_path / "parts", **EXACT, SOLVER__MAX_ITER=8), resume=True).train()
     assert_equal(everything(tmp_path / "parts"), everything(tmp_path / "whole"))
+    assert (tmp_path / "whole/log.txt").read_text().count("norms: 15 FBN(t_sigma=5), 0 BN\n") == 1
     # And with nothing left to train, the result is still told.
     result = ClassificationTrainer(config(tmp_path / "parts", **EXACT, SOLVER__MAX_ITER=8), resume=True).train()
     assert result == {k: v for k, v in json.loads((tmp_path / "whole/results.json").read_text()).items() if k in result}

@@ -1,4 +1,5 @@
-"""The share of filtered values: counted right for every filtered norm, in the chosen iterations only."""
+"""The line that names a run's norms, and the share of filtered values: counted right for every filtered norm, in the
+chosen iterations only."""
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ def with_outliers(*shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x.view(-1)[::37] *= 30
     return x
+
+
+def test_a_run_says_which_norms_its_model_has(trained_run):
+    assert (trained_run / "log.txt").read_text().count("norms: 20 FBN(t_sigma=5), 0 BN\n") == 1
 
 
 @pytest.mark.parametrize(
