@@ -64,7 +64,7 @@ def test_huggingface_detector(tmp_path):
         model, loaded, losses = load("huggingface_detector").main(str(tmp_path))
     finally:
         fbn_plugin.unregister()
-    assert filtered(model) == filtered(loaded) == {fbn_plugin.FilteredBatchNorm2d}
+    assert fbn_plugin.FilteredBatchNorm2d in filtered(model) and filtered(loaded) == filtered(model)
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
 
