@@ -12,7 +12,7 @@ CLASSIFICATION = ["timm>=1.0.21", "torchvision>=0.21", "scikit-learn", "tensorbo
 DETECTION = ["torchvision>=0.21", "pycocotools", "iopath", "tensorboard", "tqdm", "matplotlib"]
 DEMO = [*DETECTION, "scikit-learn"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "ruff", "onnx", "onnxscript", "onnxruntime"]
-# Detectors that norms get into, without their operators or weights; mmengine calls a function that Python 3.14 has not.
+# Other frameworks that norms get into. mmengine asks for a function that Python 3.14 dropped.
 PEERS = ['mmengine; python_version < "3.14"', "mmcv-lite", "transformers", "ultralytics"]
 DOCS = ["sphinx", "myst-parser", "furo", "sphinx-copybutton"]
 

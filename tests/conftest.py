@@ -58,6 +58,16 @@ def write_shapes(folder, count: int, seed: int, split: str) -> None:
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quiet_ultralytics(tmp_path_factory):
+    """It reads these when it is imported: no network, no installing, its settings in a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("YOLO_CONFIG_DIR", str(tmp_path_factory.mktemp("settings")))
+        for name, value in (("OFFLINE", "1"), ("AUTOINSTALL", "false"), ("VERBOSE", "false")):
+            patch.setenv(f"YOLO_{name}", value)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_logging():
     """Take back what ``setup_logging`` did, so that no test hears or misses another's messages."""

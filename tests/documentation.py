@@ -18,8 +18,9 @@ def snippets(page: Path) -> list:
 
 def run_snippet(snippet: str) -> None:
     """Run it in a namespace of its own; what it registers is gone afterwards."""
-    if "detectron2" in snippet:
-        pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    for package in ("detectron2", "mmcv", "transformers", "ultralytics"):
+        if package in snippet:
+            pytest.importorskip(package, reason=f"{package} is not installed")
     with names_as_before():
         exec(compile(snippet, "snippet", "exec"), {"__name__": "snippet"})
 

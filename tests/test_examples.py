@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
 
 def test_each_is_short_enough_to_copy():
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert len(lengths) == 4 and all(30 <= length <= 64 for length in lengths.values()), lengths
+    assert len(lengths) == 7 and all(30 <= length <= 64 for length in lengths.values()), lengths
 
 
 def test_timm_finetuning_learns():
@@ -44,6 +44,39 @@ def test_convert_fold_export(tmp_path, capsys):
     assert "20 norms changed, 0 left" in capsys.readouterr().out
     operators = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
     assert "Conv" in operators and "BatchNormalization" not in operators
+
+
+def filtered(model: nn.Module) -> set[type]:
+    return {type(module) for module in model.modules() if "Norm2d" in type(module).__name__}
+
+
+def test_ultralytics_detector(tmp_path):
+    pytest.importorskip("ultralytics")
+    model = load("ultralytics_detector").main(str(tmp_path), epochs=1)
+    assert filtered(model.model) == {fbn_plugin.FilteredBatchNorm2d}
+    assert len(list(tmp_path.rglob("*.torchscript"))) == 1
+
+
+def test_huggingface_detector(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("scipy")
+    try:
+        model, loaded, losses = load("huggingface_detector").main(str(tmp_path))
+    finally:
+        fbn_plugin.unregister()
+    assert fbn_plugin.FilteredBatchNorm2d in filtered(model) and filtered(loaded) == filtered(model)
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+def test_mmengine_classifier(tmp_path):
+    pytest.importorskip("mmengine")
+    pytest.importorskip("mmcv")
+    try:
+        model = load("mmengine_classifier").main(str(tmp_path))
+    finally:
+        fbn_plugin.unregister()
+    assert filtered(model) == {fbn_plugin.FilteredBatchNorm2d} and model.stem.bn.num_batches_tracked == 30
 
 
 @pytest.mark.detectron2

@@ -262,9 +262,15 @@ def test_mmdetection_trains_a_step():
 
     def config(norm, group_norm):
         levels = {"strides": [8, 16, 32, 64, 128]}
-        coder = {"type": "DeltaXYWHBBoxCoder"}
-        anchors = {"type": "AnchorGenerator", "octave_base_scale": 4, "scales_per_octave": 3, "ratios": [1.0], **levels}
-        assigner = {"type": "MaxIoUAssigner", "pos_iou_thr": 0.5, "neg_iou_thr": 0.4, "min_pos_iou": 0}
+        coder = {"type": "mmdet.DeltaXYWHBBoxCoder"}
+        anchors = {
+            "type": "mmdet.AnchorGenerator",
+            "octave_base_scale": 4,
+            "scales_per_octave": 3,
+            "ratios": [1.0],
+            **levels,
+        }
+        assigner = {"type": "mmdet.MaxIoUAssigner", "pos_iou_thr": 0.5, "neg_iou_thr": 0.4, "min_pos_iou": 0}
         return {
             "type": "mmdet.RetinaNet",
             "backbone": {"type": "mmdet.ResNet", "depth": 18, "norm_cfg": norm, "norm_eval": True, "frozen_stages": 1},
@@ -275,8 +281,8 @@ def test_mmdetection_trains_a_step():
             "bbox_head": {
                 **{"type": "mmdet.RetinaHead", "num_classes": 3, "in_channels": 32, "feat_channels": 32},
                 **{"anchor_generator": anchors, "bbox_coder": coder, "norm_cfg": group_norm, "stacked_convs": 1},
-                "loss_cls": {"type": "FocalLoss", "use_sigmoid": True},
-                "loss_bbox": {"type": "L1Loss"},
+                "loss_cls": {"type": "mmdet.FocalLoss", "use_sigmoid": True},
+                "loss_bbox": {"type": "mmdet.L1Loss"},
             },
             "train_cfg": {"assigner": assigner, "allowed_border": -1, "pos_weight": -1, "debug": False},
         }

@@ -17,19 +17,12 @@ from fbn_plugin import FilteredBatchNorm2d, convert_norm
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet(tmp_path_factory):
-    """Ultralytics reads these when it is imported: no network, no installing, its settings in a folder of the test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("YOLO_CONFIG_DIR", str(tmp_path_factory.mktemp("settings")))
-        patch.setenv("YOLO_OFFLINE", "1")
-        patch.setenv("YOLO_AUTOINSTALL", "false")
-        patch.setenv("YOLO_VERBOSE", "false")
-        pytest.importorskip("ultralytics")
-        yield
+def installed():
+    pytest.importorskip("ultralytics")
 
 
 @pytest.fixture
-def registered(quiet):
+def registered(installed):
     from fbn_plugin.frameworks import ultralytics as adapter
 
     adapter.register()
@@ -75,7 +68,7 @@ def interrupt(trainer):
 
 
 @pytest.fixture(scope="module")
-def run(quiet, data, tmp_path_factory):
+def run(installed, data, tmp_path_factory):
     """A run with FBN that is interrupted after the first of two epochs: its trainer, and what it held at the start."""
     from ultralytics import YOLO
 
