@@ -207,9 +207,9 @@ def test_an_evaluation_that_was_prevented_is_made_up_for(undisturbed, shapes, tm
     seed, evaluated = state["trainer"]["seed"], []
     evaluate = Trainer.evaluate
 
-    def look(cfg, model):
+    def look(cfg, model, **options):
         evaluated.append(copy.deepcopy(model.state_dict()))
-        return evaluate(cfg, model)
+        return evaluate(cfg, model, **options)
 
     monkeypatch.setattr(Trainer, "evaluate", staticmethod(look))
     train(*datasets(shapes, 2), *EVERYTHING, "OUTPUT_DIR", out, resume=True, seed=seed)
@@ -290,7 +290,7 @@ def test_the_linear_rule(shapes, tmp_path):
     (tmp_path / "last_checkpoint").write_text("gone.pth")
     with pytest.raises(FileNotFoundError, match="gone.pth"):  # all settings fit
         prepare(*common, num_gpus=2, resume=True)
-    with pytest.raises(ValueError, match="made by 2 process.es., got 4"):
+    with pytest.raises(ValueError, match="made by 2 processes, got 4"):
         prepare(*common, num_gpus=4, resume=True)
 
 
@@ -315,12 +315,12 @@ def observed_and_killed(cfg, killed_cfg, arguments):
         step(self)
         look(self.bare_model, "training")
 
-    def observed_evaluate(cfg, model):
+    def observed_evaluate(cfg, model, **options):
         look(model, "evaluation")
         if distributed.is_main():
             with open(os.path.join(cfg.OUTPUT_DIR, "seen.json"), "w") as file:
                 json.dump(seen, file)
-        return evaluate(cfg, model)
+        return evaluate(cfg, model, **options)
 
     def killed_step(self):
         if self.iter == 3 and distributed.rank() == 1:

@@ -126,6 +126,7 @@ def classification_config() -> CfgNode:
 _RULES = {
     **COMMON_RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0),
+    "INPUT.COLOR_JITTER": at_least(0),
     "INPUT.CROP_PCT": Rule("above 0, and 1 or less", lambda given: 0 < given <= 1),
     "INPUT.CUTMIX": at_least(0),
     "INPUT.FORMAT": one_of("RGB", "L"),
@@ -133,6 +134,9 @@ _RULES = {
     "INPUT.INTERPOLATION": one_of("bilinear", "bicubic", "nearest"),
     "INPUT.MIXUP": at_least(0),
     "INPUT.PADDING": at_least(0),
+    "INPUT.RATIO": Rule(
+        "two ratios of width to height, the smaller first", lambda given: len(given) == 2 and 0 < given[0] <= given[1]
+    ),
     "INPUT.SCALE": Rule(
         "two shares of the image's area, the smaller first", lambda given: len(given) == 2 and 0 < given[0] <= given[1]
     ),
@@ -147,6 +151,8 @@ _RULES = {
     "SOLVER.LR_SCHEDULER_NAME": one_of("constant", "cosine", "multistep", "poly", "tanh"),
     "SOLVER.MAX_EPOCH": at_least(1),
     "SOLVER.MAX_ITER": at_least(0),
+    "SOLVER.MIN_LR": at_least(0),
+    "SOLVER.MOMENTUM": at_least(0),
     "SOLVER.WEIGHT_DECAY": at_least(0),
     "TEST.IMS_PER_BATCH": at_least(1),
 }

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import apply_gamma_init, convert_norm, prepend_input_norm, revised_init
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.rules import named
 from fbn_plugin.engine.run.words import counted
 from fbn_plugin.frameworks import timm_models
 from fbn_plugin.frameworks.timm import param_groups
@@ -34,36 +35,40 @@ def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
     Raises:
         ValueError: unknown model, bad spec, a model without batch normalization, or with one that cannot be replaced.
     """
+    model = _timm_model(name, **kwargs)
+    return _with_norm(model, name, norm, **kwargs) if norm else model
+
+
+def _timm_model(name: str, **kwargs) -> nn.Module:
     timm_models.register()
     try:
-        model = timm.create_model(name, **kwargs)
+        return timm.create_model(name, **kwargs)
     except RuntimeError as error:  # timm: unknown name, unknown tag, or no such pretrained weights
         nearest = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"; did you mean {nearest[0]!r}?" if nearest and nearest[0] != name else ""
         raise ValueError(f"timm cannot build {name!r}: {str(error).rstrip('.')}{hint}") from error
-    if not norm:
-        return model
+
+
+def _with_norm(model: nn.Module, name: str, norm: str, pretrained: bool = False, **kwargs) -> nn.Module:
     old = {module for module in model.modules() if isinstance(module, _BatchNorm)}
     if not old:
         raise ValueError(f"{name} has no batch normalization that {norm} could replace")
     model = convert_norm(model, norm)
     if left := [type(module).__name__ for module in model.modules() if module in old]:
-        raise ValueError(
-            f"{counted(len(left), 'norm')} of {name} cannot be replaced by {norm}, the first is a {left[0]}"
-        )
-    return model if kwargs.get("pretrained") else apply_gamma_init(model)
+        number = counted(len(left), "norm")
+        raise ValueError(f"{number} of {name} cannot be replaced by {norm}, the first is a {left[0]}")
+    return model if pretrained else apply_gamma_init(model)
 
 
 def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     """The model that a config describes, on the CPU; errors as :func:`create_model`."""
-    model = create_model(
-        cfg.MODEL.NAME,
-        cfg.MODEL.NORM,
-        num_classes=num_classes,
-        in_chans=len(cfg.INPUT.FORMAT),
-        pretrained=cfg.MODEL.PRETRAINED,
-        drop_rate=cfg.MODEL.DROP_RATE,
-    )
+    name, pretrained = cfg.MODEL.NAME, cfg.MODEL.PRETRAINED
+    options = {"in_chans": len(cfg.INPUT.FORMAT), "pretrained": pretrained, "drop_rate": cfg.MODEL.DROP_RATE}
+    with named("MODEL.PRETRAINED" if pretrained and name in timm.list_models() else "MODEL.NAME"):
+        model = _timm_model(name, num_classes=num_classes, **options)
+    if cfg.MODEL.NORM:
+        with named("MODEL.NORM"):
+            model = _with_norm(model, name, cfg.MODEL.NORM, pretrained)
     if cfg.MODEL.REVISED_INIT:
         revised_init(model)
     if cfg.INPUT.NORM_GAMMA_INIT:

@@ -25,12 +25,13 @@ from fbn_plugin.engine.data.sampling import BalancedSampler
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write
+from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
 from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
-from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
 from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
@@ -116,10 +117,8 @@ class ClassificationTrainer:
         if continues:
             self._continue(eval_only)
         else:
-            try:
+            with named("MODEL.WEIGHTS"):
                 self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
-            except ValueError as error:
-                raise ValueError(f"MODEL.WEIGHTS: {error}") from None
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
 
     def _continue(self, eval_only: bool) -> None:
@@ -224,8 +223,14 @@ class ClassificationTrainer:
         self.scheduler.step_update(iteration)
         amp_dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         smoothing = 0.0 if targets.is_floating_point() else self.cfg.SOLVER.LABEL_SMOOTHING  # mixup has smoothed them
-        with torch.autocast(self.device.type, amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
-            loss = nn.functional.cross_entropy(model(images), targets, label_smoothing=smoothing)
+        try:
+            with torch.autocast(self.device.type, amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
+                loss = nn.functional.cross_entropy(model(images), targets, label_smoothing=smoothing)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            images = counted(len(targets), "image")
+            raise UserError(f"SOLVER.IMS_PER_BATCH must be more than {images} for each process: {error}") from None
         losses = distributed.reduce_mean({"total_loss": loss.item()}, self.device)
         check_finite(losses, iteration)
         self.optimizer.zero_grad()

@@ -50,6 +50,11 @@ class CocoEvaluator(COCOEvaluator):
         if name in checked:
             self._coco_api = checked[name].coco_api(masks=cfg.MODEL.MASK_ON)
         self._coco_api.dataset.setdefault("info", {})  # pycocotools loads no results without
+        annotations = self._coco_api.dataset.get("annotations", ())
+        if any(each["id"] == 0 for each in annotations):  # which pycocotools takes for no match
+            for number, each in enumerate(annotations, start=1):
+                each["id"] = number
+            self._coco_api.createIndex()
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None

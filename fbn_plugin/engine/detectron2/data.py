@@ -26,7 +26,7 @@ from fbn_plugin.engine.detectron2.registered import has_file, own_names, registe
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
-from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.engine.run.words import counted
 
 __all__ = [
@@ -73,12 +73,15 @@ def register_datasets(cfg: CfgNode, evaluate_only: bool) -> None:
     """
     needed = ["TEST"] if evaluate_only else ["TRAIN", "TEST"]
     check_named_sets(cfg, evaluate_only)
-    names = list(dict.fromkeys(name for key in needed for name in cfg.DATASETS[key]))
-    for name in names:
-        if name not in DatasetCatalog:
-            _register_folder(name, cfg)
-        elif name not in checked and not has_file(name):
-            _check_function(name)
+    names: dict[str, str] = {}
+    for key in needed:
+        names |= {name: key for name in cfg.DATASETS[key] if name not in names}
+    for name, key in names.items():
+        with named(f"DATASETS.{key}"):
+            if name not in DatasetCatalog:
+                _register_folder(name, cfg)
+            elif name not in checked and not has_file(name):
+                _check_function(name)
         _check_dataset(name, cfg)
     classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
     check_same_classes({name: known for name, known in classes.items() if known is not None})

@@ -2,8 +2,9 @@
 that refuses a value: "KEY must be ..., got ...".
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "get_value",
     "increasing",
     "multiple_of",
+    "named",
     "of_length",
     "one_of",
     "refusal",
@@ -44,6 +46,16 @@ class Rule:
 def refusal(key: str, what: str, value: Any) -> ValueError:
     """The error that refuses a value."""
     return ValueError(f"{key} must be {what}, got {value!r}")
+
+
+@contextlib.contextmanager
+def named(key: str) -> Iterator[None]:
+    """Put a key in front of the sentence of what a block refuses."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{key}: {error}") from None
 
 
 def get_value(cfg: Mapping[str, Any], key: str) -> Any:
@@ -136,8 +148,10 @@ def multiple_of(factor: int, of: str = "") -> Rule:
 
 
 def increasing(what: str) -> Rule:
-    """A list of values that grow from each to the next; ``what`` names them."""
-    return Rule(f"increasing {what}", lambda given: list(given) == sorted(set(given)))
+    """A list of values from 1 on that grow from each to the next; ``what`` names them."""
+    return Rule(
+        f"increasing {what}, from 1 on", lambda given: min(given, default=1) >= 1 and list(given) == sorted(set(given))
+    )
 
 
 # Keys that mean the same in every engine.

@@ -19,6 +19,7 @@ from fbn_plugin.engine.run.rules import (
     between,
     check_norms,
     check_values,
+    each,
     exactly,
     get_value,
     increasing,
@@ -60,6 +61,11 @@ _UNUSED = (
 # Thresholds that cut 0..1 into parts.
 _INCREASING = Rule("increasing from 0 to 1", lambda given: [0, *given, 1] == sorted([0, *given, 1]))
 
+_OF_LEVELS = Rule(
+    "a list of one entry or of five, for the levels of the pyramid, each a list of numbers above 0",
+    lambda given: len(given) in (1, 5) and all(each(above(0)).accepts(level) for level in given),
+)
+
 _RULES = {
     **{key: exactly(value, "in this tool") for key, value in FIXED.items()},
     **DETECTION_RULES,
@@ -98,6 +104,7 @@ _RULES = {
             "MODEL.RPN.BBOX_REG_LOSS_WEIGHT",
             "MODEL.RPN.LOSS_WEIGHT",
             "MODEL.RPN.SMOOTH_L1_BETA",
+            "SOLVER.MOMENTUM",
             "SOLVER.WARMUP_ITERS",
             "SOLVER.WEIGHT_DECAY",
             "SOLVER.WEIGHT_DECAY_NORM",
@@ -115,6 +122,7 @@ _RULES = {
         ),
         between(0, 1),
     ),
+    **dict.fromkeys(("MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS"), _OF_LEVELS),
     "INPUT.FORMAT": one_of("BGR", "RGB"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": one_of("choice", "range"),
     "INPUT.RANDOM_FLIP": one_of("horizontal", "vertical", "none"),
@@ -122,6 +130,7 @@ _RULES = {
     "MODEL.DEVICE": Rule("'cuda', 'cuda:0' and the like, or 'cpu'", re.compile(r"cpu|cuda(:\d+)?").fullmatch),
     "MODEL.PIXEL_MEAN": of_length(3),
     "MODEL.PIXEL_STD": of_length(3, above(0)),
+    "MODEL.RESNETS.NORM": Rule("the spec of a norm, such as 'FBN', 'BN' or 'FrozenBN'", bool),
     "MODEL.RESNETS.DEPTH": one_of(18, 34, 50, 101, 152),
     "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": of_length(4),
     "MODEL.ROI_HEADS.IOU_THRESHOLDS": Rule(

@@ -13,6 +13,7 @@ from fbn_plugin.engine.data.loaders import data_loader, training_loader
 from fbn_plugin.engine.data.sampling import repeat_factors
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.rules import get_value, named
 
 __all__ = ["DetectionData"]
 
@@ -36,17 +37,19 @@ class DetectionData:
         self.cfg = cfg
         self.device = device
         check_named_sets(cfg, eval_only)
-        self.test = [self._resolve(name) for name in cfg.DATASETS.TEST]
-        self.train: list[CocoDataset] = [] if eval_only else [self._resolve(name) for name in cfg.DATASETS.TRAIN]
+        self.test = self._resolve("DATASETS.TEST")
+        self.train = [] if eval_only else self._resolve("DATASETS.TRAIN")
         if not eval_only:
             check_same_classes({data.name: data.class_names for data in (*self.train, *self.test)})
             self._images = self._training_images()
 
-    def _resolve(self, name: str) -> CocoDataset:
-        data = resolve_dataset(name)
+    def _resolve(self, key: str) -> list[CocoDataset]:
+        with named(key):
+            found = [resolve_dataset(name) for name in get_value(self.cfg, key)]
         number = self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
-        check_number_of_classes("MODEL.ROI_HEADS.NUM_CLASSES", number, name, data.class_names)
-        return data
+        for data in found:
+            check_number_of_classes("MODEL.ROI_HEADS.NUM_CLASSES", number, data.name, data.class_names)
+        return found
 
     def _training_images(self) -> CocoDetection:
         cfg = self.cfg

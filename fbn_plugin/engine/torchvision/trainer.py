@@ -29,6 +29,7 @@ from fbn_plugin.engine.run.norm_stats import FilterMeter, log_norms
 from fbn_plugin.engine.run.output_dir import holds_training, make_output_dir
 from fbn_plugin.engine.run.population import check_population_stats, refresh_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
+from fbn_plugin.engine.run.rules import named
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
@@ -76,7 +77,8 @@ class DetectionTrainer:
         self.data = DetectionData(cfg, self.device, eval_only)
         if not eval_only and cfg.SOLVER.BEST_CHECKPOINT_METRIC:
             check_metric("SOLVER.BEST_CHECKPOINT_METRIC", cfg.SOLVER.BEST_CHECKPOINT_METRIC, self._metric_names())
-        weights = StartingWeights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS and not continues else None
+        with named("MODEL.WEIGHTS"):
+            weights = StartingWeights(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS and not continues else None
         if eval_only and weights and weights.is_backbone:
             raise ValueError(f"MODEL.WEIGHTS {weights.source} is a backbone; --eval-only wants a whole detector")
         set_backends(cfg, eval_only)

@@ -131,6 +131,10 @@ def test_configs_name_models_that_can_be_built(folder):
         ({"INPUT__FORMAT": "RGB"}, "MODEL.PIXEL_MEAN must .*INPUT.FORMAT 'RGB'"),
         ({"INPUT__FORMAT": "BGR"}, "INPUT.FORMAT must be one of 'RGB', 'L', got 'BGR'"),
         ({"MODEL__PIXEL_STD": "[0.0]"}, r"MODEL.PIXEL_STD must .*got \(0.0,\)"),
+        ({"INPUT__RATIO": "(1.0,)"}, "INPUT.RATIO must be two ratios .*got .1.0,"),
+        ({"INPUT__COLOR_JITTER": -1}, "INPUT.COLOR_JITTER must be 0 or more, got -1.0"),
+        ({"MODEL__NAME": "resnet5"}, "MODEL.NAME: timm cannot build 'resnet5': .*did you mean 'resnet50'"),
+        ({"MODEL__NAME": "test_vit", "INPUT__SIZE": 160}, "MODEL.NORM: test_vit has no batch normalization that FBN"),
         ({"INPUT__CROP_PCT": 1.5}, "INPUT.CROP_PCT must .*got 1.5"),
         ({"SOLVER__SCALE_LR_DIVISOR": -2}, "SOLVER.SCALE_LR_DIVISOR must be 0 or more, got -2.0"),
         (
@@ -147,7 +151,7 @@ def test_configs_name_models_that_can_be_built(folder):
         ({"SEED": -1}, "SEED must be 0 or more, .*got -1"),
         ({"DATASETS__NAME": "digit"}, "DATASETS.NAME must be .*, got 'digit'"),
         ({"DATASETS__NAME": "mnist", "DATASETS__ROOT": "nowhere"}, "DATASETS.ROOT 'nowhere' does not exist"),
-        ({"MODEL__WEIGHTS": "nothing.pth"}, "nothing.pth is not there"),
+        ({"MODEL__WEIGHTS": "nothing.pth"}, "MODEL.WEIGHTS: checkpoint nothing.pth is not there"),
         ({"MODEL__NORM": "FBM"}, "MODEL.NORM must be the spec of a norm, got 'FBM': .*did you mean 'FBN'"),
     ],
 )

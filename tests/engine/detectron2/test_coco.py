@@ -83,6 +83,26 @@ def test_two_categories_of_one_name(evaluator, shapes, tmp_path, caplog):
     assert metrics["bbox/AP"] == pytest.approx((metrics[names[0]] + metrics[names[1]]) / 2)
 
 
+def test_an_object_with_the_id_0_counts(evaluator, shapes, tmp_path):
+    """In a file that detectron2 reads itself."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    data = resolve_dataset(f"{shapes}:val")
+    first = [each for each in data.annotations if each["image_id"] == data.images[0]["id"]]
+    assert json.loads(data.json_file.read_text())["annotations"][0]["id"] == 0
+    boxes = [[x, y, x + w, y + h] for x, y, w, h in (each["bbox"] for each in first)]
+    labels = [(3, 7).index(each["category_id"]) for each in first]
+    register_coco_instances("id 0", {}, str(data.json_file), str(data.image_root))
+    try:
+        DatasetCatalog.get("id 0")  # as the loader does, by which the catalog learns the categories' ids
+        metrics = evaluate(evaluator("id 0"), data, boxes, labels)
+    finally:
+        DatasetCatalog.remove("id 0")
+        MetadataCatalog.pop("id 0")
+    assert metrics["bbox/AP"] == pytest.approx(evaluate(evaluator(data.name), data, boxes, labels)["bbox/AP"])
+
+
 def test_a_python_function_is_evaluated_more_than_once(evaluator, shapes):
     from detectron2.data import DatasetCatalog, MetadataCatalog
 

@@ -32,6 +32,15 @@ def test_the_best_model_is_kept_over_an_interruption(tmp_path):
     assert BestCheckpoint(tmp_path, "bbox/AP").value == -math.inf
 
 
+def test_a_model_that_detects_nothing_is_the_best_before_there_is_another(tmp_path, caplog):
+    """An AP of 0; one of no objects is no number, and there is no best by that."""
+    BestCheckpoint(tmp_path, "bbox/APl").update(nn.Linear(1, 1), 0, {"bbox/AP": 0.0, "bbox/APl": math.nan})
+    assert not (tmp_path / "model_best.pth").exists()
+    assert "bbox/APl is no number, as the set has no such objects" in caplog.text
+    BestCheckpoint(tmp_path, "bbox/AP").update(nn.Linear(1, 1), 0, {"bbox/AP": 0.0})
+    assert load_file(tmp_path / "model_best.pth")["value"] == 0.0
+
+
 def test_files_of_the_torchvision_engines_first_form(tmp_path):
     torch.save({"model": {}, "iteration": 3, "best": {"bbox/AP": 4.0}}, tmp_path / "model_best.pth")
     assert BestCheckpoint(tmp_path, "bbox/AP", resume=True).value == 4.0

@@ -16,6 +16,7 @@ from fbn_plugin.engine.run.rules import (
     get_value,
     increasing,
     multiple_of,
+    named,
     of_length,
     one_of,
 )
@@ -33,7 +34,7 @@ from fbn_plugin.engine.run.rules import (
         (of_length(2), [[1, -1]], [[1], [1, 2, 3]]),
         (of_length(2, above(0)), [(1, 2)], [(1, 0), (1,)]),
         (multiple_of(4), [0, 8], [6]),
-        (increasing("steps"), [(), (1, 3)], [(3, 1), (1, 1)]),
+        (increasing("steps"), [(), (1, 3)], [(3, 1), (1, 1), (0, 2)]),
     ],
     ids=lambda value: value.what if isinstance(value, Rule) else "",
 )
@@ -58,3 +59,11 @@ def test_norms_are_named_by_their_keys():
     check_norms({"FPN.NORM": "", "NORM": "FBN(t_sigma=4)"})
     with pytest.raises(ValueError, match="^NORM must be the spec of a norm, got 'FBM': .*did you mean 'FBN'"):
         check_norms({"FPN.NORM": "BN", "NORM": "FBM"})
+
+
+def test_a_key_in_front_of_a_sentence():
+    for kind in (FileNotFoundError, ValueError):
+        with pytest.raises(kind, match="^A.KEY: there is no such thing$"), named("A.KEY"):
+            raise kind("there is no such thing")
+    with pytest.raises(ZeroDivisionError), named("A.KEY"):
+        raise ZeroDivisionError
