@@ -30,6 +30,9 @@ NEEDED = {
         "torch.nn.modules.conv._ConvTransposeNd",
         # overridden in layers/
         "torch.nn.BatchNorm2d._check_input_dim",
+        # lent by layers/frozen_batch_norm.py
+        "torch.nn.BatchNorm1d._check_input_dim",
+        "torch.nn.BatchNorm3d._check_input_dim",
         "torch.nn.Module._load_from_state_dict",
         # replaced in frameworks/pytorch.py
         "torch.nn.SyncBatchNorm.convert_sync_batchnorm.__func__",
@@ -55,7 +58,7 @@ NEEDED = {
 # Without one of these, this is lost and the rest works.
 OPTIONAL = {
     "torchvision.models.feature_extraction._get_leaf_modules_for_ops": "create_feature_extractor cannot trace models "
-    "with filtered norms",
+    "with norms of one's own",
     "timm.layers.create_norm._NORM_MAP": "fbn_plugin.param_groups does not know all norms of timm's",
     "timm.layers.create_norm_act._NORM_ACT_MAP": "fbn_plugin.param_groups does not know all norms of timm's",
     **dict.fromkeys(

@@ -14,7 +14,7 @@ from torchvision.models import feature_extraction, resnet
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
-from fbn_plugin import internals, layers
+from fbn_plugin import internals
 from fbn_plugin.layers.description import FROZEN, describe_class
 from fbn_plugin.models.mask_rcnn import ScaledResNet
 from fbn_plugin.registry import registered_classes
@@ -25,16 +25,16 @@ describe_class(FROZEN, FrozenBatchNorm2d)
 
 
 def register() -> None:
-    """Let ``create_feature_extractor`` treat this package's norms as leaves; tracing cannot follow them."""
+    """Let ``create_feature_extractor`` treat registered norms of one's own as leaves, which tracing may not be able to
+    follow. This package's own are nodes of any graph."""
     leaves = internals.optional("torchvision.models.feature_extraction._get_leaf_modules_for_ops")
     if leaves is not None and not hasattr(leaves, "__wrapped__"):
 
         @functools.wraps(leaves)
-        def with_our_norms() -> list[type]:
-            ours = [getattr(layers, name) for name in layers.__all__]
-            return [*leaves(), *ours, *(cls for cls in registered_classes() if cls not in ours)]
+        def with_registered_norms() -> list[type]:
+            return [*leaves(), *registered_classes()]
 
-        feature_extraction._get_leaf_modules_for_ops = with_our_norms
+        feature_extraction._get_leaf_modules_for_ops = with_registered_norms
 
 
 def unregister() -> None:

@@ -248,7 +248,7 @@ class FilteredLayerNorm2d(_GroupFilterMixin, LayerNorm2d):
             return call_node(self, input)
         last = input.movedim(1, -1)
         rows = self._by_groups(last.reshape(-1, last.shape[-1]), 1)
-        return rows.view(last.shape).movedim(-1, 1)
+        return rows.view(last.shape).movedim(input.dim() - 1, 1)  # counted from 0, for exporters
 
     def filtered_share(self, input: Tensor) -> Tensor:
         rows = input.movedim(1, -1).reshape(-1, input.shape[1])

@@ -17,7 +17,9 @@ class _AnyBatchMixin:
         elif isinstance(input, Proxy):
             return call_node(self, input)
         if input.numel() > 0:
-            return self._forward_values(input)
+            if is_scripting():
+                return self._forward_values(input)
+            return super().forward(input)
         self._check_input_dim(input)
         # Nothing is added to no values, but distributed training waits for a gradient of every parameter.
         for parameter in (self.weight, self.bias):

@@ -93,7 +93,7 @@ def formula(
     captured by those operators alone."""
     if torch.onnx.is_in_onnx_export():  # without a gradient
         options = options._replace(grad_mode="exact")
-    elif options.grad_mode == "paper" and not torch.compiler.is_compiling():
+    elif options.grad_mode == "paper" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return _Printed.apply(x, weight, bias, residual, options)
     y, moments = reference.formula(x, weight, bias, residual, options)
     return y, torch.stack([moment.detach() for moment in moments])

@@ -69,7 +69,7 @@ def needs_formula(*tensors: Tensor | None) -> bool:
     other: a transform of ``torch.func``, forward mode, or an exporter, whose graphs are for elsewhere."""
     if torch.compiler.is_compiling():
         return _is_exporting()
-    if torch.onnx.is_in_onnx_export():
+    if torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
         return True
     if _transforms is not None:
         return _transforms() is not None or is_dual(*tensors)
@@ -162,7 +162,8 @@ def hosted(
 
 def update_running_stats(running: RunningStats, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """:func:`reference.update_running_stats`, in transforms of ``torch.func`` too."""
-    if torch.compiler.is_compiling() or not needs_formula(*running[:2], mean, var):
+    no_transform = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if no_transform or not needs_formula(*running[:2], mean, var):
         reference.update_running_stats(running, mean, var, count)
         return
 

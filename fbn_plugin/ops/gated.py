@@ -149,8 +149,7 @@ def gated_batch_norm(
     Raises:
         ValueError: one value per channel in training, or a channel count that does not fit.
     """
-    by_operators = not training or x.numel() == 0 or torch.jit.is_tracing()
-    if is_scripting() or by_operators:
+    if is_scripting() or not training or x.numel() == 0:
         normalized = plain.batch_norm(x, running_mean, running_var, None, None, training, momentum, eps, num_batches)
         scale = _gate(weight, gate_weight, gate_bias, _pool(x if pool_input else normalized))[1]
         y = normalized * _per_image(scale, x)

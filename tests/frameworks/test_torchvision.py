@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torchvision
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import feature_extraction
 
 import fbn_plugin
-from fbn_plugin import FilteredBatchNorm2d, convert_norm, norm_factory
+from fbn_plugin import NORMS, FilteredBatchNorm2d, convert_norm, norm_factory
 from fbn_plugin.frameworks import torchvision as adapter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,9 +55,31 @@ def test_other_classification_models_are_converted(name):
     check_same_network(convert_norm(build(**options), "FBN"), build(**options))
 
 
-@pytest.mark.parametrize("norm", ["FBN", "FFRN", "FRN", "ConvNorm", "LearnedNorm", "RBN"])
-def test_feature_extraction_of_a_models_own_norms_needs_register(norm):
+@pytest.mark.parametrize("norm", ["FBN", "SyncFBN", "FGN", "FFRN", "ConvNorm", "LearnedNorm", "RBN", "ScaledBN"])
+def test_feature_extraction_sees_the_norms_as_batch_norm(norm):
+    names = feature_extraction.get_graph_node_names(torchvision.models.resnet18())
     model = torchvision.models.resnet18(norm_layer=norm_factory(norm))
+    assert feature_extraction.get_graph_node_names(model) == names
+    extractor = feature_extraction.create_feature_extractor(model, ["layer1", "fc"])
+    x = torch.rand(2, 3, 32, 32)
+    model.eval(), extractor.eval()
+    features = extractor(x)
+    torch.testing.assert_close(features["fc"], model(x))
+    whole = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x)))))
+    torch.testing.assert_close(features["layer1"], whole)
+    extractor.train()(x)["fc"].sum().backward()
+
+
+class Halved(nn.BatchNorm2d):
+    """A norm of one's own, which tracing cannot follow."""
+
+    def forward(self, input):
+        return 0.5 * super().forward(input)
+
+
+def test_feature_extraction_of_registered_norms_of_ones_own_needs_register():
+    NORMS.register(Halved)
+    model = torchvision.models.resnet18(norm_layer=norm_factory("Halved"))
     try:
         for _ in range(2):
             assert "torchvision" in fbn_plugin.register()
@@ -67,6 +90,7 @@ def test_feature_extraction_of_a_models_own_norms_needs_register(norm):
         assert torch.equal(extractor(x)["layer1"], whole)
     finally:
         adapter.unregister()
+        NORMS._obj_map.pop("Halved")
     adapter.unregister()
     assert not hasattr(feature_extraction._get_leaf_modules_for_ops, "__wrapped__")
     with pytest.raises(torch.fx.proxy.TraceError):
