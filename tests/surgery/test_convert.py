@@ -765,6 +765,16 @@ def test_refitting_needs_data_and_norms_that_are_not_frozen():
     assert str(model) == before
 
 
+def test_refitted_scales_that_a_norm_cannot_hold_are_an_error():
+    norm = nn.BatchNorm2d(4).half().eval()
+    norm.weight.data.fill_(60000.0)
+    norm.running_var.fill_(0)
+    model = nn.Sequential(norm)
+    with pytest.raises(ValueError, match="the weight that is fitted to a GroupNorm is not finite in torch.float16"):
+        convert_norm(model, "GN(num_groups=1)", recalibrate=[torch.randn(2, 4, 3, 3).half() * 1e-2])
+    assert model[0] is norm
+
+
 def test_batch_norms_get_population_statistics():
     pytest.importorskip("fbn_plugin.training.population_statistics")
     norm, x = nn.GroupNorm(2, 4), torch.randn(16, 4, 8, 8) * 3 + 1
