@@ -11,20 +11,25 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from fbn_plugin.layers.description import describe, families, family, has_known_forward
 from fbn_plugin.surgery.norm_report import NormLeft
-from fbn_plugin.surgery.norm_summary import LAZY, OWN_FORWARD, UNKNOWN, norm_names
+from fbn_plugin.surgery.norm_summary import LAZY, OWN_FORWARD, SCRIPTED, UNKNOWN, is_scripted, norm_names
 from fbn_plugin.surgery.stages import frozen_layer
 
 
-def as_tuple(names: str | Iterable[str]) -> tuple[str, ...]:
-    """One name or several."""
-    return (names,) if isinstance(names, str) else tuple(names)
+def as_tuple(argument: str, names: str | Iterable[str]) -> tuple[str, ...]:
+    """One name or several; ValueError for anything else."""
+    several = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (names,)
+    if wrong := [name for name in several if not isinstance(name, str)]:
+        raise ValueError(f"{argument} takes a name or several, got {wrong[0]!r}")
+    return several
 
 
 def check_sources(sources: str | Iterable[str] | None) -> tuple[str, ...]:
     """The families to replace; ValueError for one that is not known."""
-    sources = ("BN",) if sources is None else as_tuple(sources)
+    sources, known = ("BN",) if sources is None else as_tuple("sources", sources), families()
+    if not sources:
+        raise ValueError(f"sources names no family of norms: accepted are {', '.join(known)}")
     for source in sources:
-        if source not in (known := families()):
+        if source not in known:
             raise ValueError(f"unknown family of norms {source!r}: accepted are {', '.join(known)}")
     return sources
 
@@ -121,7 +126,7 @@ def choose(model: nn.Module, sources: tuple[str, ...], include: tuple, exclude: 
         if module in outside or module not in inside:
             choice.leave(module, name, _BY_NAME[module in outside])
         elif describe(module) is None:
-            choice.leave(module, name, UNKNOWN, choice.odd)
+            choice.leave(module, name, SCRIPTED if is_scripted(module) else UNKNOWN, choice.odd)
         elif kind not in sources:
             beside_training = kind == "FrozenBN" and layer is None
             if kind is not None:

@@ -324,7 +324,7 @@ def convert_norm(
         'BatchNorm2d'
     """
     load_adapters()
-    choice = choose(model, check_sources(sources), as_tuple(include), as_tuple(exclude), thaw)
+    choice = choose(model, check_sources(sources), as_tuple("include", include), as_tuple("exclude", exclude), thaw)
     factories = {dims: norm_factory(spec, dims) for dims in (1, 2, 3)}
     replaced, changed = {}, []
     for module, name in choice.chosen.items():

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -23,6 +24,8 @@ OWN_FORWARD = (
 )
 UNKNOWN = "its class is not known: say what it is by fbn_plugin.register_converter"
 
+SCRIPTED = "it is TorchScript, of which nothing can be changed: convert before scripting"
+
 # PyTorch's own, which are registered under these names.
 _PLAIN = {nn.SyncBatchNorm: "SyncBN", _BatchNorm: "BN", nn.GroupNorm: "GN", nn.LayerNorm: "LN", _InstanceNorm: "IN"}
 _LITERALS = (bool, int, float, str, tuple, list, type(None))
@@ -34,7 +37,7 @@ def norm_kind(module: nn.Module) -> str:
     class, if it is of no family, or a batch norm with a forward of its own that nothing describes."""
     description, cls = describe(module), getattr(module, "norm_class", type(module))
     if description is None or description.family is None:
-        return type(module).__name__
+        return _class_name(module)
     if description.family == "FrozenBN":
         return "FrozenBN"
     if not has_known_forward(type(module)):
@@ -43,6 +46,15 @@ def norm_kind(module: nn.Module) -> str:
         return "SyncBN"
     names = (registered_name(base) or _PLAIN.get(base) for base in cls.__mro__)
     return next((name for name in names if name is not None), description.family)
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether a module is TorchScript."""
+    return isinstance(module, torch.jit.ScriptModule)
+
+
+def _class_name(module: nn.Module) -> str:
+    return module.original_name if is_scripted(module) else type(module).__name__
 
 
 def norm_settings(module: nn.Module) -> dict:
@@ -199,7 +211,7 @@ def _note(model: nn.Module, module: nn.Module, names: list[str]) -> str:
     if isinstance(module, LazyModuleMixin):
         return LAZY
     if describe(module) is None:
-        return UNKNOWN
+        return SCRIPTED if is_scripted(module) else UNKNOWN
     if family(module) == "FrozenBN":
         layer = frozen_layer(model, names)
         return "" if layer is None else f"the {type(layer).__name__} beside it is frozen too"
@@ -243,7 +255,7 @@ def summarize(model: nn.Module) -> NormSummary:
             name=names[0],
             kind=norm_kind(module),
             spec=norm_spec(module),
-            class_name=type(module).__name__,
+            class_name=_class_name(module),
             channels=None if isinstance(module, LazyModuleMixin) else num_channels(module),
             frozen=family(module) == "FrozenBN" or is_frozen(module),
             shared=tuple(names[1:]),

@@ -30,8 +30,15 @@ class _Fit:
             variance = squares - base * base
             # A channel that is constant but for rounding has no slope.
             slope = torch.where(variance > 1e-9 * squares, (products - base * goal) / variance, 0.0)
-            norm.weight.copy_(slope)
-            norm.bias.copy_(goal - slope * base)
+            fitted = {"weight": slope, "bias": goal - slope * base}
+            for name, values in fitted.items():
+                if not values.to(getattr(norm, name).dtype).isfinite().all():
+                    kind, dtype = type(norm).__name__, getattr(norm, name).dtype
+                    raise ValueError(
+                        f"the {name} that is fitted to a {kind} is not finite in {dtype}: refit in float32"
+                    )
+            for name, values in fitted.items():
+                getattr(norm, name).copy_(values)
 
 
 def _bare(norm: nn.Module) -> nn.Module:
@@ -54,7 +61,7 @@ def refit_norms(model: nn.Module, replaced: dict[nn.Module, nn.Module], batches:
         batches: each the model's input, or a tuple that begins with it.
 
     Raises:
-        ValueError: no batch.
+        ValueError: no batch, or a scale or shift that is not finite in the precision of the norm.
     """
     fits = {
         old: _Fit(old, new)

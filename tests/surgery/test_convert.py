@@ -486,7 +486,7 @@ def test_the_layer_that_a_frozen_norm_belongs_to(layers):
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.requires_grad_(not frozen)
-        convert_norm(model, "FBN", sources="FrozenBN")
+        assert bool(said(model, "FBN", sources="FrozenBN")) == frozen
         assert ("FrozenBN" in kinds(model)) == frozen
 
 
@@ -527,6 +527,14 @@ def test_a_name_that_no_norm_has_is_an_error_that_names_it(argument):
     assert type(model[1]) is nn.BatchNorm2d
 
 
+def test_arguments_that_name_nothing():
+    for argument, value in (("include", 3), ("exclude", [nn.Identity()]), ("sources", 2)):
+        with pytest.raises(ValueError, match=f"{argument} takes a name or several, got "):
+            convert_norm(network(), "FBN", **{argument: value})
+    with pytest.raises(ValueError, match="sources names no family of norms: accepted are BN, FrozenBN"):
+        convert_norm(network(), "FBN", sources=())
+
+
 def test_a_shared_norm_is_chosen_by_any_of_its_names():
     def shared():
         norm = nn.BatchNorm2d(4)
@@ -564,7 +572,7 @@ def test_a_class_that_is_not_known_is_told_and_can_be_registered():
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Unknown(4), Theirs(4))
     with pytest.warns(UserWarning, match=r"1 norms .*Unknown \(at '1'\): .*not known.*fbn_plugin.register_converter"):
-        convert_norm(nn.Sequential(*model, nn.BatchNorm2d(4)), "FBN")
+        convert_norm(nn.Sequential(*model, nn.BatchNorm2d(4)), "FBN", sources="BN")
     with pytest.warns(UserWarning, match=r"Theirs \(at '0'\): .*fbn_plugin.register_converter"):
         convert_norm(nn.Sequential(Theirs(4)), "FBN", sources="FrozenBN")
     x = torch.randn(2, 3, 5, 5)
@@ -597,7 +605,10 @@ def test_between_filtered_norms_the_filter_keeps_its_options(first, second, t_si
     assert convert_norm(old, f"{second}(t_sigma=2.5)", sources=sources).t_sigma == 2.5
 
 
-@pytest.mark.parametrize("name", [name for name, _ in fbn_plugin.NORMS])
+IMAGE = ("RBN", "IEBN")  # whose scale depends on the image, so that they are left
+
+
+@pytest.mark.parametrize("name", [name for name, _ in fbn_plugin.NORMS if name not in IMAGE])
 def test_a_norm_converted_to_its_own_name_keeps_all_of_its_options(name):
     options = {
         "eps": 0.01, "momentum": 0.3, "t_sigma": 3.0, "gamma_init": 0.5, "num_groups": 2, "bias": False, "tlu": False,
@@ -607,9 +618,7 @@ def test_a_norm_converted_to_its_own_name_keeps_all_of_its_options(name):
     spec = NormSpec(name, {key: value for key, value in options.items() if key in known})
     old = fbn_plugin.get_norm(spec, 4)
     sources = ("BN", "FrozenBN", "GN", "LN", "IN", "FRN", "LearnedNorm")
-    if name in ("RBN", "IEBN"):
-        sources = ()  # their scale depends on the image
-    assert repr(convert_norm(copy.deepcopy(old), name, sources=sources)) == repr(old) or not sources
+    assert repr(convert_norm(copy.deepcopy(old), name, sources=sources)) == repr(old)
 
 
 def test_report_says_which_cut_was_kept():
@@ -762,6 +771,16 @@ def test_refitting_needs_data_and_norms_that_are_not_frozen():
     with pytest.raises(ValueError, match="recalibrate refits norms that are not frozen"):
         convert_norm(model, "FrozenBN", recalibrate=[torch.randn(2, 3, 9, 9)])
     assert str(model) == before
+
+
+def test_refitted_scales_that_a_norm_cannot_hold_are_an_error():
+    norm = nn.BatchNorm2d(4).half().eval()
+    norm.weight.data.fill_(60000.0)
+    norm.running_var.fill_(0)
+    model = nn.Sequential(norm)
+    with pytest.raises(ValueError, match="the weight that is fitted to a GroupNorm is not finite in torch.float16"):
+        convert_norm(model, "GN(num_groups=1)", recalibrate=[torch.randn(2, 4, 3, 3).half() * 1e-2])
+    assert model[0] is norm
 
 
 def test_batch_norms_get_population_statistics():

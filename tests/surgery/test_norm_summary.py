@@ -85,6 +85,15 @@ def test_shared_lazy_and_unknown_norms():
     assert summarize(nn.Linear(2, 2)).line == "0 BN"
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_norms():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    entry = summarize(scripted).entries[0]
+    assert (entry.kind, entry.class_name, entry.channels) == ("BatchNorm2d", "BatchNorm2d", 4)
+    with pytest.warns(UserWarning, match="convert before scripting"):
+        convert_norm(scripted, "FBN")
+
+
 @pytest.mark.parametrize(
     "build, line",
     [
