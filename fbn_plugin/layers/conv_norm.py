@@ -90,7 +90,8 @@ def _fold(map: Tensor, size: int, dim: int) -> Tensor:
 
 
 def _without_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # there is none for the meta device
+    kind = x.device.type
+    return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)  # there is none for the meta device
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -155,10 +155,15 @@ def gated_batch_norm(
         y = normalized * _per_image(scale, x)
         return (y if bias is None else y + _per_image(bias, x)).to(x.dtype)
     check_batch(x, weight=weight, bias=bias, gate_weight=gate_weight, gate_bias=gate_bias, running_mean=running_mean)
-    function = _formula if eager.needs_formula(x, weight, bias, gate_weight, gate_bias) else _GatedNorm.apply
+    follows = eager.needs_formula(x, weight, bias, gate_weight, gate_bias)
+    function = _formula if follows else _GatedNorm.apply
     y, mean, var = function(x, weight, bias, gate_weight, gate_bias, eps, pool_input)
     if num_batches is not None:
         num_batches.add_(1)
     if running_mean is not None and running_var is not None:
-        plain.average_in(running_mean, running_var, mean, var, momentum, num_batches)
+        if follows or momentum is None:
+            plain.average_in(running_mean, running_var, mean, var, momentum, num_batches)
+        else:  # in one operator each
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(var.to(running_var.dtype), momentum)
     return y

@@ -165,7 +165,7 @@ def _(grad, x, weight, bias, other, moments, *options):
     return function(grad, x, weight, bias, other, moments, *options)
 
 
-def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+def decompositions() -> dict[Callable, Callable]:
     """The operators of this package as functions of PyTorch's standard ones, for graphs that are to work without it.
 
     ``torch.export`` and ``torch.onnx.export`` write the standard operators by themselves, but for the ``torch.export``

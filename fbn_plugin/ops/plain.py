@@ -48,11 +48,11 @@ def average_in(
     num_batches: Tensor | None,
 ) -> None:
     """Bring running statistics nearer to a batch's mean and unbiased variance, ``(C,)`` each, as PyTorch does; the
-    batch is counted already."""
+    batch is counted already. Not by ``lerp_``, which vmap has no rule for."""
     for running, batch in ((running_mean, mean), (running_var, var)):
         batch = batch.to(running.dtype)
         if momentum is not None:
-            running.lerp_(batch, momentum)
-        elif num_batches is not None:  # the other lerp_ is one that vmap has no rule for
+            running.copy_((1 - momentum) * running + momentum * batch)
+        elif num_batches is not None:
             share = num_batches.to(running.device, running.dtype).reciprocal()
             running.copy_((1 - share) * running + share * batch)

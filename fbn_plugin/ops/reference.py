@@ -93,7 +93,7 @@ def plain_moments(x: Tensor) -> tuple[Tensor, Tensor]:
         _, means, roots = torch.native_group_norm(x, None, None, n, c, x.shape[2:].numel(), c, 0.0)
         mean = means.mean(0)
         return mean, (roots.pow(-2) + (means - mean).square()).mean(0)
-    if x.is_meta:  # for which there is none of what follows
+    if x.device.type == "meta":  # for which there is none of what follows
         var, mean = torch.var_mean(x.to(accumulate_dtype(x.dtype)), [0, *range(2, x.dim())], correction=0)
         return mean, var
     averages = x.new_zeros(2, x.shape[1], dtype=accumulate_dtype(x.dtype))  # their dtype is that of the result

@@ -346,10 +346,6 @@ def test_wrong_inputs():
         ConvNorm2d(4)(torch.ones(2, 4))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         ConvNorm2d(4)(torch.ones(1, 4, 1, 1))
-    with pytest.raises(RuntimeError, match="differentiated twice|once_differentiable"):
-        x = data().requires_grad_()
-        (slope,) = torch.autograd.grad(layer()(x).square().sum(), x, create_graph=True)
-        slope.sum().backward()
 
 
 def test_specs():

@@ -85,17 +85,10 @@ def test_gradcheck(form, training, memory_format):
 @pytest.mark.parametrize("shape, affine", [((6, 4), True), ((3, 4, 5), False), ((2, 4, 2, 2, 2), False)])
 def test_gradcheck_of_other_shapes_and_without_affine(form, shape, affine):
     layer = randomized(form, affine=affine)
-    assert torch.autograd.gradcheck(layer, data(shape).requires_grad_())
+    assert torch.autograd.gradcheck(layer, data(shape).requires_grad_(), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(layer, data(shape).requires_grad_())
     layer(data(shape)).square().sum().backward()
     assert layer.gate_weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("form", POOLED)
-def test_a_second_derivative_is_refused(form):
-    layer, x = randomized(form), data().requires_grad_()
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize("form", ALL)

@@ -2,16 +2,19 @@
 they do not store."""
 
 import copy
+import re
 import shutil
 
 import pytest
 import torch
 from forms import BOTH_FORMS, act_inputs, batch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fbn_plugin import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
 from fbn_plugin.ops import (
     cpu,
+    decompositions,
     dispatch,
     filtered_batch_norm,
     filtered_batch_norm_act,
@@ -47,12 +50,20 @@ def test_gradients_without_the_value_before_the_activation(activation, add, mode
     torch.testing.assert_close(*gradients)
 
 
-def test_double_backward_is_refused():
-    x, *_ = act_inputs()
-    y, _ = operators.filtered_norm(x, None, None, None, 0, 2.0, 1e-5, False, "exact", "silu", 0.1)
-    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        first.sum().backward()
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+def test_decompositions_are_the_operators(mode):
+    """Both of them, in a graph with a whole step."""
+
+    def step(x, weight, bias, residual):
+        options = 2, 1.5, 1e-5, True, mode, "silu", 0.1
+        y, _ = operators.filtered_norm(x, weight, bias, residual, *options)
+        return y, *torch.autograd.grad(y.sin().sum(), [x, weight, bias, residual])
+
+    arguments = act_inputs(shape=(4, 4, 5, 5))
+    for table, names in (({}, {"filtered_norm", "filtered_norm_backward"}), (decompositions(), set())):
+        graph = make_fx(step, decomposition_table=table)(*arguments)
+        assert set(re.findall(r"fbn_plugin\.(\w+)", graph.code)) == names
+        torch.testing.assert_close(graph(*arguments), step(*arguments))
 
 
 @pytest.mark.parametrize("activation, add", [("relu", True), ("silu", True), ("identity", True), ("relu", False)])
