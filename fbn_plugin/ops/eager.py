@@ -69,10 +69,10 @@ def needs_formula(*tensors: Tensor | None) -> bool:
     other: a transform of ``torch.func``, forward mode, or an exporter, whose graphs are for elsewhere."""
     if torch.compiler.is_compiling():
         return _is_exporting()
-    if torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
+    if torch.jit.is_tracing():
         return True
-    if _transforms is not None:
-        return _transforms() is not None or is_dual(*tensors)
+    if _can_tell:
+        return _transforms() is not None or (forward_ad._current_level >= 0 and is_dual(*tensors))
     tell = _has_no_memory if _is_wrapped is None else _is_wrapped
     return any(tensor is not None and tell(tensor) for tensor in tensors) or is_dual(*tensors)
 

@@ -390,10 +390,10 @@ def test_cumulative_average_without_reading_a_number(name):
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="PyTorch 2.6 does not tell that it exports")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "paper"])
 def test_exported_while_it_trains(name):
     """A graph of standard operators, with the module's outputs, gradients and statistics at other sizes."""
-    norm = make(name)
+    norm = make("FBN", grad_mode="paper", gaussian_correction=True) if name == "paper" else make(name)
     sides = {} if name == "ConvNorm" else {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     shapes = ({0: torch.export.Dim.DYNAMIC, **sides},)
     program = torch.export.export(copy.deepcopy(norm), (images(4, 4, 5, 6),), dynamic_shapes=shapes)
