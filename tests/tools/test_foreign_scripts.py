@@ -21,13 +21,14 @@ register_coco_instances("shapes", {{}}, "{folder}/annotations/instances_train.js
 
 LAZY = """
 from detectron2 import model_zoo
-from fvcore.common.param_scheduler import ConstantParamScheduler
+from detectron2.config import LazyCall
+from fvcore.common.param_scheduler import LinearParamScheduler
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 optimizer = model_zoo.get_config("common/optim.py").SGD
 train = model_zoo.get_config("common/train.py").train
-lr_multiplier = ConstantParamScheduler(1.0)
+lr_multiplier = LazyCall(LinearParamScheduler)(start_value=1.0, end_value=1.0)
 
 body = model.backbone.bottom_up
 body.stages.norm = body.stem.norm = "FBN(t_sigma=4)"
@@ -39,7 +40,7 @@ dataloader.train.num_workers = 0
 dataloader.train.mapper.instance_mask_format = "bitmask"
 dataloader.train.mapper.augmentations = []
 train.update(device="cpu", max_iter=1, eval_period=100, init_checkpoint="", output_dir="{out}")
-del dataloader.test, body
+del dataloader.test, dataloader.evaluator, body
 """
 
 
