@@ -44,11 +44,12 @@ class _ScaleAndShift(torch.autograd.Function):
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``scale * x + shift``, rounded to the precision of ``x`` once: a scale and a shift that are rounded before would
     shift a channel's mean, and its mean is what the shift is for."""
-    compiled = torch.compiler.is_compiling() or torch.jit.is_scripting() or torch.jit.is_tracing()
-    if x.dtype == scale.dtype or compiled:  # compilers fuse by themselves, and know no function that has a jvp
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
-    return _ScaleAndShift.apply(x, scale, shift)
+    if not torch.jit.is_scripting():
+        compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if x.dtype != scale.dtype and not compiled:  # compilers fuse by themselves, and know no function with a jvp
+            return _ScaleAndShift.apply(x, scale, shift)
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
 
 
 class FrozenBatchNormMixin:

@@ -76,7 +76,10 @@ def norm_spec(module: nn.Module) -> str:
     """The spec string of a norm as it is: its kind, the options that are not at their default, and always its cut."""
     kind = norm_kind(module)
     defaults = norm_options(kind) if kind in NORMS else {}
-    options = {k: v for k, v in norm_settings(module).items() if k == "t_sigma" or v != defaults[k]}
+    settings, channels = norm_settings(module), num_channels(module)
+    if defaults.get("num_groups", 0) is None and channels:  # the largest number up to 32 that divides the channels
+        defaults["num_groups"] = next(groups for groups in range(32, 0, -1) if channels % groups == 0)
+    options = {k: v for k, v in settings.items() if k == "t_sigma" or v != defaults[k]}
     short = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in options.items()}
     return str(NormSpec(kind, short))
 
