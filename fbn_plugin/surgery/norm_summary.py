@@ -80,8 +80,9 @@ def norm_spec(module: nn.Module) -> str:
     if defaults.get("num_groups", 0) is None and channels:  # the largest number up to 32 that divides the channels
         defaults["num_groups"] = next(groups for groups in range(32, 0, -1) if channels % groups == 0)
     options = {k: v for k, v in settings.items() if k == "t_sigma" or v != defaults[k]}
-    short = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in options.items()}
-    return str(NormSpec(kind, short))
+    if float(options.get("t_sigma", 0.5)).is_integer():  # the layers make it a float, and 4 reads better than 4.0
+        options["t_sigma"] = int(options["t_sigma"])
+    return str(NormSpec(kind, options))
 
 
 def has_running_stats(module: nn.Module) -> bool:
