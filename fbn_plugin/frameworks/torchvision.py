@@ -56,9 +56,10 @@ _BUILDERS = [Redirection(builder) for builder in _builders()]
 def _build(redirection: Redirection, *args: Any, norm_layer: Any = None, **kwargs: Any) -> nn.Module:
     """Call a builder of torchvision's, and give the model the norm that it would not take."""
     build, name = redirection.original, redirection.function.__name__
-    swallows = _swallows(redirection.original)
-    if norm_layer is None or (not isinstance(norm_layer, str) and not swallows):
-        return build(*args, **kwargs) if norm_layer is None else build(*args, norm_layer=norm_layer, **kwargs)
+    if norm_layer is None:
+        return build(*args, **kwargs)
+    if not isinstance(norm_layer, str) and not _swallows(build):
+        return build(*args, norm_layer=norm_layer, **kwargs)
     if not isinstance(norm_layer, str) and not callable(norm_layer):
         raise ValueError(f"norm_layer of {name} must be a spec such as 'FBN' or a callable, got {norm_layer!r}")
     factory = norm_factory(norm_layer) if isinstance(norm_layer, str) else norm_layer
@@ -75,9 +76,7 @@ def _build(redirection: Redirection, *args: Any, norm_layer: Any = None, **kwarg
 
 
 def _with_norm_layer(signature: inspect.Signature) -> inspect.Signature:
-    """A builder's signature with the argument in it."""
-    if "norm_layer" in signature.parameters:
-        return signature
+    """The signature of a builder that swallows the argument, with the argument in it."""
     own = inspect.Parameter("norm_layer", inspect.Parameter.KEYWORD_ONLY, default=None)
     parameters = list(signature.parameters.values())
     at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
