@@ -23,7 +23,6 @@ from timm.layers import (
     create_act_layer,
 )
 from timm.layers.grn import GlobalResponseNorm
-from timm.layers.norm_act import FrozenBatchNorm2d
 from timm.layers.typing import LayerType
 from timm.models import resnet
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from fbn_plugin.layers.description import (
     NormDescription,
     describe_class,
     describe_type,
+    family,
     has_known_forward,
     tells_moments,
 )
@@ -340,12 +340,13 @@ def _warn_of_lost_filter(conversion: Callable) -> Callable:
 
 def unfreeze_batch_norm_2d(module: nn.Module) -> nn.Module:
     """timm's function, which says that what it makes is plain: a frozen norm does not know what it was."""
-    frozen = sum(isinstance(each, FrozenBatchNormAct2d | FrozenBatchNorm2d) for each in module.modules())
-    if frozen:
+    frozen = sum(family(each) == "FrozenBN" for each in module.modules())
+    module = _THEIRS["unfreeze_batch_norm_2d"](module)
+    if made := frozen - sum(family(each) == "FrozenBN" for each in module.modules()):
         instead = "fbn_plugin.convert_norm(model, 'FBN', sources='FrozenBN') makes filtered ones"
-        message = f"timm's unfreeze_batch_norm_2d makes {frozen} frozen norms batch norms without a filter: {instead}"
+        message = f"timm's unfreeze_batch_norm_2d makes {made} frozen norms batch norms without a filter: {instead}"
         warnings.warn(message, stacklevel=replacement.CALLER)
-    return _THEIRS["unfreeze_batch_norm_2d"](module)
+    return module
 
 
 # Where timm defines what ours take the place of; and whether the function calls itself for each child of a model.
@@ -428,7 +429,9 @@ register_fuser(resnet.Bottleneck, lambda block: _fuse_block(block, FusedBottlene
 
 
 _TIMM_NORMS = {*_NORM_MAP.values(), *_NORM_ACT_MAP.values(), GlobalResponseNorm}
-describe_class(NormDescription(), *(c for c in _TIMM_NORMS if isinstance(c, type) and describe_type(c) is None))
+_UNKNOWN = [c for c in _TIMM_NORMS if isinstance(c, type) and describe_type(c) is None]
+for _cls in _UNKNOWN:  # torchvision's frozen norm is one of timm's, too
+    describe_class(FROZEN if _cls.__name__ == "FrozenBatchNorm2d" else NormDescription(), _cls)
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divisor: float = 100.0) -> list[dict]:

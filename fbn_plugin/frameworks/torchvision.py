@@ -62,9 +62,11 @@ _BUILDERS = _builders()
 
 def _build(build: Callable[..., nn.Module], *args: Any, norm_layer: Any = None, **kwargs: Any) -> nn.Module:
     """Call a builder of torchvision's, and give the model the norm that it would not take."""
-    name, swallows = build.__name__, _swallows(build)
-    if norm_layer is None or (not isinstance(norm_layer, str) and not swallows):
-        return build(*args, **kwargs) if norm_layer is None else build(*args, norm_layer=norm_layer, **kwargs)
+    name = build.__name__
+    if norm_layer is None:
+        return build(*args, **kwargs)
+    if not isinstance(norm_layer, str) and not _swallows(build):
+        return build(*args, norm_layer=norm_layer, **kwargs)
     if not isinstance(norm_layer, str) and not callable(norm_layer):
         raise ValueError(f"norm_layer of {name} must be a spec such as 'FBN' or a callable, got {norm_layer!r}")
     factory = norm_factory(norm_layer) if isinstance(norm_layer, str) else norm_layer
@@ -81,9 +83,7 @@ def _build(build: Callable[..., nn.Module], *args: Any, norm_layer: Any = None, 
 
 
 def _with_norm_layer(signature: inspect.Signature) -> inspect.Signature:
-    """A builder's signature with the argument in it."""
-    if "norm_layer" in signature.parameters:
-        return signature
+    """The signature of a builder that swallows the argument, with the argument in it."""
     own = inspect.Parameter("norm_layer", inspect.Parameter.KEYWORD_ONLY, default=None)
     parameters = list(signature.parameters.values())
     at = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))

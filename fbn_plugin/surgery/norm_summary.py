@@ -76,11 +76,13 @@ def norm_spec(module: nn.Module) -> str:
     """The spec string of a norm as it is: its kind, the options that are not at their default, and always its cut."""
     kind = norm_kind(module)
     defaults = norm_options(kind) if kind in NORMS else {}
-    if defaults.get("num_groups", 0) is None and hasattr(module, "num_channels"):
-        defaults["num_groups"] = default_num_groups(module.num_channels)
-    options = {k: v for k, v in norm_settings(module).items() if k == "t_sigma" or v != defaults[k]}
-    short = {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in options.items()}
-    return str(NormSpec(kind, short))
+    settings, channels = norm_settings(module), num_channels(module)
+    if defaults.get("num_groups", 0) is None and channels:
+        defaults["num_groups"] = default_num_groups(channels)
+    options = {k: v for k, v in settings.items() if k == "t_sigma" or v != defaults[k]}
+    if float(options.get("t_sigma", 0.5)).is_integer():  # the layers make it a float, and 4 reads better than 4.0
+        options["t_sigma"] = int(options["t_sigma"])
+    return str(NormSpec(kind, options))
 
 
 def has_running_stats(module: nn.Module) -> bool:

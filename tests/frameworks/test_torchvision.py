@@ -271,7 +271,7 @@ def fake_weights(monkeypatch):
         ({"weights_backbone": IMAGENET}, None, "42 FBN(t_sigma=4), 11 FrozenBN, 0 BN"),
         ({"weights_backbone": IMAGENET}, 5, "53 FBN(t_sigma=4), 0 BN"),
         ({"weights_backbone": IMAGENET}, 1, "43 FrozenBN, 10 FBN(t_sigma=4), 0 BN"),
-        ({"weights": COCO}, 2, "29 FBN(t_sigma=4), 24 FrozenBN(eps=0), 0 BN"),
+        ({"weights": COCO}, 2, "29 FBN(t_sigma=4), 24 FrozenBN(eps=0.0), 0 BN"),
     ],
 )
 def test_frozen_stages_stay_frozen_and_weights_are_theirs(weights, layers, line, registered, fake_weights):
