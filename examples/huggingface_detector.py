@@ -40,7 +40,9 @@ def main(folder: str, iterations: int = 60) -> tuple[torch.nn.Module, torch.nn.M
     torch.manual_seed(0)
     fbn_plugin.register()  # for from_pretrained
     report = fbn_plugin.NormReport()
-    model = convert_pretrained(tiny_detr(), "FBN(t_sigma=5)", report=report).train()
+    model = tiny_detr()
+    model.model.unfreeze_backbone()  # which DETR freezes
+    convert_pretrained(model, "FBN(t_sigma=5)", report=report).train()
     print(report)
     optimizer = torch.optim.AdamW(fbn_plugin.param_groups(model, lr=1e-3, weight_decay=1e-4, scale_lr_divisor=1))
     losses = []

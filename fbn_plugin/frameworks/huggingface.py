@@ -12,15 +12,16 @@ import all of them to name them would take seconds.
 """
 
 import functools
-import json
 import sys
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from fbn_plugin.adapters import register_loader
-from fbn_plugin.layers.description import FROZEN, describe_class, describe_type, family
+from fbn_plugin.layers.description import FROZEN, describe_class, describe_type, families, family
 from fbn_plugin.surgery.convert import convert_norm
 from fbn_plugin.surgery.norm_report import NormReport
 
@@ -35,26 +36,25 @@ def convert_pretrained(
     *,
     sources: str | Iterable[str] = ("BN", "FrozenBN"),
     report: NormReport | None = None,
-    **choice: Any,
+    **options: Any,
 ) -> PreTrainedModel:
     """:func:`fbn_plugin.convert_norm`, noted in ``model.config``, so that ``save_pretrained`` saves it and
     ``from_pretrained`` repeats it in a program that has called ``fbn_plugin.register()``.
+
+    What is noted is the spec and which modules became it, so that later it does not matter what is frozen.
 
     Args:
         model: changed in place.
         spec: such as ``"FBN(t_sigma=4)"``.
         sources: families to replace; here frozen batch norms are among them by default.
         report: is filled with what was changed and what was left; print it.
-        **choice: other arguments of :func:`fbn_plugin.convert_norm` by which it chooses norms. They are noted too, so
-            they are numbers, strings and lists of them. It chooses again when the model is built, so parameters that
-            are frozen after building should be frozen after this call.
+        **options: other arguments of :func:`fbn_plugin.convert_norm`.
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: as :func:`fbn_plugin.convert_norm`.
-        TypeError: an argument that cannot be written to a config, such as ``recalibrate``; the model is then as it was.
 
     Examples::
 
@@ -63,10 +63,13 @@ def convert_pretrained(
         >>> model = convert_pretrained(model, "FBN(t_sigma=4)")  # doctest: +SKIP
         >>> model.save_pretrained("folder")  # doctest: +SKIP
     """
-    note = {"spec": str(spec), "sources": [sources] if isinstance(sources, str) else list(sources), **choice}
-    json.dumps(note)  # what cannot be saved is an error here
-    model = convert_norm(model, **note, report=report)
+    done = NormReport()
+    model = convert_norm(model, spec, sources=sources, report=done, **options)
+    note = {"spec": str(spec), "modules": [change.name for change in done.changed]}
     setattr(model.config, NOTE, [*(getattr(model.config, NOTE, None) or []), note])
+    if report is not None:
+        report.changed += done.changed
+        report.left += done.left
     return model
 
 
@@ -81,14 +84,34 @@ def describe_loaded() -> None:
                 cls.eps = 1e-5  # a number in their forward
 
 
+_repeated: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # norms that are what the config says
+
+
+def _specs(name: str, notes: list[dict], whole: bool) -> list[str]:
+    """What a module was converted to, in this order. Its name may be that in a part of the model that was noted."""
+    return [
+        note["spec"]
+        for note in notes
+        if name in note["modules"] or (not whole and any(each.endswith(f".{name}") for each in note["modules"]))
+    ]
+
+
 @functools.wraps(_transformers_post_init)
 def _post_init(self: PreTrainedModel) -> None:
+    """A model's parts, with the same config, call this before it does."""
     _transformers_post_init(self)
-    for note in getattr(self.config, NOTE, None) or []:
-        describe_loaded()
-        # A model's parts call this before it does, with the same config.
-        if any(family(module) in note["sources"] for module in self.modules()):
-            convert_norm(self, **note)
+    notes = getattr(self.config, NOTE, None) or []
+    if not notes:
+        return
+    describe_loaded()
+    modules = {name: module for name, module in self.named_modules() if name and family(module) is not None}
+    whole = any(name in note["modules"] for note in notes for name in modules)
+    for name, module in modules.items():
+        if module not in _repeated and (specs := _specs(name, notes, whole)):
+            for spec in specs:
+                module = convert_norm(module, spec, sources=families())
+            _repeated.add(module)
+            self.set_submodule(name, module)
 
 
 def register() -> None:

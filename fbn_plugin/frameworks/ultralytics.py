@@ -84,7 +84,8 @@ def _trainer_class(base: type, put_norms: Callable[[nn.Module, nn.Module | None]
             put_norms(model, weights)
             if weights and set(model.state_dict()) - keys:  # for parameters that batch normalization does not have
                 model.load(weights, verbose=False)
-            model.keeps_norms = _KeepsNorms()
+            for name in norms_of(model):
+                model.get_submodule(name).keeps_norms = _KeepsNorms()
             return model
 
     NormTrainer.__name__ = NormTrainer.__qualname__ = f"Norm{base.__name__}"
@@ -93,8 +94,8 @@ def _trainer_class(base: type, put_norms: Callable[[nn.Module, nn.Module | None]
 
 
 class _KeepsNorms:
-    """What a trained model carries into its checkpoints, so that ``YOLO("last.pt").train(resume=True)`` keeps the norms
-    in a program that knows nothing of them: where it is loaded, :func:`register` is called."""
+    """What the norms of a trained model carry into its checkpoints, so that ``YOLO("last.pt").train(resume=True)``
+    keeps them in a program that knows nothing of them: where it is loaded, :func:`register` is called."""
 
     def __reduce__(self) -> tuple:
         return _registered, ()

@@ -221,12 +221,15 @@ def test_efficient_evaluation(name):
 
 
 def test_a_norm_of_ones_own_is_there_as_soon_as_it_is_registered():
-    @fbn_plugin.NORMS.register()
     class MineForMMEngine(nn.BatchNorm2d):
         pass
 
-    assert build({"type": "MineForMMEngine", "momentum": 0.2}, postfix=2)[0] == "bn2"
-    assert type(build({"type": "MineForMMEngine"})[1]) is MineForMMEngine
+    try:
+        fbn_plugin.NORMS.register(MineForMMEngine)
+        assert build({"type": "MineForMMEngine", "momentum": 0.2}, postfix=2)[0] == "bn2"
+        assert type(build({"type": "MineForMMEngine"})[1]) is MineForMMEngine
+    finally:
+        fbn_plugin.NORMS._obj_map.pop("MineForMMEngine")
 
 
 def test_a_name_that_is_taken_keeps_its_meaning():

@@ -3,6 +3,7 @@ resumed. Everything is made here: nothing is downloaded."""
 
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -157,8 +158,19 @@ def test_fused_validated_and_exported(run, tmp_path):
     script = torch.jit.load(model.export(format="torchscript", imgsz=64))
     result = script(x)
     torch.testing.assert_close(result[0] if isinstance(result, tuple) else result, expected, rtol=1e-3, atol=1e-3)
-    plain = convert_norm(YOLO(last).model, "BN").eval()  # to hand it on
-    assert kinds(plain) == {"BatchNorm2d": 57} and torch.equal(plain(x)[0], expected)
+
+
+def test_handed_on_to_those_without_this_package(run, tmp_path):
+    from ultralytics import YOLO
+
+    model, x = YOLO(run[0].last), torch.rand(1, 3, 64, 64)
+    expected = model.model.eval()(x)[0]
+    convert_norm(model.model, "BN")
+    assert kinds(model.model) == {"BatchNorm2d": 57} and torch.equal(model.model.eval()(x)[0], expected)
+    model.save(tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as archive:
+        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    assert b"BatchNorm2d" in pickled and b"fbn_plugin" not in pickled
 
 
 def test_exported_to_onnx(run, tmp_path):
