@@ -142,7 +142,7 @@ BAD_OVERRIDES = {
         ["SOLVER.STEPS", "('a',)"],
         ["SOLVER.STEPS must be of type tuple of number", "got ('a',)"],
     ),
-    "a string for a list": (["DATASETS.TRAIN", "mine"], ["DATASETS.TRAIN", "tuple", "mine"]),
+    "a string for a list": (["DATASETS.TRAIN", "mine"], ["DATASETS.TRAIN must be of type tuple of str", "got mine"]),
     "strings for numbers": (["MODEL.PIXEL_STD", "['a', 'b', 'c']"], ["MODEL.PIXEL_STD must be of type list of number"]),
     "numbers for strings": (["DATASETS.TEST", "(1,)"], ["DATASETS.TEST must be of type tuple of str", "(1,)"]),
     "labels without thresholds": (

@@ -31,7 +31,7 @@ from fbn_plugin.engine.detectron2.data import (
     register_datasets,
 )
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
-from fbn_plugin.engine.detectron2.values import attempt, check_types
+from fbn_plugin.engine.detectron2.values import attempt, check_types, type_sentence
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric, is_given
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.config import pairs
@@ -106,7 +106,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
         except KeyError as error:
             raise ValueError(f"{source}: {error.args[0]}{_nearest_key(str(error), cfg)}") from None
         except (AssertionError, OSError, ValueError, yaml.YAMLError) as error:
-            sentence = " ".join(error_sentence(error).split())
+            sentence = type_sentence(" ".join(error_sentence(error).split()))
             raise ValueError(f"{source}: {sentence}{_nearest_key(sentence, cfg)}") from None
         except (AttributeError, RecursionError, TypeError) as error:
             raise ValueError(f"{source} does not have the form of detectron2's config: {error}") from None

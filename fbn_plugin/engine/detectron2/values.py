@@ -1,6 +1,7 @@
 """The values of detectron2's keys: of the type of their defaults, elements of lists included, and what detectron2 makes
 of them. It answers most of a wrong value with a bare error, and names the key in few."""
 
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -9,9 +10,12 @@ from detectron2.config import CfgNode, get_cfg
 
 from fbn_plugin.engine.run.rules import get_value, refusal
 
-__all__ = ["attempt", "check_types"]
+__all__ = ["attempt", "check_types", "type_sentence"]
 
 T = TypeVar("T")
+
+# In the place of defaults that are empty, and so tell nothing of their elements.
+_EXAMPLES = {"DATASETS.TRAIN": ("my_data:train",), "DATASETS.TEST": ("my_data:val",)}
 
 # What detectron2 raises for a wrong value.
 _ERRORS = (
@@ -34,10 +38,20 @@ def check_types(cfg: CfgNode) -> None:
     """
     for key, default in _values(get_cfg()):
         value = get_value(cfg, key)
-        if key in ("DATASETS.TRAIN", "DATASETS.TEST"):
-            default = ("my_data:train",)  # empty, it tells nothing of its elements
+        default = _EXAMPLES.get(key, default)
         if default is not None and value != default and not _is_like(value, default):
             raise refusal(key, f"of type {_type_name(default)}, such as {default!r}", value)
+
+
+def type_sentence(sentence: str) -> str:
+    """What detectron2's config says of a value of another type than the key's, in the words of ``check_types``; another
+    sentence as it is."""
+    found = re.search(r"Type mismatch .* with values \((.*) vs\. (.*)\) for config key: ([\w.]+)", sentence)
+    default = dict(_values(get_cfg())).get(found[3]) if found else None
+    if default is None:
+        return sentence
+    default = _EXAMPLES.get(found[3], default)
+    return f"{found[3]} must be of type {_type_name(default)}, such as {default!r}, got {found[2]}"
 
 
 def attempt(cfg: CfgNode, group: str, build: Callable[[CfgNode], T], overrides: Mapping[str, Any]) -> T:
