@@ -931,7 +931,8 @@ def test_scripted_and_traced_detectors(norm, fused, tmp_path):
         traced = torch.jit.trace(tracing, (images[0]["image"],), check_trace=False)
         other = torch.rand(3, 96, 64) * 255
         (found,), (expected,) = tracing.outputs_schema(traced(other)), model([{"image": other}])
-        torch.testing.assert_close(found["scores"], expected["scores"])
+        # Boxes are cut out of maps at places that roundings move.
+        torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-2)
 
 
 def test_fused_mask_head_computes_the_same():
