@@ -143,25 +143,44 @@ def unregister() -> None:
     FrozenBatchNorm2d.convert_frozen_batchnorm = _detectron2_convert_frozen
 
 
-def _with_residual(conv: Conv2d, x: Tensor, residual: Tensor) -> Tensor:
-    x = F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return conv.norm(x, residual)
-
-
 class FusedBasicBlock(resnet.BasicBlock):
     """``BasicBlock`` whose norms add the shortcut and hold the activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return _with_residual(self.conv2, self.conv1(x), shortcut)
+        shortcut = x
+        if self.shortcut is not None:
+            shortcut = self.shortcut(x)
+        x = self.conv1(x)
+        x = F.conv2d(
+            x,
+            self.conv2.weight,
+            self.conv2.bias,
+            self.conv2.stride,
+            self.conv2.padding,
+            self.conv2.dilation,
+            self.conv2.groups,
+        )
+        return self.conv2.norm(x, shortcut)
 
 
 class FusedBottleneckBlock(resnet.BottleneckBlock):
     """``BottleneckBlock`` whose norms add the shortcut and hold the activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return _with_residual(self.conv3, self.conv2(self.conv1(x)), shortcut)
+        shortcut = x
+        if self.shortcut is not None:
+            shortcut = self.shortcut(x)
+        x = self.conv2(self.conv1(x))
+        x = F.conv2d(
+            x,
+            self.conv3.weight,
+            self.conv3.bias,
+            self.conv3.stride,
+            self.conv3.padding,
+            self.conv3.dilation,
+            self.conv3.groups,
+        )
+        return self.conv3.norm(x, shortcut)
 
 
 class FusedBasicStem(resnet.BasicStem):

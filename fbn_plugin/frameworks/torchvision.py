@@ -48,7 +48,9 @@ class FusedBasicBlock(resnet.BasicBlock):
     """`BasicBlock` whose norms add the residual and hold the activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
+        identity = x
+        if self.downsample is not None:
+            identity = self.downsample(x)
         return self.bn2(self.conv2(self.bn1(self.conv1(x))), identity)
 
 
@@ -56,7 +58,9 @@ class FusedBottleneck(resnet.Bottleneck):
     """`Bottleneck` whose norms add the residual and hold the activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
+        identity = x
+        if self.downsample is not None:
+            identity = self.downsample(x)
         x = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         return self.bn3(self.conv3(x), identity)
 

@@ -18,6 +18,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall, LazyConfig, get_cfg, instantiate
+from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.layers import (
     ASPP,
     Conv2d,
@@ -813,6 +814,38 @@ def test_fused_blocks_compute_the_same(depth, fused, left):
         sum(o.square().sum() for o in outputs.values()).backward()
         results.append((outputs, {name: p.grad for name, p in model.named_parameters()}, model.state_dict()))
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+
+
+class Deployed(nn.Module):
+    """A detector as tools/deploy/export_model.py of detectron2 wraps it, whose ``Instances`` are for one process."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: tuple[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        return [each.get_fields() for each in self.model.inference(inputs, do_postprocess=False)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("norm, fused", [(SPEC, False), (SPEC, True), ("FGN(num_groups=4)", False)])
+def test_scripted_and_traced_detectors(norm, fused, tmp_path):
+    model = build_model(tiny_config(norm=norm)).eval()
+    model = Deployed(fbn_plugin.fuse_norm_act(model) if fused else model).eval()
+    kinds = {"objectness_logits": torch.Tensor, "proposal_boxes": Boxes, "pred_boxes": Boxes}
+    kinds |= dict.fromkeys(("scores", "pred_classes", "pred_masks"), torch.Tensor)
+    images = [{"image": torch.rand(3, 64, 80) * 255}]
+    with torch.no_grad():
+        torch.jit.save(scripting_with_instances(model, kinds), tmp_path / "model.ts")
+        (found,), (expected,) = torch.jit.load(tmp_path / "model.ts")(images), model(images)
+        torch.testing.assert_close(found["scores"], expected["scores"])
+        torch.testing.assert_close(found["pred_masks"], expected["pred_masks"])
+        tracing = TracingAdapter(model, images)
+        traced = torch.jit.trace(tracing, (images[0]["image"],), check_trace=False)
+        other = torch.rand(3, 96, 64) * 255
+        (found,), (expected,) = tracing.outputs_schema(traced(other)), model([{"image": other}])
+        # Boxes are cut out of maps at places that roundings move.
+        torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-2)
 
 
 def test_fused_mask_head_computes_the_same():

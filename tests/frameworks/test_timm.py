@@ -602,6 +602,29 @@ def test_fx_feature_extraction_does_not_trace_into_the_norms(name, norm_layer):
     extractor.train()(images)["bn1"].sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("norm_layer", [name for name in NAMES if name not in ("BN", "SyncBN")])
+def test_norm_and_activation_in_torchscript(norm_layer):
+    spec = norm_layer + OPTIONS.get(norm_layer, "")
+    model = trained(timm.create_model("test_efficientnet", norm_layer=spec, scriptable=True))
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(torch.jit.script(model)(images), model(images))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("block", [timm.models.resnet.BasicBlock, timm.models.resnet.Bottleneck])
+def test_models_train_in_torchscript(block, fused):
+    model = timm.models.resnet.ResNet(block, (1, 1, 1, 1), 4, norm_layer=norm_factory("FBN(t_sigma=3)")).double()
+    model = fbn_plugin.fuse_norm_act(model) if fused else model
+    scripted, images = torch.jit.script(copy.deepcopy(model)), torch.randn(2, 3, 64, 64).double()
+    for module in (model, scripted):
+        module(images).square().sum().backward()
+    grads = [{key: p.grad for key, p in module.named_parameters()} for module in (model, scripted)]
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(scripted.eval()(images), model.eval()(images))
+
+
 def test_norms_see_the_filter_in_training():
     torch.manual_seed(0)
     filtered, plain = FilteredBatchNormAct2d(4, t_sigma=2), BatchNormAct2d(4)

@@ -1,11 +1,13 @@
 """torchvision: its classification models take a norm or are converted, and feature extraction follows."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models import feature_extraction
+from torchvision.models import feature_extraction, resnet
 
 import fbn_plugin
 from fbn_plugin import NORMS, FilteredBatchNorm2d, convert_norm, norm_factory
@@ -68,6 +70,17 @@ def test_feature_extraction_sees_the_norms_as_batch_norm(norm):
     whole = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x)))))
     torch.testing.assert_close(features["layer1"], whole)
     extractor.train()(x)["fc"].sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("block", [resnet.BasicBlock, resnet.Bottleneck])
+def test_classification_models_in_torchscript(block, fused):
+    model = resnet.ResNet(block, [1, 1, 1, 1], norm_layer=norm_factory("FBN(t_sigma=4)")).double()
+    model = fbn_plugin.fuse_norm_act(model) if fused else model
+    scripted, x = torch.jit.script(copy.deepcopy(model)), torch.rand(2, 3, 64, 64).double()
+    for mode in (True, False):
+        torch.testing.assert_close(scripted.train(mode)(x), model.train(mode)(x))
 
 
 class Halved(nn.BatchNorm2d):

@@ -243,6 +243,14 @@ def test_wrong_arguments_are_named(options, words):
         small(**options)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_in_torchscript():
+    model = small(norm="FBN(t_sigma=3)", norm_fpn="FGN(num_groups=4)", norm_mask_head="FBN").eval()
+    model, (images, _) = fbn_plugin.fuse_norm_act(model), batch()
+    for expected, found in zip(model(images), torch.jit.script(model)(images)[1], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_frozen_batch_norm_is_torchvisions():
     assert {type(m) for m in small(norm="FrozenBN").backbone.body.modules() if "Norm" in type(m).__name__} == {
         FrozenBatchNorm2d
