@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fvcore.common.registry import Registry
 from torch import nn
@@ -348,6 +349,15 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
             raise _unknown(f"unknown option of {name}", key, list(defaults))
         _check_value(name, key, value, defaults[key])
     return NormSpec(name, options)
+
+
+def with_registered_name(spec: Any) -> Any:
+    """A spec string as it is stored: as it is written, but for the case of its name. What is no spec is left alone."""
+    try:
+        name = parse_spec(spec).name
+    except ValueError:
+        return spec
+    return spec.replace(spec.partition("(")[0].strip(), name, 1)
 
 
 class NormFactory(functools.partial):

@@ -29,7 +29,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fbn_plugin.frameworks import replacement
 from fbn_plugin.frameworks.detectron2_keys import add_keys, changed_keys, without_defaults
 from fbn_plugin.layers.description import FROZEN, NormDescription, describe, describe_class
-from fbn_plugin.registry import NORMS, NormFactory, matching_names, norm_factory, refuse_two
+from fbn_plugin.registry import (
+    NORMS,
+    NormFactory,
+    matching_names,
+    norm_factory,
+    refuse_two,
+    with_registered_name,
+)
 from fbn_plugin.surgery.convert import make_plain
 from fbn_plugin.surgery.fold import register_layer
 from fbn_plugin.surgery.fuse import fused, register_fuser
@@ -87,7 +94,7 @@ def canonical_norm(norm: Any) -> Any:
         known = check_norm(norm)
     except ValueError:
         return norm
-    return str(known.spec) if isinstance(known, NormFactory) else known
+    return known if isinstance(known, str) else with_registered_name(norm)
 
 
 def get_norm(norm: str | Callable | None, out_channels: int) -> nn.Module | None:

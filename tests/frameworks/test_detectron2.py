@@ -194,7 +194,7 @@ def test_names_in_any_case(tmp_path):
     assert [type(each) for each in retinanet_head("bn").cls_subnet if "Norm" in type(each).__name__] == [
         type(each) for each in retinanet_head("BN").cls_subnet if "Norm" in type(each).__name__
     ]
-    written = {"frozenbn": "FrozenBN", "Gn": "GN", "fbn( t_sigma=4)": "FBN(t_sigma=4)", "NoNorm": "NoNorm", "": ""}
+    written = {"frozenbn": "FrozenBN", "Gn": "GN", "fbn(eps=1e-3)": "FBN(eps=1e-3)", "NoNorm": "NoNorm", "": ""}
     assert {norm: adapter.canonical_norm(norm) for norm in written} == written
     (tmp_path / "config.yaml").write_text("VERSION: 2\nMODEL: {RESNETS: {NORM: fbn}, FPN: {NORM: gn}}\n")
     cfg = load_config(str(tmp_path / "config.yaml"), ["MODEL.RETINANET.NORM", "syncfbn"])

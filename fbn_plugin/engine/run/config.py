@@ -5,7 +5,6 @@ nearest known one, an integer is taken where a number is expected, and keys that
 reported, not refused.
 """
 
-import contextlib
 import difflib
 import fnmatch
 import logging
@@ -20,7 +19,7 @@ from fvcore.common.config import CfgNode
 from fbn_plugin.engine.run.checkpoint import atomic_write
 from fbn_plugin.engine.run.words import counted
 from fbn_plugin.frameworks.detectron2_keys import without_defaults
-from fbn_plugin.registry import parse_spec
+from fbn_plugin.registry import with_registered_name
 
 __all__ = ["CfgNode", "load_config", "pairs", "read_config", "refuse_changes", "save_config", "saved_config"]
 
@@ -166,8 +165,7 @@ def _coerce(key: str, value: Any, default: Any) -> Any:
     if isinstance(default, tuple) and isinstance(value, str | int | float):
         value = (value,)  # one dataset, one size
     if key.rpartition(".")[2] == "NORM":
-        with contextlib.suppress(ValueError):  # what is no spec is refused with the other values
-            value = str(parse_spec(value)) if value else value
+        value = with_registered_name(value)  # what is no spec is refused with the other values
     try:
         return _cast(value, default)
     except ValueError:

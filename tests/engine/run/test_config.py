@@ -28,7 +28,7 @@ def test_file_over_base_over_default_and_override_over_file(tmp_path):
     "key, text, value",
     [
         ("MODEL.NORM", "FBN(t_sigma=4.0)", "FBN(t_sigma=4.0)"),
-        ("MODEL.NORM", "fbn(t_sigma=4)", "FBN(t_sigma=4)"),
+        ("MODEL.NORM", "fbn(eps=1e-3)", "FBN(eps=1e-3)"),
         ("MODEL.NORM", "NoSuchNorm", "NoSuchNorm"),
         ("MODEL.NORM", "", ""),
         ("MODEL.NORM", "5", "5"),
