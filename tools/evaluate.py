@@ -38,16 +38,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """ValueError or OSError for arguments that do not go together, or an output that cannot be written."""
+    check_outputs(args.output)
+    if args.results and args.weights:
+        raise ValueError("--weights names a model to run, and --results wants none: give one of them")
+    if not args.run_dir and not (args.results and args.dataset):
+        raise ValueError("RUN_DIR is needed, or both --results and --dataset")
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the command line; return the figures of each data set."""
     args = parse_args(argv)
     output = args.output
     with user_errors():
-        check_outputs(output)
-        if args.results and args.weights:
-            raise ValueError("--weights names a model to run, and --results wants none: give one of them")
-        if not args.run_dir and not (args.results and args.dataset):
-            raise ValueError("RUN_DIR is needed, or both --results and --dataset")
+        check_args(args)
         import_modules(args.imports)  # a data set, too, may be one that a module registers
 
         from fbn_plugin.engine.data.coco_data import resolve_dataset

@@ -205,7 +205,7 @@ def check(device: str, until: float, notes: list[str]) -> list[dict]:
     cases = _cases(device)
     for what, function, case in cases:
         if time.perf_counter() > until:
-            notes.append(f"{len(cases) - len(rows)} of {counted(len(cases), 'check')} left out: the time was over")
+            notes.append(f"{len(cases) - len(rows)} of {counted(len(cases), 'check')} were left out: the time was over")
             break
         rows.append(_guarded(what, function, case, device))
     notes += [f"WRONG: {_words(row)}" for row in rows if not row["passed"]]
