@@ -21,8 +21,9 @@ from torch import nn
 from ultralytics.engine.model import Model
 
 from fbn_plugin.layers.description import describe, evaluates_by_constants, family
-from fbn_plugin.registry import NormSpec, norm_factory, norm_options, parse_spec, registered_name
+from fbn_plugin.registry import norm_factory, parse_spec, registered_name
 from fbn_plugin.surgery.convert import convert_norm
+from fbn_plugin.surgery.norm_summary import norm_spec
 
 _ultralytics_train = Model.train
 
@@ -111,15 +112,12 @@ def _registered() -> _KeepsNorms:
 
 def norms_of(model: nn.Module | None) -> dict[str, str]:
     """The norms of this package in a model, and registered ones of yours: name of the module -> spec that builds it."""
-    found = {}
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        kind = registered_name(type(module))
-        if kind is not None and family(module) is not None:
-            options = {
-                key: getattr(module, key) for key in norm_options(kind) if key != "bias" and hasattr(module, key)
-            }
-            found[name] = str(NormSpec(kind, options))
-    return found
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return {name: norm_spec(module) for name, module in modules if _is_ours(module)}
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return registered_name(type(module)) is not None and family(module) is not None
 
 
 def _put_same(norms: dict[str, str], model: nn.Module, weights: nn.Module | None) -> None:
@@ -133,7 +131,8 @@ def _put_same(norms: dict[str, str], model: nn.Module, weights: nn.Module | None
             continue
         model.set_submodule(name, convert_norm(old, spec))
     if lost:
-        warnings.warn(f"{lost} norms of the model before have no place in the one that is trained", stacklevel=2)
+        what = "norms of the model before have" if lost > 1 else "norm of the model before has"
+        warnings.warn(f"{lost} {what} no place in the one that is trained", stacklevel=2)
 
 
 def _train(self: Model, trainer: type | None = None, **kwargs):

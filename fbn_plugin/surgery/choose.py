@@ -80,11 +80,17 @@ class Choice:
         elif by_default and self.frozen:
             number, first = len(self.frozen), self.frozen[0].name
             more = "sources=('BN', 'FrozenBN') converts them too"
-            said.append(f"{number} frozen norms beside layers that train are left, such as {first!r}: {more}")
+            what = (
+                "norms beside layers that train are left, such as"
+                if number > 1
+                else "norm beside layers that train is left,"
+            )
+            said.append(f"{number} frozen {what} {first!r}: {more}")
         if self.odd:
             first = self.odd[0]
             number, where = len(self.odd), f"{first.kind} (at {first.name!r})"
-            said.append(f"{number} norms are left as they are, such as {where}: {first.reason}")
+            what = "norms are left as they are, such as" if number > 1 else "norm is left as it is,"
+            said.append(f"{number} {what} {where}: {first.reason}")
         return said
 
     def _instead(self) -> str:

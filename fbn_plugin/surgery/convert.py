@@ -447,8 +447,8 @@ def convert_sync(model: nn.Module, process_group=None, report: NormReport | None
         warnings.warn("nothing was synchronized: the model has no batch normalization", stacklevel=2)
     if local:
         name, kind = next(iter(local.items()))
-        message = f"{len(local)} batch norms are left unsynchronized, such as {kind} (at {name!r}): see the report"
-        warnings.warn(message, stacklevel=2)
+        what = "norms are left unsynchronized, such as" if len(local) > 1 else "norm is left unsynchronized,"
+        warnings.warn(f"{len(local)} batch {what} {kind} (at {name!r}): see the report", stacklevel=2)
     model, held = _swap(model, replaced)
     for remark in _told(held):
         warnings.warn(remark, stacklevel=2)

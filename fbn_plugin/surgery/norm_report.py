@@ -35,7 +35,7 @@ class NormReport:
         >>> report = fbn_plugin.NormReport()
         >>> model = fbn_plugin.convert_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), "FBN", report=report)
         >>> print(report)
-        1 norms changed, 0 left
+        1 norm changed, 0 left
           1 x BatchNorm2d -> FilteredBatchNorm2d: 1
     """
 
@@ -49,7 +49,7 @@ class NormReport:
             groups.setdefault(f"{change.old} -> {change.new}{note}", []).append(change.name)
         for left in self.left:
             groups.setdefault(f"{left.kind} left: {left.reason}", []).append(left.name)
-        lines = [f"{len(self.changed)} norms changed, {len(self.left)} left"]
+        lines = [f"{len(self.changed)} norm{'s' * (len(self.changed) != 1)} changed, {len(self.left)} left"]
         for what, names in groups.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"  {len(names)} x {what}: {', '.join(name or 'the model' for name in names[:3])}{more}")

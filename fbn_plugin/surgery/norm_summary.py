@@ -174,7 +174,7 @@ class NormSummary:
         return ", ".join(parts if self.counts["BN"] else [*parts, "0 BN"])
 
     def __str__(self) -> str:
-        lines = [f"{len(self.entries)} norms: {self.line}"]
+        lines = [f"{len(self.entries)} norm{'s' * (len(self.entries) != 1)}: {self.line}"]
         groups: dict[str, dict[str, list[str]]] = {}
         for entry in self.entries:
             state = "frozen" if entry.frozen else "trains"

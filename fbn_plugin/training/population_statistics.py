@@ -96,7 +96,7 @@ def update_population_stats(
     with evaluation_mode(model):
         found = _exact_statistics(norms, run, loader) if exact else _algorithm_2(norms, run)
     if not found:
-        raise ValueError(f"no value reached any of the {len(norms)} batch norms: is the loader empty?")
+        raise ValueError(f"no value reached a batch norm, of which there are {len(norms)}: is the loader empty?")
     _write(norms, found)
 
 

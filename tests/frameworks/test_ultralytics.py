@@ -247,7 +247,7 @@ def test_fuse_is_exact_for_the_others(registered, spec):
 def test_a_norm_without_a_place_is_told(registered):
     old = nn.Sequential(FilteredBatchNorm2d(4), FilteredBatchNorm2d(4, t_sigma=3))
     new = nn.Sequential(nn.BatchNorm2d(4))
-    with pytest.warns(UserWarning, match="1 norms of the model before have no place"):
+    with pytest.warns(UserWarning, match="1 norm of the model before has no place"):
         registered._put_same({}, new, old)
     assert type(new[0]) is FilteredBatchNorm2d and new[0].t_sigma == 5
     assert fbn_plugin.parse_spec(registered.norms_of(old)["1"]).options["t_sigma"] == 3

@@ -143,7 +143,7 @@ class Loud(nn.BatchNorm2d):
 
 def test_a_forward_of_its_own_is_left_with_a_warning_or_converted_as_it_says(monkeypatch):
     model = nn.Sequential(Loud(4), nn.BatchNorm2d(4))
-    with pytest.warns(UserWarning, match="1 norms .*Loud .*'0'"):
+    with pytest.warns(UserWarning, match="1 norm is .*Loud .*'0'"):
         convert_norm(model, "FBN")
     assert type(model[0]) is Loud and isinstance(model[1], fbn_plugin.FilteredBatchNorm2d)
 
@@ -180,7 +180,7 @@ def test_norms_inside_of_a_norm_that_is_left_are_left():
             return super().forward(input) + self.auxiliary(input)
 
     model = nn.Sequential(Split(4), nn.BatchNorm2d(4))
-    with pytest.warns(UserWarning, match="1 norms .*Split"):
+    with pytest.warns(UserWarning, match="1 norm is .*Split"):
         convert_norm(model, "FBN")
     assert type(model[0].auxiliary) is nn.BatchNorm2d
     assert type(model[1]) is fbn_plugin.FilteredBatchNorm2d
@@ -301,7 +301,7 @@ def test_groups_are_kept_and_the_same_norm_comes_back():
 
 def test_a_layer_norm_of_the_last_dimension_is_left():
     model = nn.Sequential(nn.LayerNorm(8), fbn_plugin.LayerNorm2d(8))
-    with pytest.warns(UserWarning, match=r"1 norms .* such as LayerNorm \(at '0'\): its channels are not"):
+    with pytest.warns(UserWarning, match=r"1 norm is .*, LayerNorm \(at '0'\): its channels are not"):
         convert_norm(model, "BN", sources="LN")
     assert [type(m) for m in model] == [nn.LayerNorm, nn.BatchNorm2d]
 
@@ -361,7 +361,7 @@ def test_filter_response_and_learned_norms_are_reported_and_converted():
         ("2", "LearnedNorm is not among the sources"),
     ]
     report = fbn_plugin.NormReport()
-    with pytest.warns(UserWarning, match="such as FilterResponseNorm2d"):  # its threshold is an activation
+    with pytest.warns(UserWarning, match="left as it is, FilterResponseNorm2d"):  # its threshold is an activation
         convert_norm(model, "BN", sources=("FRN", "LearnedNorm"), report=report)
     assert [type(norm).__name__ for norm in model] == [
         "BatchNorm2d",
@@ -387,7 +387,7 @@ def test_report_says_what_was_changed_and_what_was_left_and_why():
     model.add_module("group", nn.GroupNorm(2, 8))
     model.add_module("loud", Loud(8))
     report = fbn_plugin.NormReport()
-    with pytest.warns(UserWarning, match="such as Loud .*give the class a `description`"):
+    with pytest.warns(UserWarning, match="left as it is, Loud .*give the class a `description`"):
         assert convert_norm(model, "GN(num_groups=4)", report=report) is model
     assert [c.name for c in report.changed] == ["1", "3.1", "7"]
     assert str(report) == (
@@ -571,7 +571,7 @@ def test_a_class_that_is_not_known_is_told_and_can_be_registered():
             self.weight = nn.Parameter(self._buffers.pop("weight"))  # so it is not taken for a frozen norm
 
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Unknown(4), Theirs(4))
-    with pytest.warns(UserWarning, match=r"1 norms .*Unknown \(at '1'\): .*not known.*fbn_plugin.register_converter"):
+    with pytest.warns(UserWarning, match=r"1 norm is .*Unknown \(at '1'\): .*not known.*fbn_plugin.register_converter"):
         convert_norm(nn.Sequential(*model, nn.BatchNorm2d(4)), "FBN", sources="BN")
     with pytest.warns(UserWarning, match=r"Theirs \(at '0'\): .*fbn_plugin.register_converter"):
         convert_norm(nn.Sequential(Theirs(4)), "FBN", sources="FrozenBN")

@@ -264,7 +264,7 @@ def test_empty_inputs_of_a_norm_are_no_batches(exact):
 @pytest.mark.parametrize("exact", [False, True])
 def test_bad_input_gets_one_sentence(exact):
     norm = nn.BatchNorm2d(3).double()
-    with pytest.raises(ValueError, match="1 batch norms.*loader"):
+    with pytest.raises(ValueError, match="batch norm.* 1: .*loader"):
         update_population_stats(norm, [], exact=exact)
     with pytest.raises(ValueError, match="training mode.*model.train"):
         update_population_stats(copy.deepcopy(norm).eval(), batches(4), exact=exact)
