@@ -95,6 +95,14 @@ def formula(
         options = options._replace(grad_mode="exact")
     elif options.grad_mode == "paper" and not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return _Printed.apply(x, weight, bias, residual, options)
+    return standard(x, weight, bias, residual, options)
+
+
+def standard(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """:func:`formula` by standard operators and nothing else, for graphs; of the printed gradient it has the first
+    derivative alone."""
     y, moments = reference.formula(x, weight, bias, residual, options)
     return y, torch.stack([moment.detach() for moment in moments])
 

@@ -143,6 +143,11 @@ def _norm_formula(x, weight, bias, residual, *options):
     return derivatives.formula(x, weight, bias, residual, Options(*options))
 
 
+def _norm_in_graphs(x, weight, bias, residual, *options):
+    _check(x, weight, bias, residual)
+    return derivatives.standard(x, weight, bias, residual, Options(*options))
+
+
 def _gradient_formula(grad, x, weight, bias, other, _, *options):
     dx, d_weight, d_bias, dz = reference.gradient_formula(grad, x, weight, bias, other, Options(*options))
     return dx, d_weight, d_bias, x.new_empty(0) if dz is None else dz
@@ -181,7 +186,7 @@ def decompositions() -> dict[Callable, Callable]:
         >>> "fbn_plugin" in graph(torch.randn(2, 4, 8, 8)).code
         False
     """
-    return {_filtered_norm: _norm_formula, _filtered_norm_backward: _gradient_formula}
+    return {_filtered_norm: _norm_in_graphs, _filtered_norm_backward: _gradient_formula}
 
 
 def normalize(

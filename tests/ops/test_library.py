@@ -66,6 +66,20 @@ def test_decompositions_are_the_operators(mode):
         torch.testing.assert_close(graph(*arguments), step(*arguments))
 
 
+@pytest.mark.parametrize("mode", ["exact", "paper"])
+def test_a_decomposed_graph_can_be_trained(mode):
+    """By autograd, which differentiates the standard operators."""
+    x, weight, bias, _ = act_inputs(shape=(4, 4, 5, 5))
+
+    def call(x):
+        return filtered_batch_norm(x, weight=weight.detach(), bias=bias.detach(), training=True, grad_mode=mode)
+
+    graph = make_fx(call, decomposition_table=decompositions())(x.detach())
+    assert "fbn_plugin" not in graph.code
+    got, expected = (torch.autograd.grad(f(x).sin().sum(), x) for f in (graph, call))
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("activation, add", [("relu", True), ("silu", True), ("identity", True), ("relu", False)])
 @pytest.mark.parametrize("kernels", [False, True])
 def test_operator_contracts_with_an_activation(activation, add, kernels, monkeypatch):
