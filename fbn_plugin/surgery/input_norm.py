@@ -5,10 +5,10 @@ What differs between the frameworks, where the fixed values stand, is theirs, se
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers import InputNorm2d
@@ -88,9 +88,10 @@ def prepend_to_call(model: nn.Module, build: Builder) -> None:
         model.register_forward_pre_hook(_normalize_batch)
 
 
-def _normalize_batch(model: nn.Module, args: tuple) -> tuple[Any, ...]:
-    images, *others = args
-    return (model.input_norm(images), *others)
+def _normalize_batch(self, args: tuple[Tensor]) -> tuple[Tensor]:  # types for TorchScript: others may follow
+    if is_scripting():
+        return (self.input_norm(args[0]),)
+    return (self.input_norm(args[0]),) + args[1:]  # noqa: RUF005, as TorchScript knows no star
 
 
 def normalize_images(norm: InputNorm2d, images: Sequence[Tensor]) -> list[Tensor]:

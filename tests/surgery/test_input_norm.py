@@ -260,3 +260,19 @@ def test_converting_the_norms_leaves_a_scale_without_shift():
     model = convert_norm(prepend_input_norm(small_net()), "FBN")
     assert model.input_norm.bias is None and model.input_norm.weight[0].item() == pytest.approx(0.058)
     model(torch.rand(2, 3, 8, 8))
+
+
+class Called(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, images):
+        return self.conv(images)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_a_model_in_torchscript():
+    model, images = prepend_input_norm(Called()).eval(), torch.rand(2, 3, 8, 8)
+    model.input_norm.running_mean.fill_(0.5)
+    torch.testing.assert_close(torch.jit.script(model)(images), model(images))
