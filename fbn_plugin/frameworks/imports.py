@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 _waiting: dict[str, list[Callable[[], object]]] = {}
 
@@ -78,11 +77,3 @@ def _watch() -> None:
         sys.meta_path.insert(0, _watcher)
     elif not _waiting and _watcher in sys.meta_path:
         sys.meta_path.remove(_watcher)
-
-
-def rebind(old: Any, new: Any) -> None:
-    """Put ``new`` in the place of ``old`` in every loaded module that holds it, but not in this package's."""
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and not module.__name__.startswith("fbn_plugin."):
-            for name in [name for name, value in vars(module).items() if value is old]:
-                setattr(module, name, new)

@@ -17,7 +17,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from fbn_plugin import internals
-from fbn_plugin.frameworks.imports import after_import, forget, rebind
+from fbn_plugin.frameworks import replacement
+from fbn_plugin.frameworks.imports import after_import, forget
 from fbn_plugin.layers.description import describe, family
 from fbn_plugin.registry import NORMS, NormSpec, norm_factory, norm_options, parse_spec, registered_classes
 from fbn_plugin.surgery.convert import convert_sync, make_plain
@@ -69,14 +70,14 @@ def convert_sync_batchnorm(module: nn.Module, implementation: str = "torch") -> 
     itself by name for every child, so that this one sees every module."""
     if type(module) in registered_classes() and family(module) == "BN":
         return convert_sync(module)
-    return _theirs["mmengine.model.convert_sync_batchnorm"](module, implementation)
+    return replacement.original("mmengine.model.convert_sync_batchnorm")(module, implementation)
 
 
 def fuse_conv_bn(module: nn.Module) -> nn.Module:
     """mmcv's function, for norms whose scale is more than their weight, too."""
     for each in module.modules():
         make_plain(each)
-    return _theirs["mmcv.cnn.fuse_conv_bn"](module)
+    return replacement.original("mmcv.cnn.fuse_conv_bn")(module)
 
 
 def _efficient_forward(name: str) -> Callable[[nn.Module, nn.Module, Tensor], Tensor]:
@@ -86,7 +87,7 @@ def _efficient_forward(name: str) -> Callable[[nn.Module, nn.Module, Tensor], Te
     def efficient_conv_bn_eval_forward(bn: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
         description = describe(bn)
         if description is not None and description.keeps_meaning:
-            return _theirs[name](bn, conv, x)
+            return replacement.original(name)(bn, conv, x)
         return bn(type(conv).forward(conv, x))  # conv.forward itself may be this function at the moment
 
     return efficient_conv_bn_eval_forward
@@ -101,14 +102,11 @@ _OURS = {
     "mmcv.cnn.fuse_conv_bn": fuse_conv_bn,
     **{name: _efficient_forward(name) for name in _EFFICIENT},
 }
-_theirs: dict[str, Callable] = {}  # by the same names, as far as they have been imported
 
 
 def _replace(name: str) -> None:
-    theirs = internals.optional(name)
-    if theirs not in (None, _OURS[name]):
-        _theirs[name] = theirs
-        rebind(theirs, _OURS[name])
+    if internals.optional(name) is not None:
+        replacement.replace(name, _OURS[name])
 
 
 # Both packages are large and import only what a program asks for, so each is entered when it is there.
@@ -143,5 +141,5 @@ def unregister() -> None:
         NORMS.listeners.remove(_enter)
     for module, replace in _ENTERED.values():
         forget(module, replace)
-    for name, theirs in _theirs.items():
-        rebind(_OURS[name], theirs)
+    for name in _OURS:
+        replacement.restore(name)

@@ -62,17 +62,6 @@ def test_a_module_that_fails_is_waited_for_again(package):
     assert calls == [1]
 
 
-def test_rebinds_in_loaded_modules(package):
-    inner = importlib.import_module("latecomer.inner")
-    theirs, user = inner.theirs, type(sys)("user_of_latecomer")
-    user.alias, sys.modules[user.__name__] = theirs, user
-    try:
-        imports.rebind(theirs, len)
-        assert inner.theirs is len and user.alias is len
-    finally:
-        del sys.modules[user.__name__]
-
-
 def test_register_imports_none_of_them_and_each_is_entered_when_it_is_imported():
     """In a process of its own, which has imported nothing."""
     code = """
@@ -87,7 +76,7 @@ assert not new & {*LATE, "mmcv", "cv2"}, new
 if "mmengine" in names and importlib.util.find_spec("mmcv"):
     from mmcv.cnn import build_norm_layer, fuse_conv_bn
     assert type(build_norm_layer({"type": "FBN"}, 8)[1]) is fbn_plugin.FilteredBatchNorm2d
-    assert fuse_conv_bn.__module__ == "fbn_plugin.frameworks.mmengine"
+    assert hasattr(fuse_conv_bn, "__wrapped__")
 if "ultralytics" in names:
     from ultralytics import YOLO
     assert YOLO.train.__globals__["__name__"] == "fbn_plugin.frameworks.ultralytics"
