@@ -60,13 +60,14 @@ def _builders() -> list[str]:
 _BUILDERS = _builders()
 
 
-def _build(build: Callable[..., nn.Module], *args: Any, norm_layer: Any = None, **kwargs: Any) -> nn.Module:
+def _build(build: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
     """Call a builder of torchvision's, and give the model the norm that it would not take."""
     name = build.__name__
+    if not isinstance(kwargs.get("norm_layer"), str) and not _swallows(build):
+        return build(*args, **kwargs)  # None has a meaning to some, as plain batch norms in place of frozen ones
+    norm_layer = kwargs.pop("norm_layer", None)
     if norm_layer is None:
         return build(*args, **kwargs)
-    if not isinstance(norm_layer, str) and not _swallows(build):
-        return build(*args, norm_layer=norm_layer, **kwargs)
     if not isinstance(norm_layer, str) and not callable(norm_layer):
         raise ValueError(f"norm_layer of {name} must be a spec such as 'FBN' or a callable, got {norm_layer!r}")
     factory = norm_factory(norm_layer) if isinstance(norm_layer, str) else norm_layer
@@ -95,7 +96,7 @@ def _refusing(cls: type[nn.Module]) -> Callable[..., None]:
 
     @functools.wraps(_detectors_init[cls])
     def __init__(self, *args, **kwargs) -> None:
-        if "norm_layer" in kwargs:
+        if kwargs.get("norm_layer") is not None:
             what = "its backbone is built already: give norm_layer to what builds it, or convert_norm the detector"
             raise ValueError(f"{cls.__name__} takes no norm_layer, as {what}")
         _detectors_init[cls](self, *args, **kwargs)

@@ -91,8 +91,10 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
 
 
 def _make_up_for_eps(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Where a frozen norm has an eps of 0 and a new one that trains another, let the scale keep the evaluation."""
-    if _has_no_eps(old) and family(new) == "BN" and getattr(new, "weight", None) is not None:
+    """Where a frozen norm has an eps of 0 and a new one that trains another, let the scale keep the evaluation, if that
+    goes by running statistics."""
+    parts = [getattr(new, name, None) for name in ("weight", "running_var")]
+    if _has_no_eps(old) and family(new) == "BN" and all(part is not None for part in parts):
         with torch.no_grad():
             scale = ((new.running_var + new.eps) / new.running_var).sqrt()
             new.weight.mul_(torch.where(new.running_var > 0, scale, 1))

@@ -315,3 +315,12 @@ def test_backbones_with_a_pyramid_take_a_spec(registered):
         backbone_name="resnet18", weights=None, norm_layer="FBN", trainable_layers=4
     )
     assert summarize(backbone).line == "19 FBN(t_sigma=5), 1 FrozenBN, 0 BN"
+
+
+def test_none_means_what_it_means_to_torchvision(registered):
+    """To the builders of backbones plain batch norms, in place of the frozen ones that are their default."""
+    build = functools.partial(detection.backbone_utils.resnet_fpn_backbone, backbone_name="resnet18", weights=None)
+    with torch.device("meta"):
+        assert lines(build, None) == ["15 BN, 5 BN with frozen weights"]
+        assert summarize(build()).line == "20 FrozenBN, 0 BN"
+        detection.FasterRCNN(HELD().backbone, 2, norm_layer=None)

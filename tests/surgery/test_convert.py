@@ -638,6 +638,8 @@ def test_an_eps_of_zero_is_not_thawed():
     torch.testing.assert_close(norm.eval()(x)[:, :3], frozen(x)[:, :3])
     assert norm.train()(torch.zeros(2, 4, 3, 3)).isfinite().all()
     assert convert_norm(copy.deepcopy(frozen), "FrozenBN", sources="FrozenBN").eps == 0
+    by_batch = convert_norm(copy.deepcopy(frozen), "FBN(track_running_stats=False)", sources="FrozenBN")
+    assert by_batch.running_var is None and torch.equal(by_batch.weight, frozen.weight)
 
 
 # --- norms that are held outside of the modules --------------------------------------------------------------------
