@@ -10,6 +10,7 @@ Where mmcv and mmengine read weight and bias of a batch norm, or make it a synch
 """
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -17,6 +18,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from fbn_plugin import internals
+from fbn_plugin.adapters import register_loader
 from fbn_plugin.frameworks import replacement
 from fbn_plugin.frameworks.imports import after_import, forget
 from fbn_plugin.layers.description import describe, family
@@ -120,7 +122,9 @@ def _know_layers() -> None:
         register_layer(cls)
 
 
-after_import("mmcv.cnn", _know_layers)
+register_loader("mmcv.cnn", _know_layers)
+if "mmcv.cnn" in sys.modules:
+    _know_layers()
 
 
 def register() -> None:

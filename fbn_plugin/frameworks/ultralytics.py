@@ -21,9 +21,9 @@ from torch import nn
 from ultralytics.engine.model import Model
 
 from fbn_plugin.layers.description import describe, evaluates_by_constants, family
-from fbn_plugin.registry import norm_factory, parse_spec, registered_name
+from fbn_plugin.registry import NormSpec, norm_factory, parse_spec, registered_name
 from fbn_plugin.surgery.convert import convert_norm
-from fbn_plugin.surgery.norm_summary import norm_spec
+from fbn_plugin.surgery.norm_summary import norm_kind, norm_settings
 
 _ultralytics_train = Model.train
 
@@ -111,9 +111,10 @@ def _registered() -> _KeepsNorms:
 
 
 def norms_of(model: nn.Module | None) -> dict[str, str]:
-    """The norms of this package in a model, and registered ones of yours: name of the module -> spec that builds it."""
+    """The norms of this package in a model, and registered ones of yours: name of the module -> spec that builds it,
+    with all options, as a conversion takes what a spec leaves out from the norm before."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    return {name: norm_spec(module) for name, module in modules if _is_ours(module)}
+    return {name: str(NormSpec(norm_kind(norm), norm_settings(norm))) for name, norm in modules if _is_ours(norm)}
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -66,13 +66,18 @@ def test_register_imports_none_of_them_and_each_is_entered_when_it_is_imported()
     """In a process of its own, which has imported nothing."""
     code = """
 import importlib.util, sys, fbn_plugin
-from fbn_plugin.frameworks import FRAMEWORKS, LATE
+from fbn_plugin.frameworks import FRAMEWORKS, LATE, imports
 before = set(sys.modules)
 names = fbn_plugin.register()
 assert names == fbn_plugin.register()
 assert [name for name in FRAMEWORKS if importlib.util.find_spec(name)] == names
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not new & {*LATE, "mmcv", "cv2"}, new
+if "mmengine" in names:
+    import mmengine.registry
+    fbn_plugin.unregister()
+    assert imports._watcher not in sys.meta_path, imports._waiting
+    fbn_plugin.register()
 if "mmengine" in names and importlib.util.find_spec("mmcv"):
     from mmcv.cnn import build_norm_layer, fuse_conv_bn
     assert type(build_norm_layer({"type": "FBN"}, 8)[1]) is fbn_plugin.FilteredBatchNorm2d
@@ -85,6 +90,7 @@ if "transformers" in names:
     assert PreTrainedModel.post_init.__globals__["__name__"] == "fbn_plugin.frameworks.huggingface"
 fbn_plugin.unregister()
 fbn_plugin.unregister()
+assert imports._watcher not in sys.meta_path, imports._waiting
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -251,3 +251,12 @@ def test_a_norm_without_a_place_is_told(registered):
         registered._put_same({}, new, old)
     assert type(new[0]) is FilteredBatchNorm2d and new[0].t_sigma == 5
     assert fbn_plugin.parse_spec(registered.norms_of(old)["1"]).options["t_sigma"] == 3
+
+
+@pytest.mark.parametrize("name", [name for name, _ in fbn_plugin.NORMS if name not in ("BN", "SyncBN", "GN")])
+def test_the_norms_of_a_model_are_built_again_with_all_options(registered, name):
+    """Those at their default too, which are not YOLO's."""
+    old = nn.Sequential(fbn_plugin.get_norm(name, 4))
+    new = nn.Sequential(nn.BatchNorm2d(4, eps=1e-3, momentum=0.03))
+    registered._put_same(registered.norms_of(old), new, None)
+    assert repr(new) == repr(old)
