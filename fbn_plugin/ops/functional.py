@@ -87,14 +87,14 @@ def _batch_norm(
             "running_mean wants a gradient, so it is no running mean: the order is that of F.batch_norm, running_mean "
             "and running_var before weight and bias"
         )
-    if training:
-        running = running_mean, running_var
-        y = eager.hosted(x, weight, bias, residual, *running, momentum, num_batches, options)
-        if y is not None:
-            return y
-    if not training or options.t_sigma == math.inf or x.numel() == 0:
-        running = running_mean, running_var
-        y = plain.batch_norm(x, *running, weight, bias, training, momentum, options.eps, num_batches)
+    if not training:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, options.eps)
+        return _activate(y, residual, options)
+    y = eager.hosted(x, weight, bias, residual, running_mean, running_var, momentum, num_batches, options)
+    if y is not None:
+        return y
+    if options.t_sigma == math.inf or x.numel() == 0:
+        y = plain.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, options.eps, num_batches)
         return _activate(y, residual, options)
     check_batch(x, weight, bias, running_mean, running_var)
     running = None
