@@ -50,7 +50,7 @@ def register() -> list[str]:
     mmengine, Transformers and Ultralytics are not imported for it: they get theirs when the program imports them.
 
     With or without a framework, ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` warns from now on if it is given
-    filtered norms, whose filter it drops.
+    filtered norms, whose filter it drops, and ``torch.ao.quantization.fuse_modules`` takes the norms of this package.
 
     Returns:
         The names of the frameworks, out of ``detectron2``, ``timm``, ``torchvision``, ``mmengine``, ``transformers``
