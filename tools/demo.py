@@ -97,8 +97,8 @@ def main(args=None) -> None:
     name = Path(args.data).resolve().name if args.data else "digits_on_photos"
     output = args.output / name
     with user_errors():
-        from fbn_plugin.engine.data.coco_data import resolve_dataset
         from fbn_plugin.engine.data.demo_data import make_digits_on_photos
+        from fbn_plugin.engine.data.named_sets import resolve_dataset
         from fbn_plugin.engine.reports.report import ap_table, write_report
 
         folder = args.data or make_digits_on_photos(output / "data")

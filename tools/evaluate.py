@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         check_args(args)
         import_modules(args.imports)  # a data set, too, may be one that a module registers
 
-        from fbn_plugin.engine.data.coco_data import resolve_dataset
+        from fbn_plugin.engine.data.named_sets import resolve_dataset
         from fbn_plugin.engine.reports.evaluation import (
             averages_note,
             evaluate_weights,

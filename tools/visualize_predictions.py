@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
             raise ValueError(f"--threshold must be from 0 to 1, got {args.threshold}")
         import_modules(args.imports)
 
-        from fbn_plugin.engine.data.coco_data import resolve_dataset
+        from fbn_plugin.engine.data.named_sets import resolve_dataset
         from fbn_plugin.engine.reports.evaluation import read_detections
         from fbn_plugin.engine.reports.pictures import draw_detections, find_images, spread_images
         from fbn_plugin.engine.run.checkpoint import atomic_write

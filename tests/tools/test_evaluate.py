@@ -13,8 +13,8 @@ import torch
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 
-from fbn_plugin.engine.data.coco_data import resolve_dataset
 from fbn_plugin.engine.data.coco_eval import evaluate_coco
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 
 ROOT = Path(__file__).parents[2]
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")

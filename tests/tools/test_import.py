@@ -32,7 +32,7 @@ class {name}(nn.BatchNorm2d):
 DATA = """
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from fbn_plugin.engine.data.coco_data import resolve_dataset
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.detectron2.data import records
 
 for split in ("train", "val"):

@@ -350,7 +350,7 @@ def test_adjusts_the_config_to_data_and_machine(tool, folder, capsys, tmp_path, 
 
 @pytest.mark.detectron2
 def test_odd_annotations(tool, folder):
-    from fbn_plugin.engine.data.coco_data import resolve_dataset
+    from fbn_plugin.engine.data.named_sets import resolve_dataset
     from fbn_plugin.engine.detectron2.data import records as read
 
     data = resolve_dataset(f"{folder}:train")
@@ -369,7 +369,7 @@ def test_records_are_detectron2s(tool, real_data, name, split):
     """Where detectron2's own loader takes a file, it finds the same in it."""
     from detectron2.data.datasets import load_coco_json
 
-    from fbn_plugin.engine.data.coco_data import resolve_dataset
+    from fbn_plugin.engine.data.named_sets import resolve_dataset
     from fbn_plugin.engine.detectron2.data import records
 
     data = resolve_dataset(f"{real_data(name)}:{split}")

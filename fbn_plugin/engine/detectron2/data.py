@@ -17,10 +17,11 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_utils
 from torch.utils.data import DataLoader
 
-from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
+from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
 from fbn_plugin.engine.data.decoding import UNREADABLE
 from fbn_plugin.engine.data.loaders import training_loader
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.data.sampling import repeat_factors
 from fbn_plugin.engine.detectron2.registered import has_file, own_names, registered_dataset
 from fbn_plugin.engine.run import distributed

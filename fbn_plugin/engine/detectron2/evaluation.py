@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.data.coco_data import CocoDataset, resolve_dataset
+from fbn_plugin.engine.data.coco_data import CocoDataset
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.reports.evaluation import read_detections, score_detections
 from fbn_plugin.engine.run.run_folder import Run
 

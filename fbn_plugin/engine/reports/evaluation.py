@@ -37,7 +37,7 @@ def evaluate_weights(
     Args:
         run: whose ``config.yaml`` describes the model.
         weights: a checkpoint of that model.
-        datasets: names, see ``resolve_dataset``.
+        datasets: names, see ``named_sets.resolve_dataset``.
         evaluate: the run's engine: given the run, a data set's name, overrides of the run's config and a folder for
             what it writes, it returns the AP.
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from fbn_plugin.engine.data.coco_data import Augmentation, CocoDataset, CocoDetection, resolve_dataset
+from fbn_plugin.engine.data.coco_data import Augmentation, CocoDataset, CocoDetection
 from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
 from fbn_plugin.engine.data.loaders import data_loader, training_loader
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.data.sampling import repeat_factors
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.config import CfgNode

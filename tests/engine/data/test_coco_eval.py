@@ -9,8 +9,9 @@ import pytest
 import torch
 from pycocotools.cocoeval import COCOeval
 
-from fbn_plugin.engine.data.coco_data import CocoDataset, CocoDetection, resolve_dataset
+from fbn_plugin.engine.data.coco_data import CocoDataset, CocoDetection
 from fbn_plugin.engine.data.coco_eval import coco_results, evaluate_coco, metric_names
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

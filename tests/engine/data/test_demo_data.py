@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from fbn_plugin.engine.data.coco_data import resolve_dataset
 from fbn_plugin.engine.data.demo_data import IMAGE_SIZE, LEAST_VISIBLE, make_digits_on_photos
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
-from fbn_plugin.engine.data.coco_data import resolve_dataset
 from fbn_plugin.engine.data.coco_eval import evaluate_coco
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 pytestmark = pytest.mark.detectron2

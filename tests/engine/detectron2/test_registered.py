@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as mask_utils
 
-from fbn_plugin.engine.data.coco_data import resolve_dataset
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 pytestmark = [pytest.mark.detectron2, pytest.mark.usefixtures("forgotten")]

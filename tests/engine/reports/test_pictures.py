@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fbn_plugin.engine.data.coco_data import resolve_dataset
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.reports import pictures
 from fbn_plugin.engine.run.cli import UserError
 

@@ -8,8 +8,8 @@ import re
 import pytest
 from PIL import Image
 
-from fbn_plugin.engine.data.coco_data import resolve_dataset
 from fbn_plugin.engine.data.demo_data import make_digits_on_photos
+from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.reports.report import ap_table, write_report
 from fbn_plugin.engine.run.cli import format_table
 
