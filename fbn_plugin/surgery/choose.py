@@ -109,7 +109,7 @@ class Choice:
 _BY_NAME = ("include does not name it", "exclude names it")
 
 
-def choose(model: nn.Module, sources: tuple[str, ...], include: tuple, exclude: tuple, thaw: bool) -> Choice:
+def choose_norms(model: nn.Module, sources: tuple[str, ...], include: tuple, exclude: tuple, thaw: bool) -> Choice:
     """Choose the norms of some families by name.
 
     Args:

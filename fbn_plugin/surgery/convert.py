@@ -21,7 +21,7 @@ from fbn_plugin.layers.description import (
     outer_batch_norm,
 )
 from fbn_plugin.registry import NormFactory, NormSpec, norm_factory, norm_options
-from fbn_plugin.surgery.choose import as_tuple, check_sources, choose, why_left
+from fbn_plugin.surgery.choose import as_tuple, check_sources, choose_norms, why_left
 from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
 from fbn_plugin.surgery.norm_summary import norm_kind, norm_settings, num_channels
 from fbn_plugin.surgery.references import replace_references
@@ -326,7 +326,9 @@ def convert_norm(
         'BatchNorm2d'
     """
     load_adapters()
-    choice = choose(model, check_sources(sources), as_tuple("include", include), as_tuple("exclude", exclude), thaw)
+    choice = choose_norms(
+        model, check_sources(sources), as_tuple("include", include), as_tuple("exclude", exclude), thaw
+    )
     factories = {dims: norm_factory(spec, dims) for dims in (1, 2, 3)}
     replaced, changed = {}, []
     for module, name in choice.chosen.items():
@@ -376,7 +378,7 @@ def replace_norms(model: nn.Module, build: Callable[[int], nn.Module], sources: 
     Returns:
         ``model``, changed in place.
     """
-    choice = choose(model, check_sources(sources), (), (), thaw=False)
+    choice = choose_norms(model, check_sources(sources), (), (), thaw=False)
     replaced = {}
     for old in choice.chosen:
         new = build(_num_channels(old))
