@@ -163,6 +163,18 @@ def describe(module: nn.Module) -> NormDescription | None:
     return FROZEN if all(name in module._buffers for name in keys) else None
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a forward was put on a module that is not its class's."""
+    own = vars(module).get("forward")  # who replaces it for one call puts the class's back there
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module computes something besides what its class does: by hooks, or by a forward that was put on it."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return is_replaced(module) or any(getattr(module, name) for name in names)
+
+
 def has_known_forward(cls: type) -> bool:
     """Whether a class computes what its description, which may be that of a class it derives from, says."""
     found = _describing(cls)

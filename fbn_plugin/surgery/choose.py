@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fbn_plugin.layers.description import describe, families, family, has_known_forward
+from fbn_plugin.layers.description import describe, families, family, has_known_forward, is_replaced
 from fbn_plugin.surgery.norm_report import NormLeft
 from fbn_plugin.surgery.norm_summary import LAZY, OWN_FORWARD, SCRIPTED, UNKNOWN, is_scripted, norm_names
 from fbn_plugin.surgery.stages import frozen_layer
@@ -39,6 +39,8 @@ def why_left(module: nn.Module) -> str | None:
     description = describe(module)
     if description is None or not has_known_forward(type(module)):
         return OWN_FORWARD
+    if is_replaced(module):
+        return "its forward was replaced on this very module, and what that computes is not known"
     if isinstance(module, LazyModuleMixin):
         return LAZY
     if description.evaluation == "image":

@@ -18,7 +18,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from fbn_plugin.adapters import load_adapters
-from fbn_plugin.layers.description import describe, eval_affine, evaluates_by_constants, family, has_known_forward
+from fbn_plugin.layers.description import (
+    describe,
+    eval_affine,
+    evaluates_by_constants,
+    family,
+    has_hooks,
+    has_known_forward,
+    is_replaced,
+)
 from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
 from fbn_plugin.surgery.references import holders
 from fbn_plugin.training.evaluation_modes import device_of
@@ -41,11 +49,6 @@ def register_layer(module_type: type[nn.Module], *then: str) -> None:
     _LAYERS[module_type.forward] = then
 
 
-def _hooked(module: nn.Module) -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names)
-
-
 def _why_not_norm(norm: nn.Module) -> str | None:
     description = describe(norm)
     if not evaluates_by_constants(norm):
@@ -56,7 +59,7 @@ def _why_not_norm(norm: nn.Module) -> str | None:
         return "its evaluation is not known to be a scale and shift of each channel"
     if norm.training and description.family != "FrozenBN":
         return "it is in training mode"
-    return "it has hooks" if _hooked(norm) else None
+    return "it has hooks or another forward" if has_hooks(norm) else None
 
 
 def _why_not_layer(layer: nn.Module, scale: Tensor, before: bool) -> str | None:
@@ -65,7 +68,7 @@ def _why_not_layer(layer: nn.Module, scale: Tensor, before: bool) -> str | None:
     width = "in" if before else "out"
     if len(scale) != getattr(layer, f"{width}_channels", getattr(layer, f"{width}_features", None)):
         return f"the {type(layer).__name__} beside it has other channels"
-    return f"the {type(layer).__name__} beside it has hooks" if _hooked(layer) else None
+    return f"the {type(layer).__name__} beside it has hooks or another forward" if has_hooks(layer) else None
 
 
 def _set(layer: nn.Module, weight: Tensor, bias: Tensor) -> str | None:
@@ -124,7 +127,7 @@ class _Tracer(fx.Tracer):
         self.failed: nn.Module | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        stop = type(m) in self.opaque or type(m).forward in _LAYERS or family(m) is not None or _hooked(m)
+        stop = type(m) in self.opaque or type(m).forward in _LAYERS or family(m) is not None or has_hooks(m)
         return stop or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m, forward, args, kwargs):
@@ -149,6 +152,10 @@ def _graphs(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
         root = waiting.pop(0)
         if root in done or family(root) is not None or type(root).forward in _LAYERS:
             continue
+        if is_replaced(root):  # what is traced is that of the class
+            done.add(root)
+            waiting.extend(root.children())
+            continue
         tracer, before = _Tracer(opaque), _memory(root)
         try:
             defaults = {
@@ -169,7 +176,7 @@ def _graphs(model: nn.Module) -> Iterator[tuple[nn.Module, fx.Graph]]:
             waiting.insert(0, root)
             continue
         done.add(root)
-        inner = root.children() if failed is root else (m for m in root.modules() if type(m) in opaque or _hooked(m))
+        inner = root.children() if failed is root else (m for m in root.modules() if type(m) in opaque or has_hooks(m))
         waiting.extend(inner)
 
 
@@ -300,9 +307,9 @@ def fold_norms(model: nn.Module, *, example: Any = None, report: NormReport | No
     the norm held one, so all other modules keep their names. Outputs agree to the rounding of the weights' precision.
 
     A norm is left where that would not be exact: another operation also uses the layer's output, one of the two is used
-    in other places too, either has hooks, the norm is also in a plain list or the like of a module, or the layer's
-    weight is parametrized. Norms that take moments of their input
-    in evaluation are left as well: GN, LN, IN, and batch norms without running statistics.
+    in other places too, either has hooks or another forward than its class, the norm is also in a plain list or the
+    like of a module, or the layer's weight is parametrized. Norms that take moments of their input in evaluation are
+    left as well: GN, LN, IN, and batch norms without running statistics.
 
     The model's forward pass is traced with symbolic inputs and the defaults of its optional arguments. In a model that
     cannot be traced as a whole, a module that can is taken to be called as a whole: if code outside of it calls a

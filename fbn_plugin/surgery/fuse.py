@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fbn_plugin.adapters import load_adapters
+from fbn_plugin.layers.description import has_hooks
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNorm2d
 from fbn_plugin.layers.filtered_batch_norm_act import FilteredBatchNormAct2d, activation_of
 from fbn_plugin.surgery.convert import copy_norm_state
@@ -28,7 +29,7 @@ def register_fuser(module_type: type[nn.Module], fuser: Callable[[nn.Module], No
 def fused(norm: nn.Module, activation: Callable) -> FilteredBatchNormAct2d | None:
     """``norm`` and ``activation`` as one layer with the state of ``norm``; None if they are no pair that can be."""
     known = activation_of(activation)
-    if type(norm) is not FilteredBatchNorm2d or known is None:
+    if type(norm) is not FilteredBatchNorm2d or has_hooks(norm) or known is None:
         return None
     names = ("num_features", "eps", "momentum", "affine", "track_running_stats", "gamma_init")
     options = {name: getattr(norm, name) for name in names}
@@ -66,7 +67,7 @@ def fuse_norm_act(model: nn.Module) -> nn.Module:
     and residual in the ResNets of timm, torchvision and detectron2.
 
     Parameters, statistics and ``state_dict`` keys stay; parameters stay the same objects. The activation modules are no
-    longer called; one that has a hook is not fused. Freeze norms before, not after: what turns a batch norm into a
+    longer called; what has a hook is not fused. Freeze norms before, not after: what turns a batch norm into a
     frozen one does not know that this one holds an activation.
 
     Args:

@@ -28,13 +28,13 @@ def replace_references(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -
 
 
 def holders(model: nn.Module, sought: Iterable[nn.Module]) -> list[str]:
-    """The names of the attributes that hold one of these modules outside of the tree."""
+    """The names of the attributes that hold one of these modules outside of the tree, but for what holds itself."""
     sought = set(sought)
     return [
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()
         for name, value in _attributes(module)
-        if any(each in sought for each in _held(value, set()))
+        if any(each in sought and each is not module for each in _held(value, set()))
     ]
 
 

@@ -552,6 +552,13 @@ def test_lazy_norms_are_to_run_once():
     assert kinds(convert_norm(model, "FBN")) == ["FBN"]
 
 
+def test_a_norm_whose_forward_was_replaced_is_left():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[1].forward = lambda x: 2 * x
+    with pytest.warns(UserWarning, match=r"1 norm is left as it is, BatchNorm2d \(at '1'\): its forward was replaced"):
+        assert kinds(convert_norm(model, "FBN")) == ["BN", "FBN"]
+
+
 class Theirs(nn.Module):
     """A frozen norm of somebody else's."""
 

@@ -337,6 +337,20 @@ def test_a_norm_that_a_plain_list_holds_too():
     assert report.left[0].reason == "'norms' holds it too"
 
 
+@pytest.mark.parametrize("place", ["", "0", "1"])
+def test_a_forward_that_was_put_on_a_module(place):
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    module = model.get_submodule(place)
+    own, x = module.forward, torch.randn(2, 3, 5, 5)
+    module.forward = lambda input: own(2 * input)
+    expected, report = model(x), NormReport()
+    fold_norms(model, report=report)
+    torch.testing.assert_close(model(x), expected)
+    assert len(report.left) == 1
+    module.forward = own  # as who wanted another for one call leaves it
+    assert type(fold_norms(model)[1]) is nn.Identity
+
+
 def test_hooks_and_parametrizations():
     for place in (0, 1):
         model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))

@@ -96,9 +96,10 @@ def test_sequences():
     assert_same_training_step(model, new, torch.randn(4, 3, 5, 5).double())
 
 
-def test_hooks_are_called():
+@pytest.mark.parametrize("place", [0, 1])
+def test_hooks_are_called(place):
     model = nn.Sequential(FilteredBatchNorm2d(3), nn.ReLU())
-    model[1].register_forward_hook(lambda *_: None)
+    model[place].register_forward_hook(lambda *_: None)
     assert type(fbn_plugin.fuse_norm_act(model)[0]) is FilteredBatchNorm2d
 
 
