@@ -90,19 +90,12 @@ class TestDetectron2:
         assert "FilteredBatchNorm2d" in said and (out / "model_final.pth").exists()
 
         pytest.importorskip("cv2", reason="detectron2's export_model.py wants OpenCV")
-        how = ["--format", "torchscript", "--export-method", "tracing", "--sample-image", shapes / "train" / "0.png"]
+        export = [tools / "deploy" / "export_model.py", "--config-file", out / "config.yaml", "--format", "torchscript"]
         weights = ["MODEL.WEIGHTS", out / "model_final.pth", "MODEL.DEVICE", "cpu"]
-        exported = tmp_path / "exported"
-        run(
-            tools / "deploy" / "export_model.py",
-            "--config-file",
-            out / "config.yaml",
-            *how,
-            "--output",
-            exported,
-            *weights,
-        )
-        assert (exported / "model.ts").exists()
+        for method in ("tracing", "scripting"):
+            how = ["--export-method", method, "--sample-image", shapes / "train" / "0.png"]
+            run(*export, *how, "--output", tmp_path / method, *weights)
+            assert (tmp_path / method / "model.ts").exists()
 
     def test_lazyconfig_train_net(self, given, tmp_path):
         pytest.importorskip("detectron2.model_zoo", reason="detectron2's model zoo wants setuptools below 81")
