@@ -68,6 +68,15 @@ def quiet_ultralytics(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_ultralytics_patches():
+    """Ultralytics puts functions of its own in the place of these two when it is imported, for all tests that follow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "open", Image.open)
+        patch.setattr(torch, "save", torch.save)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fresh_logging():
     """Take back what ``setup_logging`` did, so that no test hears or misses another's messages."""

@@ -17,4 +17,5 @@ UNREADABLE = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    ModuleNotFoundError,  # where Ultralytics, once imported, answers Pillow's refusal by asking for another package
 )
