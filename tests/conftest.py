@@ -70,7 +70,7 @@ def quiet_ultralytics(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def without_ultralytics_patches():
-    """Ultralytics puts functions of its own in the place of these two when it is imported, for all tests that follow."""
+    """Ultralytics, once imported, has functions of its own in the place of these two, for all tests that follow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "open", Image.open)
         patch.setattr(torch, "save", torch.save)
