@@ -52,19 +52,19 @@ class _Entry(type):
         return norm_factory(spec, placement.pop("dims", 2))(*args, **channels, **placement)
 
 
-def _enter(name: str) -> None:
-    """Enter a registered norm, unless its name has a meaning already."""
-    there = MODELS.module_dict.get(name)
-    if name in MMCV_NORMS or isinstance(there, _Entry):
-        return
-    if there is not None:
-        warnings.warn(
-            f"mmengine's MODELS has a {name!r} already, {there.__module__}.{there.__name__}: it keeps its meaning",
-            stacklevel=2,
-        )
-        return
-    doc = f"The norm {name} of fbn_plugin, called with the number of channels and its options."
-    MODELS.register_module(name=name, module=_Entry(name, (), {"norm": name, "__doc__": doc, "__module__": __name__}))
+def _enter(norm: str) -> None:
+    """Enter a registered norm, under its name in lower case too, unless a name has a meaning already."""
+    doc = f"The norm {norm} of fbn_plugin, called with the number of channels and its options."
+    entry = _Entry(norm, (), {"norm": norm, "__doc__": doc, "__module__": __name__})
+    for name in () if norm in MMCV_NORMS else dict.fromkeys((norm, norm.lower())):
+        there = MODELS.module_dict.get(name)
+        if there is None:
+            MODELS.register_module(name=name, module=entry)
+        elif not isinstance(there, _Entry):
+            warnings.warn(
+                f"mmengine's MODELS has a {name!r} already, {there.__module__}.{there.__name__}: it keeps its meaning",
+                stacklevel=2,
+            )
 
 
 def convert_sync_batchnorm(module: nn.Module, implementation: str = "torch") -> nn.Module:

@@ -73,6 +73,13 @@ def test_every_registered_norm_is_built_by_name(name):
     assert type(MODELS.build({"type": name, "num_features": 32})) is type(norm)
 
 
+def test_names_in_lower_case():
+    assert type(build({"type": "fbn"})[1]) is FilteredBatchNorm2d
+    for name in NAMES:
+        assert MODELS.get(name.lower()).norm == name
+    assert all(MODELS.get(name.lower()) is None for name in adapter.MMCV_NORMS)
+
+
 def test_mmcvs_own_names_keep_their_meaning():
     for name in adapter.MMCV_NORMS:
         assert not isinstance(MODELS.get(name), adapter._Entry)
@@ -250,7 +257,7 @@ def test_unregister_leaves_nothing():
     replaced = mmcv_cnn.fuse_conv_bn, utils.convert_sync_batchnorm
     assert all(hasattr(function, "__wrapped__") for function in replaced)
     adapter.unregister()
-    assert not set(NAMES) & set(MODELS.module_dict)
+    assert not {*NAMES, *map(str.lower, NAMES)} & set(MODELS.module_dict)
     assert not any(hasattr(function, "__wrapped__") for function in replaced)
     assert adapter._enter not in fbn_plugin.NORMS.listeners
 
