@@ -5,10 +5,13 @@ import copy
 import functools
 import json
 import pickle
+import re
+import shlex
 import subprocess
 import sys
 import textwrap
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -597,6 +600,25 @@ def test_lazy_config(tmp_path):
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     for config in (cfg, LazyConfig.load(str(tmp_path / "config.yaml"))):
         assert_all_filtered(instantiate(config), 22)
+
+
+def test_the_overrides_that_the_documentation_names_reach_a_whole_lazy_config():
+    pytest.importorskip("hydra")
+    text = (Path(__file__).parents[2] / "docs" / "detectron2.md").read_text(encoding="utf-8")
+    command = re.search(r"lazyconfig_train_net\.py (.*?[^\\])\n", text, re.DOTALL)[1].replace("\\\n", " ")
+    resnet = LazyCall(ResNet)(
+        stem=LazyCall(BasicStem)(in_channels=3, out_channels=64, norm="FrozenBN"),
+        stages=LazyCall(ResNet.make_default_stages)(depth=18, norm="FrozenBN"),
+        out_features=["res2", "res3"],
+    )
+    pyramid = LazyCall(FPN)(bottom_up=resnet, in_features=["res2", "res3"], out_channels=8)
+    cfg = OmegaConf.create({"model": {"backbone": pyramid}}, flags={"allow_objects": True})
+    quoted = re.search(r'"(model\.backbone\.norm=\'FBN.*?)"', text)[1]
+    for last in ((), (quoted,)):
+        overrides = [word for word in shlex.split(command) if word.startswith("model.")]
+        built = instantiate(LazyConfig.apply_overrides(cfg, [*overrides, *last]).model.backbone)
+        assert {type(norm) for norm in norms(built).values()} == {FilteredBatchNorm2d}
+    assert built.fpn_output2.norm.t_sigma == 4
 
 
 def test_lazy_config_file_registers_by_itself(tmp_path):
