@@ -18,11 +18,15 @@ from timm.layers import (
     Conv2dSame,
     FrozenBatchNormAct2d,
     GroupNormAct,
+    LayerNorm2d,
+    LayerNorm2dFp32,
     LayerNormAct2d,
     SyncBatchNormAct,
     create_act_layer,
 )
 from timm.layers.grn import GlobalResponseNorm
+from timm.layers.norm import LayerNormExp2d
+from timm.layers.norm_act import LayerNormAct2dFp32
 from timm.layers.typing import LayerType
 from timm.models import resnet
 from torch import Tensor, nn
@@ -190,7 +194,12 @@ def _convert(old: nn.Module, factory: NormFactory) -> nn.Module:
     return new
 
 
-for _cls in (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct2d):
+# Layer norms whose channels are the second dimension, as in ConvNeXt.
+describe_class(NormDescription("LN", dims=2), LayerNorm2d, LayerNorm2dFp32, LayerNormExp2d)
+for _cls in (
+    *(BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d),
+    *(GroupNormAct, LayerNormAct2d, LayerNormAct2dFp32),
+):
     describe_class(replace(describe_type(_cls) or FROZEN, convert=_convert, rest=_drop_and_act, why_left=None), _cls)
 
 FilteredBatchNormAct2d = act_class(layers.FilteredBatchNorm2d)

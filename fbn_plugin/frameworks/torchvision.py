@@ -14,14 +14,22 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models import detection, feature_extraction, get_model_builder, list_models, resnet, segmentation
+from torchvision.models import (
+    convnext,
+    detection,
+    feature_extraction,
+    get_model_builder,
+    list_models,
+    resnet,
+    segmentation,
+)
 from torchvision.models.detection import backbone_utils
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 
 from fbn_plugin import internals
 from fbn_plugin.frameworks import replacement
-from fbn_plugin.layers.description import FROZEN, describe_class, family
+from fbn_plugin.layers.description import FROZEN, NormDescription, describe_class, family
 from fbn_plugin.models.mask_rcnn import ScaledResNet
 from fbn_plugin.registry import NormFactory, norm_factory, registered_classes
 from fbn_plugin.surgery.convert import convert_norm, replace_norms
@@ -30,6 +38,7 @@ from fbn_plugin.surgery.input_norm import Builder, normalize_images, register_pr
 from fbn_plugin.training.gamma_initialization import apply_gamma_init
 
 describe_class(FROZEN, FrozenBatchNorm2d)
+describe_class(NormDescription("LN", dims=2), convnext.LayerNorm2d)  # its channels are the second dimension
 
 _SOURCES = ("BN", "FrozenBN")
 # Their constructors get a backbone that is built, and drop the argument.

@@ -442,6 +442,28 @@ def test_batch_norm_act_converts_to_every_norm(name):
     torch.testing.assert_close(new.eval()(images), act(expected(images)))
 
 
+@pytest.mark.parametrize(
+    "cls",
+    [
+        timm.layers.LayerNorm2d,
+        timm.layers.LayerNorm2dFp32,
+        timm.layers.norm.LayerNormExp2d,
+        timm.layers.norm_act.LayerNormAct2dFp32,
+    ],
+)
+def test_layer_norms_of_channels_first_convert(cls):
+    """A filter that is wide leaves the evaluation as it was; where channels are last there is no place for one."""
+    model = nn.Sequential(cls(6, eps=1e-3), nn.LayerNorm(5)).eval()
+    nn.init.normal_(model[0].weight)
+    nn.init.normal_(model[0].bias)
+    input = torch.randn(2, 6, 4, 5)
+    expected = model(input)
+    fbn_plugin.convert_norm(model, "FLN(t_sigma=100)", sources="LN")
+    assert isinstance(model[0], fbn_plugin.FilteredLayerNorm2d) and model[0].eps == 1e-3
+    assert type(model[1]) is nn.LayerNorm
+    torch.testing.assert_close(model(input), expected)
+
+
 def test_timms_synchronized_norms_convert():
     model = timm.layers.convert_sync_batchnorm(trained(timm.create_model("test_efficientnet", num_classes=10)))
     images = torch.randn(2, 3, 64, 64)

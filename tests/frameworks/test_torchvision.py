@@ -57,6 +57,17 @@ def test_classification_models_take_a_norm_factory(name):
     check_same_network(model, build())
 
 
+def test_the_layer_norms_of_convnext_convert():
+    model = nn.Sequential(torchvision.models.convnext.LayerNorm2d(6, eps=1e-3)).eval()
+    nn.init.normal_(model[0].weight)
+    nn.init.normal_(model[0].bias)
+    input = torch.randn(2, 6, 4, 5)
+    expected = model(input)
+    convert_norm(model, "FLN(t_sigma=100)", sources="LN")
+    assert isinstance(model[0], fbn_plugin.FilteredLayerNorm2d)
+    torch.testing.assert_close(model(input), expected)
+
+
 @pytest.mark.parametrize("name", ARE_CONVERTED)
 def test_other_classification_models_are_converted(name):
     options = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
