@@ -260,6 +260,29 @@ def test_polygons_are_not_cut_without_shapely(tool, folder, tmp_path, monkeypatc
     prepare(*datasets(folder, 2), *crop, "MODEL.MASK_ON", False)
 
 
+@pytest.mark.detectron2
+def test_rle_masks_of_a_registered_file_are_no_polygons(tool, folder, tmp_path, capsys, registered_rle):
+    """detectron2's mapper would say so at the first image, with a traceback."""
+    data = ["DATASETS.TRAIN", "('rle',)", "DATASETS.TEST", "()", "MODEL.ROI_HEADS.NUM_CLASSES", 2]
+    command = ["--config-file", CONFIG, *TINY, *data, "OUTPUT_DIR", tmp_path / "output"]
+    error = refusal(tool, capsys, *command)
+    assert "INPUT.MASK_FORMAT must be 'bitmask', as dataset 'rle' has RLE masks, got 'polygon'" in error
+    assert not (tmp_path / "output").exists()
+    for accepted in (["INPUT.MASK_FORMAT", "bitmask"], ["MODEL.MASK_ON", False]):
+        prepare(*data, *accepted, "OUTPUT_DIR", tmp_path / "output")
+
+
+@pytest.fixture
+def registered_rle(folder):
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    register_coco_instances("rle", {}, str(folder / "annotations" / "instances_train.json"), str(folder / "train"))
+    yield
+    DatasetCatalog.remove("rle")
+    MetadataCatalog.remove("rle")
+
+
 BAD_FILES = {
     "not YAML": ("MODEL: [", ["config.yaml"]),
     "a list": ("[1, 2]", ["config.yaml"]),

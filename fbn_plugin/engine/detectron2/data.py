@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
@@ -92,7 +93,8 @@ def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
     """Read the annotation files of detectron2's own datasets once, as its loader answers a bad one with a bare error.
 
     Raises:
-        ValueError: a file is cut short, or its categories are not those that detectron2 knows the dataset by.
+        ValueError: a file is cut short, its categories are not those that detectron2 knows the dataset by, or its masks
+            are not of the config's format.
     """
     names = cfg.DATASETS.TEST if evaluate_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
     for name in dict.fromkeys(names):
@@ -110,6 +112,8 @@ def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
             raise ValueError(f"{file} is not valid JSON, perhaps cut short: {error}") from None
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a COCO annotation file: {type(error).__name__} {error}") from None
+        if not evaluate_only and name in cfg.DATASETS.TRAIN:
+            refuse_rle(name, content.get("annotations", ()), cfg)
         known = metadata.get("thing_classes")
         group = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
         if known is None and group:  # registered without, so that only the file tells
@@ -214,6 +218,15 @@ def has_rle(data: CocoDataset) -> bool:
     return any(
         isinstance(each["segmentation"], dict) for each in data.usable_annotations(masks=True) if not each["iscrowd"]
     )
+
+
+def refuse_rle(name: str, objects: Iterable[dict], cfg: CfgNode) -> None:
+    """Refuse masks of a training set that detectron2's mapper does not take for polygons; ValueError."""
+    wants_polygons = cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon"
+    if wants_polygons and any(
+        isinstance(each.get("segmentation"), dict) and not each.get("iscrowd") for each in objects
+    ):
+        raise refusal("INPUT.MASK_FORMAT", f"'bitmask', as dataset {name!r} has RLE masks", "polygon")
 
 
 def has_polygons(data: CocoDataset) -> bool:
