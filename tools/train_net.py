@@ -18,7 +18,14 @@ same bits as a run that was never stopped.
 
 import importlib.util
 
-from fbn_plugin.engine.run.cli import add_import, add_log_period, import_modules, interruptible, user_errors
+from fbn_plugin.engine.run.cli import (
+    add_import,
+    add_log_period,
+    import_modules,
+    interruptible,
+    refuse_unknown_flags,
+    user_errors,
+)
 
 with user_errors():
     try:
@@ -51,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.num_machines > 1 and args.dist_url == "auto":
         parser.error("--num-machines wants --dist-url tcp://HOST:PORT of the first machine")
     with user_errors():
+        refuse_unknown_flags(parser, args.opts)
         import_modules(args.imports)
         cfg = prepare(args)
     with interruptible(cfg.OUTPUT_DIR):

@@ -3,6 +3,7 @@ bad input."""
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import os
@@ -26,6 +27,7 @@ __all__ = [
     "imported",
     "interruptible",
     "parse_config_arguments",
+    "refuse_unknown_flags",
     "show_held_warnings",
     "user_errors",
 ]
@@ -136,7 +138,26 @@ def parse_config_arguments(description: str, argv: Sequence[str] | None) -> argp
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint"
     )
     parser.add_argument("overrides", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="config overrides, in pairs")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    with user_errors():
+        refuse_unknown_flags(parser, args.overrides)
+    return args
+
+
+def refuse_unknown_flags(parser: argparse.ArgumentParser, overrides: Sequence[str]) -> None:
+    """Refuse a flag among the ``KEY VALUE`` overrides that the tool does not have; one that it has, or an abbreviation
+    of one, is refused with the other overrides.
+
+    Raises:
+        ValueError: there is one.
+    """
+    known = [*re.findall(r"--[a-z][\w-]*", parser.format_usage()), "--help"]
+    for given in overrides:
+        flag = given.partition("=")[0]
+        if flag.startswith("--") and not any(each.startswith(flag) for each in known):
+            nearest = difflib.get_close_matches(flag, known, n=1)
+            hint = f"did you mean {nearest[0]!r}? It" if nearest else f"this tool has {', '.join(known)}, and a flag"
+            raise ValueError(f"unknown flag {flag!r}; {hint} goes before the KEY VALUE overrides")
 
 
 def add_log_period(parser: argparse.ArgumentParser) -> None:

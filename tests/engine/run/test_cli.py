@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 import fbn_plugin
-from fbn_plugin.engine.run.cli import RUN_ERRORS, check_outputs, error_sentence, interruptible, user_errors
+from fbn_plugin.engine.run.cli import (
+    RUN_ERRORS,
+    check_outputs,
+    error_sentence,
+    interruptible,
+    parse_config_arguments,
+    user_errors,
+)
 
 
 def test_bad_input_is_one_line_and_a_bug_keeps_its_traceback(capsys):
@@ -93,3 +100,20 @@ def test_outputs_that_cannot(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(PermissionError, match=f"the folder {tmp_path} is not writable"):
         check_outputs(tmp_path / "a.md")
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--evalonly", "unknown flag '--evalonly'; did you mean '--eval-only'?"),
+        ("--logperiod=5", "unknown flag '--logperiod'; did you mean '--log-period'?"),
+        ("--zzz", "unknown flag '--zzz'; this tool has --log-period, --import, --config-file, --resume, --eval-only"),
+    ],
+)
+def test_an_unknown_flag_behind_the_overrides_is_named(capsys, flag, words):
+    with pytest.raises(SystemExit) as exit:
+        parse_config_arguments("A tool.", ["SEED", "1", flag])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and words in error
+    for known in ("--eval-only", "--eval", "--log-period=5", "--help"):  # refused with the other overrides
+        assert parse_config_arguments("A tool.", ["SEED", "1", known]).overrides[2] == known
