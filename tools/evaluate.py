@@ -39,7 +39,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """ValueError or OSError for arguments that do not go together, or an output that cannot be written."""
+    """ValueError or OSError for arguments that do not go together, a run folder that is not there, or an output that
+    cannot be written."""
+    if args.run_dir and not Path(args.run_dir).is_dir():  # which the default of --output is in
+        raise FileNotFoundError(f"run folder {args.run_dir} is not there")
     check_outputs(args.output)
     if args.results and args.weights:
         raise ValueError("--weights names a model to run, and --results wants none: give one of them")

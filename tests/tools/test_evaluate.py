@@ -258,7 +258,7 @@ def refusal(tool, capture, *arguments):
 
 def test_bad_runs_and_weights(tool, run, shapes, tmp_path, capsys):
     before = content(tmp_path)
-    assert "nowhere is not there" in refusal(tool, capsys, tmp_path / "nowhere")
+    assert f"run folder {tmp_path / 'nowhere'} is not there" in refusal(tool, capsys, tmp_path / "nowhere")
     assert "it has no config.yaml" in refusal(tool, capsys, tmp_path)
     assert "RUN_DIR is needed" in refusal(tool, capsys, "--results", run / RESULTS)
     assert "--weights" in refusal(tool, capsys, run, "--weights", "x.pth", "--results", run / RESULTS)
@@ -286,6 +286,13 @@ def test_bad_runs_and_weights(tool, run, shapes, tmp_path, capsys):
     (run / "model_final.pth").unlink()
     (run / "last_checkpoint").unlink()
     assert "has no checkpoint" in refusal(tool, capsys, run)
+    (run / "metrics.json").unlink()  # as in a folder of --eval-only
+    evaluation = {"iteration": None, "weights": "there/model_final.pth", "dataset": [], "metrics": {}}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    error = refusal(tool, capsys, run)
+    assert (
+        "no checkpoint, as nothing was trained in it" in error and "--weights, such as there/model_final.pth" in error
+    )
     (run / "config.yaml").write_text("MODEL: {ARCHITECTURE: lenet5}")
     assert "no run folder of a detector: its config.yaml has no MODEL.RESNETS.NORM" in refusal(tool, capsys, run)
 

@@ -175,6 +175,11 @@ class Run:
         last = self.folder / "last_checkpoint"
         names = ["model_final.pth", *([last.read_text().strip()] if last.is_file() else [])]
         found = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
+        if found is None and self.is_evaluation:
+            raise FileNotFoundError(
+                f"{self.folder} has no checkpoint, as nothing was trained in it: name one by --weights, such as "
+                f"{self.evaluated_weights[0]}"
+            )
         if found is None:
             raise FileNotFoundError(f"{self.folder} has no checkpoint: neither model_final.pth nor a last_checkpoint")
         return found
