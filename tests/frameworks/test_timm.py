@@ -458,7 +458,8 @@ def test_layer_norms_of_channels_first_convert(cls):
     nn.init.normal_(model[0].bias)
     input = torch.randn(2, 6, 4, 5)
     expected = model(input)
-    fbn_plugin.convert_norm(model, "FLN(t_sigma=100)", sources="LN")
+    with pytest.warns(UserWarning, match="LayerNorm .*its channels are not the second dimension"):
+        fbn_plugin.convert_norm(model, "FLN(t_sigma=100)", sources="LN")
     assert isinstance(model[0], fbn_plugin.FilteredLayerNorm2d) and model[0].eps == 1e-3
     assert type(model[1]) is nn.LayerNorm
     torch.testing.assert_close(model(input), expected)
