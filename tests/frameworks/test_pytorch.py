@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.ao.quantization import quantize_fx
 
 import fbn_plugin
 from fbn_plugin.frameworks import pytorch
@@ -107,6 +108,16 @@ def test_eager_quantization_fuses_as_it_does_batch_norms(registered, spec, dims)
     x = torch.randn(2, 2, *(8,) * dims)
     fused = torch.ao.quantization.fuse_modules(copy.deepcopy(model), [["0", "1", "2"]])
     assert isinstance(fused[1], nn.Identity) and isinstance(fused[2], nn.Identity)
+    torch.testing.assert_close(fused(x), model(x))
+
+
+def test_graph_quantization_fuses_what_is_converted_first(registered):
+    """The documentation says that it leaves the norms of this package, and what to do."""
+    model = conv_and_norm("FBN", 2).eval()
+    x = torch.randn(2, 2, 8, 8)
+    assert type(dict(quantize_fx.fuse_fx(copy.deepcopy(model)).named_children())["1"]) is fbn_plugin.FilteredBatchNorm2d
+    fused = quantize_fx.fuse_fx(fbn_plugin.convert_norm(copy.deepcopy(model), "BN"))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
     torch.testing.assert_close(fused(x), model(x))
 
 
