@@ -112,8 +112,6 @@ def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
             raise ValueError(f"{file} is not valid JSON, perhaps cut short: {error}") from None
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a COCO annotation file: {type(error).__name__} {error}") from None
-        if not evaluate_only and name in cfg.DATASETS.TRAIN:
-            refuse_rle(name, content.get("annotations", ()), cfg)
         known = metadata.get("thing_classes")
         group = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
         if known is None and group:  # registered without, so that only the file tells
@@ -126,6 +124,8 @@ def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
                 + (f", which differ in {different[0]!r}" if different else " in another order")
                 + "; name the data as FOLDER:SPLIT to take the file's"
             )
+        if not evaluate_only and name in cfg.DATASETS.TRAIN:
+            refuse_rle(name, content.get("annotations", ()), cfg)
 
 
 def _register_folder(name: str, cfg: CfgNode) -> None:
