@@ -61,6 +61,7 @@ NEEDED = {
         "timm.layers.norm_act.unfreeze_batch_norm_2d",
         "timm.layers.split_batchnorm.convert_splitbn_model",
         "timm.models.adapt_model_from_string",
+        "timm.models.create_model",
         "timm.utils.model.reparameterize_model",
     ),
     "detectron2": (  # replaced in frameworks/detectron2.py

@@ -270,16 +270,15 @@ def _meant(name: str, values: list, options: dict) -> str:
     return f"did you mean {meant!r}?"
 
 
-def _arguments(text: str) -> tuple[list, dict]:
+def _arguments(text: str) -> tuple[list, list[tuple[str, Any]]]:
     """What stands between the brackets of a spec, without and with a name."""
     call = ast.parse(f"f({text})", mode="eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise ValueError
     values = [_literal(node) for node in call.args]
-    options = {keyword.arg: _literal(keyword.value) for keyword in call.keywords}
-    if None in options or len(options) < len(call.keywords):
+    if any(keyword.arg is None for keyword in call.keywords):
         raise ValueError
-    return values, options
+    return values, [(keyword.arg, _literal(keyword.value)) for keyword in call.keywords]
 
 
 def _literal(node: ast.expr):
@@ -339,9 +338,13 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
         raise _unknown("unknown norm", match[1], [key for key, _ in NORMS])
     name, defaults = found[0], norm_options(found[0])
     try:
-        values, options = _arguments(match[2] or "")
+        values, named = _arguments(match[2] or "")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"a norm's options are written option=value with literal values, got {spec!r}") from error
+    options = dict(named)
+    if len(options) < len(named):
+        twice = next(key for key in options if [other for other, _ in named].count(key) > 1)
+        raise ValueError(f"option {twice!r} is given twice in {spec!r}")
     if values:
         raise ValueError(f"options are written by name, got {spec!r}: {_meant(name, values, options)}")
     for key, value in options.items():

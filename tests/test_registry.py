@@ -161,7 +161,7 @@ def test_no_norm_and_callables():
         ("FBN(t_sigma=x)", "option=value"),
         ("FBN(t_sigma=__import__('os').getcwd())", "option=value"),
         ("FBN(**{})", "option=value"),
-        ("FBN(t_sigma=2, t_sigma=3)", "option=value"),
+        ("FBN(t_sigma=2, t_sigma=3)", "given twice"),
         ("FBN(t_sigma=4)(eps=1e-3)", "option=value"),
         ("FBN(t_sigma=2).g(eps=1e-3)", "option=value"),
         ("FBN(eps={[]: 1})", "option=value"),
@@ -264,3 +264,8 @@ def test_a_norm_of_ones_own():
             get_norm("Scale(inti=3.0)", 4)
     finally:
         NORMS._obj_map.pop("Scale")
+
+
+def test_an_option_that_is_given_twice():
+    with pytest.raises(ValueError, match="option 't_sigma' is given twice in 'FBN"):
+        parse_spec("FBN(t_sigma=4, t_sigma=5)")

@@ -94,7 +94,8 @@ def _with_norm(build: Callable, route: str, norm_layer, spec: str) -> Callable:
             everywhere = all(isinstance(norm, FilteredBatchNormMixin) for norm in norms.values())
             if norms.keys() == batch_norms(model).keys() and everywhere:
                 return other
-        with warnings.catch_warnings(action="ignore"):  # a model may have no batch normalization
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a model may have no batch normalization
             return fbn_plugin.convert_norm(model, spec)
 
     return built

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import internals
 from fbn_plugin.frameworks import replacement
-from fbn_plugin.layers.description import describe_type, spatial_dims
+from fbn_plugin.layers.description import describe, describe_type, spatial_dims
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 from fbn_plugin.registry import norm_factory, registered_classes
 from fbn_plugin.surgery.convert import build_from
@@ -41,10 +41,11 @@ _BATCH_NORMS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}
 def _fuse(fuse: Callable, place: int, dims: int, is_qat: bool, *modules: nn.Module) -> nn.Module:
     """PyTorch's ``fuse``, given the plain batch normalization that the norm at ``place`` is in evaluation."""
     norm, layers = modules[place], list(modules)
-    if is_qat and isinstance(norm, FilteredBatchNormMixin):
+    lost = "without its filter" if isinstance(norm, FilteredBatchNormMixin) else ""
+    if is_qat and (lost or describe(norm).affine_terms is not None):
         warnings.warn(
-            f"quantization-aware training has plain batch normalization only: {type(norm).__name__} is trained on "
-            "without its filter",
+            "quantization-aware training has plain batch normalization only: as that "
+            f"{type(norm).__name__} is trained on {lost}".rstrip(),
             stacklevel=2,
         )
     layers[place] = build_from(norm, norm_factory("BN", dims))

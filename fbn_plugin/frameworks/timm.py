@@ -31,6 +31,7 @@ from timm.layers.typing import LayerType
 from timm.models import resnet
 from torch import Tensor, nn
 from torch.jit import is_scripting
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import internals, layers
 from fbn_plugin.frameworks import replacement
@@ -339,7 +340,7 @@ def _warn_of_lost_filter(conversion: Callable) -> Callable:
         if filtered:
             message = f"timm's {conversion.__name__} makes batch norms without the filter of {filtered} filtered ones"
             if conversion.__name__ == "convert_sync_batchnorm":
-                message += ": fbn_plugin.convert_sync keeps it"
+                message += ": fbn_plugin.convert_sync, or norm_layer='syncfbn' without this, keeps it"
             warnings.warn(message, stacklevel=replacement.CALLER)
         _make_all_plain(module)
         return conversion(module, *args, **kwargs)
@@ -352,10 +353,47 @@ def unfreeze_batch_norm_2d(module: nn.Module) -> nn.Module:
     frozen = sum(family(each) == "FrozenBN" for each in module.modules())
     module = _THEIRS["unfreeze_batch_norm_2d"](module)
     if made := frozen - sum(family(each) == "FrozenBN" for each in module.modules()):
-        instead = "fbn_plugin.convert_norm(model, 'FBN', sources='FrozenBN') makes filtered ones"
+        instead = "fbn_plugin.convert_norm(model, 'FBN') makes filtered ones of them"
         message = f"timm's unfreeze_batch_norm_2d makes {made} frozen norms batch norms without a filter: {instead}"
         warnings.warn(message, stacklevel=replacement.CALLER)
     return module
+
+
+def _is_plain_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and registered_name(getattr(module, "norm_class", type(module))) is None
+
+
+def _asked_for(norm_layer: LayerType | None) -> str | None:
+    """The spec or name of a norm of this package, or a registered one, that is no plain batch normalization."""
+    if isinstance(norm_layer, NormFactory):
+        spec = norm_layer.spec
+    elif isinstance(norm_layer, str) and norm_layer not in _NORM_MAP and norm_layer not in _NORM_ACT_MAP:
+        spec = find_spec(norm_layer, {*_NORM_MAP, *_NORM_ACT_MAP})
+    else:
+        return norm_layer.__name__ if norm_layer in registered_classes() else None
+    return None if spec.name in ("BN", "SyncBN") else str(spec)
+
+
+def create_model(model_name: str, *args, **kwargs) -> nn.Module:
+    """timm's function, which says where a model leaves batch norms plain whatever ``norm_layer`` is, or does not take
+    it.
+
+    Raises:
+        TypeError: the model does not take this ``norm_layer``.
+    """
+    spec = _asked_for(kwargs.get("norm_layer"))
+    instead = f"build it without norm_layer, then fbn_plugin.convert_norm(model, {spec!r})"
+    try:
+        model = _THEIRS["create_model"](model_name, *args, **kwargs)
+    except TypeError as error:
+        if spec is None:
+            raise
+        raise TypeError(f"{model_name} cannot be built with norm_layer={spec!r}: {instead} ({error})") from error
+    if spec is not None and (plain := sum(map(_is_plain_batch_norm, model.modules()))):
+        what = "a batch norm" if plain == 1 else f"{plain} batch norms"
+        message = f"{model_name} has {what} that norm_layer does not reach, and left plain: {instead} reaches all"
+        warnings.warn(message, stacklevel=3)
+    return model
 
 
 # Where timm defines what ours take the place of; and whether the function calls itself for each child of a model.
@@ -367,6 +405,7 @@ _REPLACED = {
     "timm.layers.norm_act.unfreeze_batch_norm_2d": True,
     "timm.layers.split_batchnorm.convert_splitbn_model": True,
     "timm.models.adapt_model_from_string": False,
+    "timm.models.create_model": False,
     "timm.utils.model.reparameterize_model": False,
 }
 _THEIRS = {name.rpartition(".")[2]: replacement.original(name) for name in _REPLACED}
@@ -379,6 +418,7 @@ _OURS = {
     "unfreeze_batch_norm_2d": unfreeze_batch_norm_2d,
     "reparameterize_model": reparameterize_model,
     "adapt_model_from_string": adapt_model_from_string,
+    "create_model": create_model,
 }
 
 

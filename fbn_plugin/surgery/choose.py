@@ -111,20 +111,24 @@ class Choice:
 _BY_NAME = ("include does not name it", "exclude names it")
 
 
-def choose_norms(model: nn.Module, sources: tuple[str, ...], include: tuple, exclude: tuple, thaw: bool) -> Choice:
+def choose_norms(
+    model: nn.Module, sources: tuple[str, ...], include: str | Iterable[str] | None, exclude: tuple, thaw: bool
+) -> Choice:
     """Choose the norms of some families by name.
 
     Args:
         model: any module.
         sources: families.
-        include, exclude: names of modules or patterns; without any ``include``, all are.
+        include, exclude: names of modules or patterns; ``include=None`` is all.
         thaw: take frozen norms whose layers are frozen, too.
 
     Raises:
-        ValueError: a name or pattern that no norm has.
+        ValueError: a name or pattern that no norm has, or an ``include`` without any.
     """
     norms, choice = norm_names(model), Choice(sources)
-    inside = _matching(norms, "include", include) if include else set(norms)
+    inside = set(norms) if include is None else _matching(norms, "include", as_tuple("include", include))
+    if include is not None and not inside:
+        raise ValueError(f"include names no norm, got {include!r}: None is all of them")
     outside = _matching(norms, "exclude", exclude)
     for module, (name, *others) in norms.items():
         if any(name.startswith(f"{entry.name}.") for entry in choice.odd):  # the norms inside of a norm that is left

@@ -170,11 +170,15 @@ def _num_channels(module: nn.Module) -> int:
 
 
 def _dims(module: nn.Module) -> int:
-    return describe(module).dims or 2
+    return describe(module).dims or getattr(module, "spatial_dims", 2)
 
 
 def _convert(module: nn.Module, factory: NormFactory) -> nn.Module:
-    return (describe(module).convert or build_from)(module, factory)
+    new = (describe(module).convert or build_from)(module, factory)
+    described, dims = describe(new), _dims(module)
+    if described is not None and described.dims is None and dims != 2:
+        new.spatial_dims = dims  # it does not say of itself what it works on, and may be converted again
+    return new
 
 
 def _note(old: nn.Module, new: nn.Module, spec: NormSpec) -> str:
@@ -206,7 +210,18 @@ def _note(old: nn.Module, new: nn.Module, spec: NormSpec) -> str:
     meaning = describe(new)
     if meaning is not None and not meaning.keeps_meaning and type(new) is not type(old):
         notes.append("weight and bias mean something else, so the evaluation changes")
+    if _is_constant_on_rows(old, new):
+        notes.append(_CONSTANT)
     return "; ".join(notes)
+
+
+_CONSTANT = "it has a group for each channel, so that an input (N, C) becomes constant"
+
+
+def _is_constant_on_rows(old: nn.Module, new: nn.Module) -> bool:
+    """Whether the new norm of what may be rows ``(N, C)`` normalizes each value by itself."""
+    channels = getattr(new, "num_channels", None)
+    return _dims(old) == 1 and family(new) == "GN" and channels == getattr(new, "num_groups", None)
 
 
 def register_converter(
@@ -255,7 +270,7 @@ def convert_norm(
     spec: str,
     *,
     sources: str | Iterable[str] | None = None,
-    include: str | Iterable[str] = (),
+    include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     thaw: bool = False,
     recalibrate: Iterable | None = None,
@@ -325,10 +340,10 @@ def convert_norm(
         >>> type(fbn_plugin.convert_norm(model, "BN")[1]).__name__
         'BatchNorm2d'
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert_norm takes a model, an nn.Module, and a spec, got {type(model).__name__}")
     load_adapters()
-    choice = choose_norms(
-        model, check_sources(sources), as_tuple("include", include), as_tuple("exclude", exclude), thaw
-    )
+    choice = choose_norms(model, check_sources(sources), include, as_tuple("exclude", exclude), thaw)
     factories = {dims: norm_factory(spec, dims) for dims in (1, 2, 3)}
     replaced, changed = {}, []
     for module, name in choice.chosen.items():
@@ -340,6 +355,8 @@ def convert_norm(
         changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new, factory.spec)))
     remarks = choice.remarks(str(spec), by_default=sources is None)
     model, held = _replace(model, replaced, recalibrate)
+    if dead := [name for old, name in choice.chosen.items() if _is_constant_on_rows(old, replaced[old])]:
+        remarks.append(f"{spec} at {dead[0]!r}: {_CONSTANT}; give a smaller num_groups")
     for remark in remarks + _told(held):
         warnings.warn(remark, stacklevel=2)
     if report is not None:
@@ -378,7 +395,7 @@ def replace_norms(model: nn.Module, build: Callable[[int], nn.Module], sources: 
     Returns:
         ``model``, changed in place.
     """
-    choice = choose_norms(model, check_sources(sources), (), (), thaw=False)
+    choice = choose_norms(model, check_sources(sources), None, (), thaw=False)
     replaced = {}
     for old in choice.chosen:
         new = build(_num_channels(old))

@@ -251,6 +251,8 @@ def summarize(model: nn.Module) -> NormSummary:
         >>> summary.counts["BN"], summary.entries[1].name
         (1, '3')
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"summarize takes a model, an nn.Module, got {type(model).__name__}")
     load_adapters()
     entries = [
         NormEntry(

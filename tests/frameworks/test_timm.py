@@ -542,7 +542,7 @@ def test_conversions_that_lose_the_filter_say_so_once(name, conversion):
     count = len(norms_of(timm.create_model(name)))
     message = f"timm's {conversion} makes batch norms without the filter of {count} filtered ones"
     if conversion == "convert_sync_batchnorm":
-        message += ": fbn_plugin.convert_sync keeps it"
+        message += ": fbn_plugin.convert_sync, or norm_layer='syncfbn' without this, keeps it"
     assert [str(w.message) for w in caught] == [message]
     plain = trained(timm.create_model(name, num_classes=10))
     expected = plain(images)
@@ -712,3 +712,15 @@ def test_norm_act_form_uses_the_fused_operator_where_it_can(options, fused, monk
     torch.manual_seed(0)
     plain = fbn_plugin.FilteredBatchNorm2d(4, t_sigma=2.0)
     torch.testing.assert_close(y, layer.act(layer.drop(plain(x))))
+
+
+def test_create_model_says_where_norm_layer_does_not_reach():
+    with pytest.warns(UserWarning, match=r"fastvit_t8 has \d+ batch norms that norm_layer does not reach"):
+        timm.create_model("fastvit_t8", norm_layer="fbn")
+    with pytest.raises(TypeError, match=r"mobilenetv3_small_050 cannot be built.*convert_norm\(model, 'FBN'\)"):
+        timm.create_model("mobilenetv3_small_050", norm_layer="fbn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        timm.create_model("test_resnet", norm_layer="fbn(t_sigma=4)")
+        timm.create_model("test_efficientnet", norm_layer=norm_factory("FBN"))
+        timm.create_model("fastvit_t8")

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 import warnings
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fbn_plugin
-from fbn_plugin import convert_norm
+from fbn_plugin import NormReport, convert_norm, convert_sync
 from fbn_plugin.layers import description
 from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.registry import NormSpec
@@ -893,3 +894,38 @@ def test_convert_sync_says_where_a_small_scale_is_forgotten():
     model = fbn_plugin.convert_sync(nn.Sequential(fbn_plugin.ScaledBatchNorm2d(4, gamma_init=0.25)), report=report)
     assert torch.equal(model[0].weight, torch.full((4,), 0.25)) and not hasattr(model[0], "gamma_init")
     assert [change.note for change in report.changed] == ["not carried over: gamma_init"]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("between", ["SyncFBN", "ScaledBN-A1", "GN(num_groups=2)", "SyncBN"])
+def test_norms_for_any_number_of_dimensions_remember_theirs(dims, between):
+    """A copy and a pickle, too."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    model = nn.Sequential(conv(3, 4, 1), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](4))
+    convert_sync(model) if between == "SyncBN" else convert_norm(model, between)
+    model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    convert_norm(model, "FBN", sources=("BN", "GN"))
+    assert type(model[1]).__name__ == f"FilteredBatchNorm{dims}d"
+    model(torch.randn(2, 3, *(5,) * dims))
+
+
+def test_an_empty_include_is_refused():
+    with pytest.raises(ValueError, match="include names no norm, got .*None is all"):
+        convert_norm(nn.Sequential(nn.BatchNorm2d(4)), "FBN", include=[])
+
+
+def test_a_group_for_each_channel_of_rows_is_said():
+    model, report = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), NormReport()
+    with pytest.warns(UserWarning, match="FGN at '1': .*group for each channel.*constant"):
+        convert_norm(model, "FGN", report=report)
+    assert "constant" in report.changed[0].note
+    with warnings.catch_warnings():  # Python 3.10 takes no action here
+        warnings.simplefilter("error")
+        convert_norm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "FGN(num_groups=2)")
+
+
+def test_no_model():
+    with pytest.raises(TypeError, match="takes a model, an nn.Module, and a spec, got str"):
+        convert_norm("FBN", nn.BatchNorm2d(4))
+    with pytest.raises(TypeError, match="got str"):
+        fbn_plugin.summarize("FBN")
