@@ -368,7 +368,10 @@ def _asked_for(norm_layer: LayerType | None) -> str | None:
     if isinstance(norm_layer, NormFactory):
         spec = norm_layer.spec
     elif isinstance(norm_layer, str) and norm_layer not in _NORM_MAP and norm_layer not in _NORM_ACT_MAP:
-        spec = find_spec(norm_layer, {*_NORM_MAP, *_NORM_ACT_MAP})
+        try:
+            spec = find_spec(norm_layer, ())
+        except ValueError:  # whoever reads the string says so, or has a meaning for it
+            return None
     else:
         return norm_layer.__name__ if norm_layer in registered_classes() else None
     return None if spec.name in ("BN", "SyncBN") else str(spec)
