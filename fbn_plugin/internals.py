@@ -121,6 +121,7 @@ ATTRIBUTES = {
         "_backward_hooks",
         "_backward_pre_hooks",
     ),
+    "torch.nn.Conv2d": ("_conv_forward",),
     "torchvision.models.resnet.ResNet": ("_norm_layer",),
     "fvcore.common.registry.Registry": ("_obj_map",),
     "detectron2.evaluation.COCOEvaluator": ("_coco_api", "_derive_coco_results", "_kpt_oks_sigmas"),

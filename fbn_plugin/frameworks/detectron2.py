@@ -210,16 +210,7 @@ class FusedBasicBlock(resnet.BasicBlock):
         shortcut = x
         if self.shortcut is not None:
             shortcut = self.shortcut(x)
-        x = self.conv1(x)
-        x = F.conv2d(
-            x,
-            self.conv2.weight,
-            self.conv2.bias,
-            self.conv2.stride,
-            self.conv2.padding,
-            self.conv2.dilation,
-            self.conv2.groups,
-        )
+        x = self.conv2._conv_forward(self.conv1(x), self.conv2.weight, self.conv2.bias)
         return self.conv2.norm(x, shortcut)
 
 
@@ -230,16 +221,7 @@ class FusedBottleneckBlock(resnet.BottleneckBlock):
         shortcut = x
         if self.shortcut is not None:
             shortcut = self.shortcut(x)
-        x = self.conv2(self.conv1(x))
-        x = F.conv2d(
-            x,
-            self.conv3.weight,
-            self.conv3.bias,
-            self.conv3.stride,
-            self.conv3.padding,
-            self.conv3.dilation,
-            self.conv3.groups,
-        )
+        x = self.conv3._conv_forward(self.conv2(self.conv1(x)), self.conv3.weight, self.conv3.bias)
         return self.conv3.norm(x, shortcut)
 
 
