@@ -8,6 +8,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.array_pickle import read_pickled_weights
 from fbn_plugin.engine.run.checkpoint import AtomicSaving, load_file
 from fbn_plugin.engine.run.weights import loading_report, refuse_foreign, refuse_misfit
 
@@ -39,7 +40,9 @@ class LossNormalizer:
 class AtomicCheckpointer(AtomicSaving, DetectionCheckpointer):
     """detectron2's checkpointer, whose files are whole or not there when a run is interrupted.
 
-    Weights to start from may be of another model in part, but must have something of this one.
+    Weights to start from may be of another model in part, but must have something of this one. Nothing in a file is
+    run, where detectron2 would unpickle it: files of detectron2's model zoo and of Caffe2 (``.pkl``) are read by
+    ``read_pickled_weights``, pycls's (``.pyth``) as other checkpoints, with ``weights_only``.
     """
 
     def load(self, path: str, checkpointables: list[str] | None = None, strict: bool | None = None) -> dict[str, Any]:
@@ -53,6 +56,19 @@ class AtomicCheckpointer(AtomicSaving, DetectionCheckpointer):
             raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
         finally:
             self._parsed_url_during_load = None  # detectron2 forgets to after an error
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pkl"):
+            content = read_pickled_weights(filename)
+            logger.info("%s: weights of %s", filename, content["__author__"] or "an unknown author")
+            return content
+        if filename.endswith(".pyth"):
+            weights = load_file(filename)["model"].get("model_state")
+            if not isinstance(weights, dict):
+                raise ValueError(f"checkpoint {filename} has no 'model_state', as pycls's have")
+            kept = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+            return {"model": kept, "__author__": "pycls", "matching_heuristics": True}
+        return super()._load_file(filename)
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         return load_file(f)

@@ -3,52 +3,25 @@ ResNets.
 
 The files are pickles of NumPy arrays, in one of two ways of naming: Caffe2's (``res2_0_branch2a_bn_s``), which
 ``detectron2/checkpoint/c2_model_loading.py`` describes, or detectron2's (``res2.0.conv1.norm.weight``). They are read
-without running what else a pickle may hold, and without detectron2.
+by ``engine/run/array_pickle.py``, which runs nothing in them, and without detectron2.
 """
 
 import os
-import pickle
 import re
-from collections import OrderedDict
-from typing import Any
 
-import numpy as np
-import torch
 from iopath.common.file_io import HTTPURLHandler, PathManager
 from torch import Tensor
+
+from fbn_plugin.engine.run.array_pickle import read_pickled_weights
 
 __all__ = ["is_detectron2_file", "local_path", "read_backbone"]
 
 _PREFIX, _ADDRESS = "detectron2://", "https://dl.fbaipublicfiles.com/detectron2/"
 
-# All that a pickle of arrays asks for: by either name of NumPy's inner module, the functions that NumPy itself names.
-_ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),
-} | {
-    (f"numpy.{core}.{module}", name): function
-    for core in ("core", "_core")
-    for module, name, function in (
-        ("multiarray", "_reconstruct", np.empty(0).__reduce__()[0]),
-        ("multiarray", "scalar", np.float32(0).__reduce__()[0]),
-        ("numeric", "_frombuffer", np.empty(1).__reduce_ex__(5)[0]),
-    )
-}
-
 _NORM = {
     **{"s": "weight", "gamma": "weight", "b": "bias", "beta": "bias"},
     **{"rm": "running_mean", "running_mean": "running_mean", "riv": "running_var", "running_var": "running_var"},
 }
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} is no array") from None
 
 
 def is_detectron2_file(path: str) -> bool:
@@ -86,31 +59,14 @@ def read_backbone(path: str | os.PathLike) -> tuple[dict[str, Tensor], list[str]
     Raises:
         FileNotFoundError, ValueError: no such file; a damaged one, one with more than arrays in it, or no ResNet.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"weights {path} are not there")
-    try:
-        with open(path, "rb") as file:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-        entries, caffe2 = _entries(content)
-        entries = {name: torch.from_numpy(np.array(value)) for name, value in entries.items()}
-    except Exception:  # the unpickler fails in any way on any bytes
-        raise ValueError(
-            f"weights {path} cannot be read: the file is cut short, no pickle of arrays, or has more than arrays in it"
-        ) from None
-    rename = _from_caffe2 if caffe2 else _from_detectron2
+    content = read_pickled_weights(path)
+    entries = content["model"]
+    rename = _from_caffe2 if content["__author__"] == "Caffe2" else _from_detectron2
     names = {name: rename(name) for name in entries}
     weights = {new: entries[name] for name, new in names.items() if new is not None}
     if "conv1.weight" not in weights or len(weights) < sum(new is not None for new in names.values()):
         raise ValueError(f"weights {path} are not of a ResNet: its names are such as {next(iter(names), '')!r}")
     return weights, [name for name, new in names.items() if new is None]
-
-
-def _entries(content: Any) -> tuple[dict[str, Any], bool]:
-    """The arrays of a file by name, and whether the names are Caffe2's."""
-    if "model" in content and "__author__" in content:
-        return content["model"], content["__author__"] == "Caffe2"
-    blobs = content.get("blobs", content)
-    return {name: value for name, value in blobs.items() if not name.endswith("_momentum")}, True
 
 
 def _from_caffe2(name: str) -> str | None:

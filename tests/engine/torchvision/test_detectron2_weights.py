@@ -129,9 +129,7 @@ class Malicious:
 def test_what_is_not_arrays_is_refused_in_one_sentence(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.pkl").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"weights x\.pkl cannot be read: the file is cut short, no pickle of arrays, or"
-    ):
+    with pytest.raises(ValueError, match=r"^weights x\.pkl cannot be read as a pickle of arrays: .+$"):
         read_backbone("x.pkl")
     assert not (tmp_path / "pwned").exists()
 
