@@ -4,6 +4,7 @@ written: detectron2 itself answers most of it with a bare error, some of it afte
 
 import argparse
 import difflib
+import functools
 import importlib.util
 import logging
 import os
@@ -57,6 +58,7 @@ _RULES = {
     "INPUT.CROP.TYPE": one_of("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.FORMAT": one_of("BGR", "YUV-BT.601", *Image.MODES),
     "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
+    "MODEL.LOAD_PROPOSALS": exactly(False, "as detectron2 unpickles such files, which runs what is in them"),
 }
 
 
@@ -98,7 +100,8 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     cfg = get_cfg()
     add_config(cfg)
     for source, merge, settings in (
-        (config_file, cfg.merge_from_file, config_file),
+        # detectron2's default lets a tag in the file call any function
+        (config_file, functools.partial(cfg.merge_from_file, allow_unsafe=False), config_file),
         ("KEY VALUE", cfg.merge_from_list, overrides),
     ):
         try:
