@@ -72,7 +72,6 @@ NEEDED = {
         "detectron2.config.CfgNode.dump",
         "detectron2.engine.defaults.default_setup",
     ),
-    "fvcore": ("fvcore.common.config.CfgNode._decode_cfg_value",),  # read by engine/run/config.py
     "transformers": ("transformers.modeling_utils.PreTrainedModel.post_init",),  # replaced in frameworks/huggingface.py
     "ultralytics": (
         "ultralytics.engine.model.Model.train",  # replaced in frameworks/ultralytics.py

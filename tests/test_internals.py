@@ -158,7 +158,7 @@ def test_the_oldest_versions_are_those_of_setup_and_of_test_oldest():
 # --- what happens without ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", ["torch", "torchvision", "timm", "fvcore"])
+@pytest.mark.parametrize("package", ["torch", "torchvision", "timm"])
 def test_a_needed_name_that_is_gone(package, monkeypatch):
     name = f"{package}.utils.model._gone"
     monkeypatch.setitem(internals.NEEDED, package, (*internals.NEEDED[package], name))

@@ -4,16 +4,14 @@ written: detectron2 itself answers most of it with a bare error, some of it afte
 
 import argparse
 import difflib
-import functools
 import importlib.util
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.engine import DefaultTrainer
@@ -35,16 +33,18 @@ from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
 from fbn_plugin.engine.detectron2.values import attempt, check_types, type_sentence
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric, is_given
 from fbn_plugin.engine.run.cli import error_sentence
-from fbn_plugin.engine.run.config import pairs
+from fbn_plugin.engine.run.config import check_texts, pairs
 from fbn_plugin.engine.run.detection_keys import MAY_CHANGE
 from fbn_plugin.engine.run.detection_rules import DETECTION_RULES, dependent_rules
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
+from fbn_plugin.engine.run.literals import literal
 from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.run.population import check_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, get_value, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
 from fbn_plugin.engine.run.words import counted
+from fbn_plugin.engine.run.yaml_file import read_yaml
 from fbn_plugin.frameworks.detectron2 import canonical_norm, check_norm
 from fbn_plugin.frameworks.detectron2_keys import add_keys
 
@@ -54,6 +54,7 @@ __all__ = ["add_config", "load_config", "prepare"]
 _MAY_CHANGE = (*MAY_CHANGE, "VIS_PERIOD")
 
 _RULES = {
+    "VERSION": exactly(2, "as in detectron2 from October 2019 on"),
     **DETECTION_RULES,
     "INPUT.CROP.TYPE": one_of("relative_range", "relative", "absolute", "absolute_range"),
     "INPUT.FORMAT": one_of("BGR", "YUV-BT.601", *Image.MODES),
@@ -94,29 +95,52 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
             f"{config_file} is a LazyConfig, which detectron2's tools/lazyconfig_train_net.py trains; "
             "call fbn_plugin.register() at its top"
         )
-    if not PathManager.isfile(config_file):
-        raise FileNotFoundError(f"config file {config_file} is not there")
-    pairs(overrides)
+    given = pairs(overrides)
     cfg = get_cfg()
     add_config(cfg)
-    for source, merge, settings in (
-        # detectron2's default lets a tag in the file call any function
-        (config_file, functools.partial(cfg.merge_from_file, allow_unsafe=False), config_file),
-        ("KEY VALUE", cfg.merge_from_list, overrides),
-    ):
-        try:
-            merge(settings)
-        except KeyError as error:
-            raise ValueError(f"{source}: {error.args[0]}{_nearest_key(str(error), cfg)}") from None
-        except (AssertionError, OSError, ValueError, yaml.YAMLError) as error:
-            sentence = type_sentence(" ".join(error_sentence(error).split()))
-            raise ValueError(f"{source}: {sentence}{_nearest_key(sentence, cfg)}") from None
-        except (AttributeError, RecursionError, TypeError) as error:
-            raise ValueError(f"{source} does not have the form of detectron2's config: {error}") from None
+    _merge(cfg, config_file, read_yaml(config_file), lambda read: cfg.merge_from_other_cfg(CfgNode(read)))
+    for key, value in given:
+        _merge(cfg, "KEY VALUE", {key: value}, lambda read: cfg.merge_from_list(list(*read.items())))
     for group in cfg.MODEL.values():
         if "NORM" in _mapping(group):
             group.NORM = canonical_norm(group.NORM)
     return cfg
+
+
+def _merge(cfg: CfgNode, source: str, values: Mapping[str, Any], merge: Callable[[dict[str, Any]], None]) -> None:
+    """Merge values into detectron2's config.
+
+    Args:
+        cfg: the config.
+        source: what they are from, for the sentence.
+        values: keys and values, groups of them nested.
+        merge: of the config's methods that which takes them.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    try:
+        merge(_for_yacs(values))
+    except KeyError as error:
+        raise ValueError(f"{source}: {error.args[0]}{_nearest_key(str(error), cfg)}") from None
+    except (AssertionError, ValueError) as error:
+        sentence = type_sentence(" ".join(error_sentence(error).split()))
+        raise ValueError(f"{source}: {sentence}{_nearest_key(sentence, cfg)}") from None
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{source} does not have the form of detectron2's config: {error}") from None
+
+
+def _for_yacs(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values, of which yacs takes text for a Python literal: with what the text stands for, or in quotes."""
+    converted = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            converted[name] = _for_yacs(value, f"{prefix}{name}.")
+            continue
+        value = literal(value) if isinstance(value, str) else value
+        check_texts(prefix + name, value)
+        converted[name] = repr(value) if isinstance(value, str) else value
+    return converted
 
 
 def _nearest_key(sentence: str, cfg: CfgNode) -> str:

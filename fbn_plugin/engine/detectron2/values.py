@@ -51,7 +51,8 @@ def type_sentence(sentence: str) -> str:
     if default is None:
         return sentence
     default = _EXAMPLES.get(found[3], default)
-    return f"{found[3]} must be of type {_type_name(default)}, such as {default!r}, got {found[2]}"
+    given = found[2] if len(found[2]) <= 200 else f"{found[2][:100]}... ({len(found[2]):,} characters)"
+    return f"{found[3]} must be of type {_type_name(default)}, such as {default!r}, got {given}"
 
 
 def attempt(cfg: CfgNode, group: str, build: Callable[[CfgNode], T], overrides: Mapping[str, Any]) -> T:
@@ -75,7 +76,7 @@ def attempt(cfg: CfgNode, group: str, build: Callable[[CfgNode], T], overrides: 
         if key.startswith(f"{group}.") and get_value(cfg, key) != before:
             value = get_value(cfg, key)
             other = cfg.clone()
-            other.merge_from_list([key, before])
+            other.merge_from_list([key, repr(before) if isinstance(before, str) else before])
             try:
                 build(other)
             except _ERRORS:

@@ -1,8 +1,8 @@
 """Configuration from YAML files with ``_BASE_`` and ``KEY VALUE`` overrides, in detectron2's vocabulary.
 
-Built on fvcore's CfgNode, with three differences from its ``merge_from_file``: an unknown key is answered with the
-nearest known one, an integer is taken where a number is expected, and keys that a tool knows but does not use are
-reported, not refused.
+Built on fvcore's CfgNode, with four differences from its ``merge_from_file``: files are read by ``yaml_file.py``, an
+unknown key is answered with the nearest known one, an integer is taken where a number is expected, and keys that a tool
+knows but does not use are reported, not refused.
 """
 
 import difflib
@@ -10,20 +10,34 @@ import fnmatch
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
 from fvcore.common.config import CfgNode
 
 from fbn_plugin.engine.run.checkpoint import atomic_write
-from fbn_plugin.engine.run.words import counted
+from fbn_plugin.engine.run.literals import literal
+from fbn_plugin.engine.run.words import counted, shown
+from fbn_plugin.engine.run.yaml_file import read_yaml
 from fbn_plugin.frameworks.detectron2_keys import without_defaults
 from fbn_plugin.registry import with_registered_name
 
-__all__ = ["CfgNode", "load_config", "pairs", "read_config", "refuse_changes", "save_config", "saved_config"]
+__all__ = [
+    "CfgNode",
+    "check_texts",
+    "load_config",
+    "pairs",
+    "read_config",
+    "refuse_changes",
+    "save_config",
+    "saved_config",
+]
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_KEY = 200
+_LONGEST_TEXT = 4096  # as long as a path can be on Linux
 
 
 def load_config(
@@ -53,6 +67,8 @@ def load_config(
     for key, value in [*_read(config_file), *pairs(overrides)]:
         if key in known:
             _set(cfg, key, _coerce(key, value, known[key]))
+        elif value == {} and any(each.startswith(f"{key}.") for each in (*known, *unused)):
+            continue  # a group of which nothing is set
         elif any(fnmatch.fnmatchcase(key, pattern) for pattern in unused):
             ignored.append(key)
         else:
@@ -104,8 +120,8 @@ def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change:
                 f"got {new}: resume it with as many, or choose another OUTPUT_DIR"
             )
         raise ValueError(
-            f"{key} must be {old[key]!r} as in the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds, got {new!r}; resume "
-            "it with the old value, or choose another OUTPUT_DIR"
+            f"{key} must be {old[key]!r} as in the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds, got {shown(new)}; "
+            "resume it with the old value, or choose another OUTPUT_DIR"
         )
 
 
@@ -115,7 +131,7 @@ def _as_lists(value: Any) -> Any:
 
 def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + str(name), value
@@ -124,31 +140,22 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _read(config_file: str | os.PathLike | None) -> list[tuple[str, Any]]:
     if not config_file:
         return []
-    path = os.fspath(config_file)
-    try:
-        loaded = CfgNode.load_yaml_with_base(path)
-    except FileNotFoundError as error:
-        base = "" if error.filename == path else f", which {path} names as its _BASE_,"
-        raise FileNotFoundError(f"config file {error.filename}{base} is not there") from None
-    except OSError as error:
-        raise ValueError(f"config file {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ValueError(f"config file {path} includes itself through _BASE_") from None
-    except (TypeError, AttributeError, AssertionError, UnicodeDecodeError):
-        loaded = None  # a list, a bare string, an empty file
-    if not isinstance(loaded, dict):
-        raise ValueError(f"config file {path} must hold a YAML mapping such as 'MODEL: {{...}}'")
-    return list(_flatten(loaded))
+    values = list(_flatten(read_yaml(config_file)))
+    keys = [key for key, _ in values]
+    if len(set(keys)) < len(keys):  # SOLVER.BASE_LR as one word, and in its group
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"config file {config_file} has {twice} twice")
+    return values
 
 
 def pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
     """``[KEY, VALUE, ...]`` as pairs; ValueError where a flag is among them, or the last key has no value."""
     if flags := [each for each in overrides if each.startswith("--")]:
-        raise ValueError(f"{flags[0]!r} stands among the KEY VALUE overrides: flags go before them")
+        raise ValueError(f"{shown(flags[0])} stands among the KEY VALUE overrides: flags go before them")
+    if long := [each for each in overrides[::2] if len(each) > _LONGEST_KEY]:
+        raise ValueError(f"overrides come in pairs KEY VALUE, and {shown(long[0])} is no key")
     if len(overrides) % 2:
-        raise ValueError(f"overrides come in pairs KEY VALUE, and {overrides[-1]!r} has no partner")
+        raise ValueError(f"overrides come in pairs KEY VALUE, and {shown(overrides[-1])} has no partner")
     return list(zip(overrides[::2], overrides[1::2]))
 
 
@@ -156,20 +163,38 @@ def _unknown_key(key: str, known: Mapping[str, Any]) -> str:
     nearest = difflib.get_close_matches(key, known, n=1)
     inside = [name for name in known if name.startswith(key + ".")]
     hint = f"; it is a group of {', '.join(inside)}" if inside else f"; did you mean {nearest[0]!r}?" if nearest else ""
-    return f"unknown config key {key!r}{hint}"
+    return f"unknown config key {shown(key)}{hint}"
 
 
 def _coerce(key: str, value: Any, default: Any) -> Any:
     if isinstance(value, str):
-        value = CfgNode._decode_cfg_value(value)
+        value = literal(value)
     if isinstance(default, tuple) and isinstance(value, str | int | float):
         value = (value,)  # one dataset, one size
     if key.rpartition(".")[2] == "NORM":
         value = with_registered_name(value)  # what is no spec is refused with the other values
+    check_texts(key, value)
     try:
         return _cast(value, default)
     except ValueError:
-        raise ValueError(f"{key} must be of type {_type_name(default)}, such as {default!r}, got {value!r}") from None
+        kind = _type_name(default)
+        raise ValueError(f"{key} must be of type {kind}, such as {default!r}, got {shown(value)}") from None
+
+
+def check_texts(key: str, value: Any) -> None:
+    """Refuse text that no file's or norm's name can be; ``value`` is text, or holds some, or none.
+
+    Raises:
+        ValueError: with the key.
+    """
+    if isinstance(value, list | tuple):
+        for each in value:
+            check_texts(key, each)
+    elif isinstance(value, str):
+        if len(value) > _LONGEST_TEXT:
+            raise ValueError(f"{key} must have at most {_LONGEST_TEXT:,} characters, got {shown(value)}")
+        if "\0" in value or (not value.isascii() and re.search("[\ud800-\udfff]", value)):
+            raise ValueError(f"{key} must be text that UTF-8 can write, without null characters, got {shown(value)}")
 
 
 def _cast(value: Any, default: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fbn_plugin.engine.run.words import shown
 from fbn_plugin.registry import matching_names, parse_spec
 
 __all__ = [
@@ -45,7 +46,7 @@ class Rule:
 
 def refusal(key: str, what: str, value: Any) -> ValueError:
     """The error that refuses a value."""
-    return ValueError(f"{key} must be {what}, got {value!r}")
+    return ValueError(f"{key} must be {what}, got {shown(value)}")
 
 
 @contextlib.contextmanager

@@ -85,6 +85,15 @@ def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
         (["MODEL.NORM", "FBN", "--resume"], "'--resume' stands among"),
         (["MODEL.NORM", "FBN", "--log-period", "5"], "'--log-period' stands among"),
         (["MODEL.NORM", "--resume"], "'--resume' stands among"),
+        (["K" * 1000, "1"], "' (1,002 characters) is no key"),
+        (["SOLVER.MAX_ITER", "9" * 400], "SOLVER.MAX_ITER must be of type int, such as 10, got '9999"),
+        (["SOLVER.BASE_LR", "9" * 400], "SOLVER.BASE_LR must be of type finite float, such as 0.1, got '9999"),
+        (["SOLVER.BASE_LR", " " + "-" * 4000 + "1"], "SOLVER.BASE_LR must be of type finite float"),
+        (["SOLVER.MAX_ITER", "[" * 199], "SOLVER.MAX_ITER must be of type int"),
+        (["SOLVER.MAX_ITER", "{}"], "SOLVER.MAX_ITER must be of type int, such as 10, got {}"),
+        (["MODEL.NORM", "x" * 10_000], "MODEL.NORM must have at most 4,096 characters, got 'xxx"),
+        (["TRAIN", "('a', '\\x00')"], "TRAIN must be text that UTF-8 can write, without null characters, got '\\x00'"),
+        (["MODEL.NORM", "\udcff"], "MODEL.NORM must be text that UTF-8 can write"),
     ],
 )
 def test_a_wrong_override_is_named(overrides, words):
@@ -102,6 +111,12 @@ def test_a_wrong_override_is_named(overrides, words):
         ("_BASE_: nowhere.yaml", "nowhere.yaml, which"),
         ("_BASE_: run.yaml", "includes itself"),
         ("MODEL: {MASKON: True}", "did you mean 'MODEL.MASK_ON'"),
+        ("SOLVER: {BASE_LR: {}}", "SOLVER.BASE_LR must be of type finite float, such as 0.1, got {}"),
+        ("SOLVER: {BASE_LR: {x: 1}}", "unknown config key 'SOLVER.BASE_LR.x'"),
+        ("SOLVER: {BASE_LR: 1}\nSOLVER.BASE_LR: 2", "run.yaml has SOLVER.BASE_LR twice"),
+        ("SOLVER: {BASE_LR: 1}\nSOLVER: {MAX_ITER: 2}", "line 2 has 'SOLVER' for the second time"),
+        ("SOLVER:", "group of SOLVER.BASE_LR"),
+        ("GROUP: {}", "unknown config key 'GROUP'"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, text, words):
@@ -114,6 +129,11 @@ def test_a_wrong_file_is_named(tmp_path, text, words):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.yaml is not there"):
         load_config(DEFAULTS, tmp_path / "no.yaml")
+
+
+def test_empty_groups_set_nothing(tmp_path):
+    (tmp_path / "run.yaml").write_text("MODEL: {}\nRETINANET: {}\n")
+    assert load_config(DEFAULTS, tmp_path / "run.yaml", unused=["RETINANET.*"]) == DEFAULTS
 
 
 def test_unused_keys_are_reported_in_one_line(caplog):
