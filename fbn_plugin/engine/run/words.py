@@ -2,7 +2,13 @@
 
 __all__ = ["counted"]
 
-_PLURALS = {"batch": "batches", "category": "categories", "entry": "entries", "process": "processes"}
+_PLURALS = {
+    "batch": "batches",
+    "category": "categories",
+    "class": "classes",
+    "entry": "entries",
+    "process": "processes",
+}
 
 
 def counted(number: int, what: str) -> str:
