@@ -32,8 +32,8 @@ _OTHERS = (
     (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript"),
     (rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "HEIF"),
     (rb"8BPS", "a Photoshop file"),
-    (rb"\0\0\1\0", "an icon"),
-    (rb"PK\3\4", "a zip archive"),
+    (rb"\x00\x00\x01\x00", "an icon"),
+    (rb"PK\x03\x04", "a zip archive"),
     (rb"\x1f\x8b", "a gzip file"),
     (rb"\x89HDF", "HDF5"),
     (rb"\x93NUMPY", "a NumPy array"),
@@ -81,14 +81,15 @@ def read_label_map(path: str | os.PathLike) -> Image.Image:
     """An image file whose pixels are numbers of classes from 0 to 255, in mode ``"L"``; UserError as of
     :func:`read_image`. Of 16 bits a channel the lower 8 are meant here, and the others must be 0.
     """
-    with _open(path) as file, _named(f"image {shown(path)}") as who:
+    who = f"image {shown(path)}"
+    with _open(path) as file, enough_memory(path):
         image = _load(file, who)
         if _is_deep(image):
             values = np.asarray(image)
             if values.size and not 0 <= values.min() <= values.max() <= 255:
                 raise UserError(f"{who} must hold numbers of classes from 0 to 255, got up to {values.max()}")
             image = _with_info(Image.fromarray(values.astype(np.uint8)), image)
-        return _upright(image, "L")
+        return _upright(image, "L", who)
 
 
 def decode_image(file: BinaryIO, name: str | os.PathLike, mode: str = "RGB") -> Image.Image:
@@ -106,11 +107,12 @@ def decode_image(file: BinaryIO, name: str | os.PathLike, mode: str = "RGB") -> 
             ``MAX_IMAGE_PIXELS``; 32-bit integers or floating-point numbers, of which nothing says what is white; grey
             of 16 bits of which the upper 4 are not used.
     """
-    with _named(f"image {shown(name)}") as who:
+    who = f"image {shown(name)}"
+    with enough_memory(name):
         image = _load(file, who)
         if _is_deep(image):
             image = _with_info(_upper_bits(image, who), image)
-        return _upright(image, mode)
+        return _upright(image, mode, who)
 
 
 def shown(name: str | os.PathLike) -> str:
@@ -163,20 +165,20 @@ def _open(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _named(who: str) -> Iterator[str]:
-    """Answer whatever Pillow raises by one sentence. Which errors these are depends on the format and on what is wrong,
-    and no list of them has been whole: a damaged file has led to each type that Python has."""
+def _pillow(who: str) -> Iterator[None]:
+    """Answer whatever Pillow raises by one sentence. Which errors these are depends on the format and on what is wrong:
+    a damaged file has led to most types that Python has, and no list of them has been whole."""
     try:
-        yield who
-    except UserError:
-        raise
+        yield
     except MemoryError:
-        raise UserError(f"{who} needs more memory than there is") from None
+        raise
     except Image.DecompressionBombError:
         raise _too_large(who, "") from None
     except Exception as error:
         reason = " ".join(error_sentence(error).split())
-        if not isinstance(error, OSError | ValueError | SyntaxError):  # a KeyError says the key alone
+        if reason == "not identified by this driver":  # of any format
+            reason = "it has no pixels, or none of a known kind"
+        elif not isinstance(error, OSError | ValueError | SyntaxError):  # a KeyError says the key alone
             reason = f"{type(error).__name__} {reason}"
         raise UserError(f"{who} cannot be read: {reason.strip() or type(error).__name__}") from None
 
@@ -189,15 +191,15 @@ def _load(file: BinaryIO, who: str) -> Image.Image:
     factory, _ = Image.OPEN[name]
     # Not by Image.open: its two bounds are a warning and an error, and in its place Ultralytics puts a function that
     # installs a package where an image is damaged.
-    image = factory(file, "")
+    with _pillow(who):
+        image = factory(file, "")
     width, height = image.size
-    if width < 1 or height < 1:
-        raise UserError(f"{who} has no pixels: it is {width}x{height}")
     if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:
         raise _too_large(who, f": it is {width}x{height}")
     if "progressive" in image.info:
         _check_scans(file, who)
-    image.load()
+    with _pillow(who):
+        image.load()
     return image
 
 
@@ -262,15 +264,16 @@ def _with_info(image: Image.Image, of: Image.Image) -> Image.Image:
     return image
 
 
-def _upright(image: Image.Image, mode: str) -> Image.Image:
+def _upright(image: Image.Image, mode: str, who: str) -> Image.Image:
     """A copy in the mode asked for, turned, without the EXIF data that say so."""
     turn = None if image.format == "TIFF" else _TURNS.get(_orientation(image.info))  # Pillow has turned a TIFF itself
     image.info.pop("transparency", None)
-    if image.mode in ("LAB", "RGBa", "La"):  # which convert to few others
-        image = image.convert("LA" if image.mode == "La" else "RGB" if image.mode == "LAB" else "RGBA")
-    image = image.convert(mode)
-    image.info.clear()
-    return image if turn is None else image.transpose(turn)
+    with _pillow(who):
+        if between := {"LAB": "RGB", "RGBa": "RGBA", "La": "LA"}.get(image.mode):  # which convert to few others
+            image = image.convert(between)
+        image = image.convert(mode)
+        image.info.clear()
+        return image if turn is None else image.transpose(turn)
 
 
 def _orientation(info: dict) -> int:
