@@ -71,6 +71,7 @@ NEEDED = {
         "detectron2.config.get_cfg",
         "detectron2.config.CfgNode.dump",
         "detectron2.engine.defaults.default_setup",
+        "detectron2.data.detection_utils.read_image",  # replaced in engine/detectron2/data.py, while an image is read
     ),
     "transformers": ("transformers.modeling_utils.PreTrainedModel.post_init",),  # replaced in frameworks/huggingface.py
     "ultralytics": (

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fbn_plugin.engine.data.decoding import UNREADABLE
-from fbn_plugin.engine.run.cli import UserError, error_sentence
+from fbn_plugin.engine.data.decoding import enough_memory, read_image, shown
+from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.words import counted
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "CocoDetection",
     "check_dataset",
     "read_dataset",
-    "read_image",
     "unique_names",
 ]
 
@@ -206,21 +205,6 @@ def _check_images(root: Path, names: Sequence[str]) -> None:
             )
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """An 8-bit image file as an RGB image, turned as its EXIF data say; UserError where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
-            found = image if deep else ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"image {path} is not there") from None
-    except UNREADABLE as error:
-        raise UserError(f"image {path} cannot be read: {error_sentence(error)}") from None
-    if deep:
-        raise UserError(f"image {path} has more than 8 bits a channel; convert it to 8 bits")
-    return found
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """Resize the short side and flip at random; draws from Python's global generator.
@@ -312,10 +296,15 @@ class CocoDetection(Dataset):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        path, image_id, height, width, objects = pickle.loads(self._bytes[self._ends[index] : self._ends[index + 1]])
+        record = pickle.loads(self._bytes[self._ends[index] : self._ends[index + 1]])
+        with enough_memory(record[0]):
+            return self._item(*record)
+
+    def _item(self, path: str, image_id: Any, height: int, width: int, objects: Sequence) -> tuple[Tensor, dict]:
         image = read_image(path)
         if image.size != (width, height):
-            raise UserError(f"image {path} is {image.width}x{image.height}, its annotation file says {width}x{height}")
+            size = f"{image.width}x{image.height}"
+            raise UserError(f"image {shown(path)} is {size}, its annotation file says {width}x{height}")
         new_height, new_width, flip = height, width, "none"
         if self.augmentation is not None:
             new_height, new_width, flip = self.augmentation.draw(height, width)

@@ -1,32 +1,35 @@
-"""Labelled image sets for classification, each as a training and a validation set of PIL images. Folders and tar
-archives go through timm's readers, CIFAR-10's original batches through torchvision's, handwritten digits through
-scikit-learn's; what is left is MNIST's IDX format (http://yann.lecun.com/exdb/mnist, "FILE FORMATS") and an .npz of
-JPEG bytes.
+"""Labelled image sets for classification, each as a training and a validation set of PIL images: folders and tar
+archives (``image_files.py``), MNIST's IDX format (http://yann.lecun.com/exdb/mnist, "FILE FORMATS"), an .npz of JPEG
+bytes; CIFAR-10's original batches go through torchvision's reader and handwritten digits through scikit-learn's.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
+import logging
+import math
 import os
-import tarfile
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
-from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 
-from fbn_plugin.engine.data.decoding import UNREADABLE
-from fbn_plugin.engine.run.cli import UserError, error_sentence
+from fbn_plugin.engine.data.decoding import decode_image, enough_memory, read_image, shown
+from fbn_plugin.engine.data.image_files import FoundImages, Member, find_images, find_members
+from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.words import counted
+
+logger = logging.getLogger(__name__)
 
 CIFAR10_JPEG_FILE = "cifar10_jpeg.npz"
 
@@ -52,15 +55,16 @@ class Images(Dataset):
 
     Args:
         samples: sequence of (image, class index), where an image is a uint8 array of shape (H, W) or (H, W, 3), the
-            bytes of an image file, or an open one. A timm reader is such a sequence.
+            path of an image file, a member of a tar archive, or the bytes of an image file.
         mode: PIL mode that every image is converted to, "RGB" or "L".
+        name: what errors call images that are bytes, before their number.
 
     Raises:
-        UserError: on access, an image that cannot be decoded. (timm's own dataset would take the next one instead.)
+        UserError: on access, an image that cannot be read. (timm's own dataset would take the next one instead.)
     """
 
-    def __init__(self, samples: Sequence[tuple[Any, int]], mode: str = "RGB"):
-        self.samples, self.mode = samples, mode
+    def __init__(self, samples: Sequence[tuple[Any, int]], mode: str = "RGB", name: str = "number"):
+        self.samples, self.mode, self.name = samples, mode, name
         self.transform: Callable | None = None
 
     def __len__(self) -> int:
@@ -69,44 +73,69 @@ class Images(Dataset):
     @property
     def targets(self) -> Sequence[int]:
         """The class index of each image; none is decoded."""
-        if hasattr(self.samples, "targets"):  # timm's reader of tar files
-            return self.samples.targets
-        return [sample[1] for sample in getattr(self.samples, "samples", self.samples)]
+        return [label for _, label in self.samples]
 
     def __getitem__(self, index: int):
         image, label = self.samples[index]
-        try:
-            if isinstance(image, np.ndarray):
-                image = Image.fromarray(image)
-            else:
-                image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-            image = image.convert(self.mode)
-        except UNREADABLE as error:
-            name = self.samples.filename(index) if hasattr(self.samples, "filename") else f"number {index}"
-            raise UserError(f"image {name} cannot be decoded: {error_sentence(error)}") from None
-        return (image if self.transform is None else self.transform(image)), int(label)
+        name = image if isinstance(image, str | Member) else f"{self.name} {index}"
+        if isinstance(image, np.ndarray):
+            image = Image.fromarray(image).convert(self.mode)
+        elif isinstance(image, str):
+            image = read_image(image, self.mode)
+        else:
+            data = image if isinstance(image, bytes) else image.read()
+            image = decode_image(io.BytesIO(data), str(name), self.mode)
+        if self.transform is not None:
+            with enough_memory(str(name)):
+                image = self.transform(image)
+        return image, int(label)
 
 
-def read_idx(path: str | os.PathLike) -> np.ndarray:
-    """Read unsigned bytes in MNIST's IDX format from `path` or `path`.gz; ValueError where they are damaged."""
+def read_idx(path: str | os.PathLike, ndim: int | None = None) -> np.ndarray:
+    """Read unsigned bytes in MNIST's IDX format.
+
+    Args:
+        path: the file, or, where it is not there, `path`.gz.
+        ndim: number of dimensions that it must have; up to 3 without.
+
+    Raises:
+        ValueError: the file is damaged, or not of these dimensions.
+        FileNotFoundError: there is none.
+    """
     path = Path(path)
-    if path.exists():
-        data = path.read_bytes()
-    elif (compressed := path.with_name(path.name + ".gz")).exists():
-        try:
-            data = gzip.decompress(compressed.read_bytes())
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(f"{compressed} is not a whole gzip file: {error}") from None
-    else:
-        raise FileNotFoundError(f"neither {path} nor {path.name}.gz exists")
-    if data[:3] != b"\0\0\x08" or len(data) < 4:
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {data[:4]!r}")
-    ndim = data[3]
-    shape = np.frombuffer(data, ">u4", ndim, offset=4) if len(data) >= 4 + 4 * ndim else ()
-    values = np.frombuffer(data, np.uint8, offset=min(4 + 4 * ndim, len(data)))
-    if len(shape) != ndim or values.size != np.prod(shape, dtype=np.int64):
-        raise ValueError(f"{path} is cut short or damaged: {values.size} bytes for shape {tuple(map(int, shape))}")
-    return values.reshape(shape)
+    compressed = path.with_name(path.name + ".gz")
+    if not path.exists() and compressed.exists():
+        path = compressed
+    elif not path.exists():
+        raise FileNotFoundError(f"neither {path} nor {compressed.name} exists")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    # What the file can hold at most: deflate writes 1032 bytes for one.
+    most = path.stat().st_size * (1032 if path is compressed else 1)
+    try:
+        with gzip.open(path) if path is compressed else open(path, "rb") as file:
+            shape = _read_idx_header(file, path, ndim)
+            size = math.prod(shape)
+            data = file.read(size + 1) if size <= most else b""
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from None
+    if len(data) != size:
+        what = "more" if len(data) > size else "fewer"
+        raise ValueError(f"{path} is damaged: it has {what} bytes than its shape {shape} says, {size:,}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _read_idx_header(file: BinaryIO, path: Path, ndim: int | None) -> tuple[int, ...]:
+    start = file.read(4)
+    if start[:3] != b"\0\0\x08" or len(start) < 4:
+        raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {start!r}")
+    found = start[3]
+    if found != ndim if ndim else not 1 <= found <= 3:
+        raise ValueError(f"{path} must have {ndim or '1 to 3'} dimensions, got {found}")
+    sizes = file.read(4 * found)
+    if len(sizes) < 4 * found:
+        raise ValueError(f"{path} is damaged: it ends within its header")
+    return struct.unpack(f">{found}I", sizes)
 
 
 def find_root(root: str) -> Path:
@@ -120,26 +149,29 @@ def find_root(root: str) -> Path:
     raise FileNotFoundError(f"DATASETS.ROOT '{root}' does not exist, neither as {places[0]} nor as {places[1]}")
 
 
-def _from_timm(title: str, train_root: Path, val_root: Path, mode: str) -> ImageData:
-    def read(path: Path, class_map: dict | None = None):
-        try:
-            reader = create_reader("", root=str(path), class_map=class_map)
-        except (RuntimeError, ValueError, tarfile.ReadError):  # how timm's readers fail where no image is found
-            raise ValueError(f"no images found in {path}; expected are <class>/<image> below it") from None
-        # Folder and tar readers name the same mapping differently.
-        return reader, reader.class_to_idx if hasattr(reader, "class_to_idx") else reader.class_name_to_idx
-
-    train, class_to_idx = read(train_root)
-    val, val_classes = read(val_root)
-    if unknown := sorted(set(val_classes) - set(class_to_idx)):
-        what = (
-            "images outside of class folders" if unknown == [""] else f"classes that {train_root} lacks: {unknown[:5]}"
+def _of_classes(title: str, train: FoundImages, val: FoundImages, mode: str) -> ImageData:
+    """The two sets, with the classes of the first."""
+    classes = train.classes
+    if train.empty:
+        raise ValueError(
+            f"{shown(train.place)} has folders without images, {_listed(train.empty)}: each folder there is a class"
         )
-        raise ValueError(f"{val_root} has {what}; every image must lie in a folder named as its class in {train_root}")
-    if val_classes != class_to_idx:
-        # timm numbers the classes of each folder on its own; a class without validation images would shift the others.
-        val, _ = read(val_root, class_to_idx)
-    return ImageData(title, Images(train, mode), Images(val, mode), tuple(sorted(class_to_idx, key=class_to_idx.get)))
+    if unknown := [name for name in val.classes if name not in train.folders]:
+        raise ValueError(
+            f"{shown(val.place)} has classes that {shown(train.place)} lacks: {_listed(unknown)}; every image must lie "
+            "in a folder named as its class there"
+        )
+    if missing := [name for name in classes if name not in val.folders]:
+        logger.warning(
+            "%s has no image of %s of %s: %s",
+            *(shown(val.place), counted(len(missing), "class"), f"{len(classes):,}", _listed(missing)),
+        )
+    parts = [Images(each.samples(classes), mode) for each in (train, val)]
+    return ImageData(title, *parts, tuple(classes))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def _pick(root: Path, names: Sequence[str], what: str) -> Path:
@@ -153,26 +185,34 @@ def _image_folder(root: str, mode: str) -> ImageData:
     root = find_root(root)
     train = _pick(root, ["train"], "training folder")
     val = _pick(root, ["val", "validation"], "validation folder")
-    return _from_timm(root.resolve().name, train, val, mode)
+    return _of_classes(root.resolve().name, find_images(train), find_images(val), mode)
 
 
 def _tar(root: str, mode: str) -> ImageData:
     root = find_root(root)
     train, val = (_pick(root, [f"{split}.tar"], f"{split} archive") for split in ("train", "val"))
-    return _from_timm(root.resolve().name, train, val, mode)
+    return _of_classes(root.resolve().name, find_members(train), find_members(val), mode)
 
 
 def _mnist(root: str, mode: str) -> ImageData:
     root = find_root(root)
     # torchvision keeps the files in MNIST/raw.
     root = next((folder for folder in (root, root / "MNIST/raw") if any(folder.glob("train-images-idx3-ubyte*"))), root)
-    parts = []
+    classes, parts, sizes = tuple("0123456789"), [], []
     for split in ("train", "t10k"):
-        images, labels = read_idx(root / f"{split}-images-idx3-ubyte"), read_idx(root / f"{split}-labels-idx1-ubyte")
+        places = [root / f"{split}-images-idx3-ubyte", root / f"{split}-labels-idx1-ubyte"]
+        images, labels = read_idx(places[0], 3), read_idx(places[1], 1)
         if len(images) != len(labels):
             raise ValueError(f"{root} has {counted(len(images), f'{split} image')} but {counted(len(labels), 'label')}")
+        if not images.size:
+            raise ValueError(f"{places[0]} has no pixels: its shape is {images.shape}")
+        if labels.max() >= len(classes):
+            raise ValueError(f"{places[1]} must hold labels from 0 to 9, got {labels.max()}")
+        sizes.append(images.shape[1:])
         parts.append(Images(list(zip(images, labels)), mode))
-    return ImageData("MNIST", *parts, tuple("0123456789"))
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{root} has training images of {sizes[0]} pixels and others of {sizes[1]} to validate on")
+    return ImageData("MNIST", *parts, classes)
 
 
 def _cifar10(root: str, mode: str) -> ImageData:
@@ -193,19 +233,78 @@ def _cifar10(root: str, mode: str) -> ImageData:
 def _cifar10_jpeg(root: str, mode: str) -> ImageData:
     root = find_root(root)
     path = root if root.is_file() else _pick(root, [CIFAR10_JPEG_FILE], "archive of JPEG bytes")
-    try:
-        with np.load(path) as archive:
-            arrays = dict(archive)
-        parts = []
-        for split in ("train", "test"):
-            data, offsets = arrays[f"{split}_jpeg"], arrays[f"{split}_offsets"]
-            images = [data[start:stop].tobytes() for start, stop in pairwise(offsets)]
-            parts.append(Images(list(zip(images, arrays[f"{split}_labels"], strict=True)), mode))
-        classes = tuple(map(str, arrays["class_names"]))
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not an archive of JPEG bytes as load_image_data describes it: {error}") from None
+    names = [f"{split}_{kind}" for split in ("train", "test") for kind in ("jpeg", "offsets", "labels")]
+    arrays = _read_arrays(path, [*names, "class_names"])
+    classes = arrays["class_names"]
+    if classes.ndim != 1 or classes.dtype.kind != "U" or not len(classes):
+        raise _not_of_jpegs(path, f"class_names must be a list of text, got {_kind(classes)}")
+    parts = []
+    for split in ("train", "test"):
+        data, offsets, labels = (arrays[f"{split}_{kind}"] for kind in ("jpeg", "offsets", "labels"))
+        _check_jpegs(path, split, data, offsets, labels, len(classes))
+        images = [data[start:stop].tobytes() for start, stop in pairwise(offsets.tolist())]
+        parts.append(Images(list(zip(images, labels.tolist())), mode, f"{split} image of {shown(path)}, number"))
     # The pixels are not the original ones: results must not pass for results on CIFAR-10.
-    return ImageData("CIFAR-10 (JPEG)", *parts, classes)
+    return ImageData("CIFAR-10 (JPEG)", *parts, tuple(map(str, classes)))
+
+
+def _read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of an .npz, whose sizes are looked at before anything is read."""
+    if not path.is_file():
+        raise ValueError(f"{shown(path)} is not a file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {each.filename: each.file_size for each in archive.infolist()}
+            missing = [name for name in names if f"{name}.npy" not in sizes]
+            # JPEG bytes do not become fewer by compression, and the rest is small beside them.
+            most = 20 * path.stat().st_size + 2**24
+            if missing or sum(sizes[f"{name}.npy"] for name in names) > most:
+                raise ValueError(f"it lacks {missing[0]!r}" if missing else f"its arrays have more than {most:,} bytes")
+            return {name: _read_array(archive, f"{name}.npy", sizes[f"{name}.npy"]) for name in names}
+    except Exception as error:  # whatever zipfile and NumPy make of bytes that are neither
+        raise _not_of_jpegs(path, error_sentence(error) or type(error).__name__) from None
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, size: int) -> np.ndarray:
+    """One array, of which no more memory is taken than its bytes have."""
+    with archive.open(name) as file:
+        data = file.read(size)
+    content = io.BytesIO(data)
+    version = np.lib.format.read_magic(content)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(content)
+    if dtype.hasobject or not dtype.itemsize or math.prod(shape) * dtype.itemsize != len(data) - content.tell():
+        raise ValueError(f"{name} must hold numbers or text of its shape {shape}, got other bytes of type {dtype}")
+    content.seek(0)
+    return np.lib.format.read_array(content, allow_pickle=False)
+
+
+def _check_jpegs(
+    path: Path, split: str, data: np.ndarray, offsets: np.ndarray, labels: np.ndarray, classes: int
+) -> None:
+    """Refuse arrays that are not those of a set of JPEG images."""
+    if data.dtype != np.uint8 or data.ndim != 1:
+        raise _not_of_jpegs(path, f"{split}_jpeg must be a list of unsigned bytes, got {_kind(data)}")
+    for name, array in (("offsets", offsets), ("labels", labels)):
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise _not_of_jpegs(path, f"{split}_{name} must be a list of whole numbers, got {_kind(array)}")
+    if len(offsets) != len(labels) + 1 or not len(labels):
+        raise _not_of_jpegs(path, f"it has {len(labels)} {split}_labels and {len(offsets)}, not one more, of offsets")
+    bounds = offsets.tolist()
+    if bounds[0] < 0 or bounds[-1] > len(data) or any(stop <= start for start, stop in pairwise(bounds)):
+        raise _not_of_jpegs(path, f"{split}_offsets must increase from 0 or more to {len(data)} or less")
+    if not 0 <= labels.min() <= labels.max() < classes:
+        highest = f"from 0 to {classes - 1}, got {labels.min()} to {labels.max()}"
+        raise _not_of_jpegs(path, f"{split}_labels must be numbers of class_names {highest}")
+
+
+def _kind(array: np.ndarray) -> str:
+    return f"{array.dtype} of shape {array.shape}"
+
+
+def _not_of_jpegs(path: Path, what: str) -> ValueError:
+    what = " ".join(what.split())
+    return ValueError(f"{shown(path)} is not an archive of JPEG bytes as load_image_data describes it: {what}")
 
 
 def _digits(root: str, mode: str) -> ImageData:

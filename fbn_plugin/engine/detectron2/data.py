@@ -2,17 +2,24 @@
 batches whose order and augmentation are functions of (seed, position) alone.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    detection_utils,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList, MapDataset
-from detectron2.data.detection_utils import SizeMismatchError, read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_utils
@@ -20,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
-from fbn_plugin.engine.data.decoding import UNREADABLE
+from fbn_plugin.engine.data.decoding import enough_memory, read_image, read_label_map
 from fbn_plugin.engine.data.loaders import training_loader
 from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.data.sampling import repeat_factors
@@ -274,22 +281,42 @@ def metric_names(cfg: CfgNode, suffix: str = "") -> list[str]:
 
 
 class NamingMapper(DatasetMapper):
-    """detectron2's mapper, whose errors name the image: one that cannot be read, or is unlike its annotation."""
+    """detectron2's mapper with this project's reader of images. An error names the image that cannot be read, is unlike
+    its annotation, or takes more memory than there is."""
 
     def __call__(self, dataset_dict: dict) -> dict:
         name = dataset_dict["file_name"]
+
+        def read(path: str, format: str | None = None) -> np.ndarray:
+            return _read(path, format) if path == name else np.asarray(read_label_map(_local(path)))[:, :, None]
+
         try:
-            return super().__call__(dataset_dict)
-        except UNREADABLE as error:
-            if not isinstance(error, OSError | SizeMismatchError):
-                try:
-                    read_image(name, self.image_format)
-                except UNREADABLE:
-                    pass
-                else:
-                    raise  # it is not the image
-            reason = " ".join(str(error).split())
-            raise UserError(reason if name in reason else f"image {name}: {reason}") from None
+            with enough_memory(name), _reader(read):
+                return super().__call__(dataset_dict)
+        except detection_utils.SizeMismatchError as error:
+            raise UserError(" ".join(str(error).split())) from None
+
+
+@contextlib.contextmanager
+def _reader(read: Callable[..., np.ndarray]) -> Iterator[None]:
+    """Have detectron2's mapper read by another function, which it looks up there. For one thread in a process."""
+    theirs = detection_utils.read_image
+    detection_utils.read_image = read
+    try:
+        yield
+    finally:
+        detection_utils.read_image = theirs
+
+
+def _read(path: str, format: str | None) -> np.ndarray:
+    """An image (H, W, C) in one of detectron2's formats."""
+    mode = "RGB" if format in (None, "BGR", "YUV-BT.601") else format  # the second and third are made of RGB
+    return detection_utils.convert_PIL_to_numpy(read_image(_local(path), mode), format)
+
+
+def _local(path: str) -> str:
+    """The file itself, also of a place that only PathManager knows."""
+    return path if os.path.lexists(path) else PathManager.get_local_path(path)
 
 
 class TrainingData:

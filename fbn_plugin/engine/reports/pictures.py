@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as mask_utils
 
-from fbn_plugin.engine.data.coco_data import CocoDataset, read_image
+from fbn_plugin.engine.data.coco_data import CocoDataset
+from fbn_plugin.engine.data.decoding import read_image, shown
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.words import counted
 
@@ -99,7 +100,7 @@ def _row(
     pixels = read_image(path)
     if pixels.size != (image["width"], image["height"]):
         raise UserError(
-            f"image {path} is {pixels.width}x{pixels.height}, its annotation file says "
+            f"image {shown(path)} is {pixels.width}x{pixels.height}, its annotation file says "
             f"{image['width']}x{image['height']}"
         )
     scale = side / max(pixels.size)

@@ -4,7 +4,13 @@ from typing import Any
 
 __all__ = ["counted", "shown"]
 
-_PLURALS = {"batch": "batches", "category": "categories", "entry": "entries", "process": "processes"}
+_PLURALS = {
+    "batch": "batches",
+    "category": "categories",
+    "class": "classes",
+    "entry": "entries",
+    "process": "processes",
+}
 
 
 def counted(number: int, what: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from fbn_plugin.engine.data.coco_data import Augmentation, CocoDetection, read_image, scaled_size
+from fbn_plugin.engine.data.coco_data import Augmentation, CocoDetection, scaled_size
 from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.data.sampling import SeededDataset
 from fbn_plugin.engine.run.cli import UserError
@@ -188,18 +188,6 @@ def test_scaled_size(size, short, longest, expected):
     assert scaled_size(*size[::-1], short, longest) == expected[::-1]
 
 
-def test_grey_palette_alpha_and_rotated_images_are_rgb(tmp_path):
-    pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
-    for mode in ("L", "P", "RGBA", "LA", "1"):
-        Image.fromarray(pixels).convert(mode).save(tmp_path / "image.png")
-        image = read_image(tmp_path / "image.png")
-        assert (image.mode, image.size) == ("RGB", (8, 6))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    Image.fromarray(pixels).save(tmp_path / "image.jpg", exif=exif)
-    assert read_image(tmp_path / "image.jpg").size == (6, 8)
-
-
 def test_images_that_cannot_be_used_are_named(copy):
     path = copy / "train/0.png"
     samples = CocoDetection([resolve_dataset(f"{copy}:train")])
@@ -211,11 +199,8 @@ def test_images_that_cannot_be_used_are_named(copy):
 
     path.write_bytes(path.read_bytes()[:200])
     fails("cannot be read")
-    for content in (b"no image", b"", b"P6 80 x 255 "):  # of the last one Pillow says something else than of the others
-        path.write_bytes(content)
-        fails("cannot be read")
-    Image.fromarray(np.zeros((96, 80), np.uint16)).save(path)
-    fails("8 bits")
+    path.write_bytes(b"no image")
+    fails("cannot be read")
     Image.new("RGB", (10, 20)).save(path)
     fails("is 10x20, its annotation file says 80x96")
     path.unlink()

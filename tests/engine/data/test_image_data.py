@@ -203,7 +203,7 @@ def test_folder_names_accepted_and_refused(tmp_path):
     assert contents(load_image_data("image_folder", str(tmp_path)).val) == [(2, 0)]
 
     write_folder(tmp_path, "val", {"dog": [3]})
-    with pytest.raises(ValueError, match=r"lacks: \['dog'\]"):
+    with pytest.raises(ValueError, match="lacks: 'dog'"):
         load_image_data("image_folder", str(tmp_path))
     (tmp_path / "val/dog/0.png").rename(tmp_path / "val/0.png")
     with pytest.raises(ValueError, match="outside of class folders"):
@@ -253,9 +253,9 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
     data = load_image_data("image_folder", str(tmp_path))
     for content in (damaged.read_bytes(), b"P6 80 x 255 "):
         damaged.write_bytes(content)
-        with pytest.raises(UserError, match=r"ant/1\.png cannot be decoded"):
+        with pytest.raises(UserError, match=r"ant/1\.png cannot be read"):
             data.train[1]
-    with pytest.raises(UserError, match="number 0 cannot be decoded"):
+    with pytest.raises(UserError, match="number 0 cannot be read"):
         Images([(b"no image", 3)])[0]
 
 
