@@ -1,6 +1,8 @@
-"""Numbers of things in the sentences that tools print."""
+"""Numbers of things, and values, in the sentences that tools print."""
 
-__all__ = ["counted"]
+from typing import Any
+
+__all__ = ["counted", "shown"]
 
 _PLURALS = {"batch": "batches", "category": "categories", "entry": "entries", "process": "processes"}
 
@@ -16,3 +18,22 @@ def counted(number: int, what: str) -> str:
         return f"{number:,} {what}"
     before, space, noun = what.rpartition(" ")
     return f"{number:,} {before}{space}{_PLURALS.get(noun, noun + 's')}"
+
+
+def shown(value: Any, most: int = 200) -> str:
+    """A value as a sentence shows it: its ``repr`` on one line, of a long one the beginning, and how long it is.
+
+    Args:
+        value: what was given.
+        most: characters of the ``repr``; a longer one is cut.
+    """
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply"
+    except ValueError:  # Python writes out no whole number of more than some thousand digits
+        return f"a {type(value).__name__} of too many digits"
+    if len(text) <= most:
+        return text
+    end = text[-1] if text[-1] in "'\")]}" else ""
+    return f"{text[: most // 2]}...{end} ({len(text):,} characters)"
