@@ -300,9 +300,9 @@ def test_bad_runs_and_weights(tool, run, shapes, tmp_path, capsys):
 BAD_DETECTIONS = {
     "cut short": (lambda text, first: text[:-20], "cut short"),
     "no list": (lambda text, first: "{}", "list of detections"),
-    "an image of another set": (lambda text, first: json.dumps([{**first, "image_id": 77}]), "image_id 77"),
-    "a class of another set": (lambda text, first: json.dumps([{**first, "category_id": 1}]), "category_id 1"),
-    "no score": (lambda text, first: json.dumps([first, {"image_id": 0, "category_id": 3}]), "number 1 has no 'score'"),
+    "an image of another set": (lambda text, first: json.dumps([{**first, "image_id": 77}]), "such as 0, got 77"),
+    "a class of another set": (lambda text, first: json.dumps([{**first, "category_id": 1}]), "such as 3, got 1"),
+    "no score": (lambda text, first: json.dumps([first, {"image_id": 0, "category_id": 3}]), "number 1 lacks 'score'"),
     "a score in words": (lambda text, first: json.dumps([{**first, "score": "high"}]), "'high'"),
     "half a box": (lambda text, first: json.dumps([{**first, "bbox": [1, 2]}]), "[1, 2]"),
     "a polygon": (lambda text, first: json.dumps([{**first, "segmentation": [[0, 0, 1, 0, 1, 1]]}]), "RLE"),
@@ -312,7 +312,7 @@ BAD_DETECTIONS = {
     ),
     "a mask for one of two": (
         lambda text, first: json.dumps([first, {k: v for k, v in first.items() if k != "segmentation"}]),
-        "number 1 has no 'segmentation'",
+        "number 1 lacks 'segmentation'",
     ),
 }
 

@@ -72,7 +72,7 @@ def test_bad_input(tool, run, shapes, tmp_path, capsys):
     (run / RESULTS).write_text(results[:-9])
     assert "cut short" in refusal(run)
     (run / RESULTS).write_text(json.dumps([{**json.loads(results)[0], "image_id": 77}]))
-    assert "image_id 77" in refusal(run)
+    assert "got 77" in refusal(run)
     (run / RESULTS).unlink()
     assert "has no detections on" in refusal(run)
     config = run / "config.yaml"

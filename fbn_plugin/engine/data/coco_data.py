@@ -6,15 +6,13 @@ is the background.
 
 import contextlib
 import io
-import json
 import logging
-import math
 import os
 import pickle
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,13 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fbn_plugin.engine.data.decoding import enough_memory, read_image, shown
+from fbn_plugin.engine.data.annotation_checks import check_annotations
+from fbn_plugin.engine.data.coco_checks import Findings, check_categories, check_images
+from fbn_plugin.engine.data.decoding import enough_memory, read_image
+from fbn_plugin.engine.data.decoding import shown as shown_path
 from fbn_plugin.engine.run.cli import UserError
-from fbn_plugin.engine.run.words import counted
+from fbn_plugin.engine.run.json_files import read_json
+from fbn_plugin.engine.run.words import counted, shown
 
 __all__ = [
     "Augmentation",
@@ -51,6 +53,7 @@ class CocoDataset:
         json_file, image_root: where it lies; None for annotations that a Python function of the user's gives.
         images, annotations, categories: the file's lists; categories in the order of their ids. Annotations are
             numbered from 1, have ``iscrowd`` and ``area``, and a ``segmentation`` only where it is a usable one.
+        findings: what in them was read otherwise than it stands, or is left out.
     """
 
     name: str
@@ -59,6 +62,7 @@ class CocoDataset:
     images: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
     categories: list[dict[str, Any]]
+    findings: Findings = field(default_factory=Findings)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -72,6 +76,12 @@ class CocoDataset:
     def usable_annotations(self, masks: bool) -> list[dict[str, Any]]:
         """The annotations, without those that lack a mask where ``masks`` are wanted."""
         return [each for each in self.annotations if "segmentation" in each or not masks]
+
+    def say_left_out(self, masks: bool) -> None:
+        """Log how many annotations lack a mask where ``masks`` are wanted: neither trained on nor evaluated."""
+        if missing := len(self.annotations) - len(self.usable_annotations(masks)):
+            of = counted(len(self.annotations), "annotation")
+            logger.warning("%s: %s of %s without a mask, left out", self.name, f"{missing:,}", of)
 
     def coco_api(self, masks: bool) -> COCO:
         """The ground truth as pycocotools wants it."""
@@ -109,12 +119,7 @@ def read_dataset(name: str, json_file: Path, roots: Sequence[Path]) -> CocoDatas
     Raises:
         FileNotFoundError, ValueError: one sentence with the path or the entry that is wrong.
     """
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{json_file} is not valid JSON, perhaps cut short: {error}") from None
-    return check_dataset(name, content, json_file, roots)
+    return check_dataset(name, read_json(json_file), json_file, roots)
 
 
 def check_dataset(name: str, content: Any, json_file: Path | None, roots: Sequence[Path]) -> CocoDataset:
@@ -129,80 +134,50 @@ def check_dataset(name: str, content: Any, json_file: Path | None, roots: Sequen
             raise ValueError(f"{source} is not a COCO annotation file: it has no list {key!r}")
         if key != "annotations" and not content[key]:
             raise ValueError(f"{source} has no {key}")
-    try:
-        images = [
-            {**image, "height": int(image["height"]), "width": int(image["width"])} for image in content["images"]
-        ]
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-        names = [image["file_name"] for image in images]
-        known = {category["id"]: category["name"] for category in categories}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: an image or a category lacks a field or has a bad one: {error}") from None
-    _check_ids(source, images, categories)
-    annotations = [_check(source, each, i + 1, sizes, known) for i, each in enumerate(content["annotations"])]
-    image_root = next((r for r in roots if any((r / n).is_file() for n in names[:20])), None)
+    findings = Findings()
+    images = check_images(source, content["images"], findings, inside=json_file is not None)
+    categories = check_categories(source, content["categories"], findings)
+    annotations = check_annotations(source, content["annotations"], images, categories, findings)
+    names = [image["file_name"] for image in images]
+    image_root = next((r for r in roots if any(os.path.isfile(r / n) for n in names[:20])), None)
     if image_root is None:
         looked = ", ".join(str(r) for r in dict.fromkeys(roots) if r.is_dir()) or str(roots[0])
-        raise FileNotFoundError(f"dataset {name!r}: image {names[0]!r} of {source} is not in {looked}")
-    _check_images(image_root, names)
-    return CocoDataset(name, json_file, image_root, images, annotations, categories)
+        raise FileNotFoundError(f"dataset {name!r}: image {shown(names[0])} of {source} is not in {looked}")
+    _check_files(image_root, names)
+    data = CocoDataset(name, json_file, image_root, images, annotations, categories, findings)
+    _say(source, data)
+    return data
 
 
-def _check_ids(source: str, images: Sequence[dict], categories: Sequence[dict]) -> None:
-    """Refuse an id that two images or categories have, and say how two categories of one name are told apart."""
-    for what, given in (("image", images), ("category", categories)):
-        (number, count), *_ = Counter(each["id"] for each in given).most_common(1)
-        if count > 1:
-            raise ValueError(f"{source}: {counted(count, what)} have the id {number!r}, which must be that of one")
-    names = unique_names([(each["name"], each["id"]) for each in categories])
-    if same := [name for name, each in zip(names, categories) if name != each["name"]]:
-        logger.warning("%s: names that several categories have are told apart by the id: %s", source, ", ".join(same))
-
-
-def _check(source: str, annotation: dict, number: int, sizes: dict, categories: dict) -> dict[str, Any]:
-    """A copy of one annotation in the form that CocoDataset promises."""
-    who = f"{source}: annotation {annotation.get('id', number)!r}" if isinstance(annotation, dict) else source
-    try:
-        size = sizes[annotation["image_id"]]
-        categories[annotation["category_id"]]
-        x, y, width, height = (float(value) for value in annotation["bbox"])
-    except KeyError as error:
-        field = error.args[0]
-        what = f"lacks {field!r}" if field in ("image_id", "category_id", "bbox") else f"names an unknown id {field!r}"
-        raise ValueError(f"{who} {what}") from None
-    except (TypeError, ValueError):
-        raise ValueError(f"{who} is not an object with a 'bbox' of 4 numbers") from None
-    if not all(math.isfinite(value) for value in (x, y, width, height)):
-        raise ValueError(f"{who} has a 'bbox' that is not finite: {annotation['bbox']}")
-    # Numbered from 1: COCOeval takes a match with id 0 for none, and files with an id twice exist.
-    checked = {"area": width * height, "iscrowd": 0, **annotation, "bbox": [x, y, width, height], "id": number}
-    segmentation = checked.pop("segmentation", None)
-    if isinstance(segmentation, list):
-        # Fewer than three points enclose nothing, and pycocotools reads four numbers as a box.
-        segmentation = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
-        if any(len(polygon) % 2 for polygon in segmentation):
-            raise ValueError(f"{who} has a polygon with an odd number of coordinates")
-    elif isinstance(segmentation, dict) and (
-        tuple(segmentation.get("size", ())) != size or "counts" not in segmentation
-    ):
-        raise ValueError(f"{who} has an RLE mask that is not of its image's size (height, width) {size}")
-    if segmentation:
-        checked["segmentation"] = segmentation
-    return checked
-
-
-def _check_images(root: Path, names: Sequence[str]) -> None:
+def _check_files(root: Path, names: Sequence[str]) -> None:
+    """Refuse images that are not there, or are no files."""
     folders = defaultdict(set)
     for name in names:
         folder, _, base = name.rpartition("/")
         folders[folder].add(base)
+    missing = {}
     for folder, wanted in folders.items():  # one listing a folder: a look at each file takes long on a network disk
-        there = set(os.listdir(root / folder)) if (root / folder).is_dir() else set()
-        if missing := sorted(wanted - there):
-            raise FileNotFoundError(
-                f"image {root / folder / missing[0]} is not there ({len(missing)} of {len(names)} missing)"
-            )
+        try:
+            there = {entry.name: _is_file(entry) for entry in os.scandir(root / folder) if entry.name in wanted}
+        except OSError:
+            there = {}
+        missing |= {root / folder / base: base in there for base in sorted(wanted) if not there.get(base)}
+    if missing:
+        path, is_there = next(iter(missing.items()))
+        what = "is no file" if is_there else "is not there"
+        raise FileNotFoundError(f"image {path} {what} ({len(missing)} of {len(names)} missing)")
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    return os.path.isfile(entry) if entry.is_symlink() else entry.is_file()  # a link may lead to itself
+
+
+def _say(source: str, data: CocoDataset) -> None:
+    """Log what was found in a set that is sound, and how two categories of one name are told apart."""
+    if same := [name for name, each in zip(data.class_names, data.categories) if name != each["name"]]:
+        logger.warning("%s: names that several categories have are told apart by the id: %s", source, ", ".join(same))
+    if line := str(data.findings):
+        logger.warning("%s %s", source, line)
 
 
 @dataclass(frozen=True)
@@ -270,12 +245,7 @@ class CocoDetection(Dataset):
         for data in datasets:
             labels = {category: label for label, category in enumerate(data.category_ids, start=1)}
             objects, categories = defaultdict(list), defaultdict(set)
-            usable = data.usable_annotations(masks)
-            if missing := len(data.annotations) - len(usable):
-                logger.warning(
-                    "%s: %d annotations of %d have no mask; left out", data.name, missing, len(data.annotations)
-                )
-            for each in usable:
+            for each in data.usable_annotations(masks):
                 categories[each["image_id"]].add(labels[each["category_id"]])
                 if not each["iscrowd"]:
                     objects[each["image_id"]].append(
@@ -304,7 +274,7 @@ class CocoDetection(Dataset):
         image = read_image(path)
         if image.size != (width, height):
             size = f"{image.width}x{image.height}"
-            raise UserError(f"image {shown(path)} is {size}, its annotation file says {width}x{height}")
+            raise UserError(f"image {shown_path(path)} is {size}, its annotation file says {width}x{height}")
         new_height, new_width, flip = height, width, "none"
         if self.augmentation is not None:
             new_height, new_width, flip = self.augmentation.draw(height, width)

@@ -1,7 +1,6 @@
 """COCO AP of a run that is there already: of its weights, by the engine that trained them, or of a file of detections,
 whoever made it. The figures come from ``coco_eval`` in every case."""
 
-import json
 import math
 import os
 import tempfile
@@ -11,8 +10,10 @@ from typing import Any
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.coco_eval import evaluate_coco
+from fbn_plugin.engine.data.detection_checks import check_detections
 from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
+from fbn_plugin.engine.run.json_files import read_json
 from fbn_plugin.engine.run.run_folder import Run
 from fbn_plugin.engine.run.words import counted
 
@@ -95,43 +96,9 @@ def read_detections(path: str | os.PathLike, data: CocoDataset) -> list[dict[str
     Raises:
         FileNotFoundError, ValueError: one sentence that says what is wrong, and in which entry.
     """
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise FileNotFoundError(f"detections {path} are not there")
-    try:
-        with open(path, encoding="utf-8") as file:
-            detections = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON, perhaps cut short: {error}") from None
-    if not isinstance(detections, list):
-        raise ValueError(f"{path} must hold a list of detections, got a {type(detections).__name__}")
-    sizes = {image["id"]: [image["height"], image["width"]] for image in data.images}
-    categories = set(data.category_ids)
-    masks = any(isinstance(each, dict) and "segmentation" in each for each in detections)
-    for number, each in enumerate(detections):
-        try:
-            _check_detection(each, sizes, categories, masks)
-        except ValueError as error:
-            raise ValueError(f"{path} holds no detections on {data.name}: number {number} {error}") from None
-    return detections
-
-
-def _check_detection(each: Any, sizes: Mapping, categories: set, masks: bool) -> None:
-    fields = ("image_id", "category_id", "score", "bbox", *(["segmentation"] if masks else []))
-    missing = [field for field in fields if not isinstance(each, dict) or field not in each]
-    if missing:
-        raise ValueError(f"has no {missing[0]!r}")
-    for field, known in (("image_id", sizes), ("category_id", categories)):
-        if not isinstance(each[field], int | str) or each[field] not in known:
-            raise ValueError(f"has the {field} {each[field]!r}, which is unknown there")
-    numbers = [each["score"], *each["bbox"]] if isinstance(each["bbox"], list) else []
-    if len(numbers) != 5 or not all(isinstance(v, int | float) and math.isfinite(v) for v in numbers):
-        raise ValueError(f"must have a number as 'score' and 4 as 'bbox', got {each['score']!r} and {each['bbox']!r}")
-    if masks:
-        mask, size = each["segmentation"], sizes[each["image_id"]]
-        if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str):
-            raise ValueError("has a 'segmentation' that is no RLE with compressed counts")
-        if mask.get("size") != size:
-            raise ValueError(f"has a mask of size {mask.get('size')}, its image is {size} (height, width)")
+    return check_detections(os.fspath(path), read_json(path), data)
 
 
 def score_detections(
@@ -153,6 +120,7 @@ def score_detections(
     limit = config.get("TEST.DETECTIONS_PER_IMAGE", 100)
     if not isinstance(limit, int):
         raise ValueError(f"{run.folder / 'config.yaml'}: TEST.DETECTIONS_PER_IMAGE must be an integer, got {limit!r}")
+    data.say_left_out(masks)
     return evaluate_coco(data, detections, masks, max(100, limit))
 
 

@@ -4,7 +4,6 @@ other."""
 import base64
 import html
 import io
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
+from fbn_plugin.engine.reports.evaluation import read_detections
 from fbn_plugin.engine.reports.pictures import draw_detections
 from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.logging import read_metrics
@@ -82,7 +82,7 @@ def plot_detections(data: CocoDataset, runs: Mapping[str, Path], num_images: int
         threshold: least score of a detection that is drawn.
     """
     detections = {
-        label: json.loads((Path(run_dir) / "inference" / "coco_instances_results.json").read_text())
+        label: read_detections(Path(run_dir) / "inference" / "coco_instances_results.json", data)
         for label, run_dir in runs.items()
     }
     with_objects = {each["image_id"] for each in data.annotations if not each["iscrowd"]}

@@ -50,6 +50,7 @@ class DetectionData:
         number = self.cfg.MODEL.ROI_HEADS.NUM_CLASSES
         for data in found:
             check_number_of_classes("MODEL.ROI_HEADS.NUM_CLASSES", number, data.name, data.class_names)
+            data.say_left_out(self.cfg.MODEL.MASK_ON)
         return found
 
     def _training_images(self) -> CocoDetection:

@@ -45,12 +45,12 @@ def _first(field, value):
         (lambda c: c["images"].clear(), "has no images"),
         (lambda c: c["images"][0].pop("height"), "'height'"),
         (lambda c: c["annotations"][0].pop("bbox"), "annotation 0 lacks 'bbox'"),
-        (_first("image_id", 99), "unknown id 99"),
-        (_first("category_id", 99), "unknown id 99"),
-        (_first("bbox", [1, 2, 3]), "'bbox' of 4 numbers"),
-        (_first("bbox", [1, 2, float("nan"), 3]), "not finite"),
-        (_first("segmentation", {"size": [5, 5], "counts": "1"}), "size (height, width) (96, 80)"),
-        (_first("segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "odd number"),
+        (_first("image_id", 99), "annotation 0: 'image_id' must be the id of one of the file's 4 images"),
+        (_first("category_id", 99), "'category_id' must be the id of one of the file's 2 categories"),
+        (_first("bbox", [1, 2, 3]), "'bbox' must be a list of 4 numbers"),
+        (_first("bbox", [1, 2, float("nan"), 3]), "'bbox' must be 4 finite numbers, got nan"),
+        (_first("segmentation", {"size": [5, 5], "counts": "1"}), "size (height, width) [96, 80], got [5, 5]"),
+        (_first("segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "polygons of an even number of coordinates, not 7"),
         (lambda c: c["images"][1].__setitem__("file_name", "gone.png"), "gone.png is not there (1 of 4 missing)"),
         (lambda c: c["images"].append(c["images"][0]), "2 images have the id 0, which must be that of one"),
         (lambda c: c["categories"].append({"id": 3, "name": "x"}), "2 categories have the id 3"),
@@ -120,11 +120,14 @@ def test_images_without_objects_and_crowds(copy):
 def test_objects_without_a_mask(copy, caplog):
     edit(copy, "train", lambda c: [c["annotations"][0].pop("segmentation"), _first("segmentation", [[1, 2, 3, 4]])(c)])
     data = resolve_dataset(f"{copy}:train")
+    data.say_left_out(masks=False)
+    data.say_left_out(masks=True)
     with_masks, without = CocoDetection([data]), CocoDetection([data], masks=False)
     assert len(with_masks[0][1]["labels"]) == len(without[0][1]["labels"]) - 1
     assert "masks" not in without[0][1]
     assert [r.message for r in caplog.records] == [
-        f"{copy}:train: 1 annotations of {len(data.annotations)} have no mask; left out"
+        f"{copy / 'annotations/instances_train.json'} left out: polygons of fewer than 3 points (1)",
+        f"{copy}:train: 1 of {len(data.annotations)} annotations without a mask, left out",
     ]
 
 

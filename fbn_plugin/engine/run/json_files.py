@@ -1,0 +1,64 @@
+"""Reading a JSON file that a user gives: whatever lies there instead of one is refused in one sentence, before what is
+in it is looked at."""
+
+import codecs
+import json
+import os
+import stat
+from typing import Any
+
+from fbn_plugin.engine.run.words import shown
+
+__all__ = ["read_json"]
+
+# Longer marks first, as that of UTF-32 begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file in UTF-8, with a byte-order mark or without.
+
+    Numbers that Python's ``json`` takes beyond the standard (``NaN``, ``Infinity``, ``1e400``) are left to whoever
+    knows what the number is for.
+
+    Raises:
+        OSError: the file is not there, or is none: a folder, a pipe, a device.
+        ValueError: it is no JSON, is nested too deeply, has a whole number of thousands of digits, or has one key twice
+            in an object, of which JSON means none.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a file")
+    with open(path, "rb") as file:
+        data = file.read()
+    for mark, name in _MARKS.items():
+        if data.startswith(mark):
+            raise ValueError(f"{path} is not valid JSON: it is text in {name}, and JSON is in UTF-8")
+    try:
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON, perhaps cut short: {_reason(error)}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: its lists or objects are nested too deeply") from None
+    except ValueError as error:  # _object's, and Python's on whole numbers of thousands of digits
+        raise ValueError(f"{path} is not valid JSON: {_reason(error)}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        where = f" of id {shown(found['id'], 60)}" if "id" in found else ""
+        raise ValueError(f"an object{where} has the key {shown(twice, 60)} twice")
+    return found
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return str(error).partition(";")[0]  # behind it Python says how a program may raise its limit
