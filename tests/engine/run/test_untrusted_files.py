@@ -30,7 +30,7 @@ def test_tags_of_yaml_call_nothing(tag, as_base):
         file.write(f"OUTPUT_DIR: {tag}\n")
     with open("y.yaml", "w") as file:
         file.write("_BASE_: x.yaml\n")
-    with pytest.raises(ValueError, match=r"^[^\n]*\.yaml [^\n]*python/[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*\.yaml[^\n]*python/[^\n]*$"):
         read_config("y.yaml" if as_base else "x.yaml")
 
 
