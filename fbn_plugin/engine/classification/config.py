@@ -11,6 +11,7 @@ from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.rules import (
     COMMON_RULES,
+    MOST_ITERATIONS,
     Rule,
     above,
     at_least,
@@ -19,7 +20,10 @@ from fbn_plugin.engine.run.rules import (
     check_values,
     each,
     exactly,
+    from_to_below,
+    increasing,
     one_of,
+    or_zero,
 )
 
 __all__ = ["MAY_CHANGE", "check_config", "classification_config"]
@@ -123,38 +127,39 @@ def classification_config() -> CfgNode:
     )
 
 
+_MOST_PIXELS = 2**13  # of a side of an image
+
 _RULES = {
     **COMMON_RULES,
-    "DATALOADER.IMAGES_PER_CLASS": at_least(0),
-    "INPUT.COLOR_JITTER": at_least(0),
-    "INPUT.CROP_PCT": Rule("above 0, and 1 or less", lambda given: 0 < given <= 1),
-    "INPUT.CUTMIX": at_least(0),
+    "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
+    "INPUT.COLOR_JITTER": at_least(0, 10),
+    "INPUT.CROP_PCT": between(0.1, 1),
+    "INPUT.CUTMIX": or_zero(between(0.001, 1000)),
     "INPUT.FORMAT": one_of("RGB", "L"),
     "INPUT.HFLIP": between(0, 1),
     "INPUT.INTERPOLATION": one_of("bilinear", "bicubic", "nearest"),
-    "INPUT.MIXUP": at_least(0),
-    "INPUT.PADDING": at_least(0),
+    "INPUT.MIXUP": or_zero(between(0.001, 1000)),
+    "INPUT.PADDING": at_least(0, _MOST_PIXELS),
     "INPUT.RATIO": Rule(
         "two ratios of width to height, the smaller first", lambda given: len(given) == 2 and 0 < given[0] <= given[1]
     ),
     "INPUT.SCALE": Rule(
         "two shares of the image's area, the smaller first", lambda given: len(given) == 2 and 0 < given[0] <= given[1]
     ),
-    "INPUT.SIZE": at_least(1),
+    "INPUT.SIZE": at_least(1, _MOST_PIXELS),
     "INPUT.TRAIN_CROP": one_of("none", "padded", "random_resized"),
-    "MODEL.DROP_RATE": between(0, 1),
-    "MODEL.PIXEL_STD": each(above(0)),
+    "MODEL.DROP_RATE": from_to_below(0, 1),
+    "MODEL.PIXEL_MEAN": each(between(-(10**6), 10**6)),
+    "MODEL.PIXEL_STD": each(between(1e-6, 10**6)),
     "SEED": Rule("0 or more, and below 2**63", lambda given: 0 <= given < 2**63),
-    "SOLVER.BASE_LR": above(0),
-    "SOLVER.CHECKPOINT_PERIOD": at_least(0),
-    "SOLVER.LABEL_SMOOTHING": between(0, 1),
+    "SOLVER.CHECKPOINT_PERIOD": at_least(0, MOST_ITERATIONS),
+    "SOLVER.GAMMA": above(0, 10),
+    "SOLVER.LABEL_SMOOTHING": from_to_below(0, 1),
     "SOLVER.LR_SCHEDULER_NAME": one_of("constant", "cosine", "multistep", "poly", "tanh"),
-    "SOLVER.MAX_EPOCH": at_least(1),
-    "SOLVER.MAX_ITER": at_least(0),
-    "SOLVER.MIN_LR": at_least(0),
-    "SOLVER.MOMENTUM": at_least(0),
-    "SOLVER.WEIGHT_DECAY": at_least(0),
-    "TEST.IMS_PER_BATCH": at_least(1),
+    "SOLVER.MAX_EPOCH": at_least(1, 10**6),
+    "SOLVER.MAX_ITER": at_least(0, MOST_ITERATIONS),
+    "SOLVER.STEPS": increasing("epochs"),
+    "TEST.IMS_PER_BATCH": at_least(1, 2**20),
 }
 
 
@@ -174,6 +179,9 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
     """Rules that follow from other values of the config."""
     epochs = cfg.SOLVER.MAX_EPOCH
     rules = {
+        "SOLVER.MIN_LR": Rule(
+            f"from 0 to SOLVER.BASE_LR, {cfg.SOLVER.BASE_LR}", lambda given: 0 <= given <= cfg.SOLVER.BASE_LR
+        ),
         "SOLVER.OPTIMIZER": one_of(*list_optimizers()),
         "SOLVER.WARMUP_EPOCHS": Rule(f"from 0 to less than MAX_EPOCH, {epochs}", lambda given: 0 <= given < epochs),
     }

@@ -1,4 +1,5 @@
-"""Values as a command line writes them, Python literals or plain text: as yacs reads them, in bounded time and memory."""
+"""Values as a command line writes them: Python literals or plain text, as yacs reads them, but in bounded time and
+memory."""
 
 import ast
 import re

@@ -13,6 +13,8 @@ from fbn_plugin.registry import matching_names, parse_spec
 
 __all__ = [
     "COMMON_RULES",
+    "MOST_CHANNELS",
+    "MOST_ITERATIONS",
     "Rule",
     "above",
     "at_least",
@@ -20,15 +22,22 @@ __all__ = [
     "check_norms",
     "check_values",
     "each",
+    "each_of",
     "exactly",
+    "from_to_below",
     "get_value",
     "increasing",
     "multiple_of",
     "named",
     "of_length",
     "one_of",
+    "or_zero",
     "refusal",
 ]
+
+# Beyond these nobody means what he writes: it would take a lifetime, or more memory than there is.
+MOST_ITERATIONS = 2**31 - 1
+MOST_CHANNELS = 2**14
 
 
 @dataclass(frozen=True)
@@ -112,14 +121,28 @@ def one_of(*values: Any) -> Rule:
     return Rule(f"one of {', '.join(map(repr, values))}", lambda given: given in values)
 
 
-def at_least(least: float) -> Rule:
-    """A finite number, from ``least`` on."""
-    return Rule(f"{least} or more", lambda given: least <= given < math.inf)
+def at_least(least: float, most: float = math.inf) -> Rule:
+    """A finite number, from ``least`` on, up to ``most``."""
+    return Rule(f"{least} or more{_and_at_most(most)}", lambda given: least <= given <= most and given < math.inf)
 
 
-def above(bound: float) -> Rule:
-    """A finite number greater than ``bound``."""
-    return Rule(f"above {bound}", lambda given: bound < given < math.inf)
+def above(bound: float, most: float = math.inf) -> Rule:
+    """A finite number greater than ``bound``, up to ``most``."""
+    return Rule(f"above {bound}{_and_at_most(most)}", lambda given: bound < given <= most and given < math.inf)
+
+
+def _and_at_most(most: float) -> str:
+    return "" if most == math.inf else f", and {most} or less"
+
+
+def from_to_below(low: float, high: float) -> Rule:
+    """A number from ``low`` on that is smaller than ``high``."""
+    return Rule(f"from {low} to less than {high}", lambda given: low <= given < high)
+
+
+def or_zero(rule: Rule) -> Rule:
+    """What a rule accepts, or 0."""
+    return Rule(f"0, or {rule.what}", lambda given: given == 0 or rule.accepts(given))
 
 
 def between(low: float, high: float) -> Rule:
@@ -137,6 +160,11 @@ def each(rule: Rule) -> Rule:
     return Rule(f"one value or more, each {rule.what}", accepts)
 
 
+def each_of(most: int, rule: Rule) -> Rule:
+    """A list of up to so many values, not an empty one, which all keep to a rule."""
+    return Rule(f"1 to {most} values, each {rule.what}", lambda given: len(given) <= most and each(rule).accepts(given))
+
+
 def of_length(length: int, rule: Rule | None = None) -> Rule:
     """A list of so many values, all of which keep to ``rule``."""
     what = f"a list of {length}" + (f", each {rule.what}" if rule else "")
@@ -150,16 +178,22 @@ def multiple_of(factor: int, of: str = "") -> Rule:
 
 def increasing(what: str) -> Rule:
     """A list of values from 1 on that grow from each to the next; ``what`` names them."""
-    return Rule(
-        f"increasing {what}, from 1 on", lambda given: min(given, default=1) >= 1 and list(given) == sorted(set(given))
-    )
+
+    def accepts(given: Any) -> bool:
+        return list(given) == sorted(set(given)) and all(1 <= value <= MOST_ITERATIONS for value in given)
+
+    return Rule(f"increasing {what}, from 1 on", accepts)
 
 
 # Keys that mean the same in every engine.
 COMMON_RULES = {
-    "DATALOADER.NUM_WORKERS": at_least(0),
+    "DATALOADER.NUM_WORKERS": at_least(0, 1024),
     "INPUT.NORM_GAMMA_INIT": between(0, 1),
-    "SOLVER.IMS_PER_BATCH": at_least(1),
-    "SOLVER.SCALE_LR_DIVISOR": at_least(0),
-    "TEST.EVAL_PERIOD": at_least(0),
+    "SOLVER.BASE_LR": above(0, 1e30),
+    "SOLVER.IMS_PER_BATCH": at_least(1, 2**20),
+    "SOLVER.MOMENTUM": from_to_below(0, 1),
+    "SOLVER.SCALE_LR_DIVISOR": or_zero(between(0.001, 10**6)),
+    "SOLVER.WARMUP_FACTOR": between(0, 1),
+    "SOLVER.WEIGHT_DECAY": at_least(0, 100),
+    "TEST.EVAL_PERIOD": at_least(0, MOST_ITERATIONS),
 }
