@@ -116,15 +116,13 @@ class FoundImages:
         if odd := [name for name in self.classes if not name.isprintable()]:
             raise ValueError(f"{shown(self.place)} has a class whose name is no text on one line: {odd[0]!r}")
         if self.left_out:
-            parts = (f"{counted(len(names), what)} (such as {shown(names[0])})" for what, names in self._reasons())
-            logger.warning("%s: left out are %s", shown(self.place), ", ".join(parts))
+            total = counted(sum(map(len, self.left_out.values())), "entry")
+            parts = (f"{len(names):,} {why} (such as {shown(min(names))})" for why, names in self.left_out.items())
+            logger.warning("%s: %s left out: %s", shown(self.place), total, ", ".join(sorted(parts)))
         (label, folders), *others = self.folders.items()
         if len(folders) > 1 and not others:
             where = shown(self.place)
             logger.warning("%s: all %d folders with images are named %r and are one class", where, len(folders), label)
-
-    def _reasons(self) -> list[tuple[str, list[str]]]:
-        return [(what, sorted(names)) for what, names in sorted(self.left_out.items())]
 
 
 def find_images(root: str | os.PathLike) -> FoundImages:
@@ -149,7 +147,7 @@ def find_images(root: str | os.PathLike) -> FoundImages:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 name = os.path.join(folder, entry.name)
                 if _is_hidden(entry.name):
-                    found.left_out["hidden file or folder"].append(name)
+                    found.left_out["hidden"].append(name)
                 elif entry.is_dir():
                     todo.append(name)
                 elif _is_image(name, found):
@@ -157,7 +155,8 @@ def find_images(root: str | os.PathLike) -> FoundImages:
                     found.add(name, os.path.join(root, name))
     with_images = {name.split(os.sep)[0] for name, _, _ in found.images}
     folders = (os.path.relpath(path, root) for path in seen.values())
-    found.empty = [name for name in folders if name != "." and os.sep not in name and name not in with_images]
+    empty = (name for name in folders if name != "." and os.sep not in name and name not in with_images)
+    found.empty = sorted(empty, key=_in_order)
     found.check()
     return found
 
@@ -194,11 +193,11 @@ def _enter(
     if member.isdir() or _is_apart(member, found):
         return
     if not member.isreg() or member.issparse():
-        found.left_out["member that is no plain file"].append(member.name)
+        found.left_out["no plain file"].append(member.name)
     elif _is_image(member.name, found):
         name = os.path.normpath(member.name)
         if (inner, name) in members:
-            found.left_out["earlier version of a member"].append(member.name)
+            found.left_out["replaced by a later member"].append(member.name)
         members[inner, name] = Member(archive, os.path.join(inner, name), start + member.offset_data, member.size)
 
 
@@ -212,6 +211,10 @@ def _members(file: BinaryIO, name: str | os.PathLike) -> Iterator[tarfile.TarInf
                     raise tarfile.ReadError(f"{shown(member.name)} is cut short")
                 yield member
                 archive.members.clear()  # millions of them would stay
+            # tarfile takes a header that is cut or damaged for the end, which is a block of zeros.
+            file.seek(archive.offset)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError("it has no end, perhaps it is cut short")
     except Exception as error:  # whatever tarfile makes of bytes that are no archive
         reason = " ".join(error_sentence(error).split()) or type(error).__name__
         raise ValueError(f"no images found in {shown(name)}, which is not a whole tar archive: {reason}") from None
@@ -249,14 +252,14 @@ def _is_apart(member: tarfile.TarInfo, found: FoundImages) -> bool:
     if ".." in parts:
         raise ValueError(f"{shown(found.place)} has a member whose name leads out of it: {shown(member.name)}")
     if hidden := any(map(_is_hidden, parts)):
-        found.left_out["hidden file or folder"].append(member.name)
+        found.left_out["hidden"].append(member.name)
     return hidden
 
 
 def _is_image(name: str, found: FoundImages) -> bool:
     by_name = os.path.splitext(name)[1].lower() in image_extensions()
     if not by_name:
-        found.left_out["file that is no image by its name"].append(name)
+        found.left_out["not named as an image"].append(name)
     return by_name
 
 

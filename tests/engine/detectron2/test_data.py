@@ -4,14 +4,20 @@ read are named."""
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, detection_utils
 from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.data.transforms import AugmentationList
+from detectron2.utils.file_io import PathHandler, PathManager
+from image_files import NO_FILES, READ, REFUSED
 from tiny_detectron2 import datasets, prepare
 
+from fbn_plugin.engine.data.decoding import read_image
 from fbn_plugin.engine.data.sampling import repeat_factors
 from fbn_plugin.engine.detectron2.data import NamingMapper, TrainingData
 from fbn_plugin.engine.run.cli import UserError
@@ -32,6 +38,70 @@ def test_repeat_factors_are_detectron2s(shapes, tmp_path, sqrt):
     total = sum(seen.values())
     for record, factor in zip(records, ours):
         assert seen[record["image_id"]] / total == pytest.approx(factor / ours.sum(), abs=0.04)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_images_are_those_of_the_other_tasks(shapes, tmp_path, name):
+    cfg = prepare(*datasets(shapes, 2), "OUTPUT_DIR", tmp_path, "INPUT.FORMAT", "RGB")
+    path = tmp_path / "image"
+    path.write_bytes(READ[name][0])
+    expected = np.asarray(read_image(path))
+    mapper = NamingMapper(cfg, is_train=False)
+    mapper.augmentations = AugmentationList([])
+    record = {"file_name": str(path), "height": expected.shape[0], "width": expected.shape[1]}
+    for image_format, theirs in (("RGB", expected), ("BGR", expected[:, :, ::-1])):
+        mapper.image_format = image_format
+        assert np.array_equal(mapper(record)["image"].permute(1, 2, 0).numpy(), theirs)
+    mapper.image_format = "L"
+    assert mapper(record)["image"].shape == (1, *expected.shape[:2])
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *NO_FILES])
+def test_images_are_refused_as_by_the_other_tasks(shapes, tmp_path, name):
+    cfg = prepare(*datasets(shapes, 2), "OUTPUT_DIR", tmp_path)
+    path = tmp_path / "image"
+    if name in REFUSED:
+        path.write_bytes(REFUSED[name][0])
+    else:
+        NO_FILES[name][0](path)
+    sentences = []
+    for look in (read_image, lambda path: NamingMapper(cfg)({"file_name": str(path), "height": 6, "width": 8})):
+        with pytest.raises(UserError) as error:
+            look(path)
+        sentences.append(str(error.value))
+    assert sentences[0] == sentences[1]
+
+
+def test_label_maps_are_read_as_numbers(shapes, tmp_path):
+    """16 bits a pixel too, of which an image has the upper ones."""
+    cfg = prepare(*datasets(shapes, 2), "OUTPUT_DIR", tmp_path)
+    labels = np.arange(48, dtype=np.uint16).reshape(6, 8)
+    Image.fromarray(labels).save(tmp_path / "labels.png")
+    (tmp_path / "image.png").write_bytes(READ["colour"][0])
+    mapper = NamingMapper(cfg, is_train=False)
+    mapper.augmentations = AugmentationList([])
+    record = {"file_name": str(tmp_path / "image.png"), "sem_seg_file_name": str(tmp_path / "labels.png")}
+    assert np.array_equal(mapper(record)["sem_seg"].numpy(), labels)
+    (tmp_path / "labels.png").unlink()
+    with pytest.raises(UserError, match=r"labels\.png is not there"):
+        mapper(record)
+    assert detection_utils.read_image.__module__ == detection_utils.__name__  # theirs again
+
+
+def test_images_of_other_places_go_through_path_manager(shapes, tmp_path):
+    class Handler(PathHandler):
+        def _get_supported_prefixes(self):
+            return ["kept://"]
+
+        def _get_local_path(self, path, **_):
+            return str(tmp_path / path.removeprefix("kept://"))
+
+    cfg = prepare(*datasets(shapes, 2), "OUTPUT_DIR", tmp_path)
+    (tmp_path / "image.png").write_bytes(READ["colour"][0])
+    PathManager.register_handler(Handler(), allow_override=True)
+    assert NamingMapper(cfg, is_train=False)({"file_name": "kept://image.png"})["width"] == 8
+    with pytest.raises(UserError, match=r"x\.png is not there"):
+        NamingMapper(cfg)({"file_name": "kept://x.png"})
 
 
 def test_images_that_cannot_be_read_are_named(shapes, tmp_path, monkeypatch):
