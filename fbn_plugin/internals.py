@@ -123,7 +123,9 @@ ATTRIBUTES = {
     ),
     "torch.nn.Conv2d": ("_conv_forward",),
     "torchvision.models.resnet.ResNet": ("_norm_layer",),
+    "torch.utils.tensorboard.SummaryWriter": ("_get_file_writer",),  # overridden in engine/run/board.py
     "fvcore.common.registry.Registry": ("_obj_map",),
+    "detectron2.utils.events.TensorboardXWriter": ("_writer",),
     "detectron2.evaluation.COCOEvaluator": ("_coco_api", "_derive_coco_results", "_kpt_oks_sigmas"),
 }
 

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
         import_modules(args.imports)
 
         from fbn_plugin.engine import benchmark
-        from fbn_plugin.engine.run.checkpoint import atomic_write
+        from fbn_plugin.engine.run.writing import WriteError, atomic_write
 
         for path, suffix in ((args.output, ".json"), (args.plot, ".png")):
             if path is not None and (path.suffix != suffix or not path.parent.is_dir()):
@@ -90,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
             if args.output is not None:
                 atomic_write(args.output, (json.dumps(results, indent=1) + "\n").encode())
 
-        files = [benchmark.run(settings, on_row)]
+        with user_errors(WriteError):
+            files = [benchmark.run(settings, on_row)]
     print(benchmark.markdown(*files))
     if args.plot is not None:
         with user_errors():

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fbn_plugin.engine.run.cli import add_import, format_table, user_errors
+from fbn_plugin.engine.run.writing import atomic_write, writing
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("BN", "FBN")
@@ -48,8 +49,9 @@ def remember_data(output: Path, files: Sequence[Path]) -> None:
     digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
     note = output / "annotations.sha256"
     if not note.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        note.write_text(f"{digest}\n")
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+        atomic_write(note, f"{digest}\n".encode())
     elif note.read_text().strip() != digest:
         raise ValueError(f"{output} holds a run on other data; choose another --output or remove it")
 
@@ -120,15 +122,17 @@ def main(args=None) -> None:
         tools[norm] = [*tool, *arguments]
     run_side_by_side(tools)
 
-    print("\nAverage precision on the validation images, in percent:\n")
-    print(format_table(ap_table(runs)))
+    with user_errors():
+        table = format_table(ap_table(runs))
+    print(f"\nAverage precision on the validation images, in percent:\n\n{table}")
     facts = [
         "Mask R-CNN with a ResNet-18 FPN, trained from scratch at two images a batch. The two runs have the same seed "
         f"and differ in the norm alone. {len(train.images)} training images, {len(val.images)} validation images.",
         "This is a demonstration at reduced size, one run each: it shows that both train, not which is better.",
     ]
     report = output / "report.html"
-    write_report(report, f"BN and FBN on {name}", facts, val, runs, commands)
+    with user_errors():
+        write_report(report, f"BN and FBN on {name}", facts, val, runs, commands)
     print(f"\nCurves and detections: {report}")
 
 

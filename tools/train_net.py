@@ -12,8 +12,8 @@ metrics.json, TensorBoard events, checkpoints, run_info.json and the COCO result
 evaluation.json and the COCO results there and, where nothing was trained in OUTPUT_DIR, the settings. With
 TEST.AUG.ENABLED the evaluation at the end, or of ``--eval-only``, is made with test-time augmentation, too.
 
-``--resume`` continues from the last checkpoint with the settings that the run began with; on the CPU it ends with the
-same bits as a run that was never stopped.
+``--resume`` continues from the last checkpoint with the settings that the run began with, ``--resume auto`` from the
+newest that is not damaged; on the CPU it ends with the same bits as a run that was never stopped.
 """
 
 import importlib.util
@@ -21,10 +21,12 @@ import importlib.util
 from fbn_plugin.engine.run.cli import (
     add_import,
     add_log_period,
+    add_resume_auto,
     import_modules,
     interruptible,
     refuse_unknown_flags,
     user_errors,
+    with_resume_auto,
 )
 
 with user_errors():
@@ -49,8 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.set_defaults(dist_url="auto")
     add_log_period(parser)
+    add_resume_auto(parser)
     add_import(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_resume_auto(argv))
     if not 0 <= args.machine_rank < args.num_machines:
         parser.error(
             f"--machine-rank must be from 0 to --num-machines - 1, got {args.machine_rank} of {args.num_machines}"

@@ -24,18 +24,20 @@ from fbn_plugin.engine.data.image_data import ImageData, load_image_data
 from fbn_plugin.engine.data.sampling import BalancedSampler
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
-from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, atomic_write
+from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
+from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
-from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
+from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume
 from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
 from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
 from fbn_plugin.engine.run.words import counted
+from fbn_plugin.engine.run.writing import atomic_write
 
 __all__ = ["ClassificationTrainer", "evaluate"]
 
@@ -78,8 +80,9 @@ class ClassificationTrainer:
 
     Args:
         cfg: `classification_config` with a file merged in.
-        resume: continue from the last checkpoint in OUTPUT_DIR, if there is one, with the settings it began with;
-            only the device, the rates, the number of iterations or workers, and when to save and evaluate may change.
+        resume: continue from the last checkpoint in OUTPUT_DIR, if there is one, with `"auto"` from the newest that is
+            not damaged, with the settings it began with; only the device, the rates, the number of iterations or
+            workers, and when to save and evaluate may change.
         eval_only: only evaluate: MODEL.WEIGHTS, which must fit the whole model, or with `resume` the last checkpoint.
         log_period: iterations between two lines of `metrics.json`.
 
@@ -87,11 +90,13 @@ class ClassificationTrainer:
         ValueError, OSError: bad values in the config, missing or damaged files.
     """
 
-    def __init__(self, cfg: CfgNode, resume: bool = False, eval_only: bool = False, log_period: int = 20):
+    def __init__(self, cfg: CfgNode, resume: bool | str = False, eval_only: bool = False, log_period: int = 20):
         self.cfg, solver = cfg, cfg.SOLVER
         self.log_period = log_period
         self.device = distributed.init(cfg.MODEL.DEVICE)
         check_config(cfg)
+        if not eval_only:  # which writes nothing
+            hold(cfg.OUTPUT_DIR)
         continues = check_run(
             *(cfg, {"MODEL.NORM": cfg.MODEL.NORM}, self.device, distributed.world_size(), resume, eval_only),
             lambda: saved_config(cfg.OUTPUT_DIR, classification_config()),
@@ -114,16 +119,17 @@ class ClassificationTrainer:
         self.scaler = torch.amp.GradScaler(enabled=solver.AMP.ENABLED and self.device.type == "cuda")
         self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, optimizer=self.optimizer, scaler=self.scaler)
         self.start_iter = 0
+        self.notes: list[str] = []  # for the log
         if continues:
-            self._continue(eval_only)
+            self._continue(resume, eval_only)
         else:
             with named("MODEL.WEIGHTS"):
                 self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
 
-    def _continue(self, eval_only: bool) -> None:
+    def _continue(self, resume: bool | str, eval_only: bool) -> None:
         """Load the last checkpoint."""
-        last = self.checkpointer.get_checkpoint_file()
+        last, self.notes = checkpoint_to_resume(self.cfg.OUTPUT_DIR, resume)
         state = self.checkpointer.load(last)
         check_state(last, state)
         self.start_iter = state["iteration"] + 1
@@ -150,6 +156,7 @@ class ClassificationTrainer:
         images = counted(len(self.data.val), "validation image")
         return f"{model} on {self.data.title}: top-1 {result['top1']:.2f} %{top5}, loss {result['loss']:.4f} ({images})"
 
+    @lets_go
     def train(self) -> dict[str, float]:
         """Train from the start, or from where the checkpoint left off, to the end; return the final evaluation.
 
@@ -160,6 +167,7 @@ class ClassificationTrainer:
         Raises:
             FloatingPointError: the loss is not finite.
             UserError: an image cannot be decoded.
+            WriteError: the disk is full.
         """
         cfg, data = self.cfg, self.data
         self._open_output_dir()
@@ -167,7 +175,7 @@ class ClassificationTrainer:
             self.checkpointer,
             cfg.SOLVER.CHECKPOINT_PERIOD or self.iters_per_epoch,
             self.max_iter,
-            max_to_keep=2 if distributed.is_main() else None,  # only one process may delete the older ones
+            max_to_keep=2,
         )
         model = distributed.data_parallel(self.model.train(), self.device)
         mixup = _build_mixup(cfg, len(data.classes))
@@ -197,25 +205,29 @@ class ClassificationTrainer:
     def _open_output_dir(self) -> None:
         """Make OUTPUT_DIR, and write there what is known before training."""
         cfg, data = self.cfg, self.data
-        if distributed.is_main():
-            make_output_dir(cfg.OUTPUT_DIR)
-            save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
-            write_run_info(
-                cfg.OUTPUT_DIR,
-                "classification",
-                self.device,
-                distributed.world_size(),
-                cfg.SOLVER.IMS_PER_BATCH,
-                {data.title: len(data.train)},
-                {data.title: len(data.val)},
-            )
-        distributed.barrier()
+        open_output_dir(cfg.OUTPUT_DIR)
+        distributed.on_main(self._write_settings)
         setup_logging(cfg.OUTPUT_DIR)
+        for note in self.notes:
+            logger.warning("%s", note)
         log_norms(self.model)
         logger.info(
             f"{data.title}: {counted(len(data.train), 'training image')}, "
             f"{counted(len(data.val), 'validation image')}, {len(data.classes)} classes; "
             f"{counted(self.iters_per_epoch, 'iteration')} an epoch"
+        )
+
+    def _write_settings(self) -> None:
+        cfg, data = self.cfg, self.data
+        save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
+        write_run_info(
+            cfg.OUTPUT_DIR,
+            "classification",
+            self.device,
+            distributed.world_size(),
+            cfg.SOLVER.IMS_PER_BATCH,
+            {data.title: len(data.train)},
+            {data.title: len(data.val)},
         )
 
     def _step(self, model: nn.Module, iteration: int, images: Tensor, targets: Tensor) -> dict[str, float]:

@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from fbn_plugin.engine.run.writing import atomic_write, writing
+
 IMAGE_SIZE = 128
 DIGITS_PER_IMAGE = (2, 6)
 DIGIT_SIZE = (28, 56)
@@ -83,7 +85,8 @@ def make_digits_on_photos(folder: str | Path, num_train: int = 400, num_val: int
             count = int(rng.integers(*DIGITS_PER_IMAGE, endpoint=True))
             canvas, instances = _compose(rng, _part(photos[image_id % 2], split), digits.images[chosen], count)
             name = f"{image_id:05d}.png"
-            Image.fromarray(canvas).save(folder / split / name)
+            with writing(folder / split / name):
+                Image.fromarray(canvas).save(folder / split / name)
             images.append({"id": image_id, "file_name": name, "width": IMAGE_SIZE, "height": IMAGE_SIZE})
             for index, mask in instances:
                 rle = coco_mask.encode(np.asfortranarray(mask))
@@ -103,5 +106,5 @@ def make_digits_on_photos(folder: str | Path, num_train: int = 400, num_val: int
         content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
         target = folder / "annotations" / f"instances_{split}.json"
         target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(content))
+        atomic_write(target, json.dumps(content).encode())
     return folder

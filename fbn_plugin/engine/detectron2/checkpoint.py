@@ -2,6 +2,7 @@
 reported on in a few lines."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -10,6 +11,7 @@ from torch import nn
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.array_pickle import read_pickled_weights
 from fbn_plugin.engine.run.checkpoint import AtomicSaving, load_file
+from fbn_plugin.engine.run.states import check_like
 from fbn_plugin.engine.run.weights import loading_report, refuse_foreign, refuse_misfit
 
 __all__ = ["AtomicCheckpointer", "LossNormalizer"]
@@ -29,6 +31,15 @@ class LossNormalizer:
 
     def state_dict(self) -> dict[str, list[float | None]]:
         return {"ranks": distributed.all_gather(getattr(self.model, "loss_normalizer", None))}
+
+    def check_state_dict(self, state: Any) -> None:
+        """ValueError for a state that is none of such averages."""
+        values = state.get("ranks") if isinstance(state, Mapping) else None
+        if not isinstance(values, list) or not values:
+            raise ValueError("it must be a mapping with a list 'ranks'")
+        for value in values:
+            if value is not None:
+                check_like(0.0, value, "an average")
 
     def load_state_dict(self, state: dict[str, list[float | None]]) -> None:
         values = state["ranks"]
@@ -71,7 +82,7 @@ class AtomicCheckpointer(AtomicSaving, DetectionCheckpointer):
         return super()._load_file(filename)
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        return load_file(f)
+        return self.check_content(load_file(f))
 
     def _convert_ndarray_to_tensor(self, state_dict: dict[str, Any]) -> None:
         super()._convert_ndarray_to_tensor(state_dict)

@@ -38,9 +38,11 @@ from fbn_plugin.engine.run.detection_keys import MAY_CHANGE
 from fbn_plugin.engine.run.detection_rules import DETECTION_RULES, dependent_rules
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.literals import literal
+from fbn_plugin.engine.run.lock import hold
 from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.run.population import check_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
+from fbn_plugin.engine.run.resuming import checkpoint_to_resume
 from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, get_value, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
 from fbn_plugin.engine.run.words import counted
@@ -183,6 +185,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     if not args.eval_only:
         _check_metrics(cfg)
         _check_cropping(cfg)
+    if processes == 1:  # of several, the first one holds it, which is not started yet
+        hold(cfg.OUTPUT_DIR)
     continues = check_run(
         *(cfg, norms, cfg.MODEL.DEVICE, processes, args.resume, args.eval_only),
         lambda: load_config(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), []),
@@ -296,7 +300,7 @@ def _try_out(cfg: CfgNode, args: argparse.Namespace, resume: bool) -> None:
         )
 
     checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    path = checkpointer.get_checkpoint_file() if resume else cfg.MODEL.WEIGHTS
+    path = checkpoint_to_resume(cfg.OUTPUT_DIR, args.resume)[0] if resume else cfg.MODEL.WEIGHTS
     logging.disable()  # the run itself says what it loads
     try:
         state = checkpointer.load(path, checkpointables=[], strict=resume or evaluate_only)
@@ -305,7 +309,8 @@ def _try_out(cfg: CfgNode, args: argparse.Namespace, resume: bool) -> None:
     finally:
         logging.disable(logging.NOTSET)
     if resume and not evaluate_only:
-        check_state(path, {**state, **state.get("trainer", {})}, ("iteration", "seed", "random"))
+        trainer = state.get("trainer")
+        check_state(path, {**state, **(trainer if isinstance(trainer, Mapping) else {})}, ("iteration", "seed"))
         BestCheckpoint(cfg.OUTPUT_DIR, cfg.SOLVER.BEST_CHECKPOINT_METRIC, resume=True)
         last, finished = cfg.SOLVER.MAX_ITER, state["iteration"] + 1
         check_enough_iterations("SOLVER.MAX_ITER", last, last, finished, cfg.OUTPUT_DIR)

@@ -11,6 +11,7 @@ from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.reports.evaluation import read_detections, score_detections
 from fbn_plugin.engine.run.run_folder import Run
+from fbn_plugin.engine.run.writing import WriteError
 
 __all__ = ["evaluate_run"]
 
@@ -26,6 +27,7 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError, ValueError: what ``train_net`` refuses in one sentence, detectron2's absence too.
+        WriteError: the disk is full.
         RuntimeError: it failed otherwise.
     """
     data = resolve_dataset(name)
@@ -34,8 +36,8 @@ def evaluate_run(
     done = subprocess.run([*command, "--eval-only", *overrides], stderr=subprocess.PIPE, text=True)
     if done.returncode:
         sentence = re.search(r"^error: (.*)", done.stderr, re.MULTILINE)
-        if done.returncode == 2 and sentence:
-            raise ValueError(sentence[1])
+        if done.returncode in (1, 2) and sentence:
+            raise (ValueError if done.returncode == 2 else WriteError)(sentence[1])
         raise RuntimeError(f"{train_net} ended with code {done.returncode}:\n{done.stderr}")
     metrics = _score(data, folder / "inference", run)
     if (augmented := folder / "inference_TTA").is_dir():  # TEST.AUG, under detectron2's names

@@ -4,13 +4,22 @@ Each of them asks the trainer what is due after an iteration, so that they agree
 generators that training draws from.
 """
 
+import json
 import os
+import sys
+from collections import defaultdict
 
 import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.modeling import GeneralizedRCNN
-from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventStorage,
+    EventWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
 
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint
@@ -18,6 +27,7 @@ from fbn_plugin.engine.run.logging import forget_metrics
 from fbn_plugin.engine.run.population import refresh_population_stats
 from fbn_plugin.engine.run.schedule import recorded_evaluation
 from fbn_plugin.engine.run.seeding import seeded_rng
+from fbn_plugin.engine.run.writing import AppendedFile, WriteError
 from fbn_plugin.training.population_statistics import forward_batch
 
 __all__ = ["Evaluation", "MetricsWriter", "PopulationStatistics"]
@@ -102,6 +112,28 @@ def _missed_evaluation(trainer) -> bool:
     return trainer.is_evaluated_after(start) and not recorded_evaluation(trainer.cfg.OUTPUT_DIR, start)
 
 
+class _JsonWriter(EventWriter):
+    """detectron2's ``JSONWriter``, whose lines are in the file as a whole or not at all where the disk is full."""
+
+    def __init__(self, path: str, window: int):
+        self._file = AppendedFile(path)
+        self._window = window
+        self._last = -1
+
+    def write(self) -> None:
+        rows: dict[int, dict] = defaultdict(dict)
+        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(self._window).items():
+            if iteration > self._last:
+                rows[iteration][name] = value
+        for iteration in sorted(rows):
+            row = {**rows[iteration], "iteration": iteration}
+            self._file.write(f"{json.dumps(row, sort_keys=True)}\n".encode())
+            self._last = iteration
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class MetricsWriter(HookBase):
     """``metrics.json``, TensorBoard and the terminal, rank 0 only.
 
@@ -118,10 +150,11 @@ class MetricsWriter(HookBase):
         path = os.path.join(folder, "metrics.json")
         forget_metrics(path, start)
         self.printer = CommonMetricPrinter(self.trainer.max_iter, window_size=self.period)
-        self.writers = [
-            JSONWriter(path, window_size=self.period),
-            TensorboardXWriter(folder, window_size=self.period, purge_step=start or None),
-        ]
+        from fbn_plugin.engine.run.board import Board  # slow to import, and of no use to the other ranks
+
+        board = TensorboardXWriter(folder, window_size=self.period)
+        board._writer = Board(folder, purge_step=start or None)
+        self.writers = [_JsonWriter(path, self.period), board]
         self._write()  # an evaluation that was made up for
 
     def after_step(self) -> None:
@@ -134,7 +167,12 @@ class MetricsWriter(HookBase):
             self._write()
 
     def after_train(self) -> None:
-        self._write()
+        handled = sys.exc_info()[1]
+        try:
+            self._write()
+        except WriteError:
+            if handled is None:  # else there is an error already that ends the run
+                raise
         for writer in self.writers:
             writer.close()
 

@@ -45,14 +45,19 @@ from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.checkpoint import RandomState
-from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, import_modules, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, error_sentence, import_modules, user_errors
 from fbn_plugin.engine.run.config import save_config
 from fbn_plugin.engine.run.evaluation_names import inference_folder
+from fbn_plugin.engine.run.lock import hold, let_go, open_output_dir
+from fbn_plugin.engine.run.logging import LogFile
 from fbn_plugin.engine.run.norm_stats import FilterMeter, log_norms
-from fbn_plugin.engine.run.output_dir import holds_training
+from fbn_plugin.engine.run.output_dir import check_output_dir, holds_training
+from fbn_plugin.engine.run.resuming import checkpoint_to_resume
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
 from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
+from fbn_plugin.engine.run.states import check_like, check_optimizer
+from fbn_plugin.engine.run.writing import writing
 
 __all__ = ["Trainer", "run"]
 
@@ -112,10 +117,14 @@ class Trainer(DefaultTrainer):
             built.append(MetricsWriter(self.log_period))
         return built
 
-    def resume_or_load(self, resume: bool = True) -> None:
-        """Load OUTPUT_DIR's last checkpoint with all states, or MODEL.WEIGHTS."""
+    def resume_or_load(self, resume: bool | str = True) -> None:
+        """Load OUTPUT_DIR's last checkpoint with all states (with ``"auto"`` the newest that is not damaged), or
+        MODEL.WEIGHTS."""
         if resume and self.checkpointer.has_checkpoint():
-            self.checkpointer.load(self.checkpointer.get_checkpoint_file())
+            path, notes = checkpoint_to_resume(self.cfg.OUTPUT_DIR, resume)
+            for note in notes:
+                logger.warning("%s", note)
+            self.checkpointer.load(path)
             self.start_iter = self.iter + 1
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
@@ -146,6 +155,16 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "seed": self.seed}
+
+    def check_state_dict(self, state: Any) -> None:
+        """ValueError for a state that is none of this run."""
+        own = self.state_dict()
+        hooks_of_run = own.pop("hooks", {})
+        del own["_trainer"]["optimizer"]
+        check_like(own, state)
+        check_like({"optimizer": {}}, state["_trainer"], "the trainer")
+        check_optimizer(self.optimizer, state["_trainer"]["optimizer"])
+        check_like({"hooks": hooks_of_run}, state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -199,24 +218,20 @@ class Trainer(DefaultTrainer):
     def _evaluate(cls, cfg: CfgNode, model: nn.Module, suffix: str = "") -> dict[str, float]:
         """One evaluation, with a suffix behind the names of its tasks and of its folder."""
         sets = cfg.DATASETS.TEST
-        if distributed.is_main():
-            shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"), ignore_errors=True)
-            for name in sets:
-                os.makedirs(inference_folder(cfg.OUTPUT_DIR, name, sets, "inference.tmp"))
-        distributed.barrier()
-        results = cls.test(cfg, model)
+        made = Path(cfg.OUTPUT_DIR, "inference.tmp")
+        distributed.on_main(lambda: _make_folders(cfg, made))
+        with writing(made, only_full=True):
+            results = cls.test(cfg, model)
         if not distributed.is_main():
             return {}
-        for name in sets:
-            made, target = (
-                Path(inference_folder(cfg.OUTPUT_DIR, name, sets, parent))
-                for parent in ("inference.tmp", f"inference{suffix}")
-            )
-            target.mkdir(parents=True, exist_ok=True)
-            for file in made.iterdir():
-                if file.is_file():
-                    os.replace(file, target / file.name)
-        shutil.rmtree(Path(cfg.OUTPUT_DIR, "inference.tmp"))
+        with writing(made):
+            for name in sets:
+                target = Path(inference_folder(cfg.OUTPUT_DIR, name, sets, f"inference{suffix}"))
+                target.mkdir(parents=True, exist_ok=True)
+                for file in Path(inference_folder(cfg.OUTPUT_DIR, name, sets, made.name)).iterdir():
+                    if file.is_file():
+                        os.replace(file, target / file.name)
+            shutil.rmtree(made)
         of_sets = {"": results} if len(sets) == 1 else results
         named = {
             (f"{name}/" if name else "") + task + suffix: figures
@@ -224,6 +239,14 @@ class Trainer(DefaultTrainer):
             for task, figures in found.items()
         }
         return {name: float(value) for name, value in flatten_results_dict(named).items()}
+
+
+def _make_folders(cfg: CfgNode, folder: Path) -> None:
+    """An empty folder for the files of an evaluation, one in it for each set."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with writing(folder):
+        for name in cfg.DATASETS.TEST:
+            os.makedirs(inference_folder(cfg.OUTPUT_DIR, name, cfg.DATASETS.TEST, folder.name), exist_ok=True)
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -236,19 +259,35 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
         import_modules(args.imports)  # with several processes, this is a new one
         fbn_plugin.register()
         register_datasets(cfg, args.eval_only)
-        _set_up(cfg, args)
-        if args.eval_only:
-            _evaluate_only(cfg, args.resume)
-            return
-        trainer = Trainer(cfg, args.log_period)
-        trainer.resume_or_load(args.resume)
-        if distributed.is_main():
-            _write_run_info(cfg, trainer.train_data.images)
-        starts = distributed.all_gather(trainer.start_iter)
-        if len(set(starts)) > 1:
-            raise UserError(f"the processes start at iterations {starts}: OUTPUT_DIR must be shared by all machines")
-        trainer.train()
-        _verify(cfg, trainer.metrics)
+        try:
+            _run(cfg, args)
+        finally:
+            let_go(cfg.OUTPUT_DIR)
+
+
+def _run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    with user_errors():
+        hold(cfg.OUTPUT_DIR)
+        # Once more: with several processes, nobody held it when the config was prepared.
+        distributed.on_main(lambda: check_output_dir(cfg.OUTPUT_DIR, args.resume, args.eval_only))
+        open_output_dir(cfg.OUTPUT_DIR)
+    _set_up(cfg, args)
+    if args.eval_only:
+        _evaluate_only(cfg, args.resume)
+        return
+    trainer = Trainer(cfg, args.log_period)
+    trainer.resume_or_load(args.resume)
+    distributed.on_main(lambda: _write_settings(cfg, trainer.train_data.images))
+    starts = distributed.all_gather(trainer.start_iter)
+    if len(set(starts)) > 1:
+        raise UserError(f"the processes start at iterations {starts}: OUTPUT_DIR must be shared by all machines")
+    trainer.train()
+    _verify(cfg, trainer.metrics)
+
+
+def _write_settings(cfg: CfgNode, train_images: dict[str, int]) -> None:
+    save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
+    _write_run_info(cfg, train_images)
 
 
 def _write_run_info(cfg: CfgNode, train_images: dict[str, int]) -> None:
@@ -274,27 +313,45 @@ def _verify(cfg: CfgNode, metrics: dict[str, float]) -> None:
 
 
 def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
+    rank = distributed.rank()
+    file = LogFile(os.path.join(cfg.OUTPUT_DIR, "log.txt" + (f".rank{rank}" if rank else "")))
+    file.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", datefmt="%m/%d %H:%M:%S"))
+    setup_logger.cache_clear()  # by which it does nothing where another run was in this process
     for name in ("detectron2", "fvcore", "fbn_plugin"):
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=distributed.rank(), name=name)
+        for old in logging.getLogger(name).handlers[:]:
+            logging.getLogger(name).removeHandler(old)
+            old.close()
+        setup_logger(distributed_rank=rank, name=name).addHandler(file)
     logger.info("Process %d of %d", distributed.rank(), distributed.world_size())
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line: %s", args)
     logger.info("Config:\n%s", cfg.dump())
-    if distributed.is_main() and not (args.eval_only and holds_training(cfg.OUTPUT_DIR)):
-        save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     set_backends(cfg, args.eval_only)
 
 
-def _evaluate_only(cfg: CfgNode, resume: bool) -> None:
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """detectron2 logs every error in training with its traceback; of bad input or a full disk a sentence is enough."""
+    if record.exc_info and isinstance(record.exc_info[1], RUN_ERRORS):
+        record.msg, record.args = "The run ends: %s", (error_sentence(record.exc_info[1]),)
+        record.exc_info = None
+    return True
+
+
+def _evaluate_only(cfg: CfgNode, resume: bool | str) -> None:
     """Evaluate MODEL.WEIGHTS, or the last checkpoint, and write ``evaluation.json``."""
     model = Trainer.build_model(cfg)
     checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    path = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else cfg.MODEL.WEIGHTS
+    path = cfg.MODEL.WEIGHTS
+    if resume and checkpointer.has_checkpoint():
+        path, notes = checkpoint_to_resume(cfg.OUTPUT_DIR, resume)
+        for note in notes:
+            logger.warning("%s", note)
     state = checkpointer.load(path, checkpointables=[], strict=True)
     metrics = Trainer.evaluate(cfg, model)
     if distributed.is_main():
         if not holds_training(cfg.OUTPUT_DIR):
-            _write_run_info(cfg, {})
+            _write_settings(cfg, {})
         file = os.path.join(cfg.OUTPUT_DIR, "evaluation.json")
         write_evaluation(file, state.get("iteration"), path, cfg.DATASETS.TEST, metrics, hardware(cfg.MODEL.DEVICE))
     _verify(cfg, metrics)

@@ -15,6 +15,7 @@ from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
 from fbn_plugin.engine.run.json_files import read_json
 from fbn_plugin.engine.run.run_folder import Run
+from fbn_plugin.engine.run.states import checked_iteration
 from fbn_plugin.engine.run.words import counted
 
 __all__ = [
@@ -49,7 +50,7 @@ def evaluate_weights(
     Raises:
         FileNotFoundError, ValueError: the weights are not of this model, or a set is not there or has other classes.
     """
-    iteration = load_file(weights).get("iteration")
+    iteration = _iteration(weights, load_file(weights))
     metrics = {}
     for name in datasets:
         with tempfile.TemporaryDirectory() as folder:
@@ -57,6 +58,11 @@ def evaluate_weights(
             overrides += ["DATASETS.TEST", repr((name,))]
             metrics[name] = evaluate(run, name, overrides, Path(folder))
     return metrics, iteration
+
+
+def _iteration(weights: Path, content: Mapping[str, Any]) -> int | None:
+    """The last iteration, from 0, that a checkpoint says it has behind it; None where it does not."""
+    return checked_iteration(os.fspath(weights), content) if "iteration" in content else None
 
 
 def averages_note(run: Run, weights: Path) -> str | None:
@@ -74,7 +80,7 @@ def averages_note(run: Run, weights: Path) -> str | None:
     if not run.config.get("TEST.PRECISE_BN.ENABLED"):
         return None
     content = load_file(weights)
-    iteration = content.get("iteration")
+    iteration = _iteration(weights, content)
     # A frozen norm has no such counter.
     if iteration is None or not any(name.endswith("num_batches_tracked") for name in content["model"]):
         return None

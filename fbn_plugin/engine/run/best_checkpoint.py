@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from fbn_plugin.engine.run import distributed
-from fbn_plugin.engine.run.checkpoint import atomic_write, load_file
+from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.writing import atomic_write
 
 __all__ = ["BestCheckpoint", "check_metric", "is_given"]
 
@@ -53,30 +54,42 @@ class BestCheckpoint:
     Args:
         output_dir: OUTPUT_DIR.
         metric: what the best model is best in; "" keeps none.
-        resume: whether a file that is there already is to be beaten; rank 0 reads it.
+        resume: whether a file that is there already is to be beaten; rank 0 reads it, while the others wait.
 
     Raises:
-        ValueError: that file cannot be read.
+        ValueError: that file cannot be read, or does not say what is to be beaten.
     """
 
     def __init__(self, output_dir: str | os.PathLike, metric: str, resume: bool = False):
         self.path = os.path.join(output_dir, "model_best.pth")
         self.metric = metric
         self.value = -math.inf
-        if resume and metric and distributed.is_main() and os.path.isfile(self.path):
-            content = load_file(self.path)
-            # The torchvision engine used to write {"best": {metric: value}}.
-            kept = content.get("best", {content.get("metric"): content.get("value")})
-            self.value = kept.get(metric, -math.inf)
+        if resume and metric:
+            distributed.on_main(self._read)
+
+    def _read(self) -> None:
+        """What is to be beaten."""
+        if not os.path.isfile(self.path):
+            return
+        content = load_file(self.path)
+        kept = [(content.get("metric"), content.get("value"))]
+        if isinstance(content.get("best"), Mapping):  # the torchvision engine used to write {"best": {metric: value}}
+            kept = list(content["best"].items())
+        for name, value in kept:
+            if not isinstance(name, str) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UserError(f"{self.path} is no best checkpoint of a run: it has no metric with a value of it")
+        self.value = dict(kept).get(self.metric, -math.inf)
 
     def update(self, model: nn.Module, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Write the model if the metric is the best so far; NaN is not. Rank 0 decides and writes.
+        """Write the model if the metric is the best so far; NaN is not. Rank 0 decides and writes, the others wait.
 
         Raises:
-            UserError: the evaluation gave no such metric.
+            OSError, UserError: it cannot be written; the evaluation gave no such metric.
         """
-        if not self.metric or not distributed.is_main():
-            return
+        if self.metric:
+            distributed.on_main(lambda: self._update(model, iteration, metrics))
+
+    def _update(self, model: nn.Module, iteration: int, metrics: Mapping[str, float]) -> None:
         if self.metric not in metrics:
             raise UserError(f"SOLVER.BEST_CHECKPOINT_METRIC must be one of {', '.join(metrics)}, got {self.metric!r}")
         value = metrics[self.metric]

@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fbn_plugin.engine.run.output_dir import how_to_continue
+from fbn_plugin.engine.run.writing import WriteError, is_full
 
 __all__ = [
     "RUN_ERRORS",
     "UserError",
     "add_import",
     "add_log_period",
+    "add_resume_auto",
     "check_outputs",
     "error_sentence",
     "format_table",
@@ -30,6 +32,7 @@ __all__ = [
     "refuse_unknown_flags",
     "show_held_warnings",
     "user_errors",
+    "with_resume_auto",
 ]
 
 
@@ -43,7 +46,8 @@ RUN_ERRORS = (UserError, FloatingPointError, OSError)
 
 @contextlib.contextmanager
 def user_errors(*types: type[BaseException]) -> Iterator[None]:
-    """Print an error of the given types as ``error: sentence`` and exit with code 2; all else keeps its traceback.
+    """Print an error of the given types as ``error: sentence`` and exit with code 2, or with 1 where a file cannot be
+    written, as of a full disk; all else keeps its traceback.
 
     Without types: what set-up raises for bad input (ValueError, OSError, missing package). Wrap the training itself in
     ``user_errors(*RUN_ERRORS)``, so that a bug keeps its traceback.
@@ -60,7 +64,8 @@ def user_errors(*types: type[BaseException]) -> Iterator[None]:
     except types as error:
         _held.clear()
         print(f"error: {error_sentence(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        disk = isinstance(error, WriteError) or (isinstance(error, OSError) and is_full(error))
+        raise SystemExit(1 if disk else 2) from None
     except Exception:
         show_held_warnings()
         raise
@@ -133,15 +138,47 @@ def parse_config_arguments(description: str, argv: Sequence[str] | None) -> argp
     add_log_period(parser)
     add_import(parser)
     parser.add_argument("--config-file", metavar="FILE", help="YAML configuration file")
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
+    add_resume_auto(parser)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the last checkpoint in OUTPUT_DIR; --resume auto: from the newest that is not damaged",
+    )
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or with --resume the last checkpoint"
     )
     parser.add_argument("overrides", metavar="KEY VALUE", nargs=argparse.REMAINDER, help="config overrides, in pairs")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_resume_auto(argv))
     with user_errors():
         refuse_unknown_flags(parser, args.overrides)
     return args
+
+
+def add_resume_auto(parser: argparse.ArgumentParser) -> None:
+    """Add what :func:`with_resume_auto` writes for ``--resume auto``: argparse has no option whose value may be missing
+    before ``KEY VALUE`` pairs."""
+    parser.add_argument("--auto-resume", dest="resume", action="store_const", const="auto", help=argparse.SUPPRESS)
+
+
+def with_resume_auto(argv: Sequence[str] | None) -> list[str]:
+    """A command line (None is that of the process) with ``--resume auto`` and ``--resume=auto`` as one flag.
+
+    Examples::
+
+        >>> with_resume_auto(["--resume", "auto", "SEED", "1"])
+        ['--auto-resume', 'SEED', '1']
+        >>> with_resume_auto(["--resume", "SEED", "1"])
+        ['--resume', 'SEED', '1']
+    """
+    rest = list(sys.argv[1:] if argv is None else argv)
+    found = []
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--resume" and rest[:1] == ["auto"]:
+            rest.pop(0)
+            argument = "--resume=auto"
+        found.append("--auto-resume" if argument == "--resume=auto" else argument)
+    return found
 
 
 def refuse_unknown_flags(parser: argparse.ArgumentParser, overrides: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "finish",
     "init",
     "is_main",
+    "on_main",
     "peers_lost",
     "rank",
     "reduce_mean",
@@ -117,6 +118,23 @@ def barrier() -> None:
     """Wait for every process."""
     if world_size() > 1:
         dist.barrier()
+
+
+def on_main(action: Callable[[], object]) -> None:
+    """Let rank 0 do what concerns files while the others wait, so that none of them waits for ever where it fails.
+
+    Raises:
+        OSError, ValueError: what ``action`` raises on rank 0; on every process.
+    """
+    error = None
+    if is_main():
+        try:
+            action()
+        except (OSError, ValueError) as caught:
+            error = caught
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
 
 
 def all_gather(value: Any) -> list[Any]:

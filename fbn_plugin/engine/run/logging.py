@@ -2,7 +2,6 @@
 detectron2's field names, TensorBoard, and the log file.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -10,13 +9,18 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
 from fbn_plugin.engine.run import distributed
-from fbn_plugin.engine.run.checkpoint import atomic_write
+from fbn_plugin.engine.run.writing import AppendedFile, WriteError, atomic_write
 
-__all__ = ["Timer", "TrainingLog", "forget_metrics", "read_metrics", "setup_logging"]
+__all__ = ["LogFile", "Timer", "TrainingLog", "forget_metrics", "read_metrics", "setup_logging"]
+
+# No line of metrics.json is as long.
+_LONGEST_LINE = 2**20
 
 
 class _BarHandler(logging.StreamHandler):
@@ -26,13 +30,40 @@ class _BarHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
+class LogFile(logging.Handler):
+    """Adds to a log file. A line that cannot be written, as on a full disk, stops the run; one that tells of an error
+    does not come before that error.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__()
+        self._file = AppendedFile(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        handled = sys.exc_info()[1]
+        try:
+            self._file.write(f"{self.format(record)}\n".encode("utf-8", "backslashreplace"))
+        except WriteError:
+            if handled is None:
+                raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
 def setup_logging(output_dir: str | os.PathLike | None = None) -> None:
     """Send the package's and fvcore's messages to stdout and, given a folder, to its ``log.txt``; rank 0 only."""
     handlers: list[logging.Handler] = []
     if distributed.is_main():
         handlers.append(_BarHandler())
         if output_dir:
-            handlers.append(logging.FileHandler(os.path.join(output_dir, "log.txt"), encoding="utf-8"))
+            handlers.append(LogFile(os.path.join(output_dir, "log.txt")))
             handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("fbn_plugin", "fvcore"):
         logger = logging.getLogger(name)
@@ -46,21 +77,54 @@ def setup_logging(output_dir: str | os.PathLike | None = None) -> None:
             logger.addHandler(handler)
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of a ``metrics.json``; a line cut short by a crash is left out."""
-    rows = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                with contextlib.suppress(json.JSONDecodeError):  # a resumed run may have gone on behind it
-                    rows.append(json.loads(line))
-    return rows
+def read_metrics(path: str | os.PathLike) -> list[dict[str, float | None]]:
+    """The lines of a ``metrics.json``, each with its ``iteration``; empty where there is no such file.
+
+    A line that was cut short is left out: a run that was stopped was writing it, and other tools go on behind it.
+
+    Raises:
+        ValueError: a line is damaged otherwise, or a value is no number; one sentence with the line's number.
+    """
+    return [row for row, _ in _rows(path)]
 
 
 def forget_metrics(path: str | os.PathLike, start: int) -> None:
-    """Take out of a ``metrics.json`` what an interrupted run wrote from iteration ``start`` on, which comes again."""
-    kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["iteration"] < start]
-    atomic_write(path, "".join(kept).encode())
+    """Take out of a ``metrics.json`` what an interrupted run wrote from iteration ``start`` on, which comes again, and
+    a last line that was cut short; errors as :func:`read_metrics`."""
+    atomic_write(path, b"".join(line.rstrip() + b"\n" for row, line in _rows(path) if row["iteration"] < start))
+
+
+def _rows(path: str | os.PathLike) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The rows with the lines that they were read from."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        number, line = 1, file.readline(_LONGEST_LINE)
+        while line:
+            following = file.readline(_LONGEST_LINE)
+            try:
+                row = json.loads(line.decode())
+            except (ValueError, RecursionError):
+                if len(line) == _LONGEST_LINE or (following and not _is_cut(line)):
+                    raise ValueError(f"{path}: line {number} is damaged: it is no JSON") from None
+            else:
+                _check_row(row, f"{path}: line {number}")
+                yield row, line
+            number, line = number + 1, following
+
+
+def _is_cut(line: bytes) -> bool:
+    """Whether a line is the beginning of a row, which the next row may follow."""
+    line = line.strip()
+    return line.startswith(b"{") and (not line.endswith(b"}") or line.count(b"{") > 1) and line.isascii()
+
+
+def _check_row(row: Any, place: str) -> None:
+    if not isinstance(row, dict) or type(row.get("iteration")) is not int or row["iteration"] < 0:
+        raise ValueError(f"{place} has no 'iteration' that is a whole number, 0 or more")
+    for key, value in row.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"{place}: {key} must be a number or null, got {value!r:.80}")
 
 
 class TrainingLog:
@@ -84,12 +148,12 @@ class TrainingLog:
         self._seconds: list[float] = []
         if not self.enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and of no use to the other ranks
+        from fbn_plugin.engine.run.board import Board  # slow to import, and of no use to the other ranks
 
         path = os.path.join(output_dir, "metrics.json")
         forget_metrics(path, start)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
-        self._board = SummaryWriter(os.fspath(output_dir), purge_step=start if start else None)
+        self._file = AppendedFile(path)
+        self._board = Board(os.fspath(output_dir), purge_step=start if start else None)
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(total=max_iter, initial=start, dynamic_ncols=True, smoothing=0.05, disable=not self._terminal)
         self._logger = logging.getLogger(__name__)
@@ -142,8 +206,7 @@ class TrainingLog:
         if not self.enabled:
             return
         row = {"iteration": iteration, **{k: None if math.isnan(v) else v for k, v in values.items()}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._file.write(f"{json.dumps(row)}\n".encode())
         for name, value in values.items():
             self._board.add_scalar(name, value, iteration)
         self._board.flush()

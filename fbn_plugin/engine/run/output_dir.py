@@ -2,7 +2,7 @@
 
 import os
 
-__all__ = ["check_output_dir", "holds_run", "holds_training", "how_to_continue", "make_output_dir"]
+__all__ = ["check_output_dir", "holds_run", "holds_training", "how_to_continue", "last_checkpoint", "make_output_dir"]
 
 
 def holds_run(folder: str | os.PathLike) -> bool:
@@ -13,6 +13,28 @@ def holds_run(folder: str | os.PathLike) -> bool:
 def holds_training(folder: str | os.PathLike) -> bool:
     """Whether something was trained there, whose settings an evaluation leaves as they are."""
     return holds_run(folder) or os.path.isfile(os.path.join(folder, "metrics.json"))
+
+
+def last_checkpoint(folder: str | os.PathLike) -> str:
+    """The path of the checkpoint that ``last_checkpoint`` names: a file in the folder.
+
+    Raises:
+        ValueError, OSError: it names none, such as an address or a file elsewhere; it cannot be read.
+    """
+    pointer = os.path.join(folder, "last_checkpoint")
+    with open(pointer, "rb") as file:
+        content = file.read(1000)
+    try:
+        name = content.decode().strip()
+    except UnicodeDecodeError:
+        name = ""
+    # The characters that an address has mean something to detectron2, in a name too.
+    if not name.isprintable() or set(name) & set("/\\:?#") or name in ("", ".", ".."):
+        raise ValueError(f"{pointer} must hold the name of a checkpoint in its folder, got {content[:100]!r}")
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"checkpoint {path}, which {pointer} names, is not there")
+    return path
 
 
 def check_output_dir(folder: str | os.PathLike, resume: bool, eval_only: bool) -> None:

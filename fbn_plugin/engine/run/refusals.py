@@ -3,6 +3,7 @@ weights or the run that they are to continue, and losses that are not finite.
 """
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 import torch.distributed as dist
 
 from fbn_plugin.engine.run.config import CfgNode, refuse_changes
+from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.run.output_dir import check_output_dir, holds_run
 from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.states import checked_iteration
 from fbn_plugin.engine.run.words import counted
 
 __all__ = ["check_enough_iterations", "check_finite", "check_run", "check_state"]
@@ -60,6 +63,7 @@ def check_run(
         )
     if continues and not eval_only:
         refuse_changes(read_saved(), cfg, may_change)
+        read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))  # which the run goes on from, too
     return continues
 
 
@@ -71,14 +75,14 @@ def _refuse_sync_bn(norms: Mapping[str, str]) -> None:
             raise refusal(key, what, spec)
 
 
-def check_state(path: str, state: Mapping[str, Any], needed: Collection[str] = ("iteration",)) -> None:
+def check_state(path: str, state: Mapping[str, Any], numbers: Collection[str] = ("iteration",)) -> None:
     """Refuse to go on from a checkpoint that has no states of a run.
 
     Raises:
-        ValueError: one of ``needed`` is not there.
+        ValueError: one of ``numbers`` is not there, or no whole number from 0 on.
     """
-    if missing := [name for name in needed if name not in state]:
-        raise ValueError(f"checkpoint {path} is not of a run of this tool: it has no {missing[0]}")
+    for name in numbers:
+        checked_iteration(path, state, name)
 
 
 def check_enough_iterations(key: str, value: int, iterations: int, finished: int, output_dir: str) -> None:

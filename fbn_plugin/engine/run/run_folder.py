@@ -1,7 +1,6 @@
 """Reading back what a detection run left in its OUTPUT_DIR, whether detectron2 or torchvision trained it: settings,
 evaluations, weights, detections."""
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from typing import Any
 from fbn_plugin.engine.run.config import read_config
 from fbn_plugin.engine.run.evaluation_names import folder_name, metric_prefix
 from fbn_plugin.engine.run.logging import read_metrics
-from fbn_plugin.engine.run.run_info import read_run_info
+from fbn_plugin.engine.run.output_dir import holds_run, last_checkpoint
+from fbn_plugin.engine.run.run_info import read_json, read_run_info
 from fbn_plugin.frameworks.detectron2_keys import KEYS
 from fbn_plugin.registry import NormSpec, norm_options, parse_spec
 
@@ -99,13 +99,9 @@ class Run:
         prefix = metric_prefix(dataset, self.test_sets)
         found: dict[int, dict[str, float | None]] = {}
         for row in read_metrics(path):
-            if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
-                raise ValueError(f"{path} has a line without an 'iteration'")
             values = {}
             for key, value in row.items():
                 if key.startswith((f"{prefix}bbox/", f"{prefix}segm/")):
-                    if value is not None and not isinstance(value, int | float):
-                        raise ValueError(f"{path}: {key} must be a number or null, got {value!r}")
                     known = value is not None and not math.isnan(value)
                     values[key.removeprefix(prefix)] = float(value) if known else None
             if values:  # detectron2 counts the evaluation at the end one iteration further
@@ -127,13 +123,11 @@ class Run:
 
     def _evaluation(self) -> dict[str, Any]:
         path = self.folder / "evaluation.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
+        content = read_json(path)
         kinds = {"iteration": int | None, "weights": str | None, "dataset": list, "metrics": dict}
         for key, kind in kinds.items():
-            if not isinstance(content, dict) or not isinstance(content.get(key, ...), kind):
+            value = content.get(key, ...)
+            if not isinstance(value, kind) or isinstance(value, bool) or (key == "iteration" and (value or 0) < 0):
                 raise ValueError(f"{path} is no evaluation: it has no {key!r} of the right type")
         return content
 
@@ -146,7 +140,7 @@ class Run:
         values = {
             key.removeprefix(prefix): value for key, value in content["metrics"].items() if key.startswith(groups)
         }
-        if wrong := [key for key, value in values.items() if not isinstance(value, int | float | None)]:
+        if wrong := [k for k, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float | None)]:
             raise ValueError(
                 f"{self.folder / 'evaluation.json'}: {wrong[0]} must be a number or null, got {values[wrong[0]]!r}"
             )
@@ -165,16 +159,16 @@ class Run:
         one that ``last_checkpoint`` names.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError, ValueError: it is not there, or ``last_checkpoint`` names none.
         """
         if given is not None:
             found = next((path for path in (Path(given), self.folder / given) if path.is_file()), None)
             if found is None:
                 raise FileNotFoundError(f"checkpoint {given} is not there, nor in {self.folder}")
             return found
-        last = self.folder / "last_checkpoint"
-        names = ["model_final.pth", *([last.read_text().strip()] if last.is_file() else [])]
-        found = next((self.folder / name for name in names if (self.folder / name).is_file()), None)
+        found = self.folder / "model_final.pth"
+        if not found.is_file():
+            found = Path(last_checkpoint(self.folder)) if holds_run(self.folder) else None
         if found is None and self.is_evaluation:
             raise FileNotFoundError(
                 f"{self.folder} has no checkpoint, as nothing was trained in it: name one by --weights, such as "

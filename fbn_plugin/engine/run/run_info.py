@@ -14,13 +14,23 @@ from typing import Any
 import torch
 
 import fbn_plugin
-from fbn_plugin.engine.run.checkpoint import atomic_write
 from fbn_plugin.engine.run.cli import imported
 from fbn_plugin.engine.run.words import counted
+from fbn_plugin.engine.run.writing import atomic_write
 
-__all__ = ["cpu_name", "hardware", "package_versions", "read_run_info", "write_evaluation", "write_run_info"]
+__all__ = [
+    "cpu_name",
+    "hardware",
+    "package_versions",
+    "read_json",
+    "read_run_info",
+    "write_evaluation",
+    "write_run_info",
+]
 
 _FILE = "run_info.json"
+# An evaluation of a thousand categories is a tenth of this.
+_LARGEST_JSON = 10_000_000
 _PACKAGES = ("torch", "torchvision", "timm", "detectron2", "pycocotools")
 
 
@@ -117,15 +127,26 @@ def read_run_info(folder: str | os.PathLike) -> dict[str, Any]:
         ValueError: the file is no JSON mapping.
     """
     path = Path(folder) / _FILE
-    if not path.is_file():
-        return {}
+    return read_json(path) if path.is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What is in one of the small JSON files of a run.
+
+    Raises:
+        ValueError: it is no JSON mapping, or larger than any such file.
+    """
+    if path.stat().st_size > _LARGEST_JSON:
+        raise ValueError(f"{path} is {path.stat().st_size:,} bytes large, and must be at most {_LARGEST_JSON:,}")
     try:
-        info = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(info, dict):
-        raise ValueError(f"{path} holds a {type(info).__name__}, not a mapping")
-    return info
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply for what a run writes") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a mapping")
+    return content
 
 
 def package_versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from fbn_plugin.engine.run.lock import let_go
 from fbn_plugin.engine.run.logging import setup_logging
 from fbn_plugin.engine.run.run_folder import Run
 from fbn_plugin.engine.torchvision.config import load_detection_config
@@ -21,4 +22,5 @@ def evaluate_run(run: Run, name: str, overrides: Sequence[str], folder: Path) ->
     cfg = load_detection_config(os.fspath(run.folder / "config.yaml"), overrides)
     metrics = DetectionTrainer(cfg, eval_only=True).evaluate()
     setup_logging()  # lets go of the log file in OUTPUT_DIR
+    let_go(cfg.OUTPUT_DIR)
     return metrics

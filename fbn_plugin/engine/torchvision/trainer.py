@@ -19,21 +19,24 @@ from fbn_plugin.engine.data.coco_eval import coco_results, evaluate_coco, metric
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
-from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, PeriodicCheckpointer, RandomState, atomic_write
+from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
 from fbn_plugin.engine.run.detection_keys import MAY_CHANGE, detection_config
 from fbn_plugin.engine.run.evaluation_names import METRICS, inference_folder, metric_prefix
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
+from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import FilterMeter, log_norms
-from fbn_plugin.engine.run.output_dir import holds_training, make_output_dir
+from fbn_plugin.engine.run.output_dir import holds_training
 from fbn_plugin.engine.run.population import check_population_stats, refresh_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
+from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume
 from fbn_plugin.engine.run.rules import named
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
 from fbn_plugin.engine.run.words import counted
+from fbn_plugin.engine.run.writing import atomic_write, writing
 from fbn_plugin.engine.torchvision.config import norms_of
 from fbn_plugin.engine.torchvision.data import DetectionData
 from fbn_plugin.engine.torchvision.model import build_model, build_optimizer, build_scheduler
@@ -53,10 +56,10 @@ class DetectionTrainer:
 
     Args:
         cfg: from ``load_detection_config``.
-        resume: continue from OUTPUT_DIR's last checkpoint, if there is one, with the settings it began with;
-            only the device, the number of iterations or workers, and how often to save or evaluate may change. On the
-            CPU the run then ends with the same bits as one that was never stopped; on a GPU some backward passes add in
-            no fixed order.
+        resume: continue from OUTPUT_DIR's last checkpoint, if there is one, with ``"auto"`` from the newest that is not
+            damaged, with the settings it began with; only the device, the number of iterations or workers, and how
+            often to save or evaluate may change. On the CPU the run then ends with the same bits as one that was never
+            stopped; on a GPU some backward passes add in no fixed order.
         eval_only: only evaluate: MODEL.WEIGHTS, or with ``resume`` the last checkpoint.
         log_period: iterations between two lines of ``metrics.json``.
 
@@ -64,11 +67,12 @@ class DetectionTrainer:
         FileNotFoundError, ValueError: bad data, weights or settings, in one sentence.
     """
 
-    def __init__(self, cfg: CfgNode, resume: bool = False, eval_only: bool = False, log_period: int = 20):
+    def __init__(self, cfg: CfgNode, resume: bool | str = False, eval_only: bool = False, log_period: int = 20):
         self.device = distributed.init(cfg.MODEL.DEVICE)
         processes = distributed.world_size()
         self.cfg = cfg = scale_to_processes(cfg, processes)
         self.log_period = log_period
+        hold(cfg.OUTPUT_DIR)
         continues = check_run(
             *(cfg, norms_of(cfg), self.device, processes, resume, eval_only),
             lambda: saved_config(cfg.OUTPUT_DIR, detection_config()),
@@ -85,13 +89,11 @@ class DetectionTrainer:
         self._build()
         if not eval_only:
             check_population_stats(cfg, self.model)
-        report = self._load(weights, continues, eval_only)
+        report = self._load(weights, resume if continues else False, eval_only)
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, cfg.SOLVER.BEST_CHECKPOINT_METRIC, resume=self.start > 0)
-        if distributed.is_main():
-            make_output_dir(cfg.OUTPUT_DIR)
-            if not (eval_only and holds_training(cfg.OUTPUT_DIR)):
-                save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml"))
-        distributed.barrier()
+        open_output_dir(cfg.OUTPUT_DIR)
+        if not (eval_only and holds_training(cfg.OUTPUT_DIR)):
+            distributed.on_main(lambda: save_config(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml")))
         setup_logging(cfg.OUTPUT_DIR)
         log_norms(self.model)
         if weights:
@@ -118,14 +120,14 @@ class DetectionTrainer:
             random=RandomState(),
         )
 
-    def _load(self, weights: StartingWeights | None, continues: bool, eval_only: bool) -> list[str]:
+    def _load(self, weights: StartingWeights | None, resume: bool | str, eval_only: bool) -> list[str]:
         """Load the last checkpoint or what the run starts from; lines for the log."""
         cfg = self.cfg
         self.start = 0
         self.iteration: int | None = None  # the last one, from 0, that the weights have behind them
         self.weights = cfg.MODEL.WEIGHTS
-        if continues:
-            self.weights = self.checkpointer.get_checkpoint_file()
+        if resume:
+            self.weights, notes = checkpoint_to_resume(cfg.OUTPUT_DIR, resume)
             state = self.checkpointer.load(self.weights, checkpointables=[] if eval_only else None, strict=True)
             check_state(self.weights, state, ("iteration", "seed"))
             self.iteration, self.seed = state["iteration"], state["seed"]
@@ -133,21 +135,24 @@ class DetectionTrainer:
             if not eval_only:
                 last = cfg.SOLVER.MAX_ITER
                 check_enough_iterations("SOLVER.MAX_ITER", last, last, self.start, cfg.OUTPUT_DIR)
-        elif weights:
+            return notes
+        if weights:
             self.iteration = weights.iteration
             return weights.load(self.model, strict=eval_only)
-        elif cfg.MODEL.BACKBONE.FREEZE_AT > 0:
+        if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
             logger.warning(
                 "MODEL.BACKBONE.FREEZE_AT %d freezes random weights, as MODEL.WEIGHTS is empty; 0 trains all of them",
                 cfg.MODEL.BACKBONE.FREEZE_AT,
             )
         return []
 
+    @lets_go
     def train(self) -> dict[str, float]:
         """Train to SOLVER.MAX_ITER with checkpoints and evaluations on the way; return the last evaluation's metrics.
 
         Raises:
             FloatingPointError: the loss is not finite.
+            WriteError: the disk is full.
         """
         cfg = self.cfg
         model = distributed.data_parallel(self.model, self.device)
@@ -202,6 +207,7 @@ class DetectionTrainer:
             metrics.update({prefix + name: value for name, value in values.items()})
         return metrics
 
+    @lets_go
     def write_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Write ``evaluation.json`` into OUTPUT_DIR: the metrics, of which weights, and of which iteration (from 0,
         as in ``metrics.json``; null where the weights do not tell)."""
@@ -225,7 +231,8 @@ class DetectionTrainer:
         """AP of all detections on a set, which are written too."""
         cfg = self.cfg
         folder = inference_folder(cfg.OUTPUT_DIR, data.name, cfg.DATASETS.TEST)
-        os.makedirs(folder, exist_ok=True)
+        with writing(folder):
+            os.makedirs(folder, exist_ok=True)
         atomic_write(os.path.join(folder, "coco_instances_results.json"), json.dumps(results).encode())
         values = evaluate_coco(data, results, cfg.MODEL.MASK_ON, max(100, cfg.TEST.DETECTIONS_PER_IMAGE))
         for task in ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",):

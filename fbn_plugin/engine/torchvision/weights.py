@@ -41,7 +41,8 @@ class StartingWeights:
         else:
             content = load_file(path)
             self._weights = {name.removeprefix("module."): value for name, value in content["model"].items()}
-            self.iteration = content.get("iteration")
+            if isinstance(content.get("iteration"), int):  # another tool's may be anything
+                self.iteration = content["iteration"]
             self.is_backbone = "conv1.weight" in self._weights
 
     def load(self, model: nn.Module, strict: bool) -> list[str]:

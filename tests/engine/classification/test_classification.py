@@ -179,12 +179,14 @@ def test_synchronized_batch_norm_needs_gpus_only_where_processes_train(monkeypat
     cfg = config(MODEL__NORM="SyncBN", MODEL__DEVICE="cpu")
     ClassificationTrainer(cfg)  # alone, it is plain batch norm
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "on_main", lambda action: action())
     with pytest.raises(ValueError, match=r"MODEL.NORM must be .*SyncFBN.* got 'SyncBN'"):
         ClassificationTrainer(cfg)
 
 
 def test_a_batch_is_shared_out_evenly(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "on_main", lambda action: action())
     with pytest.raises(ValueError, match=r"SOLVER.IMS_PER_BATCH must be .* number of processes \(3\), got 32"):
         ClassificationTrainer(config())
 
@@ -532,7 +534,7 @@ def test_weights_to_evaluate_and_to_start_from(tmp_path):
     with pytest.raises(ValueError, match="holds a run; add --resume"):
         ClassificationTrainer(config(tmp_path))
     torch.save({"model": load_file(final)["model"]}, final)
-    with pytest.raises(ValueError, match=r"it has no iteration"):
+    with pytest.raises(ValueError, match=r"it has no optimizer"):
         ClassificationTrainer(config(tmp_path), resume=True)
 
 

@@ -63,7 +63,7 @@ def test_a_damaged_or_harmful_file_is_one_sentence(tmp_path, write):
     write(path)
     with pytest.raises(ValueError) as error:
         load_file(path)
-    assert str(error.value).startswith(f"checkpoint {path} cannot be read: it is cut short, no PyTorch file, or ")
+    assert str(error.value).startswith(f"checkpoint {path} cannot be read: it is ") and "\n" not in str(error.value)
     assert not (tmp_path / "ran").exists()
 
 

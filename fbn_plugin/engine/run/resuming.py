@@ -1,0 +1,112 @@
+"""Which checkpoint a run goes on from, the last one or with ``--resume auto`` the newest that is sound, and which of
+those behind it are kept."""
+
+import logging
+import os
+import re
+from typing import Any
+
+from fvcore.common import checkpoint as fvcore_checkpoint
+
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.checkpoint import check_contents, load_file
+from fbn_plugin.engine.run.output_dir import last_checkpoint
+from fbn_plugin.engine.run.states import checked_iteration
+
+__all__ = ["PeriodicCheckpointer", "checkpoint_to_resume"]
+
+logger = logging.getLogger(__name__)
+
+_NUMBERED = re.compile(r"model_(\d{7,})\.pth")
+
+
+def checkpoint_to_resume(folder: str | os.PathLike, resume: bool | str = True) -> tuple[str, list[str]]:
+    """The checkpoint in OUTPUT_DIR that a run goes on from.
+
+    Args:
+        folder: holds a run.
+        resume: ``"auto"``, or any other true value for the one that ``last_checkpoint`` names.
+
+    Returns:
+        its path, and lines for the log on what was passed over.
+
+    Raises:
+        ValueError, OSError: ``last_checkpoint`` names none, or one that is damaged; the sentence names the newest sound
+            one before it. With ``"auto"``: there is no sound one.
+    """
+    last = None
+    try:
+        last = last_checkpoint(folder)
+        check_contents(last)
+        if resume == "auto":
+            checked_iteration(last, load_file(last))
+        return last, []
+    except (OSError, ValueError) as error:
+        refused = error
+    sound = _newest_sound(folder, last)
+    kind = OSError if isinstance(refused, OSError) else ValueError
+    if sound is None:
+        raise kind(f"{refused}; no other checkpoint in {folder} is sound")
+    if resume != "auto":
+        raise kind(f"{refused}; --resume auto continues from {sound}, the newest sound one before")
+    return sound, [f"{refused}; continuing from {sound}, the newest sound one before"]
+
+
+def _newest_sound(folder: str | os.PathLike, damaged: str | None) -> str | None:
+    """The newest checkpoint of a run that can be gone on from, of those before the damaged one."""
+    end = _number(damaged) if damaged else None
+    numbered = {_number(name): os.path.join(folder, name) for name in os.listdir(folder)}
+    final = os.path.join(folder, "model_final.pth")
+    if final != damaged and os.path.isfile(final) and (content := _sound(final)) is not None:
+        numbered[content["iteration"]] = final
+    numbered.pop(None, None)
+    for number in sorted(numbered, reverse=True):
+        if (end is None or number < end) and _sound(numbered[number]) is not None:
+            return numbered[number]
+    return None
+
+
+def _sound(path: str) -> dict[str, Any] | None:
+    try:
+        content = load_file(path)
+        checked_iteration(path, content)
+    except (OSError, ValueError):
+        return None
+    # Those of a model alone, such as an exported one, are no run's.
+    return content if len(content) > 2 else None
+
+
+def _number(path: str) -> int | None:
+    """The iteration in the name of a numbered checkpoint; None of other files."""
+    found = _NUMBERED.fullmatch(os.path.basename(path))
+    return int(found[1]) if found else None
+
+
+class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
+    """fvcore's, that counts what is on the disk: ``max_to_keep`` is kept to over all interruptions of a run.
+
+    Of the files ``model_NNNNNNN.pth`` up to the one just saved the newest are kept, and the one that
+    ``last_checkpoint`` names; no other file is removed. Rank 0 removes them.
+    """
+
+    def step(self, iteration: int, **kwargs: Any) -> None:
+        keep, self.max_to_keep = self.max_to_keep, None  # fvcore knows of this process's own alone
+        try:
+            super().step(iteration, **kwargs)
+        finally:
+            self.max_to_keep = keep
+        if keep is not None and (iteration + 1) % self.period == 0 and distributed.is_main():
+            self._remove_older(keep, iteration)
+
+    def _remove_older(self, keep: int, saved: int) -> None:
+        folder = self.checkpointer.save_dir
+        last = os.path.basename(last_checkpoint(folder))
+        numbered = {name: _number(name) for name in os.listdir(folder)}
+        old = sorted((n for n, number in numbered.items() if number is not None and number <= saved), key=numbered.get)
+        for name in old[:-keep]:
+            path = os.path.join(folder, name)
+            if name != last and os.path.isfile(path):
+                try:
+                    os.remove(path)
+                except OSError as error:
+                    logger.warning("%s cannot be removed: %s", path, error.strerror)
