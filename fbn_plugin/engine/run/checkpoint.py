@@ -14,6 +14,7 @@ import torch
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.tensor_file import check_pickles, check_tensors
 from fbn_plugin.engine.run.weights import refuse_foreign, refuse_misfit
 from fbn_plugin.engine.run.words import counted
 
@@ -77,8 +78,10 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
 
             data = load_safetensors(path)
         else:
+            check_pickles(path)
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its arguments as one
                 data = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(data)
     except ModuleNotFoundError:
         raise
     except Exception:  # the unpickler fails in any way on any bytes; PyTorch's words would advise to let code run
