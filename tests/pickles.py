@@ -2,10 +2,12 @@
 
 import collections
 import pickle
+import pickletools
+import random
 
 import numpy as np
 
-__all__ = ["array", "dtype", "harmful", "sound", "sound_content"]
+__all__ = ["array", "dtype", "harmful", "instructions", "mutated", "name", "sound", "sound_content", "text"]
 
 CANARY = "a_pickle_ran_code"  # a file that appears where one does
 
@@ -236,3 +238,95 @@ def _with_other_content() -> dict[str, bytes]:
 def harmful() -> dict[str, bytes]:
     """Pickles that must be refused, by what is wrong with them."""
     return _with_codes() | _with_states() | _with_counts() | _with_effort() | _with_other_content()
+
+
+def instructions(data: bytes) -> list[bytes]:
+    """A pickle's instructions, each with its argument; what is no pickle is one of them."""
+    try:
+        starts = [position for _, _, position in pickletools.genops(data)]
+    except ValueError:
+        return [data]
+    return [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)])]
+
+
+OPCODES = [each.code.encode("latin1") for each in pickletools.opcodes]
+COUNTS = [0, 1, 2, 3, 127, 128, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1]
+
+
+def any_bytes(chance: random.Random, parts: list[bytes]) -> list[bytes]:
+    data = bytearray(b"".join(parts))
+    for _ in range(chance.choice([1, 1, 2, 5, 30])):
+        data[chance.randrange(len(data))] = chance.choice([chance.randrange(256), 0, 255, ord("\n"), ord(".")])
+    return [bytes(data)]
+
+
+def cut(chance: random.Random, parts: list[bytes]) -> list[bytes]:
+    data = b"".join(parts)
+    start = chance.randrange(len(data))
+    return [data[:start] + chance.choice([b"", b".", data[start + chance.randrange(1, 40) :]])]
+
+
+def removed(chance: random.Random, parts: list[bytes]) -> list[bytes]:
+    return [part for part in parts if chance.random() > 2 / len(parts)]
+
+
+def doubled(chance: random.Random, parts: list[bytes]) -> list[bytes]:
+    start = chance.randrange(len(parts))
+    end = start + chance.choice([1, 1, 3, 20])
+    return parts[:start] + parts[start:end] * chance.choice([2, 2, 3, 50]) + parts[end:]
+
+
+def swapped(chance: random.Random, parts: list[bytes]) -> list[bytes]:
+    parts = list(parts)
+    for _ in range(chance.choice([1, 2, 5])):
+        one, other = chance.randrange(len(parts)), chance.randrange(len(parts))
+        parts[one], parts[other] = parts[other], parts[one]
+    return parts
+
+
+def inserted(chance: random.Random, parts: list[bytes]) -> list[bytes]:
+    parts = list(parts)
+    for _ in range(chance.choice([1, 1, 3])):
+        argument = chance.choice([b"", b"", bytes([chance.randrange(8)]), b"os\nsystem\n", b"1\n", b"\xff" * 8])
+        parts.insert(chance.randrange(len(parts)), chance.choice(OPCODES) + argument)
+    return parts
+
+
+def other_instruction(chance: random.Random, parts: list[bytes]) -> list[bytes]:
+    """One instruction becomes another, its argument kept."""
+    parts = list(parts)
+    where = chance.randrange(len(parts))
+    parts[where] = chance.choice(OPCODES) + parts[where][1:]
+    return parts
+
+
+def other_count(chance: random.Random, parts: list[bytes]) -> list[bytes]:
+    """A number in an argument becomes another."""
+    parts = list(parts)
+    where = chance.choice([index for index, part in enumerate(parts) if len(part) > 1] or [0])
+    size = chance.choice([1, 2, 4, 8])
+    number = (chance.choice(COUNTS) % 256**size).to_bytes(size, "little")
+    parts[where] = parts[where][:1] + number + parts[where][1 + size :]
+    return parts
+
+
+MUTATIONS = [any_bytes, cut, removed, doubled, swapped, inserted, other_instruction, other_count]
+
+
+def spliced(chance: random.Random, parts: list[bytes], other: list[bytes]) -> list[bytes]:
+    """A piece of another one, in the middle or in the place of as much."""
+    start, length = chance.randrange(len(other)), chance.choice([1, 3, 10, len(other)])
+    where = chance.randrange(len(parts))
+    return parts[:where] + other[start : start + length] + parts[where + chance.choice([0, 0, length]) :]
+
+
+def mutated(chance: random.Random, parts: list[bytes], sound: list[list[bytes]], harmful: list[list[bytes]]) -> bytes:
+    """A pickle with a few mutations, some of them with pieces of others."""
+    for _ in range(chance.choice([1, 1, 1, 2, 4])):
+        mutation = chance.choice([*MUTATIONS, None])
+        if mutation is None:
+            parts = spliced(chance, parts, chance.choice(harmful if chance.random() < 0.7 else sound))
+        else:
+            parts = mutation(chance, parts)
+        parts = [part for part in parts if part] or [b"."]
+    return b"".join(parts)

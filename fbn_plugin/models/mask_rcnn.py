@@ -3,7 +3,6 @@ heads: torchvision's own builders choose between FrozenBatchNorm2d and BatchNorm
 """
 
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -245,8 +244,11 @@ def load_backbone(body: nn.Module, weights: str | os.PathLike | Mapping[str, Ten
             raise FileNotFoundError(f"backbone weights {name} are not there")
         try:
             weights = torch.load(name, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"backbone weights {name} cannot be read: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # the unpickler fails in any way on any bytes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"backbone weights {name} cannot be read: {reason}") from None
+        if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise ValueError(f"backbone weights {name} are not a dictionary of tensors")
     own = body.state_dict()
     given = {key: value for key, value in weights.items() if not key.startswith("fc.")}
     norms = {key.removesuffix("weight") for key in given if key.endswith(".weight") and given[key].dim() == 1}

@@ -216,6 +216,10 @@ def test_wrong_weights_are_named(tmp_path):
     path.write_text("no weights")
     with pytest.raises(ValueError, match=r"weights\.pth cannot be read"):
         load_backbone(body, path)
+    for content in ([source.state_dict()], {"model": source.state_dict()}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"weights\.pth are not a dictionary of tensors"):
+            load_backbone(body, path)
     for source in (torchvision.models.resnet34(), torchvision.models.resnet50(), torchvision.models.vgg11_bn()):
         with pytest.raises(ValueError, match="does not fit the backbone"):
             load_backbone(body, source.state_dict())

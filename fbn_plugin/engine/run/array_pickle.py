@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["read_pickled_weights"]
+__all__ = ["BoundedFile", "read_pickled_weights"]
 
 _MOST_INSTRUCTIONS = 1_000_000  # some 25 an array
 _MOST_DIMENSIONS = 32
@@ -90,6 +90,37 @@ class _Array:
         self.tensor = tensor
 
 
+class BoundedFile:
+    """A file, of which no more is asked for than there is, so that a false count reserves no memory.
+
+    Args:
+        file: open for reading, in binary.
+
+    Raises:
+        ValueError: from its methods, where the file is shorter; one sentence.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, count: int) -> bytes:
+        data = self._file.read(count) if count <= self.size - self._file.tell() else b""
+        if len(data) < count:
+            raise ValueError(f"it is cut short, at byte {self.size}")
+        return data
+
+    def readline(self) -> bytes:
+        line = self._file.readline()
+        if not line.endswith(b"\n"):
+            raise ValueError(f"it is cut short, at byte {self.size}")
+        return line
+
+
 def read_pickled_weights(path: str | os.PathLike) -> dict[str, Any]:
     """Read a dictionary of arrays, in any of the forms that detectron2 takes, without running anything in it.
 
@@ -118,7 +149,7 @@ def read_pickled_weights(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"weights {path} are not there")
     try:
         with open(path, "rb") as file:
-            return _weights(_Machine(file, os.fstat(file.fileno()).st_size).run())
+            return _weights(_Machine(BoundedFile(file)).run())
     except ValueError as error:
         raise ValueError(f"weights {path} cannot be read as a pickle of arrays: {error}") from None
 
@@ -155,10 +186,9 @@ def _tensors(arrays: Any, ignored: str | None = None) -> dict[str, Tensor]:
 class _Machine:
     """Runs the instructions of one file."""
 
-    def __init__(self, file: BinaryIO, size: int):
+    def __init__(self, file: BoundedFile):
         self._file = file
-        self._size = size
-        self._to_copy = size  # bytes and items; a sound file has each once
+        self._to_copy = file.size  # bytes and items; a sound file has each once
         self._stack: list[Any] = []
         self._marks: list[int] = []  # heights of the stack
         self._memo: dict[int, Any] = {}
@@ -166,7 +196,7 @@ class _Machine:
     def run(self) -> Any:
         """The value that is left at the end."""
         for _ in range(_MOST_INSTRUCTIONS):
-            code = self._read(1)
+            code = self._file.read(1)
             if code == pickle.STOP:
                 return self._pop()
             instruction = _INSTRUCTIONS.get(code)
@@ -180,20 +210,11 @@ class _Machine:
 
     # What is read
 
-    def _read(self, count: int) -> bytes:
-        data = self._file.read(count) if count <= self._size - self._file.tell() else b""
-        if len(data) < count:
-            raise ValueError(f"it is cut short, at byte {self._size}")
-        return data
-
     def _line(self) -> bytes:
-        line = self._file.readline()
-        if not line.endswith(b"\n"):
-            raise ValueError(f"it is cut short, at byte {self._size}")
-        return line[:-1]
+        return self._file.readline()[:-1]
 
     def _number(self, layout: str) -> Any:
-        return struct.unpack(layout, self._read(struct.calcsize(layout)))[0]
+        return struct.unpack(layout, self._file.read(struct.calcsize(layout)))[0]
 
     def _number_in_text(self, convert: Callable[[bytes], Any]) -> Any:
         line = self._line()
@@ -205,7 +226,7 @@ class _Machine:
             raise ValueError(f"it has {line!r} where a number should be") from None
 
     def _counted(self, layout: str) -> bytes:
-        return self._read(self._number(layout))
+        return self._file.read(self._number(layout))
 
     # The stack
 
@@ -392,8 +413,8 @@ def _python2_text(line: bytes) -> str:
 
 
 _INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
-    pickle.PROTO: lambda machine: machine._read(1),
-    pickle.FRAME: lambda machine: machine._read(8),  # a promise of how much follows, to read ahead
+    pickle.PROTO: lambda machine: machine._file.read(1),
+    pickle.FRAME: lambda machine: machine._file.read(8),  # a promise of how much follows, to read ahead
     pickle.MARK: _Machine._mark,
     pickle.NONE: lambda machine: machine._push(None),
     pickle.NEWTRUE: lambda machine: machine._push(True),

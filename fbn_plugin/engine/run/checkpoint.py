@@ -21,6 +21,7 @@ from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.output_dir import last_checkpoint
 from fbn_plugin.engine.run.states import check_like, check_states
+from fbn_plugin.engine.run.tensor_file import check_pickles, check_tensors
 from fbn_plugin.engine.run.weights import refuse_foreign, refuse_misfit
 from fbn_plugin.engine.run.words import counted
 from fbn_plugin.engine.run.writing import atomic_write
@@ -81,8 +82,10 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
 
             data = load_safetensors(path)
         else:
+            check_pickles(path)
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its arguments as one
                 data = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(data)
     except ModuleNotFoundError:
         raise
     except Exception:  # the unpickler fails in any way on any bytes; PyTorch's words would advise to let code run
