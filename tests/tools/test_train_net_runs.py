@@ -400,7 +400,15 @@ def panoptic(shapes):
     names = []
     for split in ("train", "val"):
         file = shapes / "annotations" / f"instances_{split}.json"
-        for image in json.loads(file.read_text())["images"]:
+        maps = shapes / f"panoptic_{split}.json"
+        images = json.loads(file.read_text())["images"]
+        categories = [{"id": number, "name": str(number), "isthing": 0} for number in range(3)]
+        segments = [{"id": 1, "category_id": 1, "iscrowd": 0}]
+        annotations = [
+            {"image_id": image["id"], "file_name": image["file_name"], "segments_info": segments} for image in images
+        ]
+        maps.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        for image in images:
             map_ = np.zeros((image["height"], image["width"]), np.uint8)
             map_[:, ::2] = 1
             (shapes / f"maps_{split}").mkdir(exist_ok=True)
@@ -420,7 +428,7 @@ def panoptic(shapes):
         DatasetCatalog.register(name, load)
         MetadataCatalog.get(name).set(
             json_file=str(file),
-            panoptic_json=str(file),
+            panoptic_json=str(maps),
             panoptic_root=str(shapes / f"maps_{split}"),
             sem_seg_root=str(shapes / f"maps_{split}"),
             evaluator_type="coco_panoptic_seg",

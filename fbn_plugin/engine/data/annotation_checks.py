@@ -57,8 +57,7 @@ def check_annotations(
             batch.add(each)
         checked += batch.finish()
     ids = [each.get("id") for each in given]
-    own = all(type(number) is int and 0 <= number < 2**63 for number in ids) and len(set(ids)) == len(ids)
-    findings.complete = findings.complete and own
+    findings.own_ids = all(type(number) is int and 0 <= number < 2**63 for number in ids) and len(set(ids)) == len(ids)
     return checked
 
 
@@ -195,8 +194,7 @@ class _Batch:
             self._check_areas(boxes)
             self._check_polygons(extents, most)
             self._check_codes()
-            values = self.keypoints.array(self, "a list of finite numbers")
-            self.keypoints.check_distance(self, values, most)
+            self._check_keypoints(most)
         return self.found
 
     def _refuse_ids(self, each: Any) -> NoReturn:
@@ -299,9 +297,19 @@ class _Batch:
         if type(points) is not list or len(points) % 3:
             refuse(self.who(index), "keypoints", "a list of numbers, x, y and visibility in turn", points)
         self.keypoints.add(index, points)
+        if "keypoints" in found and "num_keypoints" not in found:
+            self.findings.complete = False
         if "num_keypoints" in found:
             most = len(points) // 3 if "keypoints" in found else MOST_PIXELS
             found["num_keypoints"] = whole_number(self.who(index), "num_keypoints", found["num_keypoints"], 0, most)
+
+    def _check_keypoints(self, most: np.ndarray) -> None:
+        values = self.keypoints.array(self, "a list of finite numbers")
+        self.keypoints.check_distance(self, values, most)
+        for index in self.keypoints.owners:
+            found = self.found[index]
+            if "keypoints" in found and "num_keypoints" not in found:
+                found["num_keypoints"] = sum(visible > 0 for visible in found["keypoints"][2::3])
 
     def _check_boxes(self, extents: np.ndarray, most: np.ndarray) -> np.ndarray:
         values = self.boxes.array(self, "4 finite numbers")

@@ -16,8 +16,10 @@ __all__ = [
     "MOST_PIXELS",
     "Findings",
     "check_categories",
+    "check_file_name",
     "check_images",
     "entry_name",
+    "list_of",
     "needed",
     "refuse",
     "whole_number",
@@ -37,13 +39,15 @@ class Findings:
         noted: what is sound, and perhaps not meant -> how often.
         adapted: what was read otherwise than it stands -> how often.
         left_out: what was left out, or will be by a training -> how often.
-        complete: whether every annotation has an id of its own and all fields that COCO's evaluation asks for.
+        complete: whether every annotation has all fields that COCO's evaluation asks for.
+        own_ids: whether every annotation has an id, a whole number, that no other one has.
     """
 
     noted: Counter[str] = field(default_factory=Counter)
     adapted: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     complete: bool = True
+    own_ids: bool = True
 
     def __str__(self) -> str:
         """One line; empty where there is nothing to say."""
@@ -58,6 +62,15 @@ class Findings:
 def refuse(who: str, name: str, accepted: str, value: Any) -> NoReturn:
     """Raise the ValueError that refuses the value of a field."""
     raise ValueError(f"{who}: {name!r} must be {accepted}, got {shown(value)}")
+
+
+def list_of(source: str, content: Any, key: str) -> list[Any]:
+    """One of the lists of a file's content; ValueError where that has none."""
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise ValueError(f"{source} is not a COCO annotation file: it has no list {key!r}")
+    if key != "annotations" and not content[key]:
+        raise ValueError(f"{source} has no {key}")
+    return content[key]
 
 
 def check_images(
@@ -86,7 +99,7 @@ def check_images(
             accepted = f"such that the image has {MOST_PIXELS:,} pixels at most"
             refuse(who, "height", accepted + f" at the width of {found['width']}", found["height"])
         if named:
-            _check_file_name(who, needed(who, each, "file_name"), inside)
+            check_file_name(who, needed(who, each, "file_name"), inside)
         images.append(found)
     _check_ids(source, "image", images)
     if named:
@@ -150,7 +163,12 @@ def whole_number(who: str, name: str, value: Any, least: int, most: int, accepte
     return int(value)
 
 
-def _check_file_name(who: str, name: Any, inside: bool) -> None:
+def check_file_name(who: str, name: Any, inside: bool = True) -> str:
+    """The name of a file.
+
+    Raises:
+        ValueError: it is none; or it is absolute, or leads out of its folder, where it must lie ``inside`` of one.
+    """
     try:
         # Bytes that are no UTF-8 are lone surrogates in the names that Python lists.
         sound = isinstance(name, str) and 0 < len(name) <= 4096 and bool(os.fsencode(name))
@@ -161,6 +179,7 @@ def _check_file_name(who: str, name: Any, inside: bool) -> None:
     parts = os.path.normpath(name).split(os.sep)
     if inside and (os.path.isabs(name) or parts[0] == os.pardir):
         refuse(who, "file_name", "a path inside of the folder of the images", name)
+    return name
 
 
 def _check_ids(source: str, what: str, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fbn_plugin.engine.data.annotation_checks import check_annotations
-from fbn_plugin.engine.data.coco_checks import Findings, check_categories, check_images
+from fbn_plugin.engine.data.coco_checks import Findings, check_categories, check_images, list_of
 from fbn_plugin.engine.data.decoding import enough_memory, read_image
 from fbn_plugin.engine.data.decoding import shown as shown_path
 from fbn_plugin.engine.run.cli import UserError
@@ -37,6 +37,7 @@ __all__ = [
     "CocoDataset",
     "CocoDetection",
     "check_dataset",
+    "check_files",
     "read_dataset",
     "unique_names",
 ]
@@ -129,28 +130,25 @@ def check_dataset(name: str, content: Any, json_file: Path | None, roots: Sequen
         json_file: where the content is from; None for one that no file holds.
     """
     source = f"dataset {name!r}" if json_file is None else str(json_file)
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise ValueError(f"{source} is not a COCO annotation file: it has no list {key!r}")
-        if key != "annotations" and not content[key]:
-            raise ValueError(f"{source} has no {key}")
+    given = {key: list_of(source, content, key) for key in ("images", "annotations", "categories")}
     findings = Findings()
-    images = check_images(source, content["images"], findings, inside=json_file is not None)
-    categories = check_categories(source, content["categories"], findings)
-    annotations = check_annotations(source, content["annotations"], images, categories, findings)
+    # Without a folder of their own, images are named as the system names them.
+    images = check_images(source, given["images"], findings, inside=list(roots) != [Path()])
+    categories = check_categories(source, given["categories"], findings)
+    annotations = check_annotations(source, given["annotations"], images, categories, findings)
     names = [image["file_name"] for image in images]
     image_root = next((r for r in roots if any(os.path.isfile(r / n) for n in names[:20])), None)
     if image_root is None:
         looked = ", ".join(str(r) for r in dict.fromkeys(roots) if r.is_dir()) or str(roots[0])
         raise FileNotFoundError(f"dataset {name!r}: image {shown(names[0])} of {source} is not in {looked}")
-    _check_files(image_root, names)
+    check_files(image_root, names)
     data = CocoDataset(name, json_file, image_root, images, annotations, categories, findings)
     _say(source, data)
     return data
 
 
-def _check_files(root: Path, names: Sequence[str]) -> None:
-    """Refuse images that are not there, or are no files."""
+def check_files(root: Path, names: Sequence[str]) -> None:
+    """Refuse images that are not there, or are no files; FileNotFoundError."""
     folders = defaultdict(set)
     for name in names:
         folder, _, base = name.rpartition("/")

@@ -1,15 +1,16 @@
 """COCO's evaluation in a detectron2 run: detectron2's evaluator on checked annotations, for which a model that detects
 nothing has an AP of 0, and two categories of one name have two figures."""
 
+import contextlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from pycocotools.cocoeval import COCOeval
 
@@ -21,6 +22,29 @@ from fbn_plugin.engine.detectron2.registered import has_file
 __all__ = ["CocoEvaluator"]
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _empty_file(metadata: Metadata) -> Iterator[None]:
+    """Show detectron2's evaluator a file without anything in it, where the annotations are not those of a file as it
+    stands: of records of a Python function it would write one, and look for that one there at the next evaluation."""
+    file = metadata.get("json_file")
+    with tempfile.TemporaryDirectory() as folder:
+        empty = os.path.join(folder, "empty.json")
+        with open(empty, "w") as opened:
+            json.dump({"images": [], "annotations": [], "categories": []}, opened)
+        try:
+            _set_file(metadata, empty)
+            yield
+        finally:
+            _set_file(metadata, file)
+
+
+def _set_file(metadata: Metadata, file: str | None) -> None:
+    if metadata.get("json_file") is not None:
+        del metadata.json_file  # it refuses to have another one
+    if file is not None:
+        metadata.json_file = file
 
 
 class CocoEvaluator(COCOEvaluator):
@@ -35,18 +59,11 @@ class CocoEvaluator(COCOEvaluator):
     def __init__(self, cfg: CfgNode, name: str, folder: str):
         self.name = name
         options = {"max_dets_per_image": cfg.TEST.DETECTIONS_PER_IMAGE, "kpt_oks_sigmas": cfg.TEST.KEYPOINT_OKS_SIGMAS}
-        metadata = MetadataCatalog.get(name)
-        if has_file(name):
-            super().__init__(name, tasks(cfg), output_dir=folder, **options)
-        else:
-            # Records of a Python function: detectron2 would write them to the folder as a file, and look for that one
-            # there at the next evaluation. Theirs come below.
-            with tempfile.TemporaryDirectory() as empty:
-                metadata.json_file = os.path.join(empty, "empty.json")
-                with open(metadata.json_file, "w") as file:
-                    json.dump({"images": [], "annotations": [], "categories": []}, file)
+        if name in checked or not has_file(name):
+            with _empty_file(MetadataCatalog.get(name)):
                 super().__init__(name, tasks(cfg), output_dir=folder, **options)
-                del metadata.json_file
+        else:
+            super().__init__(name, tasks(cfg), output_dir=folder, **options)
         if name in checked:
             self._coco_api = checked[name].coco_api(masks=cfg.MODEL.MASK_ON)
         self._coco_api.dataset.setdefault("info", {})  # pycocotools loads no results without

@@ -19,10 +19,10 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 import fbn_plugin
+from fbn_plugin.engine.detectron2.annotation_files import check_annotation_files
 from fbn_plugin.engine.detectron2.augmentation import SUFFIX, check_augmentation
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.detectron2.data import (
-    check_annotation_files,
     checked,
     has_polygons,
     has_rle,
@@ -194,7 +194,7 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     )
     if cfg.MODEL.WEIGHTS and not continues:
         _fetch_weights(cfg.MODEL.WEIGHTS)
-    check_annotation_files(cfg, args.eval_only)
+    args.read_in_its_place = check_annotation_files(cfg, args.eval_only)
 
     _try_out(cfg, args, continues)
     make_output_dir(cfg.OUTPUT_DIR)

@@ -4,7 +4,6 @@ batches whose order and augmentation are functions of (seed, position) alone.
 
 import contextlib
 import importlib.util
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -31,29 +30,29 @@ from fbn_plugin.engine.data.decoding import enough_memory, read_image, read_labe
 from fbn_plugin.engine.data.loaders import training_loader
 from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.data.sampling import repeat_factors
-from fbn_plugin.engine.detectron2.registered import has_file, own_names, registered_dataset
+from fbn_plugin.engine.detectron2.registered import check_records, has_file, own_names, registered_dataset
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
 from fbn_plugin.engine.run.rules import named, refusal
-from fbn_plugin.engine.run.words import counted
 
 __all__ = [
+    "CLASSES_KEYS",
     "NamingMapper",
     "TrainingData",
-    "check_annotation_files",
     "checked",
     "has_panoptic_api",
     "has_polygons",
     "has_rle",
     "metric_names",
     "records",
+    "refuse_rle",
     "register_datasets",
     "tasks",
 ]
 
 # Where a meta architecture has its number of classes.
-_NUM_CLASSES = {
+CLASSES_KEYS = {
     "GeneralizedRCNN": "ROI_HEADS",
     "PanopticFPN": "ROI_HEADS",
     "RetinaNet": "RETINANET",
@@ -73,6 +72,9 @@ _METRICS = {"bbox": METRICS, "segm": METRICS, "keypoints": tuple(name for name i
 # The sets whose annotations this project has read itself: folders, and what a Python function gives.
 checked: dict[str, CocoDataset] = {}
 
+# Those of Python functions that detectron2 reads itself, and that were found sound in this process.
+_sound: set[str] = set()
+
 
 def register_datasets(cfg: CfgNode, evaluate_only: bool) -> None:
     """Make detectron2 know the datasets that the run needs: its own ones, and folders.
@@ -90,53 +92,18 @@ def register_datasets(cfg: CfgNode, evaluate_only: bool) -> None:
             if name not in DatasetCatalog:
                 _register_folder(name, cfg)
             elif name not in checked and not has_file(name):
-                _check_function(name)
+                _check_function(name, cfg)
         _check_dataset(name, cfg)
+        if name not in checked and not has_file(name) and name not in _sound:
+            with named(f"DATASETS.{key}"):
+                _check_records(name, cfg, key == "TRAIN")
     classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
     check_same_classes({name: known for name, known in classes.items() if known is not None})
 
 
-def check_annotation_files(cfg: CfgNode, evaluate_only: bool) -> None:
-    """Read the annotation files of detectron2's own datasets once, as its loader answers a bad one with a bare error.
-
-    Raises:
-        ValueError: a file is cut short, its categories are not those that detectron2 knows the dataset by, or its masks
-            are not of the config's format.
-    """
-    names = cfg.DATASETS.TEST if evaluate_only else (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    for name in dict.fromkeys(names):
-        metadata = MetadataCatalog.get(name)
-        if name in own_names or not has_file(name):
-            continue
-        file = metadata.json_file
-        try:
-            with PathManager.open(file, "r") as opened:
-                content = json.load(opened)
-            categories = sorted(content["categories"], key=lambda category: category["id"])
-            found = [category["name"] for category in categories]
-            len(content["images"])
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not valid JSON, perhaps cut short: {error}") from None
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not a COCO annotation file: {type(error).__name__} {error}") from None
-        known = metadata.get("thing_classes")
-        group = _NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
-        if known is None and group:  # registered without, so that only the file tells
-            check_number_of_classes(f"MODEL.{group}.NUM_CLASSES", cfg.MODEL[group].NUM_CLASSES, name, found)
-        if known is not None and found != list(known):
-            different = [each for each in found if each not in known] or [each for each in known if each not in found]
-            raise ValueError(
-                f"dataset {name!r} has {counted(len(known), 'category')} in detectron2, "
-                f"and its file {file} has {len(found)}"
-                + (f", which differ in {different[0]!r}" if different else " in another order")
-                + "; name the data as FOLDER:SPLIT to take the file's"
-            )
-        if not evaluate_only and name in cfg.DATASETS.TRAIN:
-            refuse_rle(name, content.get("annotations", ()), cfg)
-
-
 def _register_folder(name: str, cfg: CfgNode) -> None:
     data = checked[name] = resolve_dataset(name)
+    data.say_left_out(cfg.MODEL.MASK_ON)
     own_names.add(name)
     DatasetCatalog.register(name, lambda: records(data, masks=cfg.MODEL.MASK_ON))
     MetadataCatalog.get(name).set(
@@ -148,13 +115,24 @@ def _register_folder(name: str, cfg: CfgNode) -> None:
     )
 
 
-def _check_function(name: str) -> None:
-    """Read the objects that a Python function of the user's gives, where nothing else than COCO's evaluation is meant
-    for them."""
+def _check_function(name: str, cfg: CfgNode) -> None:
+    """Read the objects that a Python function of the user's gives. Where nothing else than COCO's evaluation is meant
+    for them, detectron2 gets them as they are read here."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type", "coco") == "coco" and metadata.get("stuff_classes") is None:
-        checked[name] = registered_dataset(name)
+        data = checked[name] = registered_dataset(name)
+        data.say_left_out(cfg.MODEL.MASK_ON)
         metadata.evaluator_type = "coco"
+
+
+def _check_records(name: str, cfg: CfgNode, train: bool) -> None:
+    """Check what a Python function gives beside objects, or with them; those of Cityscapes and the like are read by
+    detectron2's own functions."""
+    if MetadataCatalog.get(name).get("evaluator_type", "coco") in ("coco", "sem_seg", "coco_panoptic_seg"):
+        objects = check_records(name)
+        if train:
+            refuse_rle(name, objects, cfg)
+    _sound.add(name)
 
 
 def _check_dataset(name: str, cfg: CfgNode) -> None:
@@ -167,7 +145,7 @@ def _check_dataset(name: str, cfg: CfgNode) -> None:
         path = metadata.get(key)
         if path is not None and not PathManager.exists(path):
             raise FileNotFoundError(f"dataset {name!r} wants {path}, which is not there; set DETECTRON2_DATASETS")
-    group = _NUM_CLASSES.get(architecture)
+    group = CLASSES_KEYS.get(architecture)
     if group:
         classes = metadata.get("thing_classes")
         if classes:
@@ -191,8 +169,8 @@ def _check_dataset(name: str, cfg: CfgNode) -> None:
             raise refusal("TEST.KEYPOINT_OKS_SIGMAS", f"a list of {len(points)}", sigmas)
 
 
-def records(data: CocoDataset, masks: bool) -> list[dict]:
-    """A folder's images and objects as detectron2's dataset dicts."""
+def records(data: CocoDataset, masks: bool, keypoints: bool = False) -> list[dict]:
+    """A set's images and objects as detectron2's dataset dicts."""
     labels = {category: label for label, category in enumerate(data.category_ids)}
     objects = defaultdict(list)
     for each in data.usable_annotations(masks):
@@ -207,6 +185,10 @@ def records(data: CocoDataset, masks: bool) -> list[dict]:
             if isinstance(mask, dict) and isinstance(mask["counts"], list):
                 mask = mask_utils.frPyObjects(mask, *mask["size"])
             instance["segmentation"] = mask
+        if keypoints:  # numbers of pixels, there points of the image's plane
+            instance["keypoints"] = [
+                value + 0.5 * (place % 3 < 2) for place, value in enumerate(each.get("keypoints", ()))
+            ]
         objects[each["image_id"]].append(instance)
     return [
         {

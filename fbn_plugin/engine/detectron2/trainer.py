@@ -31,6 +31,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 import fbn_plugin
+from fbn_plugin.engine.detectron2.annotation_files import read_in_its_place
 from fbn_plugin.engine.detectron2.augmentation import SUFFIX, augmented
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer, LossNormalizer
 from fbn_plugin.engine.detectron2.coco import CocoEvaluator
@@ -259,6 +260,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
         import_modules(args.imports)  # with several processes, this is a new one
         fbn_plugin.register()
         register_datasets(cfg, args.eval_only)
+        read_in_its_place(getattr(args, "read_in_its_place", ()), cfg)
         try:
             _run(cfg, args)
         finally:

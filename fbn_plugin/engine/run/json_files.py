@@ -9,7 +9,7 @@ from typing import Any
 
 from fbn_plugin.engine.run.words import shown
 
-__all__ = ["read_json"]
+__all__ = ["has_mark", "read_json"]
 
 # Longer marks first, as that of UTF-32 begins with that of UTF-16.
 _MARKS = {
@@ -46,6 +46,12 @@ def read_json(path: str | os.PathLike) -> Any:
         raise ValueError(f"{path} is not valid JSON: its lists or objects are nested too deeply") from None
     except ValueError as error:  # _object's, and Python's on whole numbers of thousands of digits
         raise ValueError(f"{path} is not valid JSON: {_reason(error)}") from None
+
+
+def has_mark(path: str | os.PathLike) -> bool:
+    """Whether a file begins with a byte-order mark of UTF-8, which Python's ``json`` takes for damage."""
+    with open(path, "rb") as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
