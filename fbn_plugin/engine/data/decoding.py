@@ -116,7 +116,7 @@ def decode_image(file: BinaryIO, name: str | os.PathLike, mode: str = "RGB") -> 
 
 
 def shown(name: str | os.PathLike) -> str:
-    """A path as it stands in a sentence: with escapes where it has line breaks or bytes that are no text.
+    """A path as it stands in a sentence: in quotes and with escapes where it has line breaks or is no text.
 
     Examples::
 
@@ -124,7 +124,7 @@ def shown(name: str | os.PathLike) -> str:
         ('a/1.png', "'a\\\\n1.png'")
     """
     name = os.fspath(name)
-    return name if isinstance(name, str) and name.isprintable() else repr(name)
+    return name if isinstance(name, str) and name and name.isprintable() else repr(name)
 
 
 @functools.cache

@@ -6,6 +6,8 @@ import io
 import pickle
 import struct
 import tarfile
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +164,116 @@ def test_cifar10_jpeg_is_labelled_as_such(tmp_path):
         load_image_data("cifar10_jpeg", str(tmp_path / "cifar10_jpeg.npz"))
 
 
+def jpegs(**changes) -> dict[str, np.ndarray]:
+    """Arrays of a sound set of two images a split, but for the changes."""
+    image = image_bytes(colour(9), "JPEG")
+    arrays = {"class_names": np.array(["ant", "bee"])}
+    for split in ("train", "test"):
+        arrays[f"{split}_jpeg"] = np.frombuffer(2 * image, np.uint8)
+        arrays[f"{split}_offsets"] = np.array([0, len(image), 2 * len(image)])
+        arrays[f"{split}_labels"] = np.array([0, 1])
+    return arrays | changes
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"train_offsets": np.array([0, 9, 9])}, "train_offsets must increase from 0 or more to"),
+        ({"test_offsets": np.array([0, 9, 10**6])}, "test_offsets must increase"),
+        ({"test_offsets": np.array([-1, 9, 10])}, "test_offsets must increase"),
+        ({"test_offsets": np.array([0.0, 9, 10])}, r"test_offsets must be a list of whole numbers, got float64"),
+        ({"test_offsets": np.array([0, 9])}, "2 test_labels and 2"),
+        ({"test_offsets": np.array([0]), "test_labels": np.array([], int)}, "0 test_labels"),
+        ({"train_labels": np.array([0, 2])}, "train_labels must be .* from 0 to 1, got 0 to 2"),
+        ({"train_labels": np.array([-1, 0])}, "train_labels must be .* got -1 to 0"),
+        ({"train_labels": np.array([[0], [1]])}, r"train_labels must be a list .* of shape \(2, 1\)"),
+        ({"train_jpeg": np.zeros((3, 4), np.uint8)}, "train_jpeg must be a list of unsigned bytes"),
+        ({"train_jpeg": np.zeros(30)}, "train_jpeg must be a list of unsigned bytes, got float64"),
+        ({"train_jpeg": np.zeros(3 * 10**7, np.uint8)}, "its arrays have more than"),
+        ({"class_names": np.array([1, 2])}, "class_names must be a list of text, got int64"),
+        ({"class_names": np.array(["ant", None], dtype=object)}, "class_names.npy must hold numbers or text"),
+    ],
+)
+def test_jpeg_archives_of_other_content_are_refused(tmp_path, changes, words):
+    path = tmp_path / "cifar10_jpeg.npz"
+    np.savez_compressed(path, **jpegs())
+    assert contents(load_image_data("cifar10_jpeg", str(path)).train) == [(9, 0), (9, 1)]
+    np.savez_compressed(path, **jpegs(**changes))
+    with pytest.raises(ValueError, match=words) as error:
+        load_image_data("cifar10_jpeg", str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_damaged_jpeg_in_an_archive_is_named(tmp_path):
+    path = tmp_path / "cifar10_jpeg.npz"
+    arrays = jpegs()
+    arrays["test_offsets"][1] -= 5
+    np.savez(path, **arrays)
+    with pytest.raises(UserError, match=rf"test image of {path}, number 1 cannot be read"):
+        load_image_data("cifar10_jpeg", str(path)).val[1]
+
+
+def npy_header(shape: tuple[int, ...], descr: str = "|u1") -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("shape, descr", [((10**12,), "|u1"), ((2**40, 2**40), "|u1"), ((5,), "|u1"), ((9**9,), "<U0")])
+def test_the_bytes_of_an_array_are_counted_before_it_is_made(tmp_path, shape, descr):
+    path = tmp_path / "cifar10_jpeg.npz"
+    np.savez(path, **{name: array for name, array in jpegs().items() if name != "train_jpeg"})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train_jpeg.npy", npy_header(shape, descr) + bytes(9 if descr == "|u1" else 0))
+    with pytest.raises(ValueError, match="train_jpeg.npy must hold numbers or text of its shape"):
+        load_image_data("cifar10_jpeg", str(path))
+
+
+def write_mnist(root: Path, **changes) -> None:
+    for split in ("train", "t10k"):
+        parts = {"images_idx3": np.ones((2, 28, 28), np.uint8), "labels_idx1": np.array([0, 9], np.uint8)}
+        for kind, array in parts.items():
+            array = changes.get(f"{split}_{kind}", array)
+            data = array if isinstance(array, bytes) else idx_bytes(array)
+            (root / f"{split}-{kind.replace('_', '-')}-ubyte").write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"train_labels_idx1": np.array([0, 10], np.uint8)},
+            "train-labels-idx1-ubyte must hold labels from 0 to 9, got 10",
+        ),
+        ({"t10k_images_idx3": np.ones((2, 14, 14), np.uint8)}, r"training images of \(28, 28\) pixels .* \(14, 14\)"),
+        ({"t10k_images_idx3": np.ones((2, 0, 28), np.uint8)}, "t10k-images-idx3-ubyte has no pixels"),
+        ({"t10k_images_idx3": np.ones((2, 784), np.uint8)}, "t10k-images-idx3-ubyte must have 3 dimensions, got 2"),
+        ({"t10k_images_idx3": b"\0\0\x0d\3" + bytes(12)}, "not an IDX file of unsigned bytes"),
+        ({"t10k_images_idx3": b"\0\0\x08\3" + b"\xff" * 12 + bytes(100)}, "fewer bytes than its shape"),
+        ({"t10k_images_idx3": idx_bytes(np.ones((2, 28, 28), np.uint8)) + b"x"}, "more bytes than its shape"),
+    ],
+)
+def test_mnist_of_other_content_is_refused(tmp_path, changes, words):
+    write_mnist(tmp_path)
+    assert len(load_image_data("mnist", str(tmp_path)).val) == 2
+    write_mnist(tmp_path, **changes)
+    with pytest.raises(ValueError, match=words):
+        load_image_data("mnist", str(tmp_path))
+
+
+def test_a_gzip_bomb_is_read_as_far_as_its_header_says(tmp_path):
+    bomb = gzip.compress(idx_bytes(np.zeros((2, 28, 28), np.uint8)) + bytes(10**8))
+    (tmp_path / "images.gz").write_bytes(bomb)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more bytes than its shape"):
+        read_idx(tmp_path / "images")
+    assert tracemalloc.get_traced_memory()[1] < 10**7
+    tracemalloc.stop()
+    (tmp_path / "images.gz").write_bytes(gzip.compress(b"\0\0\x08\3" + b"\x7f" * 12))
+    with pytest.raises(ValueError, match="fewer bytes than its shape"):
+        read_idx(tmp_path / "images")
+
+
 def test_digits_are_a_fixed_split_without_overlap():
     first, second = load_image_data("digits", mode="L"), load_image_data("digits", mode="L")
     assert (len(first.train), len(first.val), len(first.classes)) == (1437, 360, 10)
@@ -211,6 +323,26 @@ def test_folder_names_accepted_and_refused(tmp_path):
     (tmp_path / "val/0.png").unlink()
     with pytest.raises(ValueError, match="no images found"):
         load_image_data("image_folder", str(tmp_path))
+
+
+@pytest.mark.parametrize("store", ["image_folder", "tar"])
+def test_classes_that_vanish_are_named(tmp_path, store, caplog):
+    """A class of no training image is refused; one of no validation image is said."""
+    train, val = {"ant": [1], "bee": [2], "cow": [3]}, {"bee": [2], ".git": [1]}
+    for split, classes in (("train", train), ("val", val)):
+        if store == "tar":
+            write_tar(tmp_path / f"{split}.tar", classes)
+        else:
+            write_folder(tmp_path, split, classes)
+    assert contents(load_image_data(store, str(tmp_path)).val) == [(2, 1)]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2 and "1 entry left out: 1 hidden (such as .git" in messages[0]
+    assert "has no image of 2 classes of 3: 'ant', 'cow'" in messages[1]
+    if store == "image_folder":
+        for number in range(7):
+            (tmp_path / f"train/empty{number}").mkdir()
+        with pytest.raises(ValueError, match="train has folders without images, 'empty0', .*'empty4' and 2 more: "):
+            load_image_data(store, str(tmp_path))
 
 
 def test_damaged_or_empty_tar_is_named(tmp_path):
