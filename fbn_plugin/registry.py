@@ -25,6 +25,8 @@ from fbn_plugin.layers.description import NormDescription, describe_class, descr
 from fbn_plugin.ops.checks import check_filter
 
 _BOUNDS = {"eps": (0, 1), "momentum": (0, 1), "num_groups": (1, math.inf)}
+_LARGEST = 1e30  # what a float32 holds, with room for sums
+_LONGEST_SPEC = 1000
 _NOT_OPTIONS = ("num_channels", "dims", "device", "dtype", "process_group")
 
 
@@ -309,8 +311,9 @@ def _check_value(name: str, key: str, value, default) -> None:
         )
         if isinstance(value, bool) or not isinstance(value, allowed):
             raise ValueError(f"option {key!r} of {name} takes a number such as {default!r}, got {value!r}")
-        low, high = _BOUNDS.get(key, (-math.inf, math.inf))
-        if value is not None and not low <= value <= high:
+        infinite = key not in _BOUNDS and value in (-math.inf, math.inf)
+        low, high = _BOUNDS.get(key, (-_LARGEST, _LARGEST))
+        if value is not None and not infinite and not low <= value <= high:
             raise ValueError(f"option {key!r} of {name} must lie between {low} and {high}, got {value!r}")
 
 
@@ -329,6 +332,8 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
     """
     if isinstance(spec, NormSpec):
         return spec
+    if isinstance(spec, str) and len(spec) > _LONGEST_SPEC:
+        raise ValueError(f"a spec has at most {_LONGEST_SPEC:,} characters, got {len(spec):,}: {spec[:80]!r}...")
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:\((.*)\))?\s*", spec, re.DOTALL) if isinstance(spec, str) else None
     if match is None:
         raise ValueError(f"a norm is written NAME or NAME(option=value, ...), such as 'FBN(t_sigma=4.0)', got {spec!r}")

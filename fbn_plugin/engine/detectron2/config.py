@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.util
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetMapper
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 
 import fbn_plugin
 from fbn_plugin.engine.detectron2.annotation_files import check_annotation_files
@@ -30,12 +30,13 @@ from fbn_plugin.engine.detectron2.data import (
     register_datasets,
 )
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
-from fbn_plugin.engine.detectron2.values import attempt, check_types, type_sentence
+from fbn_plugin.engine.detectron2.rules import RULES, input_rules
+from fbn_plugin.engine.detectron2.values import attempt, check_types, is_float, type_sentence
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric, is_given
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.config import check_texts, pairs
 from fbn_plugin.engine.run.detection_keys import MAY_CHANGE
-from fbn_plugin.engine.run.detection_rules import DETECTION_RULES, dependent_rules
+from fbn_plugin.engine.run.detection_rules import dependent_rules
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.literals import literal
 from fbn_plugin.engine.run.lock import hold
@@ -54,15 +55,6 @@ __all__ = ["add_config", "load_config", "prepare"]
 
 # What a resumed run may have otherwise: what both engines let change, and a key that torchvision's does not have.
 _MAY_CHANGE = (*MAY_CHANGE, "VIS_PERIOD")
-
-_RULES = {
-    "VERSION": exactly(2, "as in detectron2 from October 2019 on"),
-    **DETECTION_RULES,
-    "INPUT.CROP.TYPE": one_of("relative_range", "relative", "absolute", "absolute_range"),
-    "INPUT.FORMAT": one_of("BGR", "YUV-BT.601", *Image.MODES),
-    "INPUT.MASK_FORMAT": one_of("polygon", "bitmask"),
-    "MODEL.LOAD_PROPOSALS": exactly(False, "as detectron2 unpickles such files, which runs what is in them"),
-}
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -140,6 +132,8 @@ def _for_yacs(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             converted[name] = _for_yacs(value, f"{prefix}{name}.")
             continue
         value = literal(value) if isinstance(value, str) else value
+        if type(value) is int and is_float(prefix + name):  # as YAML has 1 where 1.0 is meant
+            value = float(value)
         check_texts(prefix + name, value)
         converted[name] = repr(value) if isinstance(value, str) else value
     return converted
@@ -169,8 +163,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     """
     cfg = load_config(args.config_file, args.opts)
     check_types(cfg)
-    check_values(cfg, _RULES)
-    check_values(cfg, dependent_rules(cfg))
+    check_values(cfg, RULES)
+    check_values(cfg, {**input_rules(cfg), **dependent_rules(cfg)})
     check_augmentation(cfg)
     norms = {f"MODEL.{name}.NORM": group.NORM for name, group in cfg.MODEL.items() if "NORM" in _mapping(group)}
     check_norms(norms, check_norm)
@@ -231,7 +225,8 @@ def _check_metrics(cfg: CfgNode) -> None:
         names = [*names, *metric_names(cfg, SUFFIX)]
     for entry in cfg.TEST.EXPECTED_RESULTS:
         name = "/".join(map(str, entry[:2])) if isinstance(entry, tuple | list) and len(entry) == 4 else None
-        if name is None or not is_given(name, names):
+        figures = all(type(each) in (int, float) and math.isfinite(each) for each in entry[2:]) if name else False
+        if not figures or not is_given(name, names):
             metrics = ", ".join(names) or "none, as DATASETS.TEST is empty"
             what = f"entries [task, metric, value, tolerance] of this run's metrics ({metrics})"
             raise refusal("TEST.EXPECTED_RESULTS", what, entry)

@@ -1,6 +1,8 @@
 """The values of detectron2's keys: of the type of their defaults, elements of lists included, and what detectron2 makes
 of them. It answers most of a wrong value with a bare error, and names the key in few."""
 
+import functools
+import math
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,8 +11,9 @@ from typing import Any, TypeVar
 from detectron2.config import CfgNode, get_cfg
 
 from fbn_plugin.engine.run.rules import get_value, refusal
+from fbn_plugin.frameworks.detectron2_keys import add_keys
 
-__all__ = ["attempt", "check_types", "type_sentence"]
+__all__ = ["attempt", "check_types", "is_float", "type_sentence"]
 
 T = TypeVar("T")
 
@@ -41,6 +44,18 @@ def check_types(cfg: CfgNode) -> None:
         default = _EXAMPLES.get(key, default)
         if default is not None and value != default and not _is_like(value, default):
             raise refusal(key, f"of type {_type_name(default)}, such as {default!r}", value)
+
+
+@functools.cache
+def _floats() -> frozenset[str]:
+    cfg = get_cfg()
+    add_keys(cfg)
+    return frozenset(key for key, default in _values(cfg) if isinstance(default, float))
+
+
+def is_float(key: str) -> bool:
+    """Whether a key has a float as its default, in whose place detectron2 takes no integer."""
+    return key in _floats()
 
 
 def type_sentence(sentence: str) -> str:
@@ -106,7 +121,7 @@ def _is_like(value: Any, default: Any) -> bool:
     if isinstance(default, bool | str):
         return isinstance(value, type(default))
     if isinstance(default, int | float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not isinstance(value, list | tuple):
         return False
     if not default:
@@ -120,4 +135,4 @@ def _is_like(value: Any, default: Any) -> bool:
 def _type_name(default: Any) -> str:
     if isinstance(default, list | tuple):
         return f"{type(default).__name__}{f' of {_type_name(default[0])}' if default else ''}"
-    return "number" if type(default) in (int, float) else type(default).__name__
+    return "finite number" if type(default) in (int, float) else type(default).__name__

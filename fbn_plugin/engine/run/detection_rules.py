@@ -74,7 +74,7 @@ _SOLVER_RULES = {
     "SOLVER.BIAS_LR_FACTOR": at_least(0, 1000),
     "SOLVER.CHECKPOINT_PERIOD": at_least(1, MOST_ITERATIONS),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of("value", "norm"),
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": above(0),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": above(0, 1e30),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": between(0.1, 1000),
     "SOLVER.GAMMA": above(0, 1),
     "SOLVER.MAX_ITER": at_least(1, MOST_ITERATIONS),
@@ -83,7 +83,8 @@ _SOLVER_RULES = {
     "SOLVER.WARMUP_ITERS": at_least(0, MOST_ITERATIONS),
     "SOLVER.WARMUP_METHOD": one_of("linear", "constant"),
     "SOLVER.WEIGHT_DECAY_BIAS": Rule(
-        "None, or a number from 0 to 100", lambda given: given is None or 0 <= given <= 100
+        "None, or a number from 0 to 100",
+        lambda given: given is None or (not isinstance(given, bool) and 0 <= given <= 100),
     ),
     "SOLVER.WEIGHT_DECAY_NORM": at_least(0, 100),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.logging import read_metrics
-from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.rules import increasing, refusal
 
 __all__ = ["eval_iterations", "is_evaluated_after", "recorded_evaluation"]
 
@@ -47,7 +47,7 @@ def eval_iterations(
         numbers = tuple(_whole(each) for each in given)
     except ValueError:
         numbers = None
-    if numbers is None or min(numbers, default=1) < 1 or list(numbers) != sorted(set(numbers)):
+    if numbers is None or not increasing("iterations").accepts(numbers):
         shown = tuple(given) if numbers is None else numbers
         raise refusal("TEST.EVAL_ITERATIONS", "increasing numbers of iterations, from 1 on", shown)
     if late := [number for number in numbers if number > max_iter]:

@@ -267,7 +267,7 @@ class _Builder:
     def _check_tag(self, tag: str | None, known: tuple[str | None, ...], line: int) -> None:
         if tag not in known:
             name = shown(tag.replace(_TAG, "!!"))[1:-1]
-            raise self._error(line, f"has the tag {name}: a config holds plain values, and nothing in it is executed")
+            raise self._error(line, f"has the tag {name}: nothing in a config is executed; write the value itself")
 
     def _scalar(self, event: yaml.ScalarEvent, line: int) -> Any:
         text, tag = event.value, event.tag

@@ -5,7 +5,7 @@ torchvision's.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from fbn_plugin import param_groups, prepend_input_norm
 from fbn_plugin.engine.data.coco_data import scaled_size
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.rules import get_value
+from fbn_plugin.engine.run.run_folder import NORM_KEYS
 from fbn_plugin.layers.description import describe
 from fbn_plugin.models.mask_rcnn import mask_rcnn_fpn
 
@@ -135,19 +137,11 @@ def build_model(cfg: CfgNode) -> nn.Module:
     m = cfg.MODEL
     if m.ROI_BOX_HEAD.NORM and not m.ROI_BOX_HEAD.NUM_CONV:
         logger.warning("MODEL.ROI_BOX_HEAD.NORM has no effect: the box head has no convolution (NUM_CONV 0)")
-    model = mask_rcnn_fpn(
-        f"resnet{m.RESNETS.DEPTH}",
-        m.RESNETS.NORM,
-        m.FPN.NORM,
-        m.ROI_BOX_HEAD.NORM,
-        m.ROI_MASK_HEAD.NORM,
-        num_classes=m.ROI_HEADS.NUM_CLASSES + 1,
-        masks=m.MASK_ON,
-        **_backbone_options(m),
-        **_proposal_options(m),
-        **_head_options(m),
-        box_detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
-    )
+    norms = {key: get_value(cfg, key) for key in NORM_KEYS}
+    try:
+        model = _mask_rcnn(cfg, norms)
+    except ValueError as error:
+        raise _norm_refusal(cfg, norms) or error from None
     model.transform = DetectionTransform(
         cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, m.PIXEL_MEAN, m.PIXEL_STD, cfg.INPUT.FORMAT == "BGR"
     )
@@ -158,6 +152,31 @@ def build_model(cfg: CfgNode) -> nn.Module:
     if cfg.INPUT.NORM_GAMMA_INIT:
         prepend_input_norm(model, cfg.INPUT.NORM_GAMMA_INIT)
     return model
+
+
+def _mask_rcnn(cfg: CfgNode, norms: Mapping[str, str]) -> nn.Module:
+    """torchvision's model with the norms of ``NORM_KEYS``."""
+    m = cfg.MODEL
+    return mask_rcnn_fpn(
+        f"resnet{m.RESNETS.DEPTH}",
+        *norms.values(),
+        num_classes=m.ROI_HEADS.NUM_CLASSES + 1,
+        masks=m.MASK_ON,
+        **_backbone_options(m),
+        **_proposal_options(m),
+        **_head_options(m),
+        box_detections_per_img=cfg.TEST.DETECTIONS_PER_IMAGE,
+    )
+
+
+def _norm_refusal(cfg: CfgNode, norms: Mapping[str, str]) -> ValueError | None:
+    """What to say of the norm that does not fit the network, such as one of 7 groups for 64 channels, with its key."""
+    for key, spec in norms.items():
+        try:
+            _mask_rcnn(cfg, dict.fromkeys(norms, "BN") | {key: spec})
+        except ValueError as error:
+            return ValueError(f"{key} {spec!r}: {error}")
+    return None
 
 
 def _backbone_options(m: CfgNode) -> dict[str, Any]:

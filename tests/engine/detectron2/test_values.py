@@ -19,9 +19,11 @@ ZOO = Path(detectron2.model_zoo.__file__).parent / "configs"
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("INPUT.MIN_SIZE_TRAIN", ("large",), "tuple of number, such as (800,), got ('large',)"),
-        ("MODEL.ANCHOR_GENERATOR.SIZES", [["a"]], "list of list of number, such as [[32, 64, 128, 256, 512]]"),
-        ("MODEL.BACKBONE.FREEZE_AT", None, "number, such as 2, got None"),
+        ("INPUT.MIN_SIZE_TRAIN", ("large",), "tuple of finite number, such as (800,), got ('large',)"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [["a"]], "list of list of finite number, such as [[32, 64, 128, 256, 512]]"),
+        ("MODEL.BACKBONE.FREEZE_AT", None, "finite number, such as 2, got None"),
+        ("SOLVER.BASE_LR", float("nan"), "finite number, such as 0.001, got nan"),
+        ("MODEL.PIXEL_STD", [1.0, float("inf"), 1.0], "list of finite number"),
         ("MODEL.RPN.HEAD_NAME", None, "str, such as 'StandardRPNHead', got None"),
         ("DATASETS.TRAIN", ([],), "tuple of str, such as ('my_data:train',), got ([],)"),
     ],
