@@ -126,6 +126,10 @@ def on_main(action: Callable[[], object]) -> None:
     Raises:
         OSError, ValueError: what ``action`` raises on rank 0; on every process.
     """
+    if not dist.is_initialized():
+        if is_main():
+            action()
+        return
     error = None
     if is_main():
         try:

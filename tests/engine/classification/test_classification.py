@@ -179,14 +179,12 @@ def test_synchronized_batch_norm_needs_gpus_only_where_processes_train(monkeypat
     cfg = config(MODEL__NORM="SyncBN", MODEL__DEVICE="cpu")
     ClassificationTrainer(cfg)  # alone, it is plain batch norm
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(distributed, "on_main", lambda action: action())
     with pytest.raises(ValueError, match=r"MODEL.NORM must be .*SyncFBN.* got 'SyncBN'"):
         ClassificationTrainer(cfg)
 
 
 def test_a_batch_is_shared_out_evenly(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    monkeypatch.setattr(distributed, "on_main", lambda action: action())
     with pytest.raises(ValueError, match=r"SOLVER.IMS_PER_BATCH must be .* number of processes \(3\), got 32"):
         ClassificationTrainer(config())
 
