@@ -124,7 +124,13 @@ ATTRIBUTES = {
     "torch.nn.Conv2d": ("_conv_forward",),
     "torchvision.models.resnet.ResNet": ("_norm_layer",),
     "fvcore.common.registry.Registry": ("_obj_map",),
-    "detectron2.evaluation.COCOEvaluator": ("_coco_api", "_derive_coco_results", "_kpt_oks_sigmas"),
+    "detectron2.engine.SimpleTrainer": ("_write_metrics",),
+    "detectron2.evaluation.COCOEvaluator": (
+        "_coco_api",
+        "_derive_coco_results",
+        "_eval_predictions",
+        "_kpt_oks_sigmas",
+    ),
 }
 
 

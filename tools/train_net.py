@@ -18,12 +18,14 @@ same bits as a run that was never stopped.
 
 import importlib.util
 
+import interruption  # noqa: F401
+
 from fbn_plugin.engine.run.cli import (
     add_import,
     add_log_period,
     import_modules,
-    interruptible,
     refuse_unknown_flags,
+    stoppable,
     user_errors,
 )
 
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_unknown_flags(parser, args.opts)
         import_modules(args.imports)
         cfg = prepare(args)
-    with interruptible(cfg.OUTPUT_DIR):
+    with stoppable(None if args.eval_only else cfg.OUTPUT_DIR):
         launch(
             run,
             (cfg, args),

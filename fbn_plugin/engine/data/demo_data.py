@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from fbn_plugin.engine.run.checkpoint import atomic_write
+
 IMAGE_SIZE = 128
 DIGITS_PER_IMAGE = (2, 6)
 DIGIT_SIZE = (28, 56)
@@ -103,5 +105,5 @@ def make_digits_on_photos(folder: str | Path, num_train: int = 400, num_val: int
         content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
         target = folder / "annotations" / f"instances_{split}.json"
         target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(content))
+        atomic_write(target, json.dumps(content).encode())
     return folder

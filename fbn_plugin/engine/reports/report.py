@@ -13,6 +13,7 @@ import torch
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.reports.pictures import draw_detections
+from fbn_plugin.engine.run.checkpoint import atomic_write
 from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.run.run_info import hardware
@@ -129,7 +130,7 @@ def write_report(
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     def picture(name: str, png: bytes, text: str) -> str:
-        Path(path).with_name(name).write_bytes(png)
+        atomic_write(Path(path).with_name(name), png)
         return f'<p><img alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
 
     body = [f"<p>{html.escape(fact)}</p>" for fact in facts]
@@ -141,4 +142,4 @@ def write_report(
     body += ["<h2>Commands</h2>", f"<pre>{html.escape(chr(10).join(commands))}</pre>"]
     machine = f"{hardware()}; torch {torch.__version__}, Python {platform.python_version()}"
     body += [f'<p class="note">{html.escape(machine)}</p>']
-    Path(path).write_text(_PAGE.format(title=html.escape(title), body="\n".join(body)), encoding="utf-8")
+    atomic_write(path, _PAGE.format(title=html.escape(title), body="\n".join(body)).encode())

@@ -13,13 +13,21 @@ import numpy as np
 import torch
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 
-from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.weights import refuse_foreign, refuse_misfit
 from fbn_plugin.engine.run.words import counted
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["AtomicCheckpointer", "AtomicSaving", "PeriodicCheckpointer", "RandomState", "atomic_write", "load_file"]
+__all__ = [
+    "AtomicCheckpointer",
+    "AtomicSaving",
+    "PeriodicCheckpointer",
+    "RandomState",
+    "atomic_write",
+    "load_file",
+    "save_before_leaving",
+]
 
 
 def atomic_write(path: str | os.PathLike, data: bytes | None = None, write=None) -> None:
@@ -133,6 +141,19 @@ class RandomState:
         torch.set_rng_state(own["torch"])
         if own["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(own["cuda"])
+
+
+def save_before_leaving(periodic: PeriodicCheckpointer, iteration: int, **state: Any) -> None:
+    """Save a checkpoint if the run is to stop after an iteration and ``periodic.step`` has not saved one there.
+
+    Args:
+        periodic: of the run.
+        iteration: the one that is finished, from 0.
+        state: what else goes into the checkpoint, as into ``step``.
+    """
+    saved = (iteration + 1) % periodic.period == 0 or iteration + 1 >= periodic.max_iter
+    if stopping.agreed() and not saved:
+        periodic.save(f"{periodic.file_prefix}_{iteration:07d}", iteration=iteration, **state)
 
 
 class AtomicSaving:
