@@ -125,8 +125,14 @@ ATTRIBUTES = {
     "torchvision.models.resnet.ResNet": ("_norm_layer",),
     "torch.utils.tensorboard.SummaryWriter": ("_get_file_writer",),  # overridden in engine/run/board.py
     "fvcore.common.registry.Registry": ("_obj_map",),
+    "detectron2.engine.SimpleTrainer": ("_write_metrics",),
     "detectron2.utils.events.TensorboardXWriter": ("_writer",),
-    "detectron2.evaluation.COCOEvaluator": ("_coco_api", "_derive_coco_results", "_kpt_oks_sigmas"),
+    "detectron2.evaluation.COCOEvaluator": (
+        "_coco_api",
+        "_derive_coco_results",
+        "_eval_predictions",
+        "_kpt_oks_sigmas",
+    ),
 }
 
 

@@ -20,7 +20,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import add_import, import_modules, user_errors
+import interruption  # noqa: F401
+
+from fbn_plugin.engine.run.cli import add_import, import_modules, stoppable, user_errors
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -67,6 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@stoppable()
 def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
     """Run the command line; return the results, those of ``--from`` as a list."""
     with user_errors():

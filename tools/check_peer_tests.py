@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+import interruption  # noqa: F401
+
 ROUTES = ("register", "convert", "norm_layer")
 # How this file, loaded by pytest as a plugin, is told what to do.
 ROUTE, SPEC, MODELS = "FBN_PLUGIN_ROUTE", "FBN_PLUGIN_SPEC", "FBN_PLUGIN_MODELS"
@@ -211,6 +213,13 @@ def _counted(found: Iterable[Outcome]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all, print what they have in common and what not; return the exit status."""
+    from fbn_plugin.engine.run.cli import stoppable
+
+    with stoppable():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     from fbn_plugin.engine.run.cli import user_errors
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

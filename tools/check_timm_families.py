@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import interruption  # noqa: F401
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fbn_plugin
 from fbn_plugin.engine.classification.smallest_models import batch_norms, smallest_model
-from fbn_plugin.engine.run.cli import user_errors
+from fbn_plugin.engine.run.cli import stoppable, user_errors
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
 
 with user_errors():
@@ -146,6 +147,7 @@ def check(name: str) -> Result:
     return result
 
 
+@stoppable()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("family", nargs="*", help="timm.models modules, such as resnet; default: all")

@@ -7,18 +7,23 @@ other settings it wants another folder.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import add_import, format_table, user_errors
-from fbn_plugin.engine.run.writing import atomic_write, writing
+import interruption  # noqa: F401
+
+from fbn_plugin.engine.run.cli import add_import, format_table, stoppable, user_errors
+from fbn_plugin.engine.run.stopping import Terminated
+from fbn_plugin.engine.run.writing import writing
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("BN", "FBN")
@@ -46,6 +51,8 @@ def parse_args(args=None) -> argparse.Namespace:
 
 def remember_data(output: Path, files: Sequence[Path]) -> None:
     """Note which annotations the runs in ``output`` are on; ValueError where those before were on others."""
+    from fbn_plugin.engine.run.writing import atomic_write
+
     digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
     note = output / "annotations.sha256"
     if not note.exists():
@@ -54,6 +61,18 @@ def remember_data(output: Path, files: Sequence[Path]) -> None:
         atomic_write(note, f"{digest}\n".encode())
     elif note.read_text().strip() != digest:
         raise ValueError(f"{output} holds a run on other data; choose another --output or remove it")
+
+
+def end(processes: Iterable[subprocess.Popen], number: signal.Signals) -> None:
+    """Send a signal, and kill what has not ended after half a minute."""
+    for process in processes:
+        process.send_signal(number)
+    last = time.monotonic() + 30
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, last - time.monotonic()))
+        process.kill()
+        process.wait()
 
 
 def run_side_by_side(tools: dict[str, list[str]]) -> None:
@@ -79,14 +98,16 @@ def run_side_by_side(tools: dict[str, list[str]]) -> None:
     for reader in readers:
         reader.start()
     failed = None
-    while failed is None and any(process.poll() is None for process in running.values()):
-        time.sleep(0.2)
-        failed = next((name for name, process in running.items() if process.poll()), None)
+    try:
+        while failed is None and any(process.poll() is None for process in running.values()):
+            time.sleep(0.2)
+            failed = next((name for name, process in running.items() if process.poll()), None)
+    except KeyboardInterrupt as stop:
+        end(running.values(), signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        raise
     failed = failed or next((name for name, process in running.items() if process.poll()), None)
-    for process in running.values():
-        if failed:
-            process.terminate()
-        process.wait()
+    if failed:
+        end(running.values(), signal.SIGTERM)
     for reader in readers:
         reader.join()
     if failed:
@@ -94,6 +115,7 @@ def run_side_by_side(tools: dict[str, list[str]]) -> None:
         raise SystemExit(running[failed].returncode)
 
 
+@stoppable()
 def main(args=None) -> None:
     args = parse_args(args)
     name = Path(args.data).resolve().name if args.data else "digits_on_photos"

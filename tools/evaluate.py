@@ -17,7 +17,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import add_import, check_outputs, format_table, import_modules, user_errors
+import interruption  # noqa: F401
+
+from fbn_plugin.engine.run.cli import (
+    add_import,
+    check_outputs,
+    format_table,
+    import_modules,
+    stoppable,
+    user_errors,
+)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,6 +59,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("RUN_DIR is needed, or both --results and --dataset")
 
 
+@stoppable()
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the command line; return the figures of each data set."""
     args = parse_args(argv)

@@ -19,7 +19,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import add_import, check_outputs, format_table, import_modules, user_errors
+import interruption  # noqa: F401
+
+from fbn_plugin.engine.run.cli import (
+    add_import,
+    check_outputs,
+    format_table,
+    import_modules,
+    stoppable,
+    user_errors,
+)
 
 
 def read_labels(given: Sequence[str], folders: Sequence[Path]) -> dict[Path, str]:
@@ -35,6 +44,7 @@ def read_labels(given: Sequence[str], folders: Sequence[Path]) -> dict[Path, str
     return labels
 
 
+@stoppable()
 def main(argv: Sequence[str] | None = None) -> str:
     """Run the command line; return the text that it prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

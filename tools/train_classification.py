@@ -14,7 +14,9 @@ SOLVER.BEST_CHECKPOINT_METRIC).
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.run.cli import RUN_ERRORS, import_modules, interruptible, parse_config_arguments, user_errors
+import interruption  # noqa: F401
+
+from fbn_plugin.engine.run.cli import RUN_ERRORS, import_modules, parse_config_arguments, stoppable, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -30,14 +32,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         setup_logging()
         import_modules(args.imports)
         cfg = load_config(classification_config(), args.config_file, args.overrides)
-    with distributed.peers_lost(), interruptible(cfg.OUTPUT_DIR):
+    with stoppable(None if args.eval_only else cfg.OUTPUT_DIR):
         with user_errors():
             trainer = ClassificationTrainer(cfg, args.resume, args.eval_only, args.log_period)
         with user_errors(*RUN_ERRORS):
             result = trainer.evaluate() if args.eval_only else trainer.train()
-    if distributed.is_main():
-        print(trainer.describe(result))
-    distributed.finish()
+        if distributed.is_main():
+            print(trainer.describe(result))
+        distributed.finish()
     return result
 
 

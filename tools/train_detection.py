@@ -12,7 +12,9 @@ the settings.
 import sys
 from collections.abc import Sequence
 
-from fbn_plugin.engine.run.cli import RUN_ERRORS, import_modules, interruptible, parse_config_arguments, user_errors
+import interruption  # noqa: F401
+
+from fbn_plugin.engine.run.cli import RUN_ERRORS, import_modules, parse_config_arguments, stoppable, user_errors
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -27,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         setup_logging()
         import_modules(args.imports)
         cfg = load_detection_config(args.config_file, args.overrides)
-    with distributed.peers_lost(), interruptible(cfg.OUTPUT_DIR):
+    with stoppable(None if args.eval_only else cfg.OUTPUT_DIR):
         with user_errors():
             trainer = DetectionTrainer(cfg, args.resume, args.eval_only, args.log_period)
         with user_errors(*RUN_ERRORS):
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
                 trainer.write_evaluation(metrics := trainer.evaluate())
             else:
                 metrics = trainer.train()
-    distributed.finish()
+        distributed.finish()
     return metrics
 
 

@@ -18,13 +18,15 @@ newest that is not damaged; on the CPU it ends with the same bits as a run that 
 
 import importlib.util
 
+import interruption  # noqa: F401
+
 from fbn_plugin.engine.run.cli import (
     add_import,
     add_log_period,
     add_resume_auto,
     import_modules,
-    interruptible,
     refuse_unknown_flags,
+    stoppable,
     user_errors,
     with_resume_auto,
 )
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_unknown_flags(parser, args.opts)
         import_modules(args.imports)
         cfg = prepare(args)
-    with interruptible(cfg.OUTPUT_DIR):
+    with stoppable(None if args.eval_only else cfg.OUTPUT_DIR):
         launch(
             run,
             (cfg, args),

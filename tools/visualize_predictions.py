@@ -13,12 +13,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fbn_plugin.engine.run.cli import add_import, check_outputs, import_modules, user_errors
+import interruption  # noqa: F401
+
+from fbn_plugin.engine.run.cli import add_import, check_outputs, import_modules, stoppable, user_errors
 from fbn_plugin.engine.run.words import counted
 
 MOST_IMAGES = 100
 
 
+@stoppable()
 def main(argv: Sequence[str] | None = None) -> Path:
     """Run the command line; return the picture's path."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, RandomCrop, Resize
 
-from fbn_plugin.engine.data.loaders import training_loader
+from fbn_plugin.engine.data.loaders import shield_workers, training_loader
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.rules import refusal
 
@@ -90,7 +90,7 @@ def build_train_loader(
 def build_val_loader(cfg: CfgNode, dataset: Dataset, device: torch.device) -> DataLoader | PrefetchLoader:
     """timm's evaluation loader over this process's share of `dataset`."""
     prefetch = device.type == "cuda"
-    return create_loader(
+    loader = create_loader(
         dataset,
         cfg.INPUT.SIZE,
         max(1, cfg.TEST.IMS_PER_BATCH // distributed.world_size()),
@@ -104,3 +104,5 @@ def build_val_loader(cfg: CfgNode, dataset: Dataset, device: torch.device) -> Da
         device=device,
         **pixel_statistics(cfg),
     )
+    shield_workers(loader.loader if prefetch else loader)
+    return loader

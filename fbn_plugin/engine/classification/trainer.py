@@ -4,6 +4,7 @@ norm is a spec string.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from fbn_plugin.engine.classification.data import build_train_loader, build_val_
 from fbn_plugin.engine.classification.model import build_model, build_optimizer, build_scheduler
 from fbn_plugin.engine.data.image_data import ImageData, load_image_data
 from fbn_plugin.engine.data.sampling import BalancedSampler
-from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.run.cli import UserError
@@ -31,10 +32,10 @@ from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
-from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume
+from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, save_before_leaving
 from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
-from fbn_plugin.engine.run.schedule import is_evaluated_after
+from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
 from fbn_plugin.engine.run.words import counted
 from fbn_plugin.engine.run.writing import atomic_write
@@ -55,13 +56,17 @@ def evaluate(
         loader: timm's evaluation loader. What its sampler repeats to give every process equally many samples is not
             counted.
         top_k: each at most the number of classes.
+
+    Raises:
+        EvaluationLeft: a process is asked to stop.
     """
     size = len(loader.dataset)
     left = len(range(distributed.rank(), size, distributed.world_size()))
     sums = dict.fromkeys(["loss", *(f"top{k}" for k in top_k)], 0.0)
     training = model.training
     model.eval()
-    for images, targets in tqdm(loader, "evaluating", leave=False, disable=None if distributed.is_main() else True):
+    bar = tqdm(loader, "evaluating", leave=False, disable=None if distributed.is_main() else True)
+    for images, targets in stopping.until_asked(bar):
         images, targets = images[:left].to(device), targets[:left].to(device)
         if left == 0:
             break
@@ -71,7 +76,8 @@ def evaluate(
         for k in top_k:
             sums[f"top{k}"] += 100 * (logits.topk(k).indices == targets[:, None]).sum().item()
     model.train(training)
-    everyones = distributed.all_gather(sums)
+    everyones, stops = zip(*distributed.all_gather((sums, stopping.asked())))
+    stopping.unless_asked(stops)
     return {name: sum(each[name] for each in everyones) / size for name in sums}
 
 
@@ -118,7 +124,7 @@ class ClassificationTrainer:
         self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
         self.scaler = torch.amp.GradScaler(enabled=solver.AMP.ENABLED and self.device.type == "cuda")
         self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, optimizer=self.optimizer, scaler=self.scaler)
-        self.start_iter = 0
+        self.start_iter, self.log_window = 0, {}
         self.notes: list[str] = []  # for the log
         if continues:
             self._continue(resume, eval_only)
@@ -132,7 +138,7 @@ class ClassificationTrainer:
         last, self.notes = checkpoint_to_resume(self.cfg.OUTPUT_DIR, resume)
         state = self.checkpointer.load(last)
         check_state(last, state)
-        self.start_iter = state["iteration"] + 1
+        self.start_iter, self.log_window = state["iteration"] + 1, state.get("log_window", {})
         if not eval_only:
             solver = self.cfg.SOLVER
             key = "MAX_ITER" if self.max_iter == solver.MAX_ITER else "MAX_EPOCH"
@@ -169,6 +175,14 @@ class ClassificationTrainer:
             UserError: an image cannot be decoded.
             WriteError: the disk is full.
         """
+        with stopping.deferred():
+            result = self._train()
+        if distributed.is_main():
+            record = json.dumps({**self._provenance(), **result}, indent=2)
+            atomic_write(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), record.encode())
+        return result
+
+    def _train(self) -> dict[str, float]:
         cfg, data = self.cfg, self.data
         self._open_output_dir()
         saver = PeriodicCheckpointer(
@@ -177,12 +191,11 @@ class ClassificationTrainer:
             self.max_iter,
             max_to_keep=2,
         )
-        model = distributed.data_parallel(self.model.train(), self.device)
-        mixup = _build_mixup(cfg, len(data.classes))
-        batches = build_train_loader(cfg, data.train, self.device, self.start_iter)
-        period = cfg.TEST.EVAL_PERIOD * self.iters_per_epoch
-        result = None
-        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, self.log_period) as log:
+        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, self.log_period, self.log_window) as log:
+            result = self._missed_evaluation(log)
+            model = distributed.data_parallel(self.model.train(), self.device)
+            mixup = _build_mixup(cfg, len(data.classes))
+            batches = build_train_loader(cfg, data.train, self.device, self.start_iter)
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
                 timer()
@@ -192,15 +205,31 @@ class ClassificationTrainer:
                 losses = self._step(model, iteration, *(mixup(images, targets) if mixup else (images, targets)))
                 lr = self.optimizer.param_groups[0]["lr"]
                 log.step(iteration, **losses, lr=lr, time=data_time + timer(), data_time=data_time)
-                if is_evaluated_after(iteration + 1, self.max_iter, period):
-                    result = self._evaluate_and_log(log, iteration)
-                saver.step(iteration)  # after the evaluation, so that a resumed run has not missed it
-        if result is None:  # there was nothing left to train
-            result = self.evaluate()
-        if distributed.is_main():
-            record = json.dumps({**self._provenance(), **result}, indent=2)
-            atomic_write(os.path.join(cfg.OUTPUT_DIR, "results.json"), record.encode())
+                if self._is_evaluated_after(iteration + 1) and not stopping.agreed():
+                    with contextlib.suppress(stopping.EvaluationLeft):  # a resumed run makes up for it
+                        result = self._evaluate_and_log(log, iteration)
+                # After the evaluation, so that a run that is killed has not missed it.
+                saver.step(iteration, log_window=log.window)
+                if stopping.agreed():
+                    save_before_leaving(saver, iteration, log_window=log.window)
+                    stopping.leave()
         return result
+
+    def _is_evaluated_after(self, finished: int) -> bool:
+        return is_evaluated_after(finished, self.max_iter, self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch)
+
+    def _missed_evaluation(self, log: TrainingLog) -> dict[str, float]:
+        """The evaluation where the run goes on: as ``metrics.json`` has it, or made up for, where the run was asked to
+        stop in it or it is newly wanted there."""
+        start = self.start_iter
+        if not self._is_evaluated_after(start):
+            return {}
+        if recorded := recorded_evaluation(self.cfg.OUTPUT_DIR, start, lambda name: name.startswith("val/")):
+            return {name.removeprefix("val/"): value for name, value in recorded.items()}
+        try:
+            return self._evaluate_and_log(log, start - 1)
+        except stopping.EvaluationLeft:
+            stopping.leave()
 
     def _open_output_dir(self) -> None:
         """Make OUTPUT_DIR, and write there what is known before training."""

@@ -1,6 +1,8 @@
 """Training loaders whose batches follow from the seed and their number alone, the same for every engine."""
 
-from collections.abc import Sequence
+import functools
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,36 @@ from fbn_plugin.engine.data.sampling import (
     SeededDataset,
 )
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.stopping import blocked, end_with_parent
 
-__all__ = ["data_loader", "training_loader"]
+__all__ = ["data_loader", "shield_workers", "training_loader"]
+
+
+class _ShieldedLoader(DataLoader):
+    def __iter__(self):
+        with blocked():  # from their first moment on
+            return super().__iter__()
+
+
+def shield_workers(loader: DataLoader) -> DataLoader:
+    """Let the workers of a loader hear no SIGTERM and no Ctrl-C but their own process's, which needs them for what it
+    does then, when a scheduler or a terminal signals the whole process group. They end with it.
+
+    Args:
+        loader: of ``DataLoader``'s own class.
+
+    Returns:
+        ``loader``.
+    """
+    loader.__class__ = _ShieldedLoader
+    loader.worker_init_fn = functools.partial(_obey_parent, loader.worker_init_fn)
+    return loader
+
+
+def _obey_parent(init: Callable[[int], None] | None, worker: int) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if init is not None:
+        init(worker)
 
 
 def data_loader(dataset: Dataset, **options: Any) -> DataLoader:
@@ -26,7 +56,7 @@ def data_loader(dataset: Dataset, **options: Any) -> DataLoader:
     Args:
         dataset, options: as ``DataLoader`` has them.
     """
-    return DataLoader(dataset, generator=torch.Generator(), **options)
+    return shield_workers(DataLoader(dataset, generator=torch.Generator(), **options))
 
 
 def training_loader(

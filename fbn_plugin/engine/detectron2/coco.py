@@ -2,6 +2,7 @@
 nothing has an AP of 0, and two categories of one name have two figures."""
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from fbn_plugin.engine.data.coco_data import unique_names
 from fbn_plugin.engine.data.coco_eval import no_detections
 from fbn_plugin.engine.detectron2.data import checked, tasks
 from fbn_plugin.engine.detectron2.registered import has_file
+from fbn_plugin.engine.run import stopping
 
 __all__ = ["CocoEvaluator"]
 
@@ -72,6 +74,11 @@ class CocoEvaluator(COCOEvaluator):
             for number, each in enumerate(annotations, start=1):
                 each["id"] = number
             self._coco_api.createIndex()
+
+    def _eval_predictions(self, predictions: list[dict], img_ids: Sequence | None = None) -> None:
+        score = functools.partial(super()._eval_predictions, predictions, img_ids=img_ids)
+        if stopping.leavable(lambda: [score()]) is None:  # the process that has all detections scores, alone
+            raise stopping.EvaluationLeft
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: Sequence[str] | None = None

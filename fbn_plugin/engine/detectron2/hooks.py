@@ -4,14 +4,17 @@ Each of them asks the trainer what is due after an iteration, so that they agree
 generators that training draws from.
 """
 
+import contextlib
 import json
 import os
 import sys
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -21,16 +24,17 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 
-from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint
-from fbn_plugin.engine.run.logging import forget_metrics
+from fbn_plugin.engine.run.logging import forget_metrics, read_metrics
 from fbn_plugin.engine.run.population import refresh_population_stats
+from fbn_plugin.engine.run.resuming import save_before_leaving
 from fbn_plugin.engine.run.schedule import recorded_evaluation
 from fbn_plugin.engine.run.seeding import seeded_rng
 from fbn_plugin.engine.run.writing import AppendedFile, WriteError
 from fbn_plugin.training.population_statistics import forward_batch
 
-__all__ = ["Evaluation", "MetricsWriter", "PopulationStatistics"]
+__all__ = ["Evaluation", "MetricsWriter", "PopulationStatistics", "Saving"]
 
 
 class PopulationStatistics(HookBase):
@@ -51,8 +55,10 @@ class PopulationStatistics(HookBase):
 
     def after_step(self) -> None:
         finished = self.trainer.iter + 1
-        if self.trainer.is_evaluated_after(finished) or finished == self.trainer.max_iter:
-            self._update(finished)
+        due = self.trainer.is_evaluated_after(finished) or finished == self.trainer.max_iter
+        if due and not stopping.agreed():
+            with contextlib.suppress(stopping.EvaluationLeft):  # the run saves, and leaves
+                self._update(finished)
 
     def _update(self, finished: int) -> None:
         model, trainer = self.trainer.bare_model, self.trainer
@@ -68,6 +74,14 @@ class PopulationStatistics(HookBase):
             )
 
 
+class Saving(PeriodicCheckpointer):
+    """detectron2's hook, which saves before a run leaves, too."""
+
+    def before_leaving(self) -> None:
+        """Save after this iteration, if that has not been done."""
+        save_before_leaving(self, self.trainer.iter)
+
+
 def _without_postprocessing(model: GeneralizedRCNN, batch: list[dict], device: torch.device) -> None:
     model.inference(batch, do_postprocess=False)  # which would paste masks at the size of the images
 
@@ -75,7 +89,8 @@ def _without_postprocessing(model: GeneralizedRCNN, batch: list[dict], device: t
 class Evaluation(HookBase):
     """Evaluates when the trainer says so, and keeps the best model, see ``BestCheckpoint``.
 
-    After a resumption, an evaluation that the interruption prevented is made up for.
+    After a resumption, an evaluation that the interruption prevented is made up for. One that is left because the run
+    is to stop is as none.
 
     Args:
         metric: what the best model is best in; "" keeps none.
@@ -91,8 +106,9 @@ class Evaluation(HookBase):
             self._evaluate(start - 1)
 
     def after_step(self) -> None:
-        if self.trainer.is_evaluated_after(self.trainer.iter + 1):
-            self._evaluate(self.trainer.iter)
+        if self.trainer.is_evaluated_after(self.trainer.iter + 1) and not stopping.agreed():
+            with contextlib.suppress(stopping.EvaluationLeft):
+                self._evaluate(self.trainer.iter)
 
     def _evaluate(self, iteration: int) -> None:
         model = self.trainer.bare_model
@@ -138,12 +154,38 @@ class MetricsWriter(HookBase):
     """``metrics.json``, TensorBoard and the terminal, rank 0 only.
 
     A line is written every ``period`` iterations, and for each evaluation and each measurement of the norms. After a
-    resumption, what the interrupted run wrote for iterations that come again is taken out.
+    resumption, what the interrupted run wrote for iterations that come again is taken out. Its state is what the next
+    line is still to be made from, so that a resumed run writes the same lines.
     """
 
     def __init__(self, period: int):
         self.period = period
         self.writers: list[EventWriter] = []
+        self._resumed: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of each scalar the values of the last ``period`` iterations, and whether they are smoothed."""
+        storage = self.trainer.storage
+        first = storage.iter - self.period + 1
+        values = {
+            name: [(float(value), step) for value, step in history.values()[-self.period :] if step >= first]
+            for name, history in storage.histories().items()
+        }
+        return {"values": values, "smoothing": dict(storage.smoothing_hints())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._resumed = state
+
+    def _restore(self, written: int) -> None:
+        """Put back into the storage what a checkpoint has of it, and what came after the last line, as if new."""
+        storage = self.trainer.storage
+        smoothing = self._resumed.get("smoothing", {})
+        for name, values in self._resumed.get("values", {}).items():
+            *earlier, (last, at) = values or [(0.0, -1)]
+            for value, step in earlier if at > written else values:
+                storage.histories()[name].update(value, step)
+            if at > written:
+                storage.put_scalar(name, last, smoothing_hint=smoothing[name], cur_iter=at)
 
     def before_train(self) -> None:
         start, folder = self.trainer.start_iter, self.trainer.cfg.OUTPUT_DIR
@@ -155,11 +197,16 @@ class MetricsWriter(HookBase):
         board = TensorboardXWriter(folder, window_size=self.period)
         board._writer = Board(folder, purge_step=start or None)
         self.writers = [_JsonWriter(path, self.period), board]
-        self._write()  # an evaluation that was made up for
+        made_up_for = bool(self.trainer.storage.latest())  # an evaluation
+        self._restore(max((row["iteration"] for row in read_metrics(path)), default=-1))
+        if made_up_for:
+            self._write()
 
     def after_step(self) -> None:
         finished = self.trainer.iter + 1
         trainer = self.trainer
+        if stopping.agreed() and trainer.is_evaluated_after(finished):
+            return  # the line wants the evaluation, too: the resumed run writes it
         in_period = finished % self.period == 0 or finished == trainer.max_iter
         if in_period:
             self.printer.write()
@@ -169,7 +216,8 @@ class MetricsWriter(HookBase):
     def after_train(self) -> None:
         handled = sys.exc_info()[1]
         try:
-            self._write()
+            if not stopping.agreed():
+                self._write()
         except WriteError:
             if handled is None:  # else there is an error already that ends the run
                 raise

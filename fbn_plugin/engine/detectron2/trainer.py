@@ -5,16 +5,18 @@ What detectron2 does well is taken from it: model, optimizer, schedule, the trai
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
@@ -26,11 +28,15 @@ from detectron2.evaluation import (
     verify_results,
 )
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.events import EventStorage, get_event_storage
 from detectron2.utils.logger import setup_logger
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import fbn_plugin
+from fbn_plugin.engine.data.loaders import shield_workers
 from fbn_plugin.engine.detectron2.annotation_files import read_in_its_place
 from fbn_plugin.engine.detectron2.augmentation import SUFFIX, augmented
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer, LossNormalizer
@@ -41,9 +47,9 @@ from fbn_plugin.engine.detectron2.data import (
     has_panoptic_api,
     register_datasets,
 )
-from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, PopulationStatistics
+from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, PopulationStatistics, Saving
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
-from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.checkpoint import RandomState
 from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, error_sentence, import_modules, user_errors
@@ -53,6 +59,7 @@ from fbn_plugin.engine.run.lock import hold, let_go, open_output_dir
 from fbn_plugin.engine.run.logging import LogFile
 from fbn_plugin.engine.run.norm_stats import FilterMeter, log_norms
 from fbn_plugin.engine.run.output_dir import check_output_dir, holds_training
+from fbn_plugin.engine.run.refusals import check_finite
 from fbn_plugin.engine.run.resuming import checkpoint_to_resume
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
@@ -63,6 +70,63 @@ from fbn_plugin.engine.run.writing import writing
 __all__ = ["Trainer", "run"]
 
 logger = logging.getLogger(__name__)
+
+
+class _StopWithMetrics:
+    """What detectron2's training steps get before them in a class's bases: with the losses, which all processes
+    exchange anyway, goes whether one was asked to stop, so that every process knows it after the same iteration."""
+
+    def _write_metrics(self, loss_dict: Mapping[str, Tensor], data_time: float, *_, **__) -> None:
+        losses = {name: loss.detach().cpu().item() for name, loss in loss_dict.items()}
+        everyones = comm.all_gather((losses, data_time, stopping.asked()))
+        stopping.agree(any(asked for _, _, asked in everyones))
+        storage = get_event_storage()
+        storage.put_scalar("rank_data_time", data_time, cur_iter=self.iter)
+        if not distributed.is_main():
+            return
+        storage.put_scalar("data_time", max(seconds for _, seconds, _ in everyones), cur_iter=self.iter)
+        means = {name: float(np.mean([theirs[name] for theirs, _, _ in everyones])) for name in losses}
+        means = {"total_loss": sum(means.values()), **means}
+        check_finite(means, self.iter)
+        storage.put_scalars(cur_iter=self.iter, **means)
+
+
+class _Step(_StopWithMetrics, SimpleTrainer):
+    """A step in float32."""
+
+
+class _AMPStep(_StopWithMetrics, AMPTrainer):
+    """A step in mixed precision."""
+
+
+class _TestLoader:
+    """A test loader that ends early if this process is asked to stop."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return stopping.until_asked(self.loader)
+
+
+class _Evaluators(DatasetEvaluators):
+    """Evaluators that score nothing if a process was asked to stop while it detected, or is while they score."""
+
+    def evaluate(self) -> dict[str, Any]:
+        """The results of all of them, empty on ranks but 0.
+
+        Raises:
+            EvaluationLeft: a process was asked to stop.
+        """
+        stopping.unless_asked(distributed.all_gather(stopping.asked()))
+        results = None
+        with contextlib.suppress(stopping.EvaluationLeft):  # of the process that scores
+            results = super().evaluate()
+        stopping.unless_asked(distributed.all_gather(results is None))
+        return results
 
 
 class Trainer(DefaultTrainer):
@@ -94,7 +158,7 @@ class Trainer(DefaultTrainer):
         with warnings.catch_warnings():  # a name that newer releases of PyTorch want otherwise
             warnings.simplefilter("ignore", FutureWarning)
             model = distributed.data_parallel(model, next(model.parameters()).device, broadcast_buffers=False)
-        self._trainer = (AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer)(model, None, optimizer)
+        self._trainer = (_AMPStep if cfg.SOLVER.AMP.ENABLED else _Step)(model, None, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self), random=RandomState())
         self.checkpointer.add_checkpointable("loss_normalizer", LossNormalizer(self.bare_model))
@@ -111,7 +175,8 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.PRECISE_BN.ENABLED:  # before the checkpointer, which saves them
             built.append(PopulationStatistics(cfg.TEST.PRECISE_BN.NUM_ITER))
         # In every process, as each one's random states are saved.
-        built.append(hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD))
+        self.saving = Saving(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        built.append(self.saving)
         if cfg.DATASETS.TEST:
             built.append(Evaluation(cfg.SOLVER.BEST_CHECKPOINT_METRIC))
         if distributed.is_main():
@@ -135,8 +200,32 @@ class Trainer(DefaultTrainer):
         self.data_loader = self.train_data.loader(self.seed, self.start_iter)
         # The focal loss is TorchScript, whose first calls in a process are interpreted and later ones compiled, to
         # other bits. On the CPU, where nothing is gained by it and all else repeats, it stays interpreted.
-        with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"):
-            TrainerBase.train(self, self.start_iter, self.max_iter)
+        with torch.jit.optimized_execution(self.cfg.MODEL.DEVICE != "cpu"), stopping.deferred():
+            self._train()
+
+    def _train(self) -> None:
+        # TrainerBase's logs a traceback of everything, bad input among it, and knows no stop.
+        logger.info("starting at iteration %d", self.start_iter)
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage:
+            try:
+                self.before_train()
+                while self.iter < self.max_iter:
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                    if stopping.agreed():
+                        self.saving.before_leaving()
+                        stopping.leave()
+                    self.iter += 1
+            finally:
+                self.after_train()
+
+    def before_train(self) -> None:
+        try:
+            super().before_train()
+        except stopping.EvaluationLeft:  # of the checkpoint that the run goes on from
+            stopping.leave()
 
     def run_step(self) -> None:
         self._trainer.iter = self.iter
@@ -180,7 +269,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
-        return build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(cfg, is_train=False))
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=NamingMapper(cfg, is_train=False))
+        return _TestLoader(shield_workers(loader))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluators:
@@ -196,7 +286,7 @@ class Trainer(DefaultTrainer):
                 evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
             else:
                 logger.warning("PQ of %s is not computed: the package panopticapi is not installed", dataset_name)
-        return DatasetEvaluators(evaluators)
+        return _Evaluators(evaluators)
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, model: nn.Module, augmentation: bool = True) -> dict[str, float]:
@@ -208,6 +298,9 @@ class Trainer(DefaultTrainer):
         Args:
             augmentation: with TEST.AUG.ENABLED, evaluate with that too: ``bbox_TTA/AP``, ..., and the detections in
                 OUTPUT_DIR/inference_TTA.
+
+        Raises:
+            EvaluationLeft: a process is asked to stop.
         """
         metrics = cls._evaluate(cfg, model)
         if augmentation and cfg.TEST.AUG.ENABLED:
@@ -219,20 +312,18 @@ class Trainer(DefaultTrainer):
     def _evaluate(cls, cfg: CfgNode, model: nn.Module, suffix: str = "") -> dict[str, float]:
         """One evaluation, with a suffix behind the names of its tasks and of its folder."""
         sets = cfg.DATASETS.TEST
-        made = Path(cfg.OUTPUT_DIR, "inference.tmp")
-        distributed.on_main(lambda: _make_folders(cfg, made))
-        with writing(made, only_full=True):
-            results = cls.test(cfg, model)
-        if not distributed.is_main():
-            return {}
-        with writing(made):
-            for name in sets:
-                target = Path(inference_folder(cfg.OUTPUT_DIR, name, sets, f"inference{suffix}"))
-                target.mkdir(parents=True, exist_ok=True)
-                for file in Path(inference_folder(cfg.OUTPUT_DIR, name, sets, made.name)).iterdir():
-                    if file.is_file():
-                        os.replace(file, target / file.name)
-            shutil.rmtree(made)
+        with _new_folder(cfg) as made:
+            with writing(made, only_full=True):
+                results = cls.test(cfg, model)
+            if not distributed.is_main():
+                return {}
+            with writing(made):
+                for name in sets:
+                    target = Path(inference_folder(cfg.OUTPUT_DIR, name, sets, f"inference{suffix}"))
+                    target.mkdir(parents=True, exist_ok=True)
+                    for file in Path(inference_folder(cfg.OUTPUT_DIR, name, sets, made.name)).iterdir():
+                        if file.is_file():
+                            os.replace(file, target / file.name)
         of_sets = {"": results} if len(sets) == 1 else results
         named = {
             (f"{name}/" if name else "") + task + suffix: figures
@@ -242,8 +333,19 @@ class Trainer(DefaultTrainer):
         return {name: float(value) for name, value in flatten_results_dict(named).items()}
 
 
+@contextlib.contextmanager
+def _new_folder(cfg: CfgNode) -> Iterator[Path]:
+    """``inference.tmp`` of a run, with a folder for each of DATASETS.TEST in it, for the length of an evaluation."""
+    folder = Path(cfg.OUTPUT_DIR, "inference.tmp")
+    try:
+        distributed.on_main(lambda: _make_folders(cfg, folder))
+        yield folder
+    finally:
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _make_folders(cfg: CfgNode, folder: Path) -> None:
-    """An empty folder for the files of an evaluation, one in it for each set."""
     shutil.rmtree(folder, ignore_errors=True)
     with writing(folder):
         for name in cfg.DATASETS.TEST:

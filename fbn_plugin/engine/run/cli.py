@@ -6,13 +6,17 @@ import contextlib
 import difflib
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.output_dir import how_to_continue
 from fbn_plugin.engine.run.writing import WriteError, is_full
 
@@ -27,10 +31,10 @@ __all__ = [
     "format_table",
     "import_modules",
     "imported",
-    "interruptible",
     "parse_config_arguments",
     "refuse_unknown_flags",
     "show_held_warnings",
+    "stoppable",
     "user_errors",
     "with_resume_auto",
 ]
@@ -62,6 +66,8 @@ def user_errors(*types: type[BaseException]) -> Iterator[None]:
         with contextlib.nullcontext() if in_run else _hold_warnings():
             yield
     except types as error:
+        if stopping.interrupted_by() is not None or isinstance(error, BrokenPipeError):
+            raise  # no bad input, see `stoppable`
         _held.clear()
         print(f"error: {error_sentence(error)}", file=sys.stderr)
         disk = isinstance(error, WriteError) or (isinstance(error, OSError) and is_full(error))
@@ -117,13 +123,47 @@ def error_sentence(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def interruptible(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Say in one sentence how a run that Ctrl-C stops goes on, and exit with code 130, as a shell expects."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"stopped; {how_to_continue(output_dir)}", file=sys.stderr)
-        raise SystemExit(130) from None
+def stoppable(output_dir: str | os.PathLike | None = None) -> Iterator[None]:
+    """Let signals and lost processes end a tool with one sentence, no traceback and a code of its own.
+
+    130 is Ctrl-C, 143 SIGTERM and its like (see ``stopping``), 141 a reader of the output that is gone, as ``head``,
+    and 1 another process of the run that stopped, or one that loads images. Of several processes of a run, the first
+    one says the sentence, and none that the tool itself has started.
+
+    Args:
+        output_dir: of a training, which goes on with ``--resume``.
+
+    Raises:
+        SystemExit: it has ended so.
+    """
+    with stopping.handled():
+        try:
+            yield
+            sys.stdout.flush()
+        except SystemExit:
+            raise
+        except BaseException as error:
+            number = stopping.interrupted_by()
+            if number is None and isinstance(error, KeyboardInterrupt):
+                number = signal.SIGINT
+            if number is not None:
+                name = "Ctrl-C" if number == signal.SIGINT else number.name
+                rest = f"; {how_to_continue(output_dir)}" if output_dir is not None else " before the end"
+                _leave(stopping.exit_code(number), f"stopped by {name}{rest}", distributed.is_main())
+            if isinstance(error, BrokenPipeError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+                rest = f"stopped, as nobody reads its output; {how_to_continue(output_dir)}" if output_dir else ""
+                _leave(141, rest, bool(output_dir))
+            if (sentence := distributed.lost_process(error)) is not None:
+                _leave(1, f"error: {sentence}", True)
+            raise
+
+
+def _leave(code: int, sentence: str, speaks: bool) -> NoReturn:
+    if speaks and multiprocessing.parent_process() is None:
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            print(sentence, file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
 
 
 def parse_config_arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:

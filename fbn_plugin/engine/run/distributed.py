@@ -1,11 +1,8 @@
 """One process or many: set-up from torchrun's environment, rank helpers, collectives that one process may call too."""
 
-import contextlib
 import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fbn_plugin.engine.run import stopping
 from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.words import counted
 
@@ -25,8 +23,8 @@ __all__ = [
     "finish",
     "init",
     "is_main",
+    "lost_process",
     "on_main",
-    "peers_lost",
     "rank",
     "reduce_mean",
     "world_size",
@@ -71,32 +69,22 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def peers_lost() -> Iterator[None]:
-    """Where processes share a run, say in one sentence that another one stopped, and exit with code 1.
+def lost_process(error: BaseException) -> str | None:
+    """A sentence for an error by which a process notices that another one is gone; None for any other error.
 
-    A process notices that by a failed exchange, or by the SIGTERM that torchrun sends to those that are left. Alone, a
-    process gets neither, and errors and signals stay as they are.
+    Another process of the run is noticed by an exchange that fails, gloo's with an error of its own, NCCL's with a
+    DistError; one that loads images by the signal that the system sends.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    sentence = "another process of this run stopped; what that one printed says why, and --resume continues the run"
-
-    def stop(*_) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-        raise SystemExit(1)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except RuntimeError as error:  # gloo raises it itself, NCCL a DistError
-        if isinstance(error, dist.DistError) or re.search(r"gloo|[Cc]onnection (closed|reset) by peer", str(error)):
-            stop()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    text = str(error)
+    if not isinstance(error, RuntimeError):
+        return None
+    if worker := re.search(r"DataLoader worker \(pid.*?\) (?:is killed by signal: (\w+)|exited unexpectedly)", text):
+        how = f"was killed ({worker[1]}), perhaps for want of memory" if worker[1] else "exited unexpectedly"
+        return f"a process that loads images {how}; --resume continues the run"
+    several = world_size() > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and (isinstance(error, dist.DistError) or re.search(r"gloo|[Cc]onnection (closed|reset) by peer", text)):
+        return "another process of this run stopped; what that one printed says why, and --resume continues the run"
+    return None
 
 
 def rank() -> int:
@@ -181,9 +169,16 @@ def data_parallel(model: nn.Module, device: str | torch.device, **options: Any) 
 
 
 def reduce_mean(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The mean over processes of each entry; the keys must be the same everywhere."""
+    """The mean over processes of each entry; the keys must be the same everywhere.
+
+    With them goes whether a process was asked to stop, so that all know it after the same iteration, see
+    ``stopping.agreed``.
+    """
     if world_size() == 1:
+        stopping.agree(stopping.asked())
         return values
-    sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    sums = torch.tensor([*values.values(), stopping.asked()], dtype=torch.float64, device=device)
     dist.all_reduce(sums)
-    return dict(zip(values, (sums / world_size()).tolist()))
+    *means, stop = (sums / world_size()).tolist()
+    stopping.agree(stop > 0)
+    return dict(zip(values, means))

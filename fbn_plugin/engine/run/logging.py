@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -138,13 +138,21 @@ class TrainingLog:
         max_iter: iterations of the whole run.
         start: first iteration of this run.
         period: iterations between two lines.
+        window: of the run that is resumed, so that a line across the interruption has the mean of all its iterations.
     """
 
-    def __init__(self, output_dir: str | os.PathLike, max_iter: int, start: int = 0, period: int = 20):
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        max_iter: int,
+        start: int = 0,
+        period: int = 20,
+        window: Mapping[str, list[float]] | None = None,
+    ):
         self.max_iter = max_iter
         self.period = period
         self.enabled = distributed.is_main()
-        self._window: dict[str, list[float]] = defaultdict(list)
+        self._window: dict[str, list[float]] = defaultdict(list, window or {})
         self._seconds: list[float] = []
         if not self.enabled:
             return
@@ -157,6 +165,11 @@ class TrainingLog:
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(total=max_iter, initial=start, dynamic_ncols=True, smoothing=0.05, disable=not self._terminal)
         self._logger = logging.getLogger(__name__)
+
+    @property
+    def window(self) -> dict[str, list[float]]:
+        """What the iterations since the last line have reported, for the checkpoint."""
+        return {name: list(values) for name, values in self._window.items()}
 
     def __enter__(self) -> "TrainingLog":
         return self

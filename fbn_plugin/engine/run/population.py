@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.words import counted
@@ -55,12 +56,22 @@ def refresh_population_stats(
 
     Raises:
         UserError: the statistics are not finite, or no value reaches a norm.
+        EvaluationLeft: a process is asked to stop; all have the statistics from before.
     """
-    if not norms_to_update(model):
+    norms = norms_to_update(model)
+    if not norms:
         logger.info("TEST.PRECISE_BN: the model has no running statistics to compute")
         return
     logger.info("population statistics over %d batches", num_iter)
+    before = [(norm, norm.running_mean.clone(), norm.running_var.clone()) for norm in norms.values()]
     try:
-        update_population_stats(model, batches(), num_iter, forward=forward)
+        update_population_stats(model, stopping.until_asked(batches()), num_iter, forward=forward)
     except ValueError as error:
         raise UserError(f"TEST.PRECISE_BN after {counted(iterations, 'iteration')}: {error}") from None
+    try:
+        stopping.unless_asked(distributed.all_gather(stopping.asked()))
+    except stopping.EvaluationLeft:
+        for norm, mean, var in before:
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(var)
+        raise

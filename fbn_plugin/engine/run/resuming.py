@@ -8,12 +8,12 @@ from typing import Any
 
 from fvcore.common import checkpoint as fvcore_checkpoint
 
-from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.checkpoint import check_contents, load_file
 from fbn_plugin.engine.run.output_dir import last_checkpoint
 from fbn_plugin.engine.run.states import checked_iteration
 
-__all__ = ["PeriodicCheckpointer", "checkpoint_to_resume"]
+__all__ = ["PeriodicCheckpointer", "checkpoint_to_resume", "save_before_leaving"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,3 +110,16 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
                     os.remove(path)
                 except OSError as error:
                     logger.warning("%s cannot be removed: %s", path, error.strerror)
+
+
+def save_before_leaving(periodic: fvcore_checkpoint.PeriodicCheckpointer, iteration: int, **state: Any) -> None:
+    """Save a checkpoint if the run is to stop after an iteration and ``periodic.step`` has not saved one there.
+
+    Args:
+        periodic: of the run.
+        iteration: the one that is finished, from 0.
+        state: what else goes into the checkpoint, as into ``step``.
+    """
+    saved = (iteration + 1) % periodic.period == 0 or iteration + 1 >= periodic.max_iter
+    if stopping.agreed() and not saved:
+        periodic.save(f"{periodic.file_prefix}_{iteration:07d}", iteration=iteration, **state)

@@ -61,21 +61,28 @@ def _whole(given: Any) -> int:
     return int(given)
 
 
-def recorded_evaluation(output_dir: str | os.PathLike, finished: int) -> dict[str, float]:
+def _is_metric(name: str) -> bool:
+    """Whether an entry of ``metrics.json`` is a figure of an evaluation, as detectron2's evaluators name them."""
+    group, _, figure = name.rpartition("/")
+    return bool(group) and figure.startswith(("AP", "AR@", "mIoU", "PQ"))
+
+
+def recorded_evaluation(
+    output_dir: str | os.PathLike, finished: int, is_metric: Callable[[str], bool] = _is_metric
+) -> dict[str, float]:
     """The evaluation that ``metrics.json`` has after so many iterations, on every process; empty where there is none,
     as when a run was stopped between a checkpoint and its evaluation.
+
+    Args:
+        output_dir: OUTPUT_DIR.
+        finished: iterations.
+        is_metric: whether an entry is a figure of an evaluation, by its name; by default, a detector's.
     """
     found = {
         name: math.nan if value is None else value
         for row in read_metrics(os.path.join(output_dir, "metrics.json"))
         if row["iteration"] == finished - 1
         for name, value in row.items()
-        if _is_metric(name)
+        if is_metric(name)
     }
     return distributed.broadcast_object(found)
-
-
-def _is_metric(name: str) -> bool:
-    """Whether an entry of ``metrics.json`` is a figure of an evaluation, as detectron2's evaluators name them."""
-    group, _, figure = name.rpartition("/")
-    return bool(group) and figure.startswith(("AP", "AR@", "mIoU", "PQ"))

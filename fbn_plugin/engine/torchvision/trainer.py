@@ -4,6 +4,9 @@ See ``config.py`` for the keys, ``data.py`` for the batches, ``weights.py`` for 
 for model, optimizer and schedule.
 """
 
+import contextlib
+import functools
+import itertools
 import json
 import logging
 import os
@@ -16,7 +19,7 @@ from tqdm import tqdm
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.coco_eval import coco_results, evaluate_coco, metric_names
-from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState
@@ -30,7 +33,7 @@ from fbn_plugin.engine.run.norm_stats import FilterMeter, log_norms
 from fbn_plugin.engine.run.output_dir import holds_training
 from fbn_plugin.engine.run.population import check_population_stats, refresh_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
-from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume
+from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, save_before_leaving
 from fbn_plugin.engine.run.rules import named
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
@@ -123,7 +126,7 @@ class DetectionTrainer:
     def _load(self, weights: StartingWeights | None, resume: bool | str, eval_only: bool) -> list[str]:
         """Load the last checkpoint or what the run starts from; lines for the log."""
         cfg = self.cfg
-        self.start = 0
+        self.start, self.log_window = 0, {}
         self.iteration: int | None = None  # the last one, from 0, that the weights have behind them
         self.weights = cfg.MODEL.WEIGHTS
         if resume:
@@ -131,7 +134,7 @@ class DetectionTrainer:
             state = self.checkpointer.load(self.weights, checkpointables=[] if eval_only else None, strict=True)
             check_state(self.weights, state, ("iteration", "seed"))
             self.iteration, self.seed = state["iteration"], state["seed"]
-            self.start = self.iteration + 1
+            self.start, self.log_window = self.iteration + 1, state.get("log_window", {})
             if not eval_only:
                 last = cfg.SOLVER.MAX_ITER
                 check_enough_iterations("SOLVER.MAX_ITER", last, last, self.start, cfg.OUTPUT_DIR)
@@ -154,6 +157,10 @@ class DetectionTrainer:
             FloatingPointError: the loss is not finite.
             WriteError: the disk is full.
         """
+        with stopping.deferred():
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
         cfg = self.cfg
         model = distributed.data_parallel(self.model, self.device)
         periodic = PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.MAX_ITER)
@@ -164,7 +171,7 @@ class DetectionTrainer:
         )
         self._write_run_info()
         meter = FilterMeter(self.model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)
-        with TrainingLog(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, self.start, self.log_period) as log:
+        with TrainingLog(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, self.start, self.log_period, self.log_window) as log:
             metrics = self._missed_evaluation(log) if self._is_evaluated_after(self.start) else {}
             loader = iter(self.data.training_batches(self.seed, self.start))
             model.train()
@@ -180,14 +187,27 @@ class DetectionTrainer:
                 log.step(iteration, **losses, lr=lr, time=data_time + timer(), data_time=data_time)
                 if shares:
                     log.write(iteration, shares)
-                if self._is_evaluated_after(iteration + 1):
-                    # Before the checkpoint, which then has the statistics that are evaluated: a run resumed from it
-                    # goes on as this one does.
-                    self._refresh_statistics()
-                periodic.step(iteration, seed=self.seed)
-                if self._is_evaluated_after(iteration + 1):
-                    metrics = self._evaluate_and_log(log, iteration)
-                    model.train()
+                metrics = self._save_and_evaluate(periodic, log, iteration)
+        return metrics
+
+    def _save_and_evaluate(self, periodic: PeriodicCheckpointer, log: TrainingLog, iteration: int) -> dict[str, float]:
+        """What is due after an iteration. A run that is asked to stop saves and leaves, without the evaluation, which a
+        resumed one makes up for."""
+        evaluates, metrics = self._is_evaluated_after(iteration + 1), {}
+        state = {"seed": self.seed, "log_window": log.window}
+        if evaluates and not stopping.agreed():
+            # Before the checkpoint, which then has the statistics that are evaluated: a run resumed from it goes on as
+            # this one does.
+            with contextlib.suppress(stopping.EvaluationLeft):
+                self._refresh_statistics()
+        periodic.step(iteration, **state)
+        if evaluates and not stopping.agreed():
+            with contextlib.suppress(stopping.EvaluationLeft):
+                metrics = self._evaluate_and_log(log, iteration)
+                self.model.train()
+        if stopping.agreed():
+            save_before_leaving(periodic, iteration, **state)
+            stopping.leave()
         return metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -195,14 +215,19 @@ class DetectionTrainer:
 
         With more than one set, each key has the set's name in front. The detections go to OUTPUT_DIR/inference. Draws
         no random numbers, so that training goes on as if there had been no evaluation.
+
+        Raises:
+            EvaluationLeft: a process is asked to stop.
         """
         distributed.broadcast_buffers(self.model)
         self.model.eval()
         metrics = {}
         for data in self.data.test:
-            results = [each for part in distributed.all_gather(self._detect(data)) for each in part]
-            values = self._score(data, results) if distributed.is_main() else None
-            values = distributed.broadcast_object(values)
+            parts, stops = zip(*distributed.all_gather((self._detect(data), stopping.asked())))
+            stopping.unless_asked(stops)
+            score = functools.partial(self._score, data, list(itertools.chain.from_iterable(parts)))
+            values = distributed.broadcast_object(stopping.leavable(score) if distributed.is_main() else None)
+            stopping.unless_asked([values is None])
             prefix = metric_prefix(data.name, self.cfg.DATASETS.TEST)
             metrics.update({prefix + name: value for name, value in values.items()})
         return metrics
@@ -222,7 +247,8 @@ class DetectionTrainer:
         """This rank's share of the detections on a set."""
         loader = self.data.test_images(data)
         results = []
-        for images, targets in tqdm(loader, "evaluating", leave=False, disable=None if distributed.is_main() else True):
+        bar = tqdm(loader, "evaluating", leave=False, disable=None if distributed.is_main() else True)
+        for images, targets in stopping.until_asked(bar):
             (output,) = self.model([images[0].to(self.device)])
             results += coco_results(data, targets[0]["image_id"], output)
         return results
@@ -246,8 +272,11 @@ class DetectionTrainer:
         if metrics := recorded_evaluation(self.cfg.OUTPUT_DIR, self.start):
             return metrics
         self.model.train()
-        self._refresh_statistics()
-        return self._evaluate_and_log(log, self.start - 1)
+        try:
+            self._refresh_statistics()
+            return self._evaluate_and_log(log, self.start - 1)
+        except stopping.EvaluationLeft:
+            stopping.leave()
 
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
         metrics = self.evaluate()
@@ -268,7 +297,11 @@ class DetectionTrainer:
         ]
 
     def _refresh_statistics(self) -> None:
-        """TEST.PRECISE_BN: running statistics from training batches of their own, which the iteration alone decides."""
+        """TEST.PRECISE_BN: running statistics from training batches of their own, which the iteration alone decides.
+
+        Raises:
+            EvaluationLeft: a process is asked to stop.
+        """
         if self.cfg.TEST.PRECISE_BN.ENABLED:
             seed = self.seed + self.iteration + 1
             refresh_population_stats(

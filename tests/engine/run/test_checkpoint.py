@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState, atomic_write, load_file
+from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState, load_file
+from fbn_plugin.engine.run.writing import atomic_write
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -12,8 +12,8 @@ from fbn_plugin.engine.run.cli import (
     RUN_ERRORS,
     check_outputs,
     error_sentence,
-    interruptible,
     parse_config_arguments,
+    stoppable,
     user_errors,
 )
 
@@ -76,7 +76,7 @@ def test_an_error_of_the_system_without_a_file_or_from_a_worker():
 def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, saved, words):
     if saved:
         (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    with pytest.raises(SystemExit) as exit, interruptible(tmp_path):
+    with pytest.raises(SystemExit) as exit, stoppable(tmp_path):
         raise KeyboardInterrupt
     error = capsys.readouterr().err
     assert exit.value.code == 130 and error.count("\n") == 1 and words in error

@@ -1,7 +1,5 @@
 """One process: devices are chosen or named as wrong, collectives return their input. For two, see the tools' tests."""
 
-import signal
-
 import pytest
 import torch
 
@@ -40,19 +38,27 @@ def test_collectives_of_one_process():
     distributed.barrier(), distributed.broadcast_buffers(torch.nn.BatchNorm2d(2)), distributed.finish()
 
 
-def test_a_lost_process_is_one_sentence_where_processes_share_a_run(monkeypatch, capsys):
-    lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242")
-    with pytest.raises(RuntimeError, match="closed by peer"), distributed.peers_lost():
-        raise lost
+@pytest.fixture
+def lost():
+    text = "[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4242"
+    return RuntimeError(text), torch.distributed.DistBackendError("NCCL error")
+
+
+def test_a_lost_process_is_a_sentence_where_processes_share_a_run(monkeypatch, lost):
+    assert [distributed.lost_process(error) for error in lost] == [None, None]
     monkeypatch.setenv("WORLD_SIZE", "2")
-    before = signal.getsignal(signal.SIGTERM)
-    for stop in (lost, torch.distributed.DistBackendError("NCCL error"), None):
-        with pytest.raises(SystemExit) as exit, distributed.peers_lost():
-            if stop is None:
-                signal.raise_signal(signal.SIGTERM)
-            raise stop
-        error = capsys.readouterr().err
-        assert exit.value.code == 1 and error.startswith("error: another process of this run stopped")
-        assert error.count("\n") == 1 and signal.getsignal(signal.SIGTERM) is before
-    with pytest.raises(RuntimeError, match="a bug"), distributed.peers_lost():
-        raise RuntimeError("a bug")
+    for error in lost:
+        assert distributed.lost_process(error).startswith("another process of this run stopped")
+    for error in (RuntimeError("a bug"), ValueError("gloo")):
+        assert distributed.lost_process(error) is None
+
+
+def test_a_lost_worker_is_a_sentence():
+    for said, words in (
+        (
+            "DataLoader worker (pid 4242) is killed by signal: Killed. ",
+            "was killed (Killed), perhaps for want of memory",
+        ),
+        ("DataLoader worker (pid(s) 1, 2) exited unexpectedly", "exited unexpectedly"),
+    ):
+        assert f"a process that loads images {words}" in distributed.lost_process(RuntimeError(said))
