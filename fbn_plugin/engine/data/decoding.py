@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 
@@ -188,7 +189,8 @@ def _load(file: BinaryIO, who: str) -> Image.Image:
     beginning = file.read(132)
     name = _format(beginning, who)
     file.seek(0)
-    factory, _ = Image.OPEN[name]
+    # A JPEG as such, though pictures may follow: their index is often damaged.
+    factory = JpegImageFile if name == "JPEG" else Image.OPEN[name][0]
     # Not by Image.open: its two bounds are a warning and an error, and in its place Ultralytics puts a function that
     # installs a package where an image is damaged.
     with _pillow(who):
