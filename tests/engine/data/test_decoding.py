@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 from image_files import COLOUR, NO_FILES, PIXELS, READ, REFUSED, exif, orientation, saved, taken_in
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fbn_plugin.engine.data.coco_data import CocoDataset, CocoDetection
 from fbn_plugin.engine.data.decoding import decode_image, enough_memory, image_extensions, read_image, read_label_map
@@ -97,6 +97,7 @@ def test_orientation_is_found_where_pillow_finds_it():
     assert np.array_equal(read(both), PIXELS[::-1, ::-1])
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF")
 @pytest.mark.parametrize("kind", range(14))
 @pytest.mark.parametrize("tag", [0x010F, 0x011A, 0x0132, 0x8769, 0x8825, 0xA005])
 def test_no_other_tag_stops_a_photo(tag, kind):
@@ -127,6 +128,12 @@ def test_size_limit_is_the_users(monkeypatch, recwarn):
             with pytest.raises(UserError, match="image x has more than 46 pixels, twice .*: it is 8x6"):
                 read(data)
     assert not recwarn.list
+
+
+def test_cut_images_are_read_if_the_user_says_so(monkeypatch):
+    data, _ = REFUSED["cut_jpeg"]
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert read(data).shape == PIXELS.shape
 
 
 def test_no_program_runs_and_no_other_loader_is_asked(monkeypatch):
