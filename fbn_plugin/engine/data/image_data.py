@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fbn_plugin.engine.data.decoding import decode_image, enough_memory, read_image, shown
-from fbn_plugin.engine.data.image_files import FoundImages, Member, images_in_folder, images_in_archive
+from fbn_plugin.engine.data.image_files import FoundImages, Member, images_in_archive, images_in_folder
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.words import counted

@@ -19,7 +19,7 @@ from fbn_plugin.engine.data.decoding import image_extensions, shown
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.words import counted
 
-__all__ = ["Archive", "FoundImages", "Member", "images_in_folder", "images_in_archive"]
+__all__ = ["Archive", "FoundImages", "Member", "images_in_archive", "images_in_folder"]
 
 logger = logging.getLogger(__name__)
 

@@ -131,7 +131,9 @@ def test_size_limit_is_the_users(monkeypatch, recwarn):
 
 
 def test_cut_images_are_read_if_the_user_says_so(monkeypatch):
-    data, _ = REFUSED["cut_jpeg"]
+    data = saved(COLOUR, "JPEG")[:-20]
+    with pytest.raises(UserError, match="truncated"):
+        read(data)
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     assert read(data).shape == PIXELS.shape
 

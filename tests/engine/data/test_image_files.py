@@ -14,7 +14,7 @@ import pytest
 from image_files import NO_FILES
 from timm.data.readers import create_reader
 
-from fbn_plugin.engine.data.image_files import Archive, Member, images_in_folder, images_in_archive
+from fbn_plugin.engine.data.image_files import Archive, Member, images_in_archive, images_in_folder
 
 
 def make_folder(root: Path, names: list[str]) -> Path:
