@@ -525,7 +525,8 @@ def test_an_image_that_cannot_be_read_is_named(tool, folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         tool.main([str(each) for each in (*arguments, "DATALOADER.NUM_WORKERS", 1)])
     assert exit.value.code == 2
-    assert re.match(r"error: image .*data/train/0\.png: ", capsys.readouterr().err.strip().splitlines()[-1])
+    sentence = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(r"error: image .*data/train/0\.png cannot be read: ", sentence)
 
 
 @pytest.mark.detectron2

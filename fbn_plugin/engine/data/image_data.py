@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fbn_plugin.engine.data.decoding import decode_image, enough_memory, read_image, shown
-from fbn_plugin.engine.data.image_files import FoundImages, Member, find_images, find_members
+from fbn_plugin.engine.data.image_files import FoundImages, Member, images_in_archive, images_in_folder
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.words import counted
@@ -185,13 +185,13 @@ def _image_folder(root: str, mode: str) -> ImageData:
     root = find_root(root)
     train = _pick(root, ["train"], "training folder")
     val = _pick(root, ["val", "validation"], "validation folder")
-    return _of_classes(root.resolve().name, find_images(train), find_images(val), mode)
+    return _of_classes(root.resolve().name, images_in_folder(train), images_in_folder(val), mode)
 
 
 def _tar(root: str, mode: str) -> ImageData:
     root = find_root(root)
     train, val = (_pick(root, [f"{split}.tar"], f"{split} archive") for split in ("train", "val"))
-    return _of_classes(root.resolve().name, find_members(train), find_members(val), mode)
+    return _of_classes(root.resolve().name, images_in_archive(train), images_in_archive(val), mode)
 
 
 def _mnist(root: str, mode: str) -> ImageData:

@@ -19,7 +19,7 @@ from fbn_plugin.engine.data.decoding import image_extensions, shown
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.words import counted
 
-__all__ = ["Archive", "FoundImages", "Member", "find_images", "find_members"]
+__all__ = ["Archive", "FoundImages", "Member", "images_in_archive", "images_in_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class Archive:
         self._file: int | None = None
 
     def read(self, start: int, size: int) -> bytes:
+        """Bytes from ``start`` on; fewer than ``size`` where the file ends."""
         if self._file is None:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         parts, end = [], start + size
@@ -57,6 +58,7 @@ class Member(NamedTuple):
     size: int
 
     def read(self) -> bytes:
+        """The file's content."""
         return self.archive.read(self.start, self.size)
 
     def __str__(self) -> str:
@@ -125,7 +127,7 @@ class FoundImages:
             logger.warning("%s: all %d folders with images are named %r and are one class", where, len(folders), label)
 
 
-def find_images(root: str | os.PathLike) -> FoundImages:
+def images_in_folder(root: str | os.PathLike) -> FoundImages:
     """The image files below a folder, by their names. Hidden folders and files, as editors and other systems leave
     them, are none.
 
@@ -161,7 +163,7 @@ def find_images(root: str | os.PathLike) -> FoundImages:
     return found
 
 
-def find_members(path: str | os.PathLike) -> FoundImages:
+def images_in_archive(path: str | os.PathLike) -> FoundImages:
     """The image files in a tar archive; those of one within it are of the class that the inner one is named as. Nothing
     is unpacked; of a member that comes again the last is taken, as ``tar`` does.
 

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 from image_files import COLOUR, NO_FILES, PIXELS, READ, REFUSED, exif, orientation, saved, taken_in
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fbn_plugin.engine.data.coco_data import CocoDataset, CocoDetection
 from fbn_plugin.engine.data.decoding import decode_image, enough_memory, image_extensions, read_image, read_label_map
@@ -97,6 +97,7 @@ def test_orientation_is_found_where_pillow_finds_it():
     assert np.array_equal(read(both), PIXELS[::-1, ::-1])
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF")
 @pytest.mark.parametrize("kind", range(14))
 @pytest.mark.parametrize("tag", [0x010F, 0x011A, 0x0132, 0x8769, 0x8825, 0xA005])
 def test_no_other_tag_stops_a_photo(tag, kind):
@@ -112,8 +113,26 @@ def test_label_maps_are_numbers(tmp_path):
         assert np.array_equal(np.asarray(read_label_map(path)), array)
         assert read_label_map(path).mode == "L"
     Image.fromarray(labels + 9).save(path)
-    with pytest.raises(UserError, match=r"labels\.png must hold numbers of classes from 0 to 255, got up to 256"):
+    with pytest.raises(UserError, match=r"labels\.png must hold numbers of classes .* got integers up to 256"):
         read_label_map(path)
+    Image.fromarray(np.ones((6, 8), np.float32)).save(path, "TIFF")
+    with pytest.raises(UserError, match="got floating-point numbers"):
+        read_label_map(path)
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "\ud800.png", "x" * 300])
+def test_names_that_no_file_can_have(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_image(f"{tmp_path}/{name}")
+
+
+def test_a_disk_that_fails_is_a_sentence():
+    class Failing(io.BytesIO):
+        def read(self, *_):
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(UserError, match="image x cannot be read: Input/output error"):
+        decode_image(Failing(), "x")
 
 
 def test_size_limit_is_the_users(monkeypatch, recwarn):
@@ -127,6 +146,14 @@ def test_size_limit_is_the_users(monkeypatch, recwarn):
             with pytest.raises(UserError, match="image x has more than 46 pixels, twice .*: it is 8x6"):
                 read(data)
     assert not recwarn.list
+
+
+def test_cut_images_are_read_if_the_user_says_so(monkeypatch):
+    data = saved(COLOUR, "JPEG")[:-20]
+    with pytest.raises(UserError, match="truncated"):
+        read(data)
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    assert read(data).shape == PIXELS.shape
 
 
 def test_no_program_runs_and_no_other_loader_is_asked(monkeypatch):

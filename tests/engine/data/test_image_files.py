@@ -14,7 +14,7 @@ import pytest
 from image_files import NO_FILES
 from timm.data.readers import create_reader
 
-from fbn_plugin.engine.data.image_files import Archive, Member, find_images, find_members
+from fbn_plugin.engine.data.image_files import Archive, Member, images_in_archive, images_in_folder
 
 
 def make_folder(root: Path, names: list[str]) -> Path:
@@ -50,8 +50,8 @@ def find(request, tmp_path):
 
     def look(names: list[str]):
         if request.param == "folder":
-            return find_images(make_folder(tmp_path / "train", names))
-        return find_members(make_tar(tmp_path / "train.tar", names))
+            return images_in_folder(make_folder(tmp_path / "train", names))
+        return images_in_archive(make_tar(tmp_path / "train.tar", names))
 
     return look
 
@@ -75,8 +75,8 @@ def test_order_and_classes_are_timms(tmp_path):
     classes = {name().lower(): name for _ in range(12)}  # names that differ in case alone are in no order of timm's
     names = sorted({f"{each}/{name()}.{rng.choice(['png', 'JPG', 'jpeg'])}" for each in classes for _ in range(4)})
     for root, look in (
-        (make_folder(tmp_path / "set", names), find_images),
-        (make_tar(tmp_path / "set.tar", names), find_members),
+        (make_folder(tmp_path / "set", names), images_in_folder),
+        (make_tar(tmp_path / "set.tar", names), images_in_archive),
     ):
         reader, found = create_reader("", root=str(root)), look(root)
         numbers = getattr(reader, "class_to_idx", None) or reader.class_name_to_idx
@@ -130,7 +130,7 @@ def test_what_cannot_be_classes_is_refused(find, names, words):
 
 def test_folders_without_images_are_known(tmp_path):
     make_folder(tmp_path, ["ant/deep/1.png", "cow/notes.txt", "bee10/x", "bee9/x"])
-    assert find_images(tmp_path).empty == ["bee9", "bee10", "cow"]
+    assert images_in_folder(tmp_path).empty == ["bee9", "bee10", "cow"]
 
 
 @pytest.mark.parametrize("name", ["pipe", "socket", "device", "link_to_nothing", "link_to_itself"])
@@ -138,7 +138,7 @@ def test_what_is_no_file_is_refused(tmp_path, name):
     make_folder(tmp_path, ["ant/1.png"])
     NO_FILES[name][0](tmp_path / "ant/2.png")
     with pytest.raises((ValueError, OSError), match=r"ant/2\.png"):
-        find_images(tmp_path)
+        images_in_folder(tmp_path)
 
 
 def test_links(tmp_path):
@@ -147,11 +147,11 @@ def test_links(tmp_path):
     root = make_folder(tmp_path / "train", ["ant/1.png"])
     (root / "bee").symlink_to(tmp_path / "store/x")
     (root / "ant/2.png").symlink_to(tmp_path / "store/2.png")
-    assert contents(find_images(root)) == [("ant/1.png", "ant"), ("2.png", "ant"), ("x/1.png", "bee")]
+    assert contents(images_in_folder(root)) == [("ant/1.png", "ant"), ("2.png", "ant"), ("x/1.png", "bee")]
     for link, target in ((root / "ant/again", root), (root / "cow", tmp_path / "store/x")):
         link.symlink_to(target)
         with pytest.raises(ValueError, match="are one folder"):
-            find_images(root)
+            images_in_folder(root)
         link.unlink()
 
 
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(PermissionError, match="bee"):
-        find_images(tmp_path)
+        images_in_folder(tmp_path)
 
 
 def test_archives_in_an_archive_are_classes(tmp_path):
@@ -176,7 +176,7 @@ def test_archives_in_an_archive_are_classes(tmp_path):
         for name, path in inner.items():
             archive.add(path, f"./{name}.tar")
         add(archive, "cow/1.png", b"moo")
-    found = find_members(tmp_path / "train.tar")
+    found = images_in_archive(tmp_path / "train.tar")
     assert found.classes == ["cow", "deep", "n1", "n2"]
     assert sorted(contents(found)) == [
         ("deep/2.png", "deep"),
@@ -196,7 +196,7 @@ def test_members_that_are_no_plain_files_are_counted(tmp_path, caplog):
         add(archive, "./ant/1.png", b"second")
         for number, kind in enumerate((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE)):
             add(archive, f"ant/x{number}.png", type=kind, linkname="/etc/passwd")
-    found = find_members(tmp_path / "a.tar")
+    found = images_in_archive(tmp_path / "a.tar")
     assert contents(found) == [("second", "ant")]
     assert "1 replaced by a later member (such as ./ant/1.png), 4 no plain file (such as ant/x0.png)" in warned(caplog)
 
@@ -205,7 +205,7 @@ def test_members_that_lead_out_are_refused(tmp_path):
     for name in ("../1.png", "ant/../../bee/1.png"):
         path = make_tar(tmp_path / "a.tar", ["ant/1.png", name])
         with pytest.raises(ValueError, match=re.escape(f"leads out of it: {name}")):
-            find_members(path)
+            images_in_archive(path)
 
 
 def with_size(data: bytes, size: bytes) -> bytes:
@@ -235,18 +235,18 @@ def test_damaged_archives_are_refused(tmp_path, damage):
     path = make_tar(tmp_path / "a.tar", ["ant/1.png", "ant/2.png"])
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     with pytest.raises(ValueError, match=r"no images found in .*a\.tar, which is not a whole tar archive: ") as error:
-        find_members(path)
+        images_in_archive(path)
     assert "\n" not in str(error.value)
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ValueError, match=r"a\.tar is not a file"):
-        find_members(path)
+        images_in_archive(path)
 
 
 def test_an_archive_is_read_by_several_processes(tmp_path):
     """None moves the position of another; a copy for a new process opens the file itself."""
     path = make_tar(tmp_path / "a.tar", ["ant/1.png", "ant/2.png"])
-    (first, _), (second, _) = find_members(path).samples(["ant"])
+    (first, _), (second, _) = images_in_archive(path).samples(["ant"])
     assert first.archive is second.archive and first.read() == b"ant/1.png"
     if not (child := os.fork()):
         os._exit(0 if second.read() == b"ant/2.png" else 1)
