@@ -322,7 +322,7 @@ class _Batch:
         self.boxes.check_distance(self, corners.ravel(), most)
         shown_part = np.minimum(corners[:, 2:], extents[:, ::-1]) - np.maximum(corners[:, :2], 0)
         if empty := int((shown_part <= 0).any(axis=1).sum()):
-            self.findings.left_out["from training, objects whose box has no extent inside of the image"] += empty
+            self.findings.left_out["by training, objects without extent inside of the image"] += empty
         for found, box in zip(self.found, boxes.tolist()):
             found["bbox"] = box
         return boxes

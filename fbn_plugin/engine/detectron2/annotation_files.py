@@ -96,9 +96,10 @@ def _check_file(name: str, metadata: Metadata, cfg: CfgNode, train: bool) -> lis
     local, is_coco, findings = PathManager.get_local_path(file), metadata.get("evaluator_type") in _COCO, Findings()
     content = read_json(local)
     root = metadata.get("image_root")  # without one, a function of the user's knows where the images are
-    categories = check_categories(file, list_of(file, content, "categories"), findings)
+    given_images, given_categories = (list_of(file, content, key) for key in ("images", "categories"))
+    categories = check_categories(file, given_categories, findings)
     _check_classes(name, metadata, cfg, [category["name"] for category in categories])
-    images = check_images(file, list_of(file, content, "images"), findings, is_coco, bool(root))
+    images = check_images(file, given_images, findings, is_coco, bool(root))
     # Test images that are published without annotations have none.
     given = list_of(file, content, "annotations") if "annotations" in content else []
     annotations = check_annotations(file, given, images, categories, findings)
