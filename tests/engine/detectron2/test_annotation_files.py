@@ -11,53 +11,25 @@ from coco_cases import ODD_FILES, READ, REFUSED, SOUND, SQUARE, content, write_c
 from PIL import Image
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
+from coco_in_detectron2 import check, config, forget, use
+
 pytestmark = [pytest.mark.detectron2, pytest.mark.usefixtures("forgotten", "one_thread")]
 
 
 @pytest.fixture
 def forgotten():
     """What a test registers is gone afterwards."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
-    from fbn_plugin.engine.detectron2.data import checked
+    from detectron2.data import DatasetCatalog
 
     before = set(DatasetCatalog.list())
     yield
     for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
-        checked.pop(name, None)
+        forget(name)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("set")
-
-
-def config(name, classes=1, **changes):
-    from detectron2.config import get_cfg
-
-    from fbn_plugin.engine.detectron2.config import add_config
-
-    cfg = get_cfg()
-    add_config(cfg)
-    values = {
-        "DATASETS.TRAIN": (name,),
-        "DATASETS.TEST": (name,),
-        "MODEL.MASK_ON": True,
-        "INPUT.MASK_FORMAT": "bitmask",
-    }
-    values |= {"MODEL.ROI_HEADS.NUM_CLASSES": classes, "MODEL.DEVICE": "cpu", "INPUT.MIN_SIZE_TRAIN": (40,), **changes}
-    cfg.merge_from_list([each for pair in values.items() for each in pair])
-    return cfg
-
-
-def check(cfg):
-    from fbn_plugin.engine.detectron2.annotation_files import check_annotation_files
-    from fbn_plugin.engine.detectron2.data import register_datasets
-
-    register_datasets(cfg, evaluate_only=False)
-    return check_annotation_files(cfg, evaluate_only=False)
 
 
 def registered(folder, text, name="case"):
@@ -90,50 +62,12 @@ def test_read(folder, case, tmp_path):
     if change and masks == 2:
         cfg.INPUT.MASK_FORMAT = "polygon" if isinstance(_mask(change), list) else "bitmask"
     check(cfg)
-    use(cfg, name, tmp_path)
+    figures = use(cfg, name, tmp_path, (40, 50))
+    assert figures["bbox"]["AP"] > 20 and figures["segm"]["AP"] > 20  # an object without mask or extent is missed
 
 
 def _mask(change):
     return json.loads(content(change))["annotations"][0]["segmentation"]
-
-
-def use(cfg, name, folder):
-    from fbn_plugin.engine.detectron2.coco import CocoEvaluator
-    from fbn_plugin.engine.detectron2.data import TrainingData
-
-    data = TrainingData(cfg)
-    assert data.images[name] in (1, 2)
-    for record in data._images:
-        assert len(record["instances"]) <= 1
-    evaluator = CocoEvaluator(cfg, name, str(folder))
-    evaluator.reset()
-    api = evaluator._coco_api
-    evaluator._predictions = [
-        {
-            "image_id": image,
-            "instances": [
-                {
-                    "image_id": image,
-                    "category_id": 0,
-                    "bbox": each["bbox"],
-                    "score": 1.0,
-                    "segmentation": code(api, each),
-                }
-                for each in api.imgToAnns[image]
-            ],
-        }
-        for image in api.getImgIds()
-    ]
-    figures = evaluator.evaluate()
-    assert figures["bbox"]["AP"] > 20 and figures["segm"]["AP"] > 20
-
-
-def code(api, each):
-    rle = api.annToRLE(dict(each))
-    return {
-        "size": list(rle["size"]),
-        "counts": rle["counts"].decode() if isinstance(rle["counts"], bytes) else rle["counts"],
-    }
 
 
 @pytest.mark.parametrize("case", [case for case, (_, words) in ODD_FILES.items() if words is not None])
