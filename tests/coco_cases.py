@@ -64,6 +64,19 @@ def ids_are_text(coco: dict[str, Any]) -> None:
         each["image_id"] = f"image {each['image_id']}"
 
 
+def categories_are_text(coco: dict[str, Any]) -> None:
+    for each in coco["annotations"]:
+        each["category_id"] = "x"
+    coco["categories"][0]["id"] = "x"
+
+
+def ids_are_large(coco: dict[str, Any]) -> None:
+    for each in coco["images"]:
+        each["id"] += 2**62
+    for each in coco["annotations"]:
+        each["image_id"] += 2**62
+
+
 # Name -> the change, words of the sentence.
 REFUSED: dict[str, tuple[Change, str]] = {
     # polygons
@@ -256,6 +269,7 @@ READ: dict[str, tuple[Change, int]] = {
     "four points in lists": (mask([[[5, 5], [25, 5], [25, 25], [5, 25]]]), 2),
     "six points in lists": (mask([[[1, 1], [2, 2], [3, 1], [4, 4], [5, 5], [6, 6]]]), 2),
     "points without a list around": (mask([[5, 5], [25, 5], [25, 25], [5, 25]]), 2),
+    "a polygon behind one of two points": (mask([[1, 1, 9, 9], SQUARE]), 2),
     "a polygon and one of a point": (mask([SQUARE, [1, 1]]), 2),
     "a polygon that leaves the image": (mask([[-9, -9, 70.5, 5, 25, 99]]), 2),
     "a code": (rle([0, 1000, 1000]), 2),
@@ -265,6 +279,8 @@ READ: dict[str, tuple[Change, int]] = {
     "a box outside": (annotation(bbox=[90, 90, 5, 5]), 2),
     "a box without width": (annotation(bbox=[9, 9, 0, 5]), 2),
     "image ids of text": (ids_are_text, 2),
+    "category ids of text": (categories_are_text, 2),
+    "ids beyond 32 bits": (ids_are_large, 2),
     "an image id with a point": (annotation(image_id=1.0), 2),
     "a size with a point": (image(height=40.0), 2),
     "a file for two ids": (image(file_name="./2.png"), 2),

@@ -16,7 +16,7 @@ from fbn_plugin.engine.data.coco_checks import MOST_PIXELS, Findings, entry_name
 from fbn_plugin.engine.data.rle import CodeError, check_codes, without_empty_runs
 from fbn_plugin.engine.run.words import counted, shown
 
-__all__ = ["check_annotations", "numbers", "refuse_code", "written_code"]
+__all__ = ["SHORT_POLYGONS", "check_annotations", "numbers", "refuse_code", "written_code"]
 
 # Coordinates may lie outside of the image by this many times its longer side: boxes of other tools are cut off at the
 # border, or are not. pycocotools would take those beyond its whole numbers for others, and crash.
@@ -25,6 +25,8 @@ _FAR = 10
 # pycocotools goes along a polygon in steps of a fifth of a pixel, and takes 100 bytes for each pixel of its length.
 # COCO's longest is 4 times its image's height and width.
 _LONGEST = 100
+
+SHORT_POLYGONS = "polygons of fewer than 3 points"
 
 # Annotations that are checked together: bounds the memory.
 _AT_ONCE = 20_000
@@ -243,10 +245,10 @@ class _Batch:
 
     def _polygons(self, index: int, given: list[Any]) -> list[list[Any]]:
         """The polygons of three points and more."""
-        if given and all(type(each) is not list for each in given):
+        if given and type(given[0]) is not list:
             self.findings.adapted["a polygon without the list around it"] += 1
             given = [given]
-        elif len(given) >= 3 and all(type(each) is list and len(each) == 2 for each in given):
+        elif len(given) >= 3 and len(given[0]) == 2 and all(type(each) is list and len(each) == 2 for each in given):
             given = [given]  # points, each a list
         kept = []
         for polygon in given:
@@ -257,7 +259,7 @@ class _Batch:
             # Fewer than three points enclose nothing, and pycocotools reads four numbers as a box.
             if len(polygon) < 6:
                 numbers(polygon, functools.partial(self._refuse_coordinate, index, polygon))
-                self.findings.left_out["polygons of fewer than 3 points"] += 1
+                self.findings.left_out[SHORT_POLYGONS] += 1
             elif len(polygon) % 2:
                 accepted = "polygons of an even number of coordinates"
                 refuse(self.who(index), "segmentation", f"{accepted}, not {len(polygon)}", polygon)
