@@ -22,9 +22,10 @@ __all__ = ["SHORT_POLYGONS", "check_annotations", "numbers", "refuse_code", "wri
 # border, or are not. pycocotools would take those beyond its whole numbers for others, and crash.
 _FAR = 10
 
-# pycocotools goes along a polygon in steps of a fifth of a pixel, and takes 100 bytes for each pixel of its length.
-# COCO's longest is 4 times its image's height and width.
-_LONGEST = 100
+# pycocotools goes along a polygon in steps of a fifth of a pixel, and takes 100 bytes for each pixel of its outline: it
+# may be this many times as long as its image is high and wide, COCO's are up to 4, and 400 MB are enough for one. Many
+# polygons together may have an outline at each pixel besides, up to a number that takes a second.
+_OUTLINE, _LONGEST_OUTLINE, _MOST_OUTLINES = 100, 4_000_000, 16_000_000
 
 SHORT_POLYGONS = "polygons of fewer than 3 points"
 
@@ -354,8 +355,8 @@ class _Batch:
         lengths = np.add.reduceat(steps, starts)
         owners = np.array(self.polygons.owners)
         sums = np.bincount(owners, lengths, minlength=len(extents))
-        most_each = _LONGEST * extents.sum(axis=1)
-        most_all = most_each + extents.prod(axis=1)
+        most_each = np.minimum(_OUTLINE * extents.sum(axis=1), _LONGEST_OUTLINE)
+        most_all = most_each + np.minimum(extents.prod(axis=1), _MOST_OUTLINES)
         for outline, most_outline, what in (
             (lengths, most_each[owners], "polygons, each"),
             (sums[owners], most_all[owners], "polygons, together"),
