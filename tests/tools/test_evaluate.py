@@ -310,6 +310,13 @@ BAD_DETECTIONS = {
         lambda text, first: json.dumps([{**first, "segmentation": {**first["segmentation"], "size": [5, 5]}}]),
         "[5, 5]",
     ),
+    "a mask that ends early": (
+        lambda text, first: json.dumps([{**first, "segmentation": {**first["segmentation"], "counts": "5"}}]),
+        "its 'counts' have runs that add up to 5",
+    ),
+    "a score that is no number": (lambda text, first: json.dumps([{**first, "score": float("nan")}]), "got nan"),
+    "a box without end": (lambda text, first: json.dumps([{**first, "bbox": [0, 0, 10**400, 1]}]), "'bbox' must be 4"),
+    "nested deeply": (lambda text, first: "[" * 100_000, "nested too deeply"),
     "a mask for one of two": (
         lambda text, first: json.dumps([first, {k: v for k, v in first.items() if k != "segmentation"}]),
         "number 1 lacks 'segmentation'",

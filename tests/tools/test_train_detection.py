@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from coco_cases import REFUSED, content, write_case
 
 from fbn_plugin.engine.run.logging import read_metrics
 
@@ -197,6 +198,19 @@ def test_annotations_cut_short_and_weights_of_other_networks_are_one_line(main, 
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("case", ["a polygon with NaN", "runs that end early", "a box of 1e400", "a file name outside"])
+@pytest.mark.parametrize("key", ["DATASETS.TRAIN", "DATASETS.TEST"])
+def test_wrong_annotations_are_one_line(main, arguments, tmp_path, key, case, capsys):
+    change, words = REFUSED[case]
+    write_case(tmp_path / "set", content(change))
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, key, f"{tmp_path / 'set'}:train"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {key}: ") and error.count("\n") == 1 and words in error
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_an_image_that_breaks_in_a_worker_is_one_line(arguments, shapes, tmp_path):

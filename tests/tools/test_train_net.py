@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from coco_cases import REFUSED, content, write_case
 from PIL import Image
 from pycocotools import mask as mask_utils
 from tiny_detectron2 import CONFIG, ROOT, TINY, TOOL, datasets, metrics, prepare, run_tool
@@ -358,6 +359,27 @@ def test_bad_annotation_files(tool, folder, capsys, tmp_path):
             *("MODEL.ROI_HEADS.NUM_CLASSES", classes, "OUTPUT_DIR", tmp_path / "output"),
         )
         assert all(word in error for word in words), error
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("case", ["a polygon far right", "a code of junk", "an area of text"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_wrong_annotations(tool, folder, capsys, tmp_path, case, is_folder):
+    from coco_in_detectron2 import forget
+    from detectron2.data.datasets import register_coco_instances
+
+    change, words = REFUSED[case]
+    file = write_case(tmp_path / "set", content(change))
+    name = f"{tmp_path / 'set'}:train" if is_folder else "wrong"
+    if not is_folder:
+        register_coco_instances(name, {}, str(file), str(tmp_path / "set"))
+    data = [*TINY, *datasets(folder, 1), "DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()"]
+    try:
+        error = refusal(tool, capsys, "--config-file", CONFIG, *data, "OUTPUT_DIR", tmp_path / "output")
+    finally:
+        forget(name)
+    assert words in error and str(file) in error
     assert not (tmp_path / "output").exists()
 
 

@@ -16,15 +16,18 @@ from fbn_plugin.engine.data.coco_checks import MOST_PIXELS, Findings, entry_name
 from fbn_plugin.engine.data.rle import CodeError, check_codes, without_empty_runs
 from fbn_plugin.engine.run.words import counted, shown
 
-__all__ = ["check_annotations", "numbers", "refuse_code", "written_code"]
+__all__ = ["SHORT_POLYGONS", "check_annotations", "numbers", "refuse_code", "written_code"]
 
 # Coordinates may lie outside of the image by this many times its longer side: boxes of other tools are cut off at the
 # border, or are not. pycocotools would take those beyond its whole numbers for others, and crash.
 _FAR = 10
 
-# pycocotools goes along a polygon in steps of a fifth of a pixel, and takes 100 bytes for each pixel of its length.
-# COCO's longest is 4 times its image's height and width.
-_LONGEST = 100
+# pycocotools goes along a polygon in steps of a fifth of a pixel, and takes 100 bytes for each pixel of its outline: it
+# may be this many times as long as its image is high and wide, COCO's are up to 4, and 400 MB are enough for one. Many
+# polygons together may have an outline at each pixel besides, up to a number that takes a second.
+_OUTLINE, _LONGEST_OUTLINE, _MOST_OUTLINES = 100, 4_000_000, 16_000_000
+
+SHORT_POLYGONS = "polygons of fewer than 3 points"
 
 # Annotations that are checked together: bounds the memory.
 _AT_ONCE = 20_000
@@ -243,10 +246,10 @@ class _Batch:
 
     def _polygons(self, index: int, given: list[Any]) -> list[list[Any]]:
         """The polygons of three points and more."""
-        if given and all(type(each) is not list for each in given):
+        if given and type(given[0]) is not list:
             self.findings.adapted["a polygon without the list around it"] += 1
             given = [given]
-        elif len(given) >= 3 and all(type(each) is list and len(each) == 2 for each in given):
+        elif len(given) >= 3 and len(given[0]) == 2 and all(type(each) is list and len(each) == 2 for each in given):
             given = [given]  # points, each a list
         kept = []
         for polygon in given:
@@ -257,7 +260,7 @@ class _Batch:
             # Fewer than three points enclose nothing, and pycocotools reads four numbers as a box.
             if len(polygon) < 6:
                 numbers(polygon, functools.partial(self._refuse_coordinate, index, polygon))
-                self.findings.left_out["polygons of fewer than 3 points"] += 1
+                self.findings.left_out[SHORT_POLYGONS] += 1
             elif len(polygon) % 2:
                 accepted = "polygons of an even number of coordinates"
                 refuse(self.who(index), "segmentation", f"{accepted}, not {len(polygon)}", polygon)
@@ -322,7 +325,7 @@ class _Batch:
         self.boxes.check_distance(self, corners.ravel(), most)
         shown_part = np.minimum(corners[:, 2:], extents[:, ::-1]) - np.maximum(corners[:, :2], 0)
         if empty := int((shown_part <= 0).any(axis=1).sum()):
-            self.findings.left_out["from training, objects whose box has no extent inside of the image"] += empty
+            self.findings.left_out["by training, objects without extent inside of the image"] += empty
         for found, box in zip(self.found, boxes.tolist()):
             found["bbox"] = box
         return boxes
@@ -352,8 +355,8 @@ class _Batch:
         lengths = np.add.reduceat(steps, starts)
         owners = np.array(self.polygons.owners)
         sums = np.bincount(owners, lengths, minlength=len(extents))
-        most_each = _LONGEST * extents.sum(axis=1)
-        most_all = most_each + extents.prod(axis=1)
+        most_each = np.minimum(_OUTLINE * extents.sum(axis=1), _LONGEST_OUTLINE)
+        most_all = most_each + np.minimum(extents.prod(axis=1), _MOST_OUTLINES)
         for outline, most_outline, what in (
             (lengths, most_each[owners], "polygons, each"),
             (sums[owners], most_all[owners], "polygons, together"),

@@ -28,6 +28,9 @@ __all__ = [
 # What pycocotools computes a run-length code in holds as many; Pillow reads no larger image.
 MOST_PIXELS = 2**28
 
+# So that 10 times as far, in the fifths of a pixel that pycocotools takes, is a whole number of 32 bits.
+_LONGEST_SIDE = 2**20
+
 _BROKEN = re.compile("[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]")
 
 
@@ -93,7 +96,7 @@ def check_images(
         who = entry_name(source, "image", each, number)
         found = {**each, "id": _identity(who, each, findings)}
         for name in ("height", "width"):
-            found[name] = whole_number(who, name, needed(who, each, name), 1, MOST_PIXELS)
+            found[name] = whole_number(who, name, needed(who, each, name), 1, _LONGEST_SIDE)
             findings.adapted.update(["a size with a decimal point"] * isinstance(each[name], float))
         if found["height"] * found["width"] > MOST_PIXELS:
             accepted = f"such that the image has {MOST_PIXELS:,} pixels at most"

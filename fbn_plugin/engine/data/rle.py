@@ -19,7 +19,7 @@ __all__ = ["CodeError", "check_codes", "compressed", "without_empty_runs"]
 _MOST_CHARACTERS = 6
 
 # Characters, or lengths, that are decoded at once: bounds the memory, by 100 bytes each.
-_AT_ONCE = 500_000
+_AT_ONCE = 200_000
 
 
 class CodeError(ValueError):
@@ -133,11 +133,10 @@ def _decoded(codes: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """The lengths of all codes, one after another, and where those of each end."""
     ends = np.cumsum([len(code) for code in codes])
     _refuse_empty(ends)
-    groups = np.frombuffer(b"".join(codes), np.uint8).astype(np.int64) - 48
-    wrong = (groups < 0) | (groups > 63)
-    if wrong.any():
+    groups = np.frombuffer(b"".join(codes), np.uint8) - np.uint8(48)  # below 48, it wraps around to more than 63
+    if (wrong := groups > 63).any():
         raise CodeError(int(np.searchsorted(ends, wrong.argmax(), "right")), "a character that no code has")
-    goes_on = (groups & 32) > 0
+    goes_on = groups >= 32
     if (cut := goes_on[ends - 1]).any():
         raise CodeError(int(cut.argmax()), "an end in the middle of a run")
     last = np.flatnonzero(~goes_on)  # the last group of each length
@@ -146,9 +145,13 @@ def _decoded(codes: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     if (count > _MOST_CHARACTERS).any():
         place = last[(count > _MOST_CHARACTERS).argmax()]
         raise CodeError(int(np.searchsorted(ends, place, "right")), "a run of more than 30 bits")
-    shift = 5 * (np.arange(len(groups)) - np.repeat(first, count))
-    values = np.add.reduceat((groups & 31) << shift, first)
-    values -= np.where(groups[last] & 16, np.int64(1) << (5 * count), 0)
+    values = (groups[first] & 31).astype(np.int64)
+    longer = np.arange(len(values))
+    for number in range(1, _MOST_CHARACTERS):
+        longer = longer[count[longer] > number]
+        values[longer] += (groups[first[longer] + number] & 31).astype(np.int64) << (5 * number)
+    negative = np.flatnonzero(groups[last] & 16)
+    values[negative] -= np.int64(1) << (5 * count[negative])
     return _undone(values, np.searchsorted(last, ends, "left"))
 
 
@@ -159,14 +162,15 @@ def _undone(differences: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.n
     place = np.arange(len(differences)) - np.repeat(starts, numbers)
     rows = numbers // 2  # of two columns, for all but the first
     row_starts = np.cumsum(rows) - rows
-    row = np.repeat(row_starts, numbers) + (place - 1) // 2
-    later = place > 0
-    table = np.zeros((rows.sum() + 1, 2), np.int64)
-    table[1 + row[later], (place[later] - 1) % 2] = differences[later]
-    sums = table.cumsum(axis=0)
+    cell = np.repeat(2 * row_starts, numbers) + place + 1  # below a row of zeros
+    table = np.zeros(2 * (rows.sum() + 1), np.int64)
+    later = np.flatnonzero(place)
+    cell = cell[later]
+    table[cell] = differences[later]
+    sums = table.reshape(-1, 2).cumsum(axis=0)
     sums[1:] -= np.repeat(sums[row_starts], rows, axis=0)
     lengths = differences.copy()
-    lengths[later] = sums[1 + row[later], (place[later] - 1) % 2]
+    lengths[later] = sums.ravel()[cell]
     return lengths, ends
 
 

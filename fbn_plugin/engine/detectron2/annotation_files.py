@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from fbn_plugin.engine.data.annotation_checks import check_annotations
+from fbn_plugin.engine.data.annotation_checks import SHORT_POLYGONS, check_annotations
 from fbn_plugin.engine.data.coco_checks import (
     Findings,
     check_categories,
@@ -96,9 +96,10 @@ def _check_file(name: str, metadata: Metadata, cfg: CfgNode, train: bool) -> lis
     local, is_coco, findings = PathManager.get_local_path(file), metadata.get("evaluator_type") in _COCO, Findings()
     content = read_json(local)
     root = metadata.get("image_root")  # without one, a function of the user's knows where the images are
-    categories = check_categories(file, list_of(file, content, "categories"), findings)
+    given_images, given_categories = (list_of(file, content, key) for key in ("images", "categories"))
+    categories = check_categories(file, given_categories, findings)
     _check_classes(name, metadata, cfg, [category["name"] for category in categories])
-    images = check_images(file, list_of(file, content, "images"), findings, is_coco, bool(root))
+    images = check_images(file, given_images, findings, is_coco, bool(root))
     # Test images that are published without annotations have none.
     given = list_of(file, content, "annotations") if "annotations" in content else []
     annotations = check_annotations(file, given, images, categories, findings)
@@ -140,6 +141,8 @@ def _differences(local: str, findings: Findings, annotations: list[dict[str, Any
     if has_mark(local):
         yield "a byte-order mark"
     yield from findings.adapted
+    if findings.left_out[SHORT_POLYGONS]:  # its evaluation takes them for boxes
+        yield SHORT_POLYGONS
     if not findings.complete:
         yield "annotations that lack a field of COCO's"
     if not findings.own_ids and "minival" not in local:  # whose ids detectron2 knows to be wrong

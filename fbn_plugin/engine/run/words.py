@@ -38,7 +38,7 @@ def shown(value: Any, most: int = 200) -> str:
     except RecursionError:
         return f"a {type(value).__name__} that is nested too deeply"
     except ValueError:  # Python writes out no whole number of more than some thousand digits
-        return f"a {type(value).__name__} of too many digits"
+        return "a number of too many digits"
     if len(text) <= most:
         return text
     end = text[-1] if text[-1] in "'\")]}" else ""
