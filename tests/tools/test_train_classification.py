@@ -155,7 +155,7 @@ def goes_on(whole, folder, main, *flags, start=None):
 
 @pytest.mark.parametrize("size", [0, 300, 700, 1500, 20_000, 1_000_000])
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_space(tmp_path, main, capsys, whole, size):
-    """In config.yaml, log.txt, metrics.json, TensorBoard's file and the checkpoint, as one after the other is too large."""
+    """In config.yaml, log.txt, metrics.json, TensorBoard's file or the checkpoint, whichever is too large first."""
     folder = tmp_path / "run"
     shutil.copytree(whole / "four", folder)
     before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}

@@ -41,9 +41,10 @@ def content(tmp_path_factory):
 
 
 # What is changed: the way to it, what stands there instead (... is: nothing), and words of the sentence.
+PARTS = ("optimizer", "scheduler", "scaler", "random")
 ODD = [
-    *((name, ..., f"it has no {name}") for name in ("optimizer", "scheduler", "scaler", "random", "iteration", "seed")),
-    *((f"{name}", value, name) for name in ("optimizer", "scheduler", "scaler", "random") for value in ([], 3, None, "x")),
+    *((name, ..., f"it has no {name}") for name in (*PARTS, "iteration", "seed")),
+    *((name, value, f"its {name} does not fit this run") for name in PARTS for value in ([], 3, None, "x")),
     *(("iteration", value, "iteration must be a whole") for value in (-1, True, 1.0, math.nan, "1", None, 2**70, [1])),
     *(("seed", value, "seed must be a whole number") for value in (-5, False, 0.5, 2**200, torch.ones(1))),
     ("model", {"0.weight": 3}, "not all of its weights are tensors"),

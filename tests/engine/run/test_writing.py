@@ -19,7 +19,7 @@ class FullDisk:
         self.left, self.error = left, error
 
     def open(self, path, mode):
-        self.file = open(path, mode, buffering=0)
+        self.file = open(path, mode, buffering=0)  # noqa: SIM115  closed in __exit__
         return self
 
     def __enter__(self):
@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_a_checkpoint_that_any_write_of_fails(tmp_path, monkeypatch):
-    """``torch.save`` makes another error of each one: RuntimeError of its archive, in the midst of another RuntimeError."""
+    """``torch.save`` makes another error of each one, a RuntimeError about its archive."""
     path = tmp_path / "model.pth"
     content = {"model": {f"{number}": torch.rand(50) for number in range(4)}, "iteration": 3}
     atomic_write(path, b"old")
