@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from full_disk import largest_file
 from PIL import Image
 
+from fbn_plugin.engine.run.lock import let_go
 from fbn_plugin.engine.run.logging import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +118,121 @@ def test_what_goes_wrong_on_the_way_ends_in_one_line(tmp_path, main, capsys, wor
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: the loss is ") and error.count("\n") == 1
     assert not (tmp_path / "nan/last_checkpoint").exists()
+
+
+def weights(file):
+    return torch.load(file)["model"]
+
+
+def assert_same(one, other):
+    assert [name for name in one | other if not torch.equal(one[name], other[name])] == []
+
+
+SAVES = [*("SOLVER.CHECKPOINT_PERIOD", 2, "DATALOADER.NUM_WORKERS", 0, "MODEL.NAME", "test_byobnet")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of six iterations, with a log line in each, that nothing disturbs; and one of four."""
+    folder = tmp_path_factory.mktemp("runs")
+    sys.path.insert(0, str(ROOT / "tools"))
+    import train_classification
+
+    sys.path.pop(0)
+    for name, iterations in (("whole", 6), ("four", 4)):
+        arguments = ["--log-period", 1, *DIGITS, *SAVES, "SOLVER.MAX_ITER", iterations, "OUTPUT_DIR", folder / name]
+        train_classification.main([str(argument) for argument in arguments])
+    return folder
+
+
+def goes_on(whole, folder, main, *flags, start=None):
+    """A copy of the run of four iterations goes on to six, and ends as the undisturbed one does."""
+    main("--log-period", 1, *(flags or ["--resume"]), *DIGITS, *SAVES, "SOLVER.MAX_ITER", 6, "OUTPUT_DIR", folder)
+    assert_same(weights(folder / "model_final.pth"), weights(whole / "whole/model_final.pth"))
+    rows = [row for row in read_metrics(folder / "metrics.json") if "total_loss" in row]
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("size", [0, 300, 700, 1500, 20_000, 1_000_000])
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_space(tmp_path, main, capsys, whole, size):
+    """In config.yaml, log.txt, metrics.json, TensorBoard's file or the checkpoint, whichever is too large first."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole / "four", folder)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.pth")}
+    last = (folder / "last_checkpoint").read_bytes()
+    with pytest.raises(SystemExit) as stop, largest_file(size):
+        goes_on(whole, folder, main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1, error
+    assert error.startswith(f"error: {folder}/") and error.endswith(" cannot be written: File too large\n")
+    assert {path.name: path.read_bytes() for path in folder.glob("*.pth")} == before
+    assert (folder / "last_checkpoint").read_bytes() == last
+    assert not [name for name in os.listdir(folder) if name.endswith(".tmp") or name == ".lock"]
+    goes_on(whole, folder, main)
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, main, capsys, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole / "four", folder)
+    for name in ("model_final.pth", "model_0000003.pth"):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+    config = (folder / "config.yaml").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        goes_on(whole, folder, main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"error: checkpoint {folder}/model_final.pth cannot be read: it is cut short or damaged")
+    assert error.endswith(f"; --resume auto continues from {folder}/model_0000001.pth, the newest sound one before\n")
+    assert (folder / "config.yaml").read_bytes() == config
+    goes_on(whole, folder, main, "--resume", "auto")
+    assert f"continuing from {folder}/model_0000001.pth" in (folder / "log.txt").read_text()
+    assert (folder / "model_0000001.pth").exists() is False  # the two newest are kept
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("last_checkpoint", b"", "last_checkpoint must hold the name of a checkpoint"),
+        ("last_checkpoint", b"http://localhost:9/model.pth", "last_checkpoint must hold the name of a checkpoint"),
+        ("last_checkpoint", b"model_0000099.pth", "model_0000099.pth, which "),
+        ("metrics.json", b"\xff\xfe\n{}\n", "metrics.json: line 1 is damaged"),
+        ("metrics.json", b"[1]\n", "metrics.json: line 1 has no 'iteration'"),
+        ("metrics.json", b'{"iteration": 1.5}\n', "metrics.json: line 1 has no 'iteration'"),
+        ("metrics.json", b'{"iteration": 1, "lr": "x"}\n', "metrics.json: line 1: lr must be a number or null"),
+        ("config.yaml", b"\xff\xfe\x00", "config.yaml"),
+        ("config.yaml", b"- 3", "config.yaml"),
+        ("model_best.pth", b"junk", "model_best.pth cannot be read"),
+        ("model_best.pth", {"model": {}, "metric": "top1", "value": "high"}, "model_best.pth is no best checkpoint"),
+        ("model_best.pth", {"model": {}}, "model_best.pth is no best checkpoint"),
+    ],
+)
+def test_what_else_may_be_damaged_in_a_run_is_said_before_it_goes_on(
+    tmp_path, main, capsys, whole, file, content, words
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole / "four", folder)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("BEST_CHECKPOINT_METRIC: ''", "BEST_CHECKPOINT_METRIC: top1"))
+    torch.save(content, folder / file) if isinstance(content, dict) else (folder / file).write_bytes(content)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        main(
+            "--resume",
+            *DIGITS,
+            *SAVES,
+            "SOLVER.MAX_ITER",
+            6,
+            "SOLVER.BEST_CHECKPOINT_METRIC",
+            "top1",
+            "OUTPUT_DIR",
+            folder,
+        )
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+    let_go(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_two_processes(tmp_path, main, capsys):

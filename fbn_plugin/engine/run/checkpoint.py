@@ -4,6 +4,7 @@ random states of every process.
 """
 
 import argparse
+import errno
 import logging
 import os
 import random
@@ -40,7 +41,7 @@ def check_contents(path: str | os.PathLike) -> None:
     Raises:
         ValueError: a part is damaged or missing.
     """
-    damaged = f"checkpoint {path} cannot be read: it is damaged or cut short"
+    damaged = f"checkpoint {path} cannot be read: it is cut short or damaged"
     try:
         with open(path, "rb") as file:
             if file.read(4) != b"PK\x03\x04":
@@ -52,6 +53,9 @@ def check_contents(path: str | os.PathLike) -> None:
                 found = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(damaged) from error
+    except OSError as error:  # a place before the beginning of the file is an invalid argument
+        reason = damaged if error.errno == errno.EINVAL else f"checkpoint {path} cannot be read: {error.strerror}"
+        raise ValueError(reason) from None
     if found is not None:
         raise ValueError(f"{damaged} (its part {found!r} does not match its checksum)")
 

@@ -44,7 +44,7 @@ def checkpoint_to_resume(folder: str | os.PathLike, resume: bool | str = True) -
     except (OSError, ValueError) as error:
         refused = error
     sound = _newest_sound(folder, last)
-    kind = OSError if isinstance(refused, OSError) else ValueError
+    kind = FileNotFoundError if isinstance(refused, FileNotFoundError) else ValueError
     if sound is None:
         raise kind(f"{refused}; no other checkpoint in {folder} is sound")
     if resume != "auto":

@@ -148,12 +148,15 @@ def _check_setting(key: str, own: Any, given: Any) -> None:
 
 
 def _check_value(name: str, parameter: Tensor, given: Any) -> None:
-    """A part of a parameter's state: of its shape, of fewer of its dimensions (factored ones), or a single value."""
+    """A part of a parameter's state: of its shape, of some of its dimensions (factored ones), or a single value."""
     if isinstance(given, Tensor):
         whole, shape = tuple(parameter.shape), tuple(given.shape)
-        same = shape == whole and given.is_floating_point() == parameter.is_floating_point()
-        fewer = given.dim() < parameter.dim() and all(size in whole for size in shape)
-        _want(same or fewer or given.numel() == 1, name, f"a tensor of shape {whole}", given)
+        if len(shape) == len(whole):
+            fits = all(size in (1, full) for size, full in zip(shape, whole))
+        else:
+            fits = len(shape) < len(whole) and all(size in whole for size in shape)
+        fits = fits and given.is_floating_point() == parameter.is_floating_point()
+        _want(fits or given.numel() == 1, name, f"a tensor of shape {whole}", given)
     else:
         _want(given is None or isinstance(given, bool) or _is_number(given), name, "a tensor or a number", given)
 
