@@ -50,7 +50,7 @@ from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, Popula
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.backends import set_backends
-from fbn_plugin.engine.run.checkpoint import RandomState
+from fbn_plugin.engine.run.checkpoint import RandomState, lacks_final
 from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, import_modules, user_errors
 from fbn_plugin.engine.run.config import save_config
 from fbn_plugin.engine.run.evaluation_names import inference_folder
@@ -142,6 +142,7 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.log_period = log_period
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.lacks_final = False  # a resumed run with nothing left to train, and no model_final.pth yet
         self.metrics: dict[str, float] = {}
         self.seed = choose_seed(cfg.SEED)
         self.train_data = TrainingData(cfg)
@@ -182,6 +183,7 @@ class Trainer(DefaultTrainer):
         if resume and self.checkpointer.has_checkpoint():
             self.checkpointer.load(self.checkpointer.get_checkpoint_file())
             self.start_iter = self.iter + 1
+            self.lacks_final = lacks_final(self.checkpointer, self.start_iter, self.max_iter)
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
 
@@ -205,7 +207,6 @@ class Trainer(DefaultTrainer):
                     self.run_step()
                     self.after_step()
                     if stopping.agreed():
-                        self.saving.before_leaving()
                         stopping.leave()
                     self.iter += 1
             finally:

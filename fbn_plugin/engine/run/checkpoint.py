@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fvcore.common.checkpoint import Checkpointer, PeriodicCheckpointer
 
-from fbn_plugin.engine.run import distributed, stopping
+from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.weights import refuse_foreign, refuse_misfit
 from fbn_plugin.engine.run.words import counted
 
@@ -25,6 +25,8 @@ __all__ = [
     "PeriodicCheckpointer",
     "RandomState",
     "atomic_write",
+    "is_saved_after",
+    "lacks_final",
     "load_file",
     "save_before_leaving",
 ]
@@ -144,16 +146,31 @@ class RandomState:
 
 
 def save_before_leaving(periodic: PeriodicCheckpointer, iteration: int, **state: Any) -> None:
-    """Save a checkpoint if the run is to stop after an iteration and ``periodic.step`` has not saved one there.
+    """Save where a run stops, as the checkpoint of an iteration, of the last one too: ``model_final.pth`` may want
+    population statistics that are left out now, and a resumed run writes it, see :func:`lacks_final`.
 
     Args:
         periodic: of the run.
         iteration: the one that is finished, from 0.
-        state: what else goes into the checkpoint, as into ``step``.
+        state: what else goes into the checkpoint, as into ``periodic.step``.
     """
-    saved = (iteration + 1) % periodic.period == 0 or iteration + 1 >= periodic.max_iter
-    if stopping.agreed() and not saved:
-        periodic.save(f"{periodic.file_prefix}_{iteration:07d}", iteration=iteration, **state)
+    periodic.save(f"{periodic.file_prefix}_{iteration:07d}", iteration=iteration, **state)
+
+
+def is_saved_after(periodic: PeriodicCheckpointer, iteration: int) -> bool:
+    """Whether ``periodic.step(iteration)`` saves."""
+    return (iteration + 1) % periodic.period == 0 or iteration + 1 >= periodic.max_iter
+
+
+def lacks_final(checkpointer: Checkpointer, start: int, max_iter: int) -> bool:
+    """Whether a resumed run has nothing left to train and no ``model_final.pth`` yet.
+
+    Args:
+        checkpointer: of the run.
+        start: the iteration that the run goes on with, from 0.
+        max_iter: of the whole run.
+    """
+    return 0 < start == max_iter and os.path.basename(checkpointer.get_checkpoint_file()) != "model_final.pth"
 
 
 class AtomicSaving:
