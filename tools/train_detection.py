@@ -17,6 +17,7 @@ import interruption  # noqa: F401
 from fbn_plugin.engine.run.cli import RUN_ERRORS, import_modules, parse_config_arguments, stoppable, user_errors
 
 
+@stoppable()
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the command line; return the last evaluation's metrics."""
     args = parse_config_arguments(__doc__, argv)

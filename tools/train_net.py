@@ -46,6 +46,7 @@ with user_errors():
     from fbn_plugin.engine.detectron2.trainer import run
 
 
+@stoppable()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = default_argument_parser(

@@ -32,7 +32,7 @@ from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
-from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, save_before_leaving
+from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, lacks_final, save_before_leaving
 from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
@@ -124,7 +124,7 @@ class ClassificationTrainer:
         self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
         self.scaler = torch.amp.GradScaler(enabled=solver.AMP.ENABLED and self.device.type == "cuda")
         self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, optimizer=self.optimizer, scaler=self.scaler)
-        self.start_iter, self.log_window = 0, {}
+        self.start_iter, self.log_window, self.lacks_final = 0, {}, False
         self.notes: list[str] = []  # for the log
         if continues:
             self._continue(resume, eval_only)
@@ -144,6 +144,7 @@ class ClassificationTrainer:
             key = "MAX_ITER" if self.max_iter == solver.MAX_ITER else "MAX_EPOCH"
             end = f"SOLVER.{key}", solver[key], self.max_iter
             check_enough_iterations(*end, self.start_iter, self.cfg.OUTPUT_DIR)
+            self.lacks_final = lacks_final(last, self.start_iter, self.max_iter)
 
     def evaluate(self) -> dict[str, float]:
         """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set."""
@@ -192,7 +193,7 @@ class ClassificationTrainer:
             max_to_keep=2,
         )
         with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, self.log_period, self.log_window) as log:
-            result = self._missed_evaluation(log)
+            result = self._catch_up(saver, log)
             model = distributed.data_parallel(self.model.train(), self.device)
             mixup = _build_mixup(cfg, len(data.classes))
             batches = build_train_loader(cfg, data.train, self.device, self.start_iter)
@@ -208,28 +209,30 @@ class ClassificationTrainer:
                 if self._is_evaluated_after(iteration + 1) and not stopping.agreed():
                     with contextlib.suppress(stopping.EvaluationLeft):  # a resumed run makes up for it
                         result = self._evaluate_and_log(log, iteration)
-                # After the evaluation, so that a run that is killed has not missed it.
-                saver.step(iteration, log_window=log.window)
                 if stopping.agreed():
                     save_before_leaving(saver, iteration, log_window=log.window)
                     stopping.leave()
+                # After the evaluation, so that a run that is killed has not missed it.
+                saver.step(iteration, log_window=log.window)
         return result
 
     def _is_evaluated_after(self, finished: int) -> bool:
         return is_evaluated_after(finished, self.max_iter, self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch)
 
-    def _missed_evaluation(self, log: TrainingLog) -> dict[str, float]:
-        """The evaluation where the run goes on: as ``metrics.json`` has it, or made up for, where the run was asked to
-        stop in it or it is newly wanted there."""
-        start = self.start_iter
-        if not self._is_evaluated_after(start):
-            return {}
-        if recorded := recorded_evaluation(self.cfg.OUTPUT_DIR, start, lambda name: name.startswith("val/")):
-            return {name.removeprefix("val/"): value for name, value in recorded.items()}
-        try:
-            return self._evaluate_and_log(log, start - 1)
-        except stopping.EvaluationLeft:
-            stopping.leave()
+    def _catch_up(self, saver: PeriodicCheckpointer, log: TrainingLog) -> dict[str, float]:
+        """What the run owes where it goes on: the evaluation, as ``metrics.json`` has it, or made up for, where the run
+        was asked to stop in it or it is newly wanted there; and ``model_final.pth``."""
+        last, result = self.start_iter - 1, {}
+        if self._is_evaluated_after(last + 1):
+            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, lambda name: name.startswith("val/"))
+            result = {name.removeprefix("val/"): value for name, value in recorded.items()}
+            try:
+                result = result or self._evaluate_and_log(log, last)
+            except stopping.EvaluationLeft:
+                stopping.leave()
+        if self.lacks_final:
+            saver.save("model_final", iteration=last, log_window=log.window)
+        return result
 
     def _open_output_dir(self) -> None:
         """Make OUTPUT_DIR, and write there what is known before training."""

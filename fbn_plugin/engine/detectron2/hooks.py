@@ -28,7 +28,7 @@ from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint
 from fbn_plugin.engine.run.logging import forget_metrics, read_metrics
 from fbn_plugin.engine.run.population import refresh_population_stats
-from fbn_plugin.engine.run.resuming import save_before_leaving
+from fbn_plugin.engine.run.resuming import is_saved_after, save_before_leaving
 from fbn_plugin.engine.run.schedule import recorded_evaluation
 from fbn_plugin.engine.run.seeding import seeded_rng
 from fbn_plugin.engine.run.writing import AppendedFile, WriteError
@@ -50,7 +50,7 @@ class PopulationStatistics(HookBase):
         self.num_iter = num_iter
 
     def before_train(self) -> None:
-        if _missed_evaluation(self.trainer):
+        if self.trainer.lacks_final or _missed_evaluation(self.trainer):
             self._update(self.trainer.start_iter)
 
     def after_step(self) -> None:
@@ -77,9 +77,23 @@ class PopulationStatistics(HookBase):
 class Saving(PeriodicCheckpointer):
     """detectron2's hook, which saves before a run leaves, too."""
 
-    def before_leaving(self) -> None:
-        """Save after this iteration, if that has not been done."""
-        save_before_leaving(self, self.trainer.iter)
+    def before_train(self) -> None:
+        super().before_train()
+        if self.trainer.lacks_final:
+            self.trainer.iter -= 1  # as after the last iteration
+            self.save("model_final", iteration=self.trainer.iter)
+            self.trainer.iter += 1
+
+    def after_step(self) -> None:
+        if stopping.agreed():
+            save_before_leaving(self, self.trainer.iter)
+        else:
+            super().after_step()
+
+    def after_left_evaluation(self) -> None:
+        """Save, if that has not been done."""
+        if not is_saved_after(self, self.trainer.iter):
+            save_before_leaving(self, self.trainer.iter)
 
 
 def _without_postprocessing(model: GeneralizedRCNN, batch: list[dict], device: torch.device) -> None:
@@ -107,8 +121,10 @@ class Evaluation(HookBase):
 
     def after_step(self) -> None:
         if self.trainer.is_evaluated_after(self.trainer.iter + 1) and not stopping.agreed():
-            with contextlib.suppress(stopping.EvaluationLeft):
+            try:
                 self._evaluate(self.trainer.iter)
+            except stopping.EvaluationLeft:
+                self.trainer.saving.after_left_evaluation()
 
     def _evaluate(self, iteration: int) -> None:
         model = self.trainer.bare_model
@@ -165,6 +181,8 @@ class MetricsWriter(HookBase):
 
     def state_dict(self) -> dict[str, Any]:
         """Of each scalar the values of the last ``period`` iterations, and whether they are smoothed."""
+        if not self.writers:  # not restored yet
+            return self._resumed
         storage = self.trainer.storage
         first = storage.iter - self.period + 1
         values = {

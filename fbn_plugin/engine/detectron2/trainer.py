@@ -60,7 +60,7 @@ from fbn_plugin.engine.run.logging import LogFile
 from fbn_plugin.engine.run.norm_stats import FilterMeter, log_norms
 from fbn_plugin.engine.run.output_dir import check_output_dir, holds_training
 from fbn_plugin.engine.run.refusals import check_finite
-from fbn_plugin.engine.run.resuming import checkpoint_to_resume
+from fbn_plugin.engine.run.resuming import checkpoint_to_resume, lacks_final
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after
 from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
@@ -148,6 +148,7 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.log_period = log_period
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.lacks_final = False  # a resumed run with nothing left to train, and no model_final.pth yet
         self.metrics: dict[str, float] = {}
         self.seed = choose_seed(cfg.SEED)
         self.train_data = TrainingData(cfg)
@@ -192,6 +193,7 @@ class Trainer(DefaultTrainer):
                 logger.warning("%s", note)
             self.checkpointer.load(path)
             self.start_iter = self.iter + 1
+            self.lacks_final = lacks_final(path, self.start_iter, self.max_iter)
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
 
@@ -215,7 +217,6 @@ class Trainer(DefaultTrainer):
                     self.run_step()
                     self.after_step()
                     if stopping.agreed():
-                        self.saving.before_leaving()
                         stopping.leave()
                     self.iter += 1
             finally:

@@ -8,12 +8,12 @@ from typing import Any
 
 from fvcore.common import checkpoint as fvcore_checkpoint
 
-from fbn_plugin.engine.run import distributed, stopping
+from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.checkpoint import check_contents, load_file
 from fbn_plugin.engine.run.output_dir import last_checkpoint
 from fbn_plugin.engine.run.states import checked_iteration
 
-__all__ = ["PeriodicCheckpointer", "checkpoint_to_resume", "save_before_leaving"]
+__all__ = ["PeriodicCheckpointer", "checkpoint_to_resume", "is_saved_after", "lacks_final", "save_before_leaving"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +113,28 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
 
 
 def save_before_leaving(periodic: fvcore_checkpoint.PeriodicCheckpointer, iteration: int, **state: Any) -> None:
-    """Save a checkpoint if the run is to stop after an iteration and ``periodic.step`` has not saved one there.
+    """Save where a run stops, as the checkpoint of an iteration, of the last one too: ``model_final.pth`` may want
+    population statistics that are left out now, and a resumed run writes it, see :func:`lacks_final`.
 
     Args:
         periodic: of the run.
         iteration: the one that is finished, from 0.
-        state: what else goes into the checkpoint, as into ``step``.
+        state: what else goes into the checkpoint, as into ``periodic.step``.
     """
-    saved = (iteration + 1) % periodic.period == 0 or iteration + 1 >= periodic.max_iter
-    if stopping.agreed() and not saved:
-        periodic.save(f"{periodic.file_prefix}_{iteration:07d}", iteration=iteration, **state)
+    periodic.save(f"{periodic.file_prefix}_{iteration:07d}", iteration=iteration, **state)
+
+
+def is_saved_after(periodic: fvcore_checkpoint.PeriodicCheckpointer, iteration: int) -> bool:
+    """Whether ``periodic.step(iteration)`` saves."""
+    return (iteration + 1) % periodic.period == 0 or iteration + 1 >= periodic.max_iter
+
+
+def lacks_final(path: str, start: int, max_iter: int) -> bool:
+    """Whether a resumed run has nothing left to train and no ``model_final.pth`` yet.
+
+    Args:
+        path: the checkpoint that it goes on from.
+        start: the iteration that it goes on with, from 0.
+        max_iter: of the whole run.
+    """
+    return 0 < start == max_iter and os.path.basename(path) != "model_final.pth"

@@ -33,7 +33,13 @@ from fbn_plugin.engine.run.norm_stats import FilterMeter, log_norms
 from fbn_plugin.engine.run.output_dir import holds_training
 from fbn_plugin.engine.run.population import check_population_stats, refresh_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
-from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, save_before_leaving
+from fbn_plugin.engine.run.resuming import (
+    PeriodicCheckpointer,
+    checkpoint_to_resume,
+    is_saved_after,
+    lacks_final,
+    save_before_leaving,
+)
 from fbn_plugin.engine.run.rules import named
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
@@ -126,7 +132,7 @@ class DetectionTrainer:
     def _load(self, weights: StartingWeights | None, resume: bool | str, eval_only: bool) -> list[str]:
         """Load the last checkpoint or what the run starts from; lines for the log."""
         cfg = self.cfg
-        self.start, self.log_window = 0, {}
+        self.start, self.log_window, self.lacks_final = 0, {}, False
         self.iteration: int | None = None  # the last one, from 0, that the weights have behind them
         self.weights = cfg.MODEL.WEIGHTS
         if resume:
@@ -138,6 +144,7 @@ class DetectionTrainer:
             if not eval_only:
                 last = cfg.SOLVER.MAX_ITER
                 check_enough_iterations("SOLVER.MAX_ITER", last, last, self.start, cfg.OUTPUT_DIR)
+                self.lacks_final = lacks_final(self.weights, self.start, last)
             return notes
         if weights:
             self.iteration = weights.iteration
@@ -172,7 +179,7 @@ class DetectionTrainer:
         self._write_run_info()
         meter = FilterMeter(self.model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)
         with TrainingLog(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, self.start, self.log_period, self.log_window) as log:
-            metrics = self._missed_evaluation(log) if self._is_evaluated_after(self.start) else {}
+            metrics = self._catch_up(periodic, log)
             loader = iter(self.data.training_batches(self.seed, self.start))
             model.train()
             timer = Timer()
@@ -200,14 +207,18 @@ class DetectionTrainer:
             # this one does.
             with contextlib.suppress(stopping.EvaluationLeft):
                 self._refresh_statistics()
-        periodic.step(iteration, **state)
-        if evaluates and not stopping.agreed():
-            with contextlib.suppress(stopping.EvaluationLeft):
-                metrics = self._evaluate_and_log(log, iteration)
-                self.model.train()
         if stopping.agreed():
             save_before_leaving(periodic, iteration, **state)
             stopping.leave()
+        periodic.step(iteration, **state)
+        if evaluates:
+            try:
+                metrics = self._evaluate_and_log(log, iteration)
+                self.model.train()
+            except stopping.EvaluationLeft:
+                if not is_saved_after(periodic, iteration):
+                    save_before_leaving(periodic, iteration, **state)
+                stopping.leave()
         return metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -266,15 +277,18 @@ class DetectionTrainer:
             logger.info("%s %s: %s", data.name, task, line)
         return values
 
-    def _missed_evaluation(self, log: TrainingLog) -> dict[str, float]:
-        """The evaluation where the run goes on: as ``metrics.json`` has it, or made up for, where an interruption after
-        the checkpoint took it or it is newly wanted there."""
-        if metrics := recorded_evaluation(self.cfg.OUTPUT_DIR, self.start):
-            return metrics
-        self.model.train()
+    def _catch_up(self, periodic: PeriodicCheckpointer, log: TrainingLog) -> dict[str, float]:
+        """What the run owes where it goes on: the evaluation, as ``metrics.json`` has it, or made up for, where an
+        interruption after the checkpoint took it or it is newly wanted there; and ``model_final.pth``."""
+        due = self._is_evaluated_after(self.start)
+        metrics = recorded_evaluation(self.cfg.OUTPUT_DIR, self.start) if due else {}
         try:
-            self._refresh_statistics()
-            return self._evaluate_and_log(log, self.start - 1)
+            if due and not metrics:
+                self.model.train()
+                self._refresh_statistics()
+            if self.lacks_final:
+                periodic.save("model_final", iteration=self.iteration, seed=self.seed, log_window=log.window)
+            return self._evaluate_and_log(log, self.start - 1) if due and not metrics else metrics
         except stopping.EvaluationLeft:
             stopping.leave()
 

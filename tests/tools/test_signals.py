@@ -1,0 +1,145 @@
+"""Signals, as schedulers and terminals send them, to the training tools: where they are met, what is saved, what the
+resumed run ends with."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from forked import Forked
+from tiny_runs import TOOLS, arguments, assert_same, import_all, results, tool
+
+from fbn_plugin.engine.run import population, stopping
+
+SENTENCE = "stopped by {}; --resume continues from the last checkpoint in {}\n"
+
+
+@pytest.fixture(scope="module", params=TOOLS)
+def name(request):
+    tool(request.param)
+    import_all(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def undisturbed(name, shapes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = Forked(tool(name), arguments(name, folder / "run", shapes), folder)
+    assert run.wait() == 0, run.error
+    return results(folder / "run")
+
+
+def at_call(owner, method, number, act):
+    """Let the ``number``-th call of a function (from 1) begin with ``act()``."""
+    calls, function = [], getattr(owner, method)
+
+    def called(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            act()
+        return function(*args, **kwargs)
+
+    setattr(owner, method, called)
+
+
+def group(number):
+    """Signals the whole group, from another process, as a scheduler does."""
+    return lambda: subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgid(0)}"])
+
+
+def in_step(act):
+    """In the second step, whose batch workers have loaded."""
+    at_call(torch.optim.SGD, "step", 2, act)
+
+
+def in_step_twice(act):
+    at_call(torch.optim.SGD, "step", 2, lambda: [act(), time.sleep(0.05), act()])
+
+
+def while_it_is_built(act):
+    at_call(torch.optim.SGD, "__init__", 1, act)
+
+
+def kill_workers(_):
+    def kill():
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        time.sleep(0.5)
+
+    at_call(torch.optim.SGD, "step", 2, kill)
+
+
+def in_evaluation(act):
+    function = stopping.until_asked
+
+    def until_asked(batches):
+        for number, batch in enumerate(function(batches)):
+            with contextlib.suppress(TypeError):  # the statistics' have no end
+                if number == 1 and len(batches):
+                    act()
+            yield batch
+
+    stopping.until_asked = until_asked
+
+
+def in_statistics(act):
+    at_call(population, "update_population_stats", 1, act)
+
+
+def in_saving(act):
+    at_call(torch, "save", 1, act)
+
+
+def in_scoring(act):
+    from pycocotools.cocoeval import COCOeval
+
+    at_call(COCOeval, "evaluate", 1, act)
+
+
+def stopped(name, given, folder, place, number, code):
+    """A run that a signal to its group stops at a place, which ends with a code, one sentence and no traceback; its
+    sentence."""
+    run = Forked(tool(name), given, folder, lambda: place(group(number)))
+    assert run.wait(30) == code, (place, run.output, run.error)
+    assert run.error.count("\n") == 1 and "Traceback" not in run.output, (place, run.output, run.error)
+    assert not [path for path in folder.rglob("*.tmp*") if folder in path.parents], place
+    return run.error
+
+
+def test_sigterm_saves_and_the_resumed_run_ends_as_if_never_stopped(name, undisturbed, shapes, tmp_path):
+    """As Slurm stops a run: the whole process group is signalled, workers too, and killed after 30 seconds."""
+    out = tmp_path / "run"
+    given = ["--resume", *arguments(name, out, shapes), "DATALOADER.NUM_WORKERS", "2"]
+    of_detectors = [in_statistics, in_scoring] if name != "train_classification" else []
+    for place in [in_saving, *of_detectors, in_step, in_evaluation]:
+        assert stopped(name, given, tmp_path, place, signal.SIGTERM, 143) == SENTENCE.format("SIGTERM", out), place
+    run = Forked(tool(name), given, tmp_path)
+    assert run.wait() == 0, run.error
+    assert_same(results(out), undisturbed)
+
+
+def test_ctrl_c_and_a_second_sigterm_stop_at_once(name, shapes, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    given = [*arguments(name, out, shapes), "DATALOADER.NUM_WORKERS", "2"]
+    for number, code, said in ((signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")):
+        error = stopped(name, given, tmp_path, while_it_is_built, number, code)
+        assert error.startswith(f"stopped by {said}") and not list(out.glob("*.json"))
+    nothing = f"nothing is saved yet in {out}, so the run starts again\n"
+    for place in (in_step, in_saving, in_evaluation):
+        assert stopped(name, given, tmp_path, place, signal.SIGINT, 130) == f"stopped by Ctrl-C; {nothing}"
+    monkeypatch.setattr(stopping, "_SAME", 0.0)
+    assert stopped(name, given, tmp_path, in_step_twice, signal.SIGTERM, 143) == f"stopped by SIGTERM; {nothing}"
+    assert not list(out.glob("*.pth"))
+
+
+def test_other_signals_and_a_worker_that_is_killed(name, shapes, tmp_path):
+    out = tmp_path / "run"
+    given = ["--resume", *arguments(name, out, shapes), "DATALOADER.NUM_WORKERS", "1"]
+    error = stopped(name, given, tmp_path, kill_workers, signal.SIGKILL, 1)
+    assert error.startswith("error: a process that loads images was killed (Killed)")
+    for number in (signal.SIGHUP, signal.SIGUSR1):
+        assert stopped(name, given, tmp_path, in_step, number, 143) == SENTENCE.format(number.name, out)
