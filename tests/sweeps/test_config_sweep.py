@@ -185,48 +185,46 @@ def _keys(engine: str) -> list[str]:
     return list(keys_of(classification_config() if engine == "classification" else detection_config()))
 
 
-def _sweep(engine: str, number: int, seed: int = 0) -> None:
+def _mutations(engine: str, number: int, seed: int = 0) -> list[tuple[str, bytes, list[str]]]:
     rng = random.Random(f"{engine} {seed}")
     texts, keys = [_text(file) for file in _files(engine)], _keys(engine)
-    cases = [
+    return [
         (engine, _mutated(rng, rng.choice(texts)), _mutated_overrides(rng, keys) if rng.random() < 0.5 else [])
         for _ in range(number)
     ]
-    ended = outcomes(load_and_check, cases, seconds=20, mebibytes=200)
-    assert_sound(ended, cases)
-    assert {"done", "refused"} == {each.kind for each in ended}
-    assert max(len(each.text) for each in ended) < 3000
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_mutated_files_and_overrides(engine):
-    _sweep(engine, 250)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_key_with_values_that_make_no_sense(engine):
-    _sweep_keys(engine, 9)
-
-
-def _sweep_keys(engine: str, number: int) -> None:
-    """Each key of an engine with 0, -1, not a number, and so many others of ``VALUES``."""
-    rng = random.Random(engine)
-    base = "" if engine != "detectron2" else f"_BASE_: {ROOT / 'configs' / 'Base-RCNN-FPN.yaml'}\n"
-    cases, keys = [], []
+def _each_key(engine: str, number: int, seed: int = 0) -> dict[tuple[str, str], tuple[str, bytes, list[str]]]:
+    """Key and value -> a case that sets it; each key has 0, -1, not a number, and so many others of ``VALUES``."""
+    rng = random.Random(f"{engine} {seed}")
+    cases = {}
     for key in _keys(engine):
         *groups, name = key.split(".")
         for value in ("0", "-1", ".nan", *rng.sample(VALUES, number)):
-            text = "{" + "".join(f"{group}: {{" for group in groups) + f"{name}: {value}" + "}" * len(groups) + "}"
-            if base:  # in block style, as there is a base
-                text = "".join(f"{' ' * i}{part}:\n" for i, part in enumerate(groups))
-                text += f"{' ' * len(groups)}{name}: {value}\n"
-            cases.append((engine, (base + text).encode(), []))
-            keys.append(key)
+            text = "".join(f"{' ' * i}{part}:\n" for i, part in enumerate(groups))
+            text += f"{' ' * len(groups)}{name}: {value}\n"
+            if engine == "detectron2":
+                text = f"_BASE_: {ROOT / 'configs' / 'Base-RCNN-FPN.yaml'}\n{text}"
+            cases[key, value] = engine, text.encode(), []
+    return cases
+
+
+def sweep(engine: str, mutations: int, values: int, seed: int = 0) -> None:
+    """Both, in one process."""
+    mutated, each_key = _mutations(engine, mutations, seed), _each_key(engine, values, seed)
+    cases = [*mutated, *each_key.values()]
     ended = outcomes(load_and_check, cases, seconds=20, mebibytes=200)
     assert_sound(ended, cases)
+    assert {"done", "refused"} == {each.kind for each in ended[:mutations]}
+    assert max(len(each.text) for each in ended) < 3000
     silent = [
-        (cases[i][1], each.text)
-        for i, (key, each) in enumerate(zip(keys, ended))
+        (key, value, each.text)
+        for (key, value), each in zip(each_key, ended[mutations:])
         if each.kind == "refused" and key.rpartition(".")[2] not in each.text and "config file" not in each.text
     ]
     assert not silent, silent[:5]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_nothing_but_sentences(engine):
+    sweep(engine, mutations=100, values=4)
