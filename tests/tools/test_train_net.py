@@ -151,7 +151,7 @@ BAD_OVERRIDES = {
     "numbers for strings": (["DATASETS.TEST", "(1,)"], ["DATASETS.TEST must be of type tuple of str", "(1,)"]),
     "labels without thresholds": (
         ["MODEL.RPN.IOU_LABELS", "[1]"],
-        ["MODEL.RPN.IOU_LABELS must be a list of 3, got [1]"],
+        ["MODEL.RPN.IOU_LABELS must be a list of 3 with these IOU_THRESHOLDS, got [1]"],
     ),
     "mask format": (["INPUT.MASK_FORMAT", "png"], ["INPUT.MASK_FORMAT must be one of 'polygon', 'bitmask', got 'png'"]),
     "divisor": (["SOLVER.SCALE_LR_DIVISOR", "-1.0"], ["SOLVER.SCALE_LR_DIVISOR", "-1.0"]),

@@ -31,7 +31,7 @@ from fbn_plugin.engine.detectron2.data import (
 )
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
 from fbn_plugin.engine.detectron2.rules import RULES, input_rules
-from fbn_plugin.engine.detectron2.values import attempt, check_types, is_float, type_sentence
+from fbn_plugin.engine.detectron2.values import attempt, check_types, differences, is_float, type_sentence
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric, is_given
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.config import check_texts, pairs
@@ -44,7 +44,7 @@ from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.run.population import check_population_stats
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.resuming import checkpoint_to_resume
-from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, get_value, one_of, refusal
+from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
 from fbn_plugin.engine.run.words import counted
 from fbn_plugin.engine.run.yaml_file import read_yaml
@@ -260,6 +260,16 @@ def _choose_device(cfg: CfgNode, per_machine: int, processes: int, evaluate_only
         check_values(cfg, {"SOLVER.AMP.ENABLED": exactly(False, f"on {cfg.MODEL.DEVICE}, {reason}")})
 
 
+def _other_values(cfg: CfgNode, config_file: str) -> dict[str, Any]:
+    """What each key would be without the command line; of the others, that are not at their default, the default."""
+    defaults = get_cfg()
+    add_config(defaults)
+    others = differences(cfg, load_config(config_file, []))
+    others |= {key: value for key, value in differences(cfg, defaults).items() if key not in others}
+    others.pop("MODEL.DEVICE", None)  # the model is tried on the CPU
+    return others
+
+
 def _fetch_weights(weights: str) -> None:
     """Fetch MODEL.WEIGHTS before anything is built."""
     try:
@@ -281,18 +291,15 @@ def _try_out(cfg: CfgNode, args: argparse.Namespace, resume: bool) -> None:
     """
     cfg, evaluate_only = cfg.clone(), args.eval_only
     cfg.MODEL.DEVICE = "cpu"
-    without = load_config(args.config_file, [])
-    overrides = {key: get_value(without, key) for key, _ in pairs(args.opts)}
+    others = _other_values(cfg, args.config_file)
     fbn_plugin.register()
     if "resnet" in cfg.MODEL.BACKBONE.NAME:
         check_values(cfg, {"MODEL.RESNETS.DEPTH": one_of(18, 34, 50, 101, 152)})
-    model = attempt(cfg, "MODEL", build_model, overrides)
+    model = attempt(cfg, "MODEL", build_model, others)
     if not evaluate_only:
         check_population_stats(cfg, model)
-        attempt(cfg, "INPUT", lambda cfg: DatasetMapper(cfg, is_train=True), overrides)
-        attempt(
-            cfg, "SOLVER", lambda cfg: DefaultTrainer.build_lr_scheduler(cfg, build_optimizer(cfg, model)), overrides
-        )
+        attempt(cfg, "INPUT", lambda cfg: DatasetMapper(cfg, is_train=True), others)
+        attempt(cfg, "SOLVER", lambda cfg: DefaultTrainer.build_lr_scheduler(cfg, build_optimizer(cfg, model)), others)
 
     checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     path = checkpoint_to_resume(cfg.OUTPUT_DIR, args.resume)[0] if resume else cfg.MODEL.WEIGHTS

@@ -145,10 +145,15 @@ RULES = {
 def input_rules(cfg: CfgNode) -> dict[str, Rule]:
     """Rules that follow from other values of the config, for which ``RULES`` hold already."""
     channels = 3 if cfg.INPUT.FORMAT in ("BGR", "YUV-BT.601") else len(ImageMode.getmode(cfg.INPUT.FORMAT).bands)
-    rules = {f"MODEL.PIXEL_{name}": of_length(channels) for name in ("MEAN", "STD")}
+    reason = f"as INPUT.FORMAT {cfg.INPUT.FORMAT} has channels"
+    rules = {f"MODEL.PIXEL_{name}": of_length(channels, reason=reason) for name in ("MEAN", "STD")}
     for name in ("RPN", "ROI_HEADS", "RETINANET"):  # a label for what lies below, between and above the thresholds
-        rules[f"MODEL.{name}.IOU_LABELS"] = of_length(len(cfg.MODEL[name].IOU_THRESHOLDS) + 1)
-    rules["MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS"] = of_length(len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS))
+        rules[f"MODEL.{name}.IOU_LABELS"] = of_length(
+            len(cfg.MODEL[name].IOU_THRESHOLDS) + 1, reason="with these IOU_THRESHOLDS"
+        )
+    rules["MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS"] = of_length(
+        len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS), reason="with these IOUS"
+    )
     if cfg.INPUT.CROP.ENABLED:
         kind = cfg.INPUT.CROP.TYPE
         rules["INPUT.CROP.SIZE"] = _CROPS_OF_PIXELS if kind.startswith("absolute") else of_length(2, between(0.01, 1))

@@ -4,6 +4,7 @@ of them. It answers most of a wrong value with a bare error, and names the key i
 import functools
 import math
 import re
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,9 +12,10 @@ from typing import Any, TypeVar
 from detectron2.config import CfgNode, get_cfg
 
 from fbn_plugin.engine.run.rules import get_value, refusal
+from fbn_plugin.engine.run.words import shown
 from fbn_plugin.frameworks.detectron2_keys import add_keys
 
-__all__ = ["attempt", "check_types", "is_float", "type_sentence"]
+__all__ = ["attempt", "check_types", "differences", "is_float", "type_sentence"]
 
 T = TypeVar("T")
 
@@ -70,15 +72,20 @@ def type_sentence(sentence: str) -> str:
     return f"{found[3]} must be of type {_type_name(default)}, such as {default!r}, got {given}"
 
 
-def attempt(cfg: CfgNode, group: str, build: Callable[[CfgNode], T], overrides: Mapping[str, Any]) -> T:
-    """What ``build`` makes of a config; where it raises an error, one sentence, with the key if one of the command line
-    is to blame.
+def differences(cfg: CfgNode, other: CfgNode) -> dict[str, Any]:
+    """The keys that have another value in another config, and that value."""
+    return {key: value for key, value in _values(other) if get_value(cfg, key) != value}
+
+
+def attempt(cfg: CfgNode, group: str, build: Callable[[CfgNode], T], others: Mapping[str, Any]) -> T:
+    """What ``build`` makes of a config; where it raises an error, one sentence, with the key if one alone is to blame,
+    which is looked for for 15 seconds.
 
     Args:
         cfg: config.
         group: the part of it that ``build`` reads.
         build: raises an error for a wrong value.
-        overrides: keys of the command line -> the values that they would have without it.
+        others: keys that may be to blame, the likeliest first, and the values that they would have otherwise.
 
     Raises:
         ValueError: one sentence.
@@ -87,7 +94,10 @@ def attempt(cfg: CfgNode, group: str, build: Callable[[CfgNode], T], overrides: 
         return build(cfg)
     except _ERRORS as error:
         reason = _reason(error)
-    for key, before in overrides.items():
+    start = time.monotonic()
+    for key, before in others.items():
+        if time.monotonic() - start > 15:
+            break
         if key.startswith(f"{group}.") and get_value(cfg, key) != before:
             value = get_value(cfg, key)
             other = cfg.clone()
@@ -96,7 +106,7 @@ def attempt(cfg: CfgNode, group: str, build: Callable[[CfgNode], T], overrides: 
                 build(other)
             except _ERRORS:
                 continue
-            raise ValueError(f"{key} {value!r} is refused by detectron2: {reason}")
+            raise ValueError(f"{key} {shown(value)} is refused by detectron2: {reason}")
     raise ValueError(f"the config's {group} is refused by detectron2: {reason}")
 
 

@@ -39,7 +39,8 @@ def init(device: str = "cuda") -> torch.device:
             taken as they are.
 
     Raises:
-        ValueError: ``device`` is no device, or there are more processes than GPUs on this machine.
+        ValueError: ``device`` is no device, or there are more processes than GPUs on this machine, or the environment
+            has no numbers where torchrun sets some.
     """
     try:
         chosen = torch.device(device)
@@ -48,7 +49,7 @@ def init(device: str = "cuda") -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         chosen = torch.device("cpu")
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = _launched("LOCAL_RANK", 0)
     if chosen.type == "cuda":
         if launched:
             chosen = torch.device("cuda", local_rank)
@@ -89,7 +90,22 @@ def lost_process(error: BaseException) -> str | None:
 
 def rank() -> int:
     """This process's number, from 0; torchrun's word for it before ``init``."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return dist.get_rank() if dist.is_initialized() else _launched("RANK", 0)
+
+
+def _launched(name: str, default: int) -> int:
+    """A number that torchrun says to its processes by the environment.
+
+    Raises:
+        ValueError: it is none, or there are fewer processes.
+    """
+    given, processes = os.environ.get(name, str(default)), os.environ.get("WORLD_SIZE", "")
+    for variable, number in (("WORLD_SIZE", processes or "1"), (name, given)):
+        if not re.fullmatch(r"\d{1,9}", number) or (variable == "WORLD_SIZE" and int(number) < 1):
+            raise refusal(variable, "a number as torchrun sets it in the environment", number)
+    if processes and int(given) >= int(processes):
+        raise refusal(name, f"less than WORLD_SIZE, {processes}, as torchrun sets them in the environment", given)
+    return int(given)
 
 
 def world_size() -> int:

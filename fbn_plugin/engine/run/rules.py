@@ -165,9 +165,9 @@ def each_of(most: int, rule: Rule) -> Rule:
     return Rule(f"1 to {most} values, each {rule.what}", lambda given: len(given) <= most and each(rule).accepts(given))
 
 
-def of_length(length: int, rule: Rule | None = None) -> Rule:
-    """A list of so many values, all of which keep to ``rule``."""
-    what = f"a list of {length}" + (f", each {rule.what}" if rule else "")
+def of_length(length: int, rule: Rule | None = None, reason: str = "") -> Rule:
+    """A list of so many values, all of which keep to ``rule``; ``reason`` follows their number in the sentence."""
+    what = f"a list of {length} {reason}".rstrip() + (f", each {rule.what}" if rule else "")
     return Rule(what, lambda given: len(given) == length and (rule is None or each(rule).accepts(given)))
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed")
 import detectron2.model_zoo
 from detectron2.config import get_cfg
 
-from fbn_plugin.engine.detectron2.values import attempt, check_types
+from fbn_plugin.engine.detectron2.values import attempt, check_types, differences
 
 pytestmark = pytest.mark.detectron2
 
@@ -65,3 +65,6 @@ def test_the_key_that_is_to_blame():
         attempt(cfg, "MODEL", build, overrides)
     with pytest.raises(ValueError, match=f"^the config's MODEL {reason}"):
         attempt(cfg, "MODEL", build, {})
+    assert differences(cfg, get_cfg()) == {}
+    cfg.MODEL.BACKBONE.FREEZE_AT = 3
+    assert differences(cfg, get_cfg()) == {"MODEL.BACKBONE.FREEZE_AT": 2}

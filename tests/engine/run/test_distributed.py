@@ -30,6 +30,28 @@ def test_torchruns_word_counts_before_the_group_is_joined(monkeypatch):
     assert distributed.rank() == 3 and not distributed.is_main()
 
 
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        ({"RANK": "x"}, "RANK must be a number as torchrun sets it in the environment, got 'x'"),
+        ({"RANK": "-1"}, "RANK must be a number .* got '-1'"),
+        ({"RANK": "9" * 5000}, "RANK must be a number .* got '999"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE must be a number .* got 'abc'"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE must be a number .* got '0'"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2"},
+            "RANK must be less than WORLD_SIZE, 2, .* got '2'",
+        ),  # it would wait for ever
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "two"}, "LOCAL_RANK must be a number .* got 'two'"),
+    ],
+)
+def test_numbers_of_the_environment(environment, sentence, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=sentence):
+        distributed.is_main(), distributed.init("cpu")
+
+
 def test_collectives_of_one_process():
     values = {"loss": 1.5}
     assert distributed.all_gather(values) == [values]

@@ -316,6 +316,13 @@ def test_wrong_settings_are_named(changes, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["RESNETS", "FPN", "ROI_MASK_HEAD"])
+def test_a_norm_that_does_not_fit_its_place_is_named_with_its_key(config, key):
+    cfg = config(**{f"MODEL__{key}__NORM": "GN(num_groups=7)"})
+    with pytest.raises(ValueError, match=rf"^MODEL.{key}.NORM 'GN\(num_groups=7\)': .* divisible by num_groups \(7\)"):
+        build_model(cfg)
+
+
 def test_synchronized_batch_norm_that_trains_on_a_cpu(config):
     trainer = DetectionTrainer(config(MODEL__RESNETS__NORM="SyncFBN(t_sigma=inf)", MODEL__DEVICE="cpu"))
     assert any(isinstance(module, SyncFilteredBatchNorm) for module in trainer.model.modules())
