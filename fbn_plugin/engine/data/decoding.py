@@ -87,8 +87,9 @@ def read_label_map(path: str | os.PathLike) -> Image.Image:
         image = _load(file, who)
         if _is_deep(image):
             values = np.asarray(image)
-            if values.size and not 0 <= values.min() <= values.max() <= 255:
-                raise UserError(f"{who} must hold numbers of classes from 0 to 255, got up to {values.max()}")
+            if image.mode == "F" or not 0 <= values.min() <= values.max() <= 255:
+                kind = "floating-point numbers" if image.mode == "F" else "integers"
+                raise UserError(f"{who} must hold numbers of classes from 0 to 255, got {kind} up to {values.max()}")
             image = _with_info(Image.fromarray(values.astype(np.uint8)), image)
         return _upright(image, "L", who)
 
@@ -161,14 +162,16 @@ def _open(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise UserError(f"{who} is not there") from None
     except OSError as error:
         raise UserError(f"{who} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a zero byte, or half of a character
+        raise UserError(f"{who} cannot be read: no file has such a name ({error})") from None
     with file:
         yield file
 
 
 @contextlib.contextmanager
 def _pillow(who: str) -> Iterator[None]:
-    """Answer whatever Pillow raises by one sentence. Which errors these are depends on the format and on what is wrong:
-    a damaged file has led to most types that Python has, and no list of them has been whole."""
+    """Answer whatever Pillow or the disk raises by one sentence. Which errors these are depends on the format and the
+    damage: such files have led to most types that Python has, and no list of them has been whole."""
     try:
         yield
     except MemoryError:
@@ -186,9 +189,10 @@ def _pillow(who: str) -> Iterator[None]:
 
 def _load(file: BinaryIO, who: str) -> Image.Image:
     """The file's first picture, as Pillow has it."""
-    beginning = file.read(132)
+    with _pillow(who):
+        beginning = file.read(132)
+        file.seek(0)
     name = _format(beginning, who)
-    file.seek(0)
     # A JPEG as such, though pictures may follow: their index is often damaged.
     factory = JpegImageFile if name == "JPEG" else Image.OPEN[name][0]
     # Not by Image.open: its two bounds are a warning and an error, and in its place Ultralytics puts a function that

@@ -113,8 +113,26 @@ def test_label_maps_are_numbers(tmp_path):
         assert np.array_equal(np.asarray(read_label_map(path)), array)
         assert read_label_map(path).mode == "L"
     Image.fromarray(labels + 9).save(path)
-    with pytest.raises(UserError, match=r"labels\.png must hold numbers of classes from 0 to 255, got up to 256"):
+    with pytest.raises(UserError, match=r"labels\.png must hold numbers of classes .* got integers up to 256"):
         read_label_map(path)
+    Image.fromarray(np.ones((6, 8), np.float32)).save(path, "TIFF")
+    with pytest.raises(UserError, match="got floating-point numbers"):
+        read_label_map(path)
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "\ud800.png", "x" * 300])
+def test_names_that_no_file_can_have(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_image(f"{tmp_path}/{name}")
+
+
+def test_a_disk_that_fails_is_a_sentence():
+    class Failing(io.BytesIO):
+        def read(self, *_):
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(UserError, match="image x cannot be read: Input/output error"):
+        decode_image(Failing(), "x")
 
 
 def test_size_limit_is_the_users(monkeypatch, recwarn):
