@@ -170,8 +170,8 @@ def _open(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _pillow(who: str) -> Iterator[None]:
-    """Answer whatever Pillow or the disk raises by one sentence. Which errors these are depends on the format and on
-    what is wrong: a damaged file has led to most types that Python has, and no list of them has been whole."""
+    """Answer whatever Pillow or the disk raises by one sentence. Which errors these are depends on the format and the
+    damage: such files have led to most types that Python has, and no list of them has been whole."""
     try:
         yield
     except MemoryError:
