@@ -3,6 +3,7 @@ ever executed or fetched. What YAML 1.1 (yaml.org/spec/1.1) would take for somet
 that stands twice or ``1:30`` for 90, is refused with its line.
 """
 
+import copy
 import os
 import re
 import stat
@@ -29,6 +30,16 @@ _TAG = "tag:yaml.org,2002:"
 _LISTS = (None, "!", _TAG + "seq", _TAG + "python/tuple")
 _MAPS = (None, "!", _TAG + "map")
 _BOOLEANS = {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}
+
+# Two configs of detectron2's zoo, those of RetinaNet and of Panoptic-DeepLab, have Python instead of numbers. These two
+# texts are known, and replaced by what they stand for; none is executed.
+_COMPUTED = "tag:yaml.org,2002:python/object/apply:eval"
+_KNOWN_TEXTS = {
+    "[[x,x*2**(1.0/3),x*2**(2.0/3)]forxin[32,64,128,256,512]]": [
+        [x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in (32, 64, 128, 256, 512)
+    ],
+    "[int(x*0.1*640)forxinrange(5,16)]": [int(x * 0.1 * 640) for x in range(5, 16)],
+}
 
 _PARSER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # which parses; of what it could build nothing is used
 _RESOLVER = Resolver()
@@ -61,6 +72,7 @@ class _Open:
         line: its first.
         anchor: its name for aliases, or None.
         is_map: whether it is a mapping.
+        tag: of the file's, or None.
         values: its elements; of a mapping keys and values, in turn.
         lines: where these stand.
         size: of values within, aliases written out, and itself.
@@ -70,6 +82,7 @@ class _Open:
     line: int
     anchor: str | None
     is_map: bool
+    tag: str | None
     values: list[Any] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     size: int = 1
@@ -203,15 +216,16 @@ class _Builder:
 
     def _begin(self, event: yaml.CollectionStartEvent, line: int) -> None:
         is_map = isinstance(event, yaml.MappingStartEvent)
-        self._check_tag(event.tag, _MAPS if is_map else _LISTS, line)
+        self._check_tag(event.tag, _MAPS if is_map else (*_LISTS, _COMPUTED), line)
         self._count(line, 1, 1)
         if event.anchor:
             self.anchors[event.anchor] = None
-        self.open.append(_Open(line, event.anchor, is_map))
+        self.open.append(_Open(line, event.anchor, is_map, event.tag))
 
     def _end(self) -> None:
         node = self.open.pop()
-        self._add(self._mapping(node) if node.is_map else node.values, node.line, node.size, node.depth, node.anchor)
+        value = self._mapping(node) if node.is_map else self._list(node)
+        self._add(value, node.line, node.size, node.depth, node.anchor)
 
     def _alias(self, anchor: str, line: int) -> None:
         if anchor not in self.anchors:
@@ -242,6 +256,14 @@ class _Builder:
         parent.depth = max(parent.depth, depth + 1)
         parent.values.append(value)
         parent.lines.append(line)
+
+    def _list(self, node: _Open) -> list[Any]:
+        if node.tag != _COMPUTED:
+            return node.values
+        known = _KNOWN_TEXTS.get("".join(str(node.values[0]).split())) if len(node.values) == 1 else None
+        if known is None:
+            self._check_tag(node.tag, (), node.line)
+        return copy.deepcopy(known)
 
     def _mapping(self, node: _Open) -> dict[str, Any]:
         own, under = {}, []

@@ -223,6 +223,24 @@ def test_hostile_files(tmp_path):
     assert not (tmp_path / CANARY).exists()
 
 
+def test_the_two_texts_of_detectron2s_zoo_are_known_as_numbers(tmp_path):
+    path = tmp_path / "x.yaml"
+    tag = "!!python/object/apply:eval"
+    path.write_text(
+        f'A: {tag} ["[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"]\n'
+        f'B: {tag} ["[int(x * 0.1 * 640) for x in range(5, 16)]"]\n'
+    )
+    read = read_yaml(path)
+    assert read["A"] == [[x, x * 2 ** (1 / 3), x * 2 ** (2 / 3)] for x in (32, 64, 128, 256, 512)]
+    assert read["B"] == [320, 384, 448, 512, 576, 640, 704, 768, 832, 896, 960]
+    for text in ('["1"]', "[]", "[[1]]", '["1", "2"]', "[\"open('canary', 'w')\"]", "{a: 1}", "x"):
+        path.write_text(f"A: {tag} {text}\n")
+        with pytest.raises(
+            ValueError, match=r"line 1 has the tag !!python/object/apply:eval: nothing in a config is exec"
+        ):
+            read_yaml(path)
+
+
 def test_chains_of_bases_end(tmp_path):
     for i in range(200):
         (tmp_path / f"{i}.yaml").write_text(f"_BASE_: {i + 1}.yaml\n")
