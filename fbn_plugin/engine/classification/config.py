@@ -127,6 +127,7 @@ def classification_config() -> CfgNode:
     )
 
 
+_SECOND_ORDER = ("adahessian",)  # it wants the graph of the backward pass, which training does not keep
 _MOST_PIXELS = 2**13  # of a side of an image
 
 _RULES = {
@@ -182,7 +183,7 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
         "SOLVER.MIN_LR": Rule(
             f"from 0 to SOLVER.BASE_LR, {cfg.SOLVER.BASE_LR}", lambda given: 0 <= given <= cfg.SOLVER.BASE_LR
         ),
-        "SOLVER.OPTIMIZER": one_of(*list_optimizers()),
+        "SOLVER.OPTIMIZER": one_of(*(name for name in list_optimizers() if name not in _SECOND_ORDER)),
         "SOLVER.WARMUP_EPOCHS": Rule(f"from 0 to less than MAX_EPOCH, {epochs}", lambda given: 0 <= given < epochs),
     }
     if cfg.MODEL.REVISED_INIT:

@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import apply_gamma_init, convert_norm, prepend_input_norm, revised_init
 from fbn_plugin.engine.run.config import CfgNode
-from fbn_plugin.engine.run.rules import named
+from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.engine.run.words import counted
 from fbn_plugin.frameworks import timm_models
 from fbn_plugin.frameworks.timm import param_groups
 
-__all__ = ["build_model", "build_optimizer", "build_scheduler", "create_model"]
+__all__ = ["build_model", "build_optimizer", "build_scheduler", "check_image_size", "create_model"]
 
 
 def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
@@ -76,20 +76,49 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device) -> None:
+    """Refuse an INPUT.SIZE that a model cannot take, which it would say in its first iteration, by one empty image.
+
+    Args:
+        cfg: config.
+        model: on ``device``; it is left in the mode that it is in.
+        device: where it is.
+
+    Raises:
+        ValueError: with what the model says.
+    """
+    training = model.training
+    try:
+        model.eval()(torch.zeros(1, len(cfg.INPUT.FORMAT), cfg.INPUT.SIZE, cfg.INPUT.SIZE, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise refusal("INPUT.SIZE", f"one that {cfg.MODEL.NAME} takes ({reason})", cfg.INPUT.SIZE) from None
+    finally:
+        model.train(training)
+
+
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer over its own parameter groups, or with SCALE_LR_DIVISOR over those of ``param_groups``."""
+    """timm's optimizer over its own parameter groups, or with SCALE_LR_DIVISOR over those of ``param_groups``.
+
+    Raises:
+        ValueError: it needs a package or a device that is not there.
+    """
     solver = cfg.SOLVER
     parameters = model
     if solver.SCALE_LR_DIVISOR:
         parameters = param_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
-    return create_optimizer_v2(
-        parameters,
-        solver.OPTIMIZER,
-        lr=solver.BASE_LR,
-        weight_decay=solver.WEIGHT_DECAY,
-        momentum=solver.MOMENTUM,
-        filter_bias_and_bn=solver.FILTER_BIAS_AND_BN,
-    )
+    try:
+        return create_optimizer_v2(
+            parameters,
+            solver.OPTIMIZER,
+            lr=solver.BASE_LR,
+            weight_decay=solver.WEIGHT_DECAY,
+            momentum=solver.MOMENTUM,
+            filter_bias_and_bn=solver.FILTER_BIAS_AND_BN,
+        )
+    except (AssertionError, ImportError) as error:  # NVIDIA's and others that timm knows
+        raise refusal("SOLVER.OPTIMIZER", f"one that can be used here ({error})", solver.OPTIMIZER) from None
 
 
 def build_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer, iters_per_epoch: int) -> Scheduler:

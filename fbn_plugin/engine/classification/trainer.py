@@ -20,7 +20,12 @@ from tqdm import tqdm
 
 from fbn_plugin.engine.classification.config import MAY_CHANGE, check_config, classification_config
 from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
-from fbn_plugin.engine.classification.model import build_model, build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.model import (
+    build_model,
+    build_optimizer,
+    build_scheduler,
+    check_image_size,
+)
 from fbn_plugin.engine.data.image_data import ImageData, load_image_data
 from fbn_plugin.engine.data.sampling import BalancedSampler
 from fbn_plugin.engine.run import distributed, stopping
@@ -120,6 +125,7 @@ class ClassificationTrainer:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
         with same_on_all_processes(cfg.SEED):
             self.model = build_model(cfg, len(self.data.classes)).to(self.device)
+        check_image_size(cfg, self.model, self.device)
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
         self.scaler = torch.amp.GradScaler(enabled=solver.AMP.ENABLED and self.device.type == "cuda")

@@ -123,6 +123,11 @@ def test_configs_name_models_that_can_be_built(folder):
     ("overrides", "sentence"),
     [
         ({"SOLVER__IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH must be 1 or more, and 1048576 or less, got 0"),
+        ({"SOLVER__OPTIMIZER": "adahessian"}, "SOLVER.OPTIMIZER must be .*got 'adahessian'"),
+        (
+            {"MODEL__NAME": "lenet5", "INPUT__SIZE": 3},
+            r"INPUT.SIZE must be one that lenet5 takes \(LeNet5 takes images .*3$",
+        ),
         ({"SOLVER__MOMENTUM": 1}, "SOLVER.MOMENTUM must be from 0 to less than 1, got 1.0"),
         ({"SOLVER__GAMMA": 0}, "SOLVER.GAMMA must be above 0, and 10 or less, got 0.0"),
         ({"SOLVER__STEPS": (3, 3)}, r"SOLVER.STEPS must be increasing epochs, from 1 on, got \(3, 3\)"),
@@ -167,6 +172,12 @@ def test_bad_values_are_named_before_anything_is_written(tmp_path, overrides, se
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         ClassificationTrainer(config(tmp_path / "out", **overrides))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can be used on a GPU")
+def test_an_optimizer_that_cannot_be_used_here():
+    with pytest.raises(ValueError, match=r"SOLVER.OPTIMIZER must be one that can be used here \(.+\), got 'fusedadam'"):
+        ClassificationTrainer(config(SOLVER__OPTIMIZER="fusedadam"))
 
 
 def test_synchronized_batch_norm_that_trains_on_a_cpu(tmp_path):
