@@ -5,6 +5,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import time
 
@@ -143,3 +144,69 @@ def test_other_signals_and_a_worker_that_is_killed(name, shapes, tmp_path):
     assert error.startswith("error: a process that loads images was killed (Killed)")
     for number in (signal.SIGHUP, signal.SIGUSR1):
         assert stopped(name, given, tmp_path, in_step, number, 143) == SENTENCE.format(number.name, out)
+
+
+def pair(name, given, folder, place=None, number=0):
+    """A run in two processes, as torchrun starts them; the second is signalled at a place; how both end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    runs = []
+    for rank in range(2):
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+
+        def before(environment=environment, rank=rank):
+            os.environ.update({key: str(value) for key, value in environment.items()})
+            if place and rank == 1:
+                place(lambda: os.kill(os.getpid(), number))
+
+        (folder / str(rank)).mkdir(exist_ok=True)
+        runs.append(Forked(tool(name), given, folder / str(rank), before))
+    return [(run.wait(60), run.error) for run in runs]
+
+
+def test_two_processes_stop_after_the_same_iteration(name, shapes, tmp_path):
+    """Of which one alone is signalled, or killed; the run ends as one that was never stopped."""
+    if name == "train_net":
+        pytest.skip("it starts its processes itself")
+    given = {part: ["--resume", *arguments(name, tmp_path / part, shapes)] for part in ("whole", "run")}
+    assert pair(name, given["whole"], tmp_path) == [(0, "")] * 2
+    out = tmp_path / "run"
+    killed = pair(name, given["run"], tmp_path, in_step, signal.SIGKILL)
+    assert [code for code, _ in killed] == [1, -signal.SIGKILL]
+    assert killed[0][1].startswith("error: another process of this run stopped") and killed[0][1].count("\n") == 1
+    for place in (in_step, in_evaluation):
+        ended = pair(name, given["run"], tmp_path, place, signal.SIGTERM)
+        assert [code for code, _ in ended] == [143, 143], (place, ended)
+        assert ended[0][1].startswith("stopped by SIGTERM; --resume continues") and not ended[1][1], (place, ended)
+    assert pair(name, given["run"], tmp_path) == [(0, "")] * 2
+    assert_same(results(out), results(tmp_path / "whole"))
+
+
+@pytest.mark.detectron2
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_processes_that_the_tool_starts_stop_with_it(shapes, tmp_path, number, code):
+    main, out = tool("train_net"), tmp_path / "run"
+    given = [
+        "--num-gpus",
+        "2",
+        *arguments("train_net", out, shapes),
+        "SOLVER.MAX_ITER",
+        "1000",
+        "TEST.EVAL_PERIOD",
+        "0",
+    ]
+    run = Forked(main, [*given, "TEST.PRECISE_BN.ENABLED", "False", "SOLVER.CHECKPOINT_PERIOD", "1000"], tmp_path)
+    end = time.monotonic() + 60
+    while not ((out / "metrics.json").exists() and (out / "metrics.json").read_text()):
+        assert time.monotonic() < end, run.error
+        time.sleep(0.05)
+    os.kill(run.pid, number)
+    assert run.wait(30) == code, run.error
+    assert run.error.count("\n") == 1 and (out / "last_checkpoint").exists() == (code == 143), run.error

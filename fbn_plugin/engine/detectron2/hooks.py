@@ -6,6 +6,7 @@ generators that training draws from.
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections import defaultdict
@@ -194,8 +195,8 @@ class MetricsWriter(HookBase):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._resumed = state
 
-    def _restore(self, written: int) -> None:
-        """Put back into the storage what a checkpoint has of it, and what came after the last line, as if new."""
+    def _restore(self, written: float) -> None:
+        """Put back into the storage what a checkpoint has of it, and as if new what came after the last line."""
         storage = self.trainer.storage
         smoothing = self._resumed.get("smoothing", {})
         for name, values in self._resumed.get("values", {}).items():
@@ -216,7 +217,9 @@ class MetricsWriter(HookBase):
         board._writer = Board(folder, purge_step=start or None)
         self.writers = [_JsonWriter(path, self.period), board]
         made_up_for = bool(self.trainer.storage.latest())  # an evaluation
-        self._restore(max((row["iteration"] for row in read_metrics(path)), default=-1))
+        written = max((row["iteration"] for row in read_metrics(path)), default=-1)
+        # Its line has the losses, too. Else the next iterations put all anew, but for the time, which has a pause.
+        self._restore(written if made_up_for else math.inf)
         if made_up_for:
             self._write()
 

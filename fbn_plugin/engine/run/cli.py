@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -140,7 +141,9 @@ def stoppable(output_dir: str | os.PathLike | None = None) -> Iterator[None]:
         try:
             yield
             sys.stdout.flush()
-        except SystemExit:
+        except SystemExit as stop:
+            if stop.code:
+                _end_among_others(stop.code)
             raise
         except BaseException as error:
             number = stopping.interrupted_by()
@@ -156,6 +159,9 @@ def stoppable(output_dir: str | os.PathLike | None = None) -> Iterator[None]:
                 _leave(141, rest, bool(output_dir))
             if (sentence := distributed.lost_process(error)) is not None:
                 _leave(1, f"error: {sentence}", True)
+            if distributed.world_size() > 1:
+                traceback.print_exc()
+                _end_among_others(1)
             raise
 
 
@@ -163,7 +169,15 @@ def _leave(code: int, sentence: str, speaks: bool) -> NoReturn:
     if speaks and multiprocessing.parent_process() is None:
         with contextlib.suppress(OSError):  # of a terminal that was closed
             print(sentence, file=sys.stderr, flush=True)
+    _end_among_others(code)
     raise SystemExit(code) from None
+
+
+def _end_among_others(code: int) -> None:
+    """End here where processes share a run: the destructor of their group would wait for the others, for ten seconds in
+    which they do not know yet."""
+    if distributed.world_size() > 1:
+        stopping.end(code)
 
 
 def parse_config_arguments(description: str, argv: Sequence[str] | None) -> argparse.Namespace:

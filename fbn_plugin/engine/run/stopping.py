@@ -26,6 +26,7 @@ __all__ = [
     "asked",
     "blocked",
     "deferred",
+    "end",
     "end_with_parent",
     "exit_code",
     "handled",
@@ -204,7 +205,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         os.kill(os.getpid(), number)
     elif _state.interrupted is not None:
         if now - _state.interrupted_at > _SAME:  # cleaning up takes too long
-            _end(_state.interrupted)
+            end(exit_code(_state.interrupted))
     elif _state.deferring and number != signal.SIGINT and (not asked() or now - _state.asked_at < _SAME):
         if not asked():
             _state.asked, _state.asked_at = this, now
@@ -230,10 +231,13 @@ def exit_code(number: signal.Signals) -> int:
     return 130 if number == signal.SIGINT else STOPPED
 
 
-def _end(number: signal.Signals) -> NoReturn:
+def end(code: int) -> NoReturn:
+    """End this process and those that it has started, without waiting for anything."""
     for process in multiprocessing.active_children():
         process.kill()
-    os._exit(exit_code(number))
+    with contextlib.suppress(OSError, RuntimeError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def _repeat_lost_interrupt(unraisable: "sys.UnraisableHookArgs") -> None:
