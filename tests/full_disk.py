@@ -1,10 +1,11 @@
-"""A disk that is full, as far as one may have that in a test: files of this process that may not grow."""
+"""Disks that are full, as far as one may have that in a test, and files that are damaged on them."""
 
 import contextlib
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
-__all__ = ["largest_file"]
+__all__ = ["damage", "largest_file"]
 
 
 @contextlib.contextmanager
@@ -16,3 +17,11 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def damage(*checkpoints: Path) -> None:
+    """Flip a bit in the middle of each."""
+    for path in checkpoints:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)

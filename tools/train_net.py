@@ -50,7 +50,8 @@ with user_errors():
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = default_argument_parser(
-        epilog="--num-gpus is the number of processes; with MODEL.DEVICE cpu they train on the CPU."
+        epilog="--num-gpus is the number of processes; with MODEL.DEVICE cpu they train on the CPU. --resume auto "
+        "continues from the newest checkpoint that is not damaged."
     )
     parser.set_defaults(dist_url="auto")
     add_log_period(parser)

@@ -1,15 +1,18 @@
 """tools/evaluate.py: the figures of a run from its weights and from its detections, and what is refused."""
 
 import contextlib
+import fcntl
 import importlib.util
 import io
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from full_disk import damage, largest_file
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
 
@@ -295,6 +298,57 @@ def test_bad_runs_and_weights(tool, run, shapes, tmp_path, capsys):
     )
     (run / "config.yaml").write_text("MODEL: {ARCHITECTURE: lenet5}")
     assert "no run folder of a detector: its config.yaml has no MODEL.RESNETS.NORM" in refusal(tool, capsys, run)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("last_checkpoint", "http://localhost:9/model.pth", "last_checkpoint must hold the name of a checkpoint"),
+        ("last_checkpoint", "../run/model_0000001.pth", "last_checkpoint must hold the name of a checkpoint"),
+        ("last_checkpoint", "gone.pth", "gone.pth, which "),
+        ("run_info.json", "[" * 100_000, "run_info.json is nested too deeply"),
+        ("run_info.json", '{"images_per_batch": ' + "9" * 5000 + "}", "run_info.json is not valid JSON"),
+        ("run_info.json", "{} " * 4_000_000, "run_info.json is 12,000,000 bytes large"),
+        ("config.yaml", "\0", "config.yaml"),
+    ],
+)
+def test_damaged_runs(tool, run, capsys, name, text, words):
+    (run / "model_final.pth").unlink()
+    (run / name).write_text(text)
+    before = content(run)
+    assert words in refusal(tool, capsys, run)
+    assert content(run) == before
+
+
+@pytest.mark.parametrize("iteration", [-1, True, "3", math.nan])
+def test_weights_that_are_damaged_or_of_no_iteration(tool, run, capsys, iteration):
+    state = torch.load(run / "model_final.pth")
+    torch.save({**state, "iteration": iteration}, run / "model_final.pth")
+    before = content(run)
+    assert "model_final.pth: iteration must be a whole number, 0 or more" in refusal(tool, capsys, run)
+    damage(run / "model_0000001.pth")
+    assert "it is cut short or damaged" in refusal(tool, capsys, run, "--weights", "model_0000001.pth")
+    damage(run / "model_0000001.pth")  # back again
+    assert content(run) == before
+
+
+def test_a_full_disk(tool, run, capsys):
+    before = content(run)
+    with pytest.raises(SystemExit) as exit, largest_file(100):
+        tool.main([str(run), "--results", str(run / RESULTS)])
+    assert exit.value.code == 1
+    assert capsys.readouterr().err == f"error: {run}/evaluation.json cannot be written: File too large\n"
+    assert content(run) == before
+
+
+def test_a_run_that_is_training(tool, run, capsys):
+    """Another process holds its folder, which this one writes its figures to all the same."""
+    with (run / ".lock").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        if (child := os.fork()) == 0:
+            os._exit(0 if tool.main([str(run), "--results", str(run / RESULTS)]) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    assert (run / "evaluation.json").is_file()
 
 
 BAD_DETECTIONS = {

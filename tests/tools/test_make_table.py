@@ -404,6 +404,14 @@ def test_bad_input(tool, write_run, tmp_path, capsys):
     assert "metrics.json: line 1: bbox/AP must be a number or null, got 'hi'" in refusal(run)
     (run / "metrics.json").write_text('{"bbox/AP": 3}\n')
     assert "metrics.json: line 1 has no 'iteration'" in refusal(run)
+    for line, words in (
+        ('{"iteration": 3, "segm/AP": true}', "line 1: segm/AP must be a number or null, got True"),
+        ("\x00\x01\n{}", "line 1 is damaged"),
+        ("[3]", "line 1 has no 'iteration'"),
+        ('{"iteration": -4}', "line 1 has no 'iteration'"),
+    ):
+        (run / "metrics.json").write_text(line + "\n")
+        assert f"metrics.json: {words}" in refusal(run)
     (run / "metrics.json").unlink()
     assert "has neither metrics.json nor evaluation.json" in refusal(run)
     (run / "evaluation.json").write_text("{")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from full_disk import largest_file
+from full_disk import damage, largest_file
 from PIL import Image
 
 from fbn_plugin.engine.run.lock import let_go
@@ -174,10 +174,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_space(tmp
 def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, main, capsys, whole):
     folder = tmp_path / "run"
     shutil.copytree(whole / "four", folder)
-    for name in ("model_final.pth", "model_0000003.pth"):
-        content = bytearray((folder / name).read_bytes())
-        content[len(content) // 2] ^= 1
-        (folder / name).write_bytes(content)
+    damage(folder / "model_final.pth", folder / "model_0000003.pth")
     config = (folder / "config.yaml").read_bytes()
     with pytest.raises(SystemExit) as stop:
         goes_on(whole, folder, main)

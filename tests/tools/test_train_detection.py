@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from coco_cases import REFUSED, content, write_case
+from full_disk import damage, largest_file
 
 from fbn_plugin.engine.run.logging import read_metrics
 
@@ -45,6 +46,16 @@ def arguments(shapes, tmp_path):
     return ["--config-file", str(tmp_path / "run.yaml")]
 
 
+@pytest.fixture
+def main():
+    sys.path.insert(0, str(TOOL.parent))
+    try:
+        import train_detection
+    finally:
+        sys.path.remove(str(TOOL.parent))
+    return train_detection.main
+
+
 def run(*arguments, launcher=(sys.executable,)):
     command = [*launcher, str(TOOL), *map(str, arguments)]
     return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
@@ -58,7 +69,7 @@ def assert_same(one, other):
     assert [name for name in one | other if not torch.equal(one[name], other[name])] == []
 
 
-def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(arguments, tmp_path):
+def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(arguments, main, tmp_path, capsys):
     whole = run(*arguments)
     assert whole.returncode == 0, whole.stderr
     output = ["OUTPUT_DIR", str(tmp_path / "killed"), "DATALOADER.NUM_WORKERS", "2"]
@@ -68,6 +79,15 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(arguments, 
         while not (tmp_path / "killed/last_checkpoint").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)
+        before = {path: path.read_bytes() for path in (tmp_path / "killed").iterdir()}
+        for flags in ([], ["--resume"], ["--eval-only", "--resume"]):
+            with pytest.raises(SystemExit) as stop:
+                main([*flags, *arguments, *output])
+            said = capsys.readouterr().err
+            assert stop.value.code == 2 and said.count("\n") == 1
+            assert f"OUTPUT_DIR {tmp_path}/killed is in use by process {process.pid} on " in said
+        assert before == {path: path.read_bytes() for path in (tmp_path / "killed").iterdir()}
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -93,6 +113,27 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(arguments, 
     written = json.loads((tmp_path / "eval/evaluation.json").read_text())
     assert written["weights"] == str(tmp_path / "out/model_final.pth") and written["iteration"] == 5
     assert written["metrics"] == {name: value for name, value in evaluation.items() if name != "iteration"}
+
+
+def test_a_full_disk_and_damaged_checkpoints(arguments, main, tmp_path, capsys):
+    options = [*arguments, "DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", "2", "OUTPUT_DIR"]
+    main([*options, str(tmp_path / "out"), "SOLVER.MAX_ITER", "4"])
+    shutil.copytree(tmp_path / "out", tmp_path / "full")
+    with pytest.raises(SystemExit) as stop, largest_file(1_000_000):
+        main(["--resume", *options, str(tmp_path / "full")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert error == f"error: {tmp_path}/full/model_0000005.pth cannot be written: File too large\n"
+    main(["--resume", *options, str(tmp_path / "out")])
+
+    damage(tmp_path / "full/model_final.pth", tmp_path / "full/model_0000003.pth")
+    with pytest.raises(SystemExit) as stop:
+        main(["--resume", *options, str(tmp_path / "full")])
+    assert stop.value.code == 2
+    assert f"--resume auto continues from {tmp_path}/full/model_0000001.pth, the newest" in capsys.readouterr().err
+    main(["--resume=auto", *options, str(tmp_path / "full")])
+    assert f"continuing from {tmp_path}/full/model_0000001.pth" in (tmp_path / "full/log.txt").read_text()
+    assert_same(weights(tmp_path / "out"), weights(tmp_path / "full"))
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
@@ -137,16 +178,6 @@ def test_two_processes_train_together_and_go_on_after_one_was_killed(arguments, 
         [r for r in read_metrics(folder / "metrics.json") if "bbox/AP" in r] for folder in (tmp_path / "whole", killed)
     ]
     assert rows[0] == rows[1] and [row["iteration"] for row in rows[0]] == [2, 5]
-
-
-@pytest.fixture
-def main():
-    sys.path.insert(0, str(TOOL.parent))
-    try:
-        import train_detection
-    finally:
-        sys.path.remove(str(TOOL.parent))
-    return train_detection.main
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from full_disk import damage, largest_file
 from PIL import Image
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
@@ -292,6 +293,79 @@ def test_the_linear_rule(shapes, tmp_path):
         prepare(*common, num_gpus=2, resume=True)
     with pytest.raises(ValueError, match="made by 2 processes, got 4"):
         prepare(*common, num_gpus=4, resume=True)
+
+
+# --- full disks, damaged checkpoints ---------------------------------------------------------------------------------
+
+UNEVALUATED = ["DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINT_PERIOD", 2]
+
+
+@pytest.fixture(scope="module")
+def short(shapes, tmp_path_factory):
+    """A run of four iterations."""
+    out = tmp_path_factory.mktemp("short")
+    train(*datasets(shapes, 2), *UNEVALUATED, "SOLVER.MAX_ITER", 4, "OUTPUT_DIR", out)
+    return out
+
+
+def goes_on(shapes, out, resume=True, **options):
+    return train(*datasets(shapes, 2), *UNEVALUATED, "SOLVER.MAX_ITER", 6, "OUTPUT_DIR", out, resume=resume, **options)
+
+
+def test_a_full_disk_and_damaged_checkpoints(shapes, short, tmp_path, capsys):
+    for name in ("whole", "full"):
+        shutil.copytree(short, tmp_path / name)
+    goes_on(shapes, tmp_path / "whole")
+    full = tmp_path / "full"
+    before = {path.name: path.read_bytes() for path in full.glob("*.pth")}
+    for size, file in ((0, "log.txt"), (1_000_000, "model_0000005.pth")):
+        with pytest.raises(SystemExit) as stop, largest_file(size):
+            goes_on(shapes, full)
+        said = capsys.readouterr()
+        assert stop.value.code == 1 and f"error: {full}/{file} cannot be written: File too large\n" in said.err
+        assert "Traceback" not in said.err + said.out
+        assert {path.name: path.read_bytes() for path in full.glob("*.pth")} == before
+        assert not list(full.rglob("*.tmp"))
+
+    damage(full / "model_final.pth", full / "model_0000003.pth")
+    advice = f"model_final.pth cannot be read.* --resume auto continues from {full}/model_0000001.pth"
+    with pytest.raises(ValueError, match=advice):
+        goes_on(shapes, full)
+    goes_on(shapes, full, resume="auto")
+    assert f"continuing from {full}/model_0000001.pth" in (full / "log.txt").read_text()
+    assert_same_weights(checkpoint(full), checkpoint(tmp_path / "whole"))
+    assert [row["iteration"] for row in metrics(full)] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("way", "value", "words"),
+    [
+        (["trainer"], [], "it has no iteration"),
+        (["trainer", "seed"], "one", "seed must be a whole number"),
+        (["trainer", "_trainer"], [], "its trainer does not fit this run"),
+        (["trainer", "_trainer", "optimizer", "param_groups"], [], "trainer does not fit this run: its groups have"),
+        (["trainer", "hooks"], {}, "hooks has no LRScheduler"),
+        (["trainer", "hooks", "LRScheduler", "last_epoch"], "3", "last_epoch must be a whole number"),
+        (["random"], {"ranks": [3]}, "its random does not fit this run"),
+        (["loss_normalizer"], {"ranks": ["much"]}, "its loss_normalizer does not fit this run"),
+        (["iteration"], True, "iteration must be a whole number"),
+    ],
+)
+def test_states_of_another_kind(shapes, short, tmp_path, capsys, way, value, words):
+    out = tmp_path / "run"
+    shutil.copytree(short, out)
+    content = checkpoint(out)
+    place = content
+    for part in way[:-1]:
+        place = place[part]
+    place[way[-1]] = value
+    torch.save(content, out / "model_final.pth")
+    config = (out / "config.yaml").read_bytes()
+    with pytest.raises((ValueError, SystemExit)) as error:
+        goes_on(shapes, out)
+    said = capsys.readouterr().err if isinstance(error.value, SystemExit) else str(error.value)
+    assert words in said and f"checkpoint {out}/model_final.pth" in said
+    assert (out / "config.yaml").read_bytes() == config
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

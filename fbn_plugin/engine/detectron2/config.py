@@ -312,7 +312,8 @@ def _try_out(cfg: CfgNode, args: argparse.Namespace, resume: bool) -> None:
         logging.disable(logging.NOTSET)
     if resume and not evaluate_only:
         trainer = state.get("trainer")
-        check_state(path, {**state, **(trainer if isinstance(trainer, Mapping) else {})}, ("iteration", "seed"))
+        check_state(path, state)
+        check_state(path, trainer if isinstance(trainer, Mapping) else {}, ("iteration", "seed"))
         BestCheckpoint(cfg.OUTPUT_DIR, cfg.SOLVER.BEST_CHECKPOINT_METRIC, resume=True)
         last, finished = cfg.SOLVER.MAX_ITER, state["iteration"] + 1
         check_enough_iterations("SOLVER.MAX_ITER", last, last, finished, cfg.OUTPUT_DIR)

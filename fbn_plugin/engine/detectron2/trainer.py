@@ -71,6 +71,8 @@ __all__ = ["Trainer", "run"]
 
 logger = logging.getLogger(__name__)
 
+_LOGGERS = ("detectron2", "fvcore", "fbn_plugin")
+
 
 class _StopWithMetrics:
     """What detectron2's training steps get before them in a class's bases: with the losses, which all processes
@@ -367,6 +369,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
         try:
             _run(cfg, args)
         finally:
+            _close_logs()
             let_go(cfg.OUTPUT_DIR)
 
 
@@ -421,11 +424,7 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
     rank = distributed.rank()
     file = LogFile(os.path.join(cfg.OUTPUT_DIR, "log.txt" + (f".rank{rank}" if rank else "")))
     file.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", datefmt="%m/%d %H:%M:%S"))
-    setup_logger.cache_clear()  # by which it does nothing where another run was in this process
-    for name in ("detectron2", "fvcore", "fbn_plugin"):
-        for old in logging.getLogger(name).handlers[:]:
-            logging.getLogger(name).removeHandler(old)
-            old.close()
+    for name in _LOGGERS:
         setup_logger(distributed_rank=rank, name=name).addHandler(file)
     logger.info("Process %d of %d", distributed.rank(), distributed.world_size())
     logger.info("Environment:\n%s", collect_env_info())
@@ -433,6 +432,15 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
     logger.info("Config:\n%s", cfg.dump())
     logging.getLogger("detectron2.engine.train_loop").addFilter(_without_traceback)
     set_backends(cfg, args.eval_only)
+
+
+def _close_logs() -> None:
+    """Take back what ``_set_up`` did, for another run in this process."""
+    setup_logger.cache_clear()  # by which a second call does nothing
+    for name in _LOGGERS:
+        for handler in logging.getLogger(name).handlers[:]:
+            logging.getLogger(name).removeHandler(handler)
+            handler.close()
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:

@@ -211,7 +211,9 @@ def parse_config_arguments(description: str, argv: Sequence[str] | None) -> argp
 def add_resume_auto(parser: argparse.ArgumentParser) -> None:
     """Add what :func:`with_resume_auto` writes for ``--resume auto``: argparse has no option whose value may be missing
     before ``KEY VALUE`` pairs."""
-    parser.add_argument("--auto-resume", dest="resume", action="store_const", const="auto", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--auto-resume", dest="resume", action="store_const", const="auto", default=False, help=argparse.SUPPRESS
+    )
 
 
 def with_resume_auto(argv: Sequence[str] | None) -> list[str]:

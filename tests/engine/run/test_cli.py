@@ -16,6 +16,7 @@ from fbn_plugin.engine.run.cli import (
     stoppable,
     user_errors,
 )
+from fbn_plugin.engine.run.writing import WriteError
 
 
 def test_bad_input_is_one_line_and_a_bug_keeps_its_traceback(capsys):
@@ -117,3 +118,39 @@ def test_an_unknown_flag_behind_the_overrides_is_named(capsys, flag, words):
     assert exit.value.code == 2 and error.count("\n") == 1 and words in error
     for known in ("--eval-only", "--eval", "--log-period=5", "--help"):  # refused with the other overrides
         assert parse_config_arguments("A tool.", ["SEED", "1", known]).overrides[2] == known
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume", "overrides"),
+    [
+        ([], False, []),
+        (["--resume"], True, []),
+        (["--resume", "auto"], "auto", []),
+        (["--resume=auto", "SEED", "1"], "auto", ["SEED", "1"]),
+        (["--resume", "auto", "--eval-only", "SEED", "1"], "auto", ["SEED", "1"]),
+        (["--resume", "SEED", "auto"], True, ["SEED", "auto"]),
+        (["--eval-only", "--res", "SEED", "1"], True, ["SEED", "1"]),
+    ],
+)
+def test_resume_with_and_without_a_value(arguments, resume, overrides, monkeypatch):
+    args = parse_config_arguments("a tool", arguments)
+    assert (args.resume, args.overrides) == (resume, overrides)
+    monkeypatch.setattr("sys.argv", ["tool", *arguments])
+    assert parse_config_arguments("a tool", None) == args
+
+
+def test_resume_with_another_value(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_config_arguments("a tool", ["--resume=yes"])
+    assert exit.value.code == 2 and "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("types", [(), RUN_ERRORS])
+def test_a_full_disk_is_no_bad_input(tmp_path, capsys, types):
+    for error in (WriteError("x cannot be written: File too large"), OSError(errno.ENOSPC, "No space left", "x")):
+        with pytest.raises(SystemExit) as exit, user_errors(*types):
+            raise error
+        assert exit.value.code == 1 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit) as exit, user_errors(*types):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "x")
+    assert exit.value.code == 2

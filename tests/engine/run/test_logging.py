@@ -1,12 +1,16 @@
 """Training logs: means of each period, one line an iteration however often a run was stopped, readable JSON."""
 
 import json
+import logging
 import math
+import time
 
 import pytest
+from full_disk import largest_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fbn_plugin.engine.run.logging import TrainingLog, read_metrics, setup_logging
+from fbn_plugin.engine.run.logging import TrainingLog, forget_metrics, read_metrics, setup_logging
+from fbn_plugin.engine.run.writing import WriteError
 
 
 def run(folder, start, stop, total=6, period=2):
@@ -41,6 +45,72 @@ def test_a_line_cut_short_is_dropped(tmp_path):
     assert [row["iteration"] for row in read_metrics(path)] == [1, 3]
     run(tmp_path, 4, 6)
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"iteration": 1, "lr": 0.1, 0.2}', '{"iteration": 2}'], "line 1 is damaged"),
+        (['{"iteration": 1}', "junk", '{"iteration": 2}'], "line 2 is damaged"),
+        (['{"iteration": 1}', "\0\0\0", '{"iteration": 2}'], "line 2 is damaged"),
+        (["[" * 50_000, '{"iteration": 2}'], "line 1 is damaged"),
+        (['{"iteration": 1}', "3"], "line 2 has no 'iteration'"),
+        (['{"iteration": true}'], "line 1 has no 'iteration'"),
+        (['{"iteration": -1}'], "line 1 has no 'iteration'"),
+        (['{"iteration": NaN}'], "line 1 has no 'iteration'"),
+        (['{"iteration": 1, "bbox/AP": [3]}'], r"line 1: bbox/AP must be a number or null, got \[3\]"),
+        (['{"iteration": 1, "bbox/AP": true}'], "line 1: bbox/AP must be a number or null, got True"),
+    ],
+)
+def test_other_damage_is_one_sentence_and_the_file_stays(tmp_path, lines, words):
+    path = tmp_path / "metrics.json"
+    path.write_text("\n".join(lines) + "\n")
+    before = path.read_bytes()
+    for use in (lambda: read_metrics(path), lambda: TrainingLog(tmp_path, 6, 3)):
+        with pytest.raises(ValueError, match=f"^{path}: {words}"):
+            use()
+    assert path.read_bytes() == before
+
+
+def test_what_is_kept_is_kept_as_it_stands(tmp_path):
+    """Lines of detectron2's, with what other tools went on behind after a crash."""
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration": 1, "a": NaN, "b": 1e400}\n{"iteration": 2, "a\n{"iteration": 3,  "a": 2.50}\n\0\0')
+    assert [row["iteration"] for row in read_metrics(path)] == [1, 3]
+    forget_metrics(path, 9)
+    assert path.read_text() == '{"iteration": 1, "a": NaN, "b": 1e400}\n{"iteration": 3,  "a": 2.50}\n'
+    forget_metrics(path, 3)
+    assert path.read_text() == '{"iteration": 1, "a": NaN, "b": 1e400}\n'
+
+
+def test_a_full_disk_stops_the_run_where_it_is_first_noticed(tmp_path, capsys):
+    setup_logging(tmp_path)
+    logger = logging.getLogger("fbn_plugin")
+    with largest_file(0):
+        with pytest.raises(WriteError, match=r"log\.txt cannot be written: File too large"):
+            logger.info("a line")
+        with pytest.raises(KeyError):
+            try:
+                raise KeyError("an error")
+            except KeyError:
+                logger.info("a line about it")
+                raise
+    with TrainingLog(tmp_path, 6) as log:
+        with largest_file(5), pytest.raises(WriteError, match=r"metrics\.json cannot be written"):
+            log.write(0, {"a": 1.0})
+        with largest_file(50), pytest.raises(WriteError, match=r"events\.out.* cannot be written"):
+            log.write(0, {"a": 1.0})
+        log.write(1, {"a": 2.0})
+    assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.json")] == [0, 1]
+    assert [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("a")] == [1]
+
+
+def test_tensorboard_forgets_what_comes_again(tmp_path):
+    run(tmp_path, 0, 6)
+    time.sleep(1.1)  # files are read by their second
+    run(tmp_path, 2, 6)
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("total_loss")
+    assert [event.step for event in events] == [1, 3, 5]
 
 
 def test_an_evaluation_without_value_is_null(tmp_path):
