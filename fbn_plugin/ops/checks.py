@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
+from fbn_plugin.ops.plain import check_training_eps
 from fbn_plugin.ops.reference import ACTIVATIONS
 
 GRAD_MODES = ("exact", "paper")
@@ -36,6 +37,12 @@ def check_eps(eps: float) -> float:
             f"eps must be a number in [0, 1), got {eps!r}: arguments have PyTorch's order, and what PyTorch has not, "
             "such as t_sigma or gamma_init, is passed by name"
         )
+    return eps
+
+
+def check_eps_of_moments(eps: float) -> float:
+    """As :func:`check_eps`, and as :func:`fbn_plugin.ops.plain.check_training_eps`."""
+    check_training_eps(check_eps(eps))
     return eps
 
 
