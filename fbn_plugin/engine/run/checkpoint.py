@@ -92,8 +92,6 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} holds a {type(data).__name__}, not a dictionary of weights")
     known = ("state_dict_ema", "model_ema", "state_dict", "model")
     there = [key for key in known if isinstance(data.get(key), Mapping)]
-    if strange := [name for name in (data[there[0]] if there else data) if not isinstance(name, str)]:
-        raise ValueError(f"checkpoint {path} has a value of type {type(strange[0]).__name__} for the name of a weight")
     if not there:
         return {"model": _without_wrappers(data)}
     if there[0] != "model":
