@@ -48,10 +48,11 @@ def check_eps_of_moments(eps: float) -> float:
 
 def check_device(device: str | int | torch.device | None) -> None:
     """ValueError if ``device`` is none: it stands where a cut may be given that belongs by name."""
-    if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
+    number = isinstance(device, int) and not 0 <= device < torch.accelerator.device_count()
+    if number or isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
         raise ValueError(
-            f"device must be a torch.device, its name or None, got {device!r}: what PyTorch's layer has not, such as "
-            "t_sigma, is given by name"
+            f"device must be a torch.device, its name, the number of one that is there, or None, got {device!r}: what "
+            "PyTorch's layer has not, such as t_sigma, is given by name"
         )
 
 
