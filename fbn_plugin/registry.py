@@ -117,14 +117,15 @@ def _check_arguments(norm: Callable[..., nn.Module]) -> None:
             raise ValueError(f"norm {norm.__name__}: its option {option.name!r} must have a default value")
 
 
-_NAMES: dict[type[nn.Module], str] = {}  # what a class was registered as, first
+_NAMES: dict[type[nn.Module], list[str]] = {}  # what a class was registered as, in that order
 
 
 def _introduce(cls: type[nn.Module], name: str) -> None:
     """Remember that a registered norm is of this class. PyTorch's own classes are known, and its containers no norm."""
     if cls.__module__.startswith("torch."):
         return
-    _NAMES.setdefault(cls, name)
+    if name not in _NAMES.setdefault(cls, []):
+        _NAMES[cls].append(name)
     if describe_type(cls) is None:
         evaluation = "channel" if hasattr(cls, "eval_affine") else "sample"
         describe_class(NormDescription(name, evaluation), cls)
@@ -132,7 +133,12 @@ def _introduce(cls: type[nn.Module], name: str) -> None:
 
 def registered_name(cls: type[nn.Module]) -> str | None:
     """The name that builds modules of a class, as far as one did; None for PyTorch's own classes and for others."""
-    return _NAMES.get(cls)
+    return next(iter(registered_names(cls)), None)
+
+
+def registered_names(cls: type[nn.Module]) -> list[str]:
+    """All names that build modules of a class, with other defaults each; see :func:`registered_name`."""
+    return _NAMES.get(cls, [])
 
 
 def registered_classes() -> list[type[nn.Module]]:

@@ -17,7 +17,7 @@ OPTIONS = [
     "FBN(t_sigma=2, gaussian_correction=True, momentum=None)",
     "FBN(t_sigma=inf)",
     "FBN(affine=False)",
-    "FBN(bias=False, eps=0)",
+    "FBN(bias=False, eps=1e-3)",
     "FBN(track_running_stats=False)",
     "FGN(num_groups=2, t_sigma=2, grad_mode='paper')",
     "FGN(num_groups=2, t_sigma=2, gaussian_correction=True, affine=False)",

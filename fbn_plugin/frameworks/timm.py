@@ -382,7 +382,7 @@ def create_model(model_name: str, *args, **kwargs) -> nn.Module:
     it.
 
     Raises:
-        TypeError: the model does not take this ``norm_layer``.
+        TypeError: the model does not take this ``norm_layer``, or is a transformer, whose tokens it is not for.
     """
     spec = _asked_for(kwargs.get("norm_layer"))
     instead = f"build it without norm_layer, then fbn_plugin.convert_norm(model, {spec!r})"
@@ -392,6 +392,11 @@ def create_model(model_name: str, *args, **kwargs) -> nn.Module:
         if spec is None:
             raise
         raise TypeError(f"{model_name} cannot be built with norm_layer={spec!r}: {instead} ({error})") from error
+    if spec is not None and hasattr(model, "num_prefix_tokens"):
+        raise TypeError(
+            f"{model_name} normalizes tokens of shape (N, positions, C), which norm_layer={spec!r} is not for: it "
+            "normalizes images, (N, C, H, W); leave norm_layer out"
+        )
     if spec is not None and (plain := sum(map(_is_plain_batch_norm, model.modules()))):
         what = "a batch norm" if plain == 1 else f"{plain} batch norms"
         message = f"{model_name} has {what} that norm_layer does not reach, and left plain: {instead} reaches all"

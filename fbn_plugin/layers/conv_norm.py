@@ -20,8 +20,9 @@ from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.graph import Proxy, call_node
 from fbn_plugin.ops import eager
-from fbn_plugin.ops.checks import check_eps
+from fbn_plugin.ops.checks import check_eps_of_moments
 from fbn_plugin.ops.derivatives import by_formula
+from fbn_plugin.ops.plain import check_training_eps
 from fbn_plugin.ops.reference import RunningStats, accumulate_dtype, plain_moments
 
 # The stack of the paper's first layers, which covers 32 x 32.
@@ -361,6 +362,7 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
         return self._forward_by_batch(input)
 
     def _forward_by_batch(self, input: Tensor) -> Tensor:
+        check_training_eps(self.eps)
         if input.numel() == 0:
             y = F.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
             # Nothing is added to no values, but distributed training waits for a gradient of every parameter.
@@ -466,7 +468,7 @@ class LearnedStatsNorm2d(nn.Module):
         super().__init__()
         placement = {"device": device, "dtype": dtype}
         self.num_features = num_features
-        self.eps = check_eps(eps)
+        self.eps = check_eps_of_moments(eps)
         self.affine = affine
         self.mean_network = _statistic_network(first_layer, **placement)
         self.std_network = _statistic_network(first_layer, **placement)
@@ -500,7 +502,10 @@ class LearnedStatsNorm2d(nn.Module):
     def _statistics(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each image, ``(N, 1, 1)`` each."""
         dtype = self.mean_network[0].weight.dtype
-        pooled = input.flatten(2).mean(2, dtype=accumulate_dtype(input.dtype)).to(dtype).unsqueeze(1)
+        flat, dtype_of_sum = input.flatten(2), accumulate_dtype(input.dtype)
+        # of no values 0: NaN would be the gradient of the networks
+        pooled = flat.mean(2, dtype=dtype_of_sum) if input.numel() > 0 else flat.sum(2, dtype=dtype_of_sum)
+        pooled = pooled.to(dtype).unsqueeze(1)
         mean, raw_std = self.mean_network(pooled), self.std_network(pooled)
         return mean, F.softplus(raw_std + math.log(math.e - 1)) + self.eps
 

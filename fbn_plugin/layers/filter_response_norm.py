@@ -11,7 +11,7 @@ from torch.jit import is_scripting
 from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.layers.graph import Proxy, call_node
-from fbn_plugin.ops.checks import check_eps
+from fbn_plugin.ops.checks import check_eps_of_moments
 from fbn_plugin.ops.reference import accumulate_dtype, gaussian_kappa, rounding_of
 
 
@@ -62,7 +62,7 @@ class FilterResponseNorm2d(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = num_features
-        self.eps = check_eps(eps)
+        self.eps = check_eps_of_moments(eps)
         for name, learned in (("weight", affine), ("bias", affine and bias), ("tau", tlu)):
             parameter = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype)) if learned else None
             self.register_parameter(name, parameter)
@@ -73,8 +73,9 @@ class FilterResponseNorm2d(nn.Module):
             nn.init.constant_(parameter, 1 if name == "weight" else 0)
 
     def mean_square(self, input: Tensor) -> Tensor:
-        """``nu2``: ``(N, C, 1, ...)``, in at least float32."""
-        return input.to(accumulate_dtype(input.dtype)).square().mean(list(range(2, input.dim())), keepdim=True)
+        """``nu2``: ``(N, C, 1, ...)``, in at least float32; of no values 0, as NaN would be the gradient of gamma."""
+        square, space = input.to(accumulate_dtype(input.dtype)).square(), list(range(2, input.dim()))
+        return square.mean(space, keepdim=True) if input.numel() > 0 else square.sum(space, keepdim=True)
 
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
@@ -163,6 +164,7 @@ class FilteredFilterResponseNorm2d(FilterMixin, FilterResponseNorm2d):
         square = input.to(accumulate_dtype(input.dtype)).square()
         space = list(range(2, input.dim()))
         dropped = self._dropped(square, space)
-        kept = (~dropped).sum(space, keepdim=True)  # no size of the map: that of a traced one would stay
+        # no size of the map, as that of a traced one would stay; 1 where the map is empty
+        kept = (~dropped).sum(space, keepdim=True).clamp(min=1)
         filtered = square.masked_fill(dropped, 0).sum(space, keepdim=True) / kept
         return filtered / gaussian_kappa(self.t_sigma) if self.gaussian_correction else filtered

@@ -15,13 +15,17 @@ from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.layers.graph import Proxy, call_node
 from fbn_plugin.ops import scripted
-from fbn_plugin.ops.checks import check_device, check_eps
+from fbn_plugin.ops.checks import check_device, check_eps_of_moments
 from fbn_plugin.ops.functional import filtered_group_norm, filtered_share
 from fbn_plugin.ops.reference import Options
 
 
 class _GroupFilterMixin(FilterMixin):
     """A filter on the values of one sample."""
+
+    def _init_filter(self, t_sigma: float, grad_mode: str, gaussian_correction: bool) -> None:
+        check_eps_of_moments(self.eps)
+        super()._init_filter(t_sigma, grad_mode, gaussian_correction)
 
     def _by_groups(self, x: Tensor, num_groups: int) -> Tensor:
         if is_scripting():
@@ -190,7 +194,7 @@ class LayerNorm2d(nn.LayerNorm):
         dtype=None,
     ) -> None:
         check_device(device)
-        super().__init__(num_channels, check_eps(eps), affine, bias, device, dtype)
+        super().__init__(num_channels, check_eps_of_moments(eps), affine, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():

@@ -8,6 +8,7 @@ import sys
 import torch
 from torch import Tensor
 
+from fbn_plugin.ops.plain import check_training_eps
 from fbn_plugin.ops.reference import ACTIVATIONS
 
 GRAD_MODES = ("exact", "paper")
@@ -39,12 +40,19 @@ def check_eps(eps: float) -> float:
     return eps
 
 
+def check_eps_of_moments(eps: float) -> float:
+    """As :func:`check_eps`, and as :func:`fbn_plugin.ops.plain.check_training_eps`."""
+    check_training_eps(check_eps(eps))
+    return eps
+
+
 def check_device(device: str | int | torch.device | None) -> None:
     """ValueError if ``device`` is none: it stands where a cut may be given that belongs by name."""
-    if isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
+    number = isinstance(device, int) and not 0 <= device < torch.accelerator.device_count()
+    if number or isinstance(device, bool) or not isinstance(device, str | int | torch.device | None):
         raise ValueError(
-            f"device must be a torch.device, its name or None, got {device!r}: what PyTorch's layer has not, such as "
-            "t_sigma, is given by name"
+            f"device must be a torch.device, its name, the number of one that is there, or None, got {device!r}: what "
+            "PyTorch's layer has not, such as t_sigma, is given by name"
         )
 
 

@@ -11,11 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fbn_plugin.ops import derivatives, dispatch, eager, library, plain, reference
-from fbn_plugin.ops.checks import check_activation, check_batch, check_channels, check_eps, check_filter
+from fbn_plugin.ops.checks import (
+    check_activation,
+    check_batch,
+    check_channels,
+    check_eps,
+    check_eps_of_moments,
+    check_filter,
+)
 from fbn_plugin.ops.reference import Options, RunningStats
 
 
 def _options(
+    by_moments: bool,
     num_groups: int,
     t_sigma: float,
     eps: float,
@@ -24,12 +32,11 @@ def _options(
     activation: str = "identity",
     negative_slope: float = 0.0,
 ) -> Options:
-    """The options, checked."""
+    """The options, checked; ``by_moments`` is whether the input is divided by its own deviation."""
     check_activation(activation, negative_slope)
     t_sigma = check_filter(t_sigma, grad_mode)
-    return Options(
-        num_groups, t_sigma, check_eps(eps), gaussian_correction, grad_mode, activation, float(negative_slope)
-    )
+    eps = check_eps_of_moments(eps) if by_moments else check_eps(eps)
+    return Options(num_groups, t_sigma, eps, gaussian_correction, grad_mode, activation, float(negative_slope))
 
 
 _remembered = functools.lru_cache(maxsize=1024)(_options)  # a model's layers ask for the same ones at every step
@@ -180,7 +187,7 @@ def filtered_batch_norm(
         >>> torch.nn.functional.batch_norm(x, None, None, training=True)[1:, 0].std().item() < 0.1
         True
     """
-    options = _checked(0, t_sigma, eps, gaussian_correction, grad_mode)
+    options = _checked(training, 0, t_sigma, eps, gaussian_correction, grad_mode)
     running = running_mean, running_var
     return _batch_norm(x, weight, bias, *running, training, momentum, num_batches_tracked, None, options)
 
@@ -198,7 +205,7 @@ def filtered_batch_statistics(
         Mean, biased variance and number of the values that the filter keeps, ``(C,)`` each, float32, or float64 for
         float64.
     """
-    options = _checked(0, t_sigma, eps, gaussian_correction, "exact")
+    options = _checked(False, 0, t_sigma, eps, gaussian_correction, "exact")
     mean, var, _, _, count = library.normalize(x.detach(), None, None, None, None, options)[1]
     return mean, var, count
 
@@ -214,7 +221,7 @@ def filtered_share(x: Tensor, num_groups: int = 0, eps: float = 1e-5, *, t_sigma
     Returns:
         A scalar, 0 to 1; NaN where a normalized set has a NaN or an infinity.
     """
-    options = _checked(num_groups, t_sigma, eps, False, "exact")
+    options = _checked(False, num_groups, t_sigma, eps, False, "exact")
     *_, count = library.normalize(x.detach(), None, None, None, None, options)[1]
     return (x.numel() - count.double().sum()) / x.numel()
 
@@ -264,7 +271,7 @@ def filtered_batch_norm_act(
         >>> y.min().item()
         0.0
     """
-    options = _checked(0, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope)
+    options = _checked(training, 0, t_sigma, eps, gaussian_correction, grad_mode, activation, negative_slope)
     running = running_mean, running_var
     return _batch_norm(x, weight, bias, *running, training, momentum, num_batches_tracked, residual, options)
 
@@ -305,7 +312,7 @@ def filtered_group_norm(
         >>> torch.allclose(fbn_plugin.ops.filtered_group_norm(x, 4, t_sigma=torch.inf), nn.functional.group_norm(x, 4))
         True
     """
-    options = _checked(num_groups, t_sigma, eps, gaussian_correction, grad_mode)
+    options = _checked(True, num_groups, t_sigma, eps, gaussian_correction, grad_mode)
     y = eager.hosted(x, weight, bias, None, None, None, None, None, options) if num_groups else None
     if y is not None:
         return y
@@ -315,7 +322,9 @@ def filtered_group_norm(
         raise ValueError(
             f"num_groups must divide the number of channels, got {num_groups} groups for {channels} channels"
         )
-    if options.t_sigma == math.inf or x.numel() == 0:
+    if x.numel() == 0:  # of which PyTorch refuses maps of height or width 0
+        return plain.without_values(x, [weight, bias])
+    if options.t_sigma == math.inf:
         return F.group_norm(x, num_groups, weight, bias, eps)
     if x.numel() == num_groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {x.shape} for {num_groups} groups")

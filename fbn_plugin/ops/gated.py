@@ -17,8 +17,12 @@ from fbn_plugin.ops.reference import accumulate_dtype, plain_moments
 
 
 def _pool(x: Tensor) -> Tensor:
-    """The mean over the positions of each image and channel, ``(N, C)``."""
-    return x.mean(dim=list(range(2, x.dim()))) if x.dim() > 2 else x.clone()
+    """The mean over the positions of each image and channel, ``(N, C)``; 0 if there are none, as NaN would be the
+    gradient of the gate."""
+    if x.dim() == 2:
+        return x.clone()
+    positions = list(range(2, x.dim()))
+    return x.mean(dim=positions) if x.numel() > 0 else x.sum(dim=positions)
 
 
 def _gate(weight: Tensor | None, gate_weight: Tensor, gate_bias: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,6 +158,7 @@ def gated_batch_norm(
         scale = _gate(weight, gate_weight, gate_bias, _pool(x if pool_input else normalized))[1]
         y = normalized * _per_image(scale, x)
         return (y if bias is None else y + _per_image(bias, x)).to(x.dtype)
+    plain.check_training_eps(eps)
     check_batch(x, weight=weight, bias=bias, gate_weight=gate_weight, gate_bias=gate_bias, running_mean=running_mean)
     follows = eager.needs_formula(x, weight, bias, gate_weight, gate_bias)
     function = _formula if follows else _GatedNorm.apply

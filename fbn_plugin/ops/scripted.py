@@ -36,6 +36,7 @@ def batch_norm(
     if not training or t_sigma == math.inf or x.numel() == 0:
         y = plain.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches)
     else:
+        plain.check_training_eps(eps)
         if x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         alone = Options(num_groups, t_sigma, eps, gaussian_correction, grad_mode, "identity", 0.0)
@@ -57,7 +58,9 @@ def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, options: O
     groups = options.num_groups
     if x.dim() < 2 or x.shape[1] % groups != 0:
         raise ValueError(f"num_groups must divide the number of channels, got {groups} groups for {x.shape}")
-    if options.t_sigma == math.inf or x.numel() == 0:
+    if x.numel() == 0:
+        return plain.without_values(x, [weight, bias])
+    if options.t_sigma == math.inf:
         return F.group_norm(x, groups, weight, bias, options.eps)
     if x.numel() == groups:
         raise ValueError(f"Expected more than 1 value per group, got input size {x.shape} for {groups} groups")

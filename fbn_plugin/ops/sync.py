@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fbn_plugin.ops import dispatch
-from fbn_plugin.ops.checks import check_channels, check_eps, check_filter
+from fbn_plugin.ops.checks import check_channels, check_eps_of_moments, check_filter
 from fbn_plugin.ops.dispatch import backend_of
 from fbn_plugin.ops.reference import FilteredMoments, RunningStats, accumulate_dtype, band, gaussian_kappa
 
@@ -99,7 +99,7 @@ def _sync_filtered_batch_norm(
     process_group: "dist.ProcessGroup | None",
     num_batches: Tensor | None,
 ) -> Tensor:
-    t_sigma, eps = check_filter(t_sigma, grad_mode), check_eps(eps)
+    t_sigma, eps = check_filter(t_sigma, grad_mode), check_eps_of_moments(eps)
     check_channels(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     differentiates = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     with torch.no_grad():

@@ -20,6 +20,7 @@ from fbn_plugin.layers.description import (
     family,
     outer_batch_norm,
 )
+from fbn_plugin.ops.plain import SMALLEST_EPS
 from fbn_plugin.registry import NormFactory, NormSpec, norm_factory, norm_options
 from fbn_plugin.surgery.choose import as_tuple, check_sources, choose_norms, why_left
 from fbn_plugin.surgery.norm_report import NormChange, NormLeft, NormReport
@@ -91,8 +92,8 @@ def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
 
 
 def _make_up_for_eps(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Where a frozen norm has an eps of 0 and a new one that trains another, let the scale keep the evaluation, if that
-    goes by running statistics."""
+    """Where a norm has an eps of 0 and a new one that trains another, let the scale keep the evaluation, if that goes
+    by running statistics."""
     parts = [getattr(new, name, None) for name in ("weight", "running_var")]
     if _has_no_eps(old) and family(new) == "BN" and all(part is not None for part in parts):
         with torch.no_grad():
@@ -102,7 +103,8 @@ def _make_up_for_eps(old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def _has_no_eps(norm: nn.Module) -> bool:
-    return family(norm) == "FrozenBN" and getattr(norm, "eps", None) == 0
+    eps = getattr(norm, "eps", None)
+    return isinstance(eps, float | int) and eps < SMALLEST_EPS
 
 
 def _kept_options(old: nn.Module, spec: NormSpec) -> dict:
@@ -207,6 +209,8 @@ def _note(old: nn.Module, new: nn.Module, spec: NormSpec) -> str:
         notes.append("running statistics are fresh")
     if has(new, "t_sigma") and "t_sigma" not in spec.options and new.t_sigma != norm_options(spec.name)["t_sigma"]:
         notes.append(f"keeps t_sigma={new.t_sigma:g}")
+    if _has_no_eps(old) and not _has_no_eps(new) and family(old) != "FrozenBN":
+        notes.append(f"eps is {new.eps:g} in the place of {old.eps:g}")
     meaning = describe(new)
     if meaning is not None and not meaning.keeps_meaning and type(new) is not type(old):
         notes.append("weight and bias mean something else, so the evaluation changes")

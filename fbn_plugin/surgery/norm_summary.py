@@ -14,7 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from fbn_plugin.adapters import load_adapters
 from fbn_plugin.layers.description import describe, family, has_known_forward
-from fbn_plugin.registry import NORMS, NormSpec, default_num_groups, norm_options, registered_name
+from fbn_plugin.registry import NORMS, NormSpec, default_num_groups, norm_options, registered_name, registered_names
 from fbn_plugin.surgery.stages import frozen_layer, is_frozen
 
 LAZY = "it does not know its channels yet: run the model once, then convert"
@@ -44,8 +44,19 @@ def norm_kind(module: nn.Module) -> str:
         return type(module).__name__ if description.family == "BN" else description.family
     if description.synchronized and registered_name(cls) is None:
         return "SyncBN"
-    names = (registered_name(base) or _PLAIN.get(base) for base in cls.__mro__)
-    return next((name for name in names if name is not None), description.family)
+    for base in cls.__mro__:
+        if names := registered_names(base):
+            return min(names, key=lambda name: _differing(module, name))  # the first of equal ones
+        if base in _PLAIN:
+            return _PLAIN[base]
+    return description.family
+
+
+def _differing(module: nn.Module, name: str) -> int:
+    """How many options of a norm are not at the default that they have under a name."""
+    options = norm_options(name)
+    found = {key: getattr(module, key, options[key]) for key in options}
+    return sum(isinstance(value, _LITERALS) and value != options[key] for key, value in found.items())
 
 
 def is_scripted(module: nn.Module) -> bool:

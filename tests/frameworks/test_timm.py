@@ -718,8 +718,11 @@ def test_create_model_says_where_norm_layer_does_not_reach():
         timm.create_model("fastvit_t8", norm_layer="fbn")
     with pytest.raises(TypeError, match=r"mobilenetv3_small_050 cannot be built.*convert_norm\(model, 'FBN'\)"):
         timm.create_model("mobilenetv3_small_050", norm_layer="fbn")
+    with pytest.raises(TypeError, match=r"test_vit normalizes tokens .* norm_layer='FGN' is not for"):
+        timm.create_model("test_vit", norm_layer="fgn")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        timm.create_model("test_vit", norm_layer="layernorm")
         timm.create_model("test_resnet", norm_layer="fbn(t_sigma=4)")
         timm.create_model("test_efficientnet", norm_layer=norm_factory("FBN"))
         timm.create_model("fastvit_t8")

@@ -104,6 +104,9 @@ def test_a_cut_in_the_place_of_the_device_is_refused(cls):
         before = [first.get(name, name != "process_group" or None) for name in names[: names.index("device")]]
         with pytest.raises(ValueError, match=r"device must be .*, got 5\.0: .*t_sigma, is given by name"):
             cls(*before, 5.0)
+        if torch.accelerator.device_count() <= 5:
+            with pytest.raises(ValueError, match=r"device must be .* one that is there.*, got 5: .*t_sigma, is given"):
+                cls(*before, 5)
 
 
 @pytest.mark.parametrize("cls", RELATIVES, ids=lambda cls: cls.__name__)

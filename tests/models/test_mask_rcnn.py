@@ -216,8 +216,7 @@ def test_wrong_weights_are_named(tmp_path):
     path.write_text("no weights")
     with pytest.raises(ValueError, match=r"weights\.pth cannot be read"):
         load_backbone(body, path)
-    source = torchvision.models.resnet18()
-    for content in ([source.state_dict()], {"model": source.state_dict()}):
+    for content in ([body.state_dict()], {"model": body.state_dict()}):
         torch.save(content, path)
         with pytest.raises(ValueError, match=r"weights\.pth are not a dictionary of tensors"):
             load_backbone(body, path)

@@ -139,12 +139,12 @@ def test_one_huge_value_does_not_move_the_moments():
 
 
 def test_the_band_is_inclusive_and_outliers_beyond_it_are_dropped():
-    # Nine values at -1 and one at 9: mean 0, variance 9, so with eps 0 the last lies exactly 3 deviations away.
+    # Nine values at -1 and one at 9: mean 0, variance 9, so with hardly an eps the last lies 3 deviations away.
     x = torch.tensor([-1.0] * 9 + [9.0], dtype=torch.float64).view(10, 1)
     mean, var = torch.zeros(1, dtype=x.dtype), torch.zeros(1, dtype=x.dtype)
-    filtered_batch_norm(x, mean, var, training=True, momentum=1.0, eps=0.0, t_sigma=3.0)
+    filtered_batch_norm(x, mean, var, training=True, momentum=1.0, eps=1e-30, t_sigma=3.0)
     assert (mean.item(), var.item()) == (0.0, 10.0)
-    filtered_batch_norm(x, mean, var, training=True, momentum=1.0, eps=0.0, t_sigma=2.99)
+    filtered_batch_norm(x, mean, var, training=True, momentum=1.0, eps=1e-30, t_sigma=2.99)
     assert (mean.item(), var.item()) == (-1.0, 0.0)
 
 
@@ -357,9 +357,9 @@ def test_chebyshev_keeps_something(numbers, t_sigma, num_groups):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.01, 100), st.floats(-100, 100), st.floats(1.2, 6))
 def test_shift_and_scale_change_nothing(seed, scale, shift, t_sigma):
-    """The band moves with the data, so normalization undoes an affine map (eps 0)."""
+    """The band moves with the data, so normalization undoes an affine map (as good as no eps)."""
     x, _, _ = batch((3, 2, 3, 3), seed=seed)
-    options = {"t_sigma": t_sigma, "eps": 0.0}
+    options = {"t_sigma": t_sigma, "eps": 1e-30}
     torch.testing.assert_close(
         norm(x * scale + shift, None, None, 0, **options), norm(x, None, None, 0, **options), rtol=1e-6, atol=1e-6
     )
@@ -377,7 +377,7 @@ def test_order_of_samples_and_positions_changes_nothing(seed, t_sigma):
 @given(st.integers(0, 10_000), st.floats(1.2, 6))
 def test_kept_values_have_zero_mean_and_unit_variance(seed, t_sigma):
     x, _, _ = batch((5, 2, 4, 4), seed=seed)
-    y = norm(x, None, None, 0, t_sigma=t_sigma, eps=0.0)
+    y = norm(x, None, None, 0, t_sigma=t_sigma, eps=1e-30)
     for c in range(2):
         mu, sigma = x[:, c].mean(), x[:, c].std(correction=0)
         kept = y[:, c][(x[:, c] - mu).abs() <= t_sigma * sigma]

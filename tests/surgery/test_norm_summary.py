@@ -103,6 +103,10 @@ def test_scripted_norms():
         (lambda: timm.create_model("convnext_atto"), "17 LN, 0 BN"),
         (lambda: fbn_plugin.FilteredBatchNormAct2d(8), "1 FBN(t_sigma=5), 0 BN"),
         (lambda: nn.SyncBatchNorm(8), "1 SyncBN, 0 BN"),
+        (lambda: fbn_plugin.get_norm("IEBN-", 8), "1 IEBN-, 0 BN"),
+        (lambda: fbn_plugin.get_norm("RBN-(eps=0.1)", 8), "1 RBN-(eps=0.1), 0 BN"),
+        (lambda: fbn_plugin.GatedBatchNorm2d(8, gate_init=0.5), "1 RBN-(gate_init=0.5), 0 BN"),
+        (lambda: convert_norm(fbn_plugin.get_norm("IEBN-", 8), "RBN-"), "1 RBN-, 0 BN"),
         (lambda: nn.RMSNorm(8), "1 RMSNorm, 0 BN"),
         (lambda: nn.InstanceNorm1d(8, affine=True), "1 IN, 0 BN"),
         (

@@ -229,7 +229,7 @@ def load(path: str | os.PathLike) -> dict:
     path = os.fspath(path)
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):  # the second for lists in lists, by the thousand
         raise ValueError(f"{path} is not JSON") from None
     keys = ("environment", "settings", "layers", "models", "notes")
     if not isinstance(results, dict) or results.get("format") != FORMAT or any(key not in results for key in keys):

@@ -1,4 +1,4 @@
-"""Files of ``torch.save``'s ``torch.load`` would believe; changed ones are in tests/sweeps/test_tensor_files.py."""
+"""Files of ``torch.save``'s that ``torch.load`` would believe; mutated ones are in tests/sweeps."""
 
 import argparse
 import io
