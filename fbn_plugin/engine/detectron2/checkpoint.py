@@ -70,9 +70,7 @@ class AtomicCheckpointer(AtomicSaving, DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
-            content = read_pickled_weights(filename)
-            logger.info("%s: weights of %s", filename, content["__author__"] or "an unknown author")
-            return content
+            return read_pickled_weights(filename)
         if filename.endswith(".pyth"):
             weights = load_file(filename)["model"].get("model_state")
             if not isinstance(weights, dict):
