@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fbn_plugin.engine.run.cli import add_import, format_table, user_errors
-from fbn_plugin.engine.run.writing import atomic_write, writing
+from fbn_plugin.engine.run.disk import atomic_write, writing
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = ("BN", "FBN")

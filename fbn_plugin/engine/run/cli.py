@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from fbn_plugin.engine.run.disk import WriteError, is_full
 from fbn_plugin.engine.run.output_dir import how_to_continue
-from fbn_plugin.engine.run.writing import WriteError, is_full
 
 __all__ = [
     "RUN_ERRORS",

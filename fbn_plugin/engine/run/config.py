@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
+from fbn_plugin.engine.run.disk import atomic_write
 from fbn_plugin.engine.run.words import counted
-from fbn_plugin.engine.run.writing import atomic_write
 from fbn_plugin.frameworks.detectron2_keys import without_defaults
 from fbn_plugin.registry import with_registered_name
 
