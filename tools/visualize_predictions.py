@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
         from fbn_plugin.engine.data.named_sets import resolve_dataset
         from fbn_plugin.engine.reports.evaluation import read_detections
         from fbn_plugin.engine.reports.pictures import draw_detections, find_images, spread_images
+        from fbn_plugin.engine.run.disk import atomic_write
         from fbn_plugin.engine.run.run_folder import read_run, run_titles
-        from fbn_plugin.engine.run.writing import atomic_write
 
         runs = [read_run(folder) for folder in args.run_dirs]
         names = [args.dataset] if args.dataset else runs[0].test_sets

@@ -27,12 +27,12 @@ from detectron2.utils.events import (
 
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint
+from fbn_plugin.engine.run.disk import AppendedFile, WriteError
 from fbn_plugin.engine.run.logging import forget_metrics, read_metrics
 from fbn_plugin.engine.run.population import refresh_population_stats
 from fbn_plugin.engine.run.resuming import is_saved_after, save_before_leaving
 from fbn_plugin.engine.run.schedule import recorded_evaluation
 from fbn_plugin.engine.run.seeding import seeded_rng
-from fbn_plugin.engine.run.writing import AppendedFile, WriteError
 from fbn_plugin.training.population_statistics import forward_batch
 
 __all__ = ["Evaluation", "MetricsWriter", "PopulationStatistics", "Saving"]

@@ -54,6 +54,7 @@ from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.checkpoint import RandomState
 from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, error_sentence, import_modules, user_errors
 from fbn_plugin.engine.run.config import save_config
+from fbn_plugin.engine.run.disk import writing
 from fbn_plugin.engine.run.evaluation_names import inference_folder
 from fbn_plugin.engine.run.lock import hold, let_go, open_output_dir
 from fbn_plugin.engine.run.logging import LogFile
@@ -65,7 +66,6 @@ from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run
 from fbn_plugin.engine.run.schedule import is_evaluated_after
 from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
 from fbn_plugin.engine.run.states import check_like, check_optimizer
-from fbn_plugin.engine.run.writing import writing
 
 __all__ = ["Trainer", "run"]
 

@@ -13,10 +13,10 @@ import torch
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.reports.evaluation import read_detections
 from fbn_plugin.engine.reports.pictures import draw_detections
+from fbn_plugin.engine.run.disk import atomic_write
 from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.run.run_info import hardware
-from fbn_plugin.engine.run.writing import atomic_write
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 

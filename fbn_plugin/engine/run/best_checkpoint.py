@@ -12,8 +12,8 @@ from torch import nn
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.disk import atomic_write
 from fbn_plugin.engine.run.rules import refusal
-from fbn_plugin.engine.run.writing import atomic_write
 
 __all__ = ["BestCheckpoint", "check_metric", "is_given"]
 

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.disk import atomic_write
 from fbn_plugin.engine.run.output_dir import last_checkpoint
 from fbn_plugin.engine.run.states import check_like, check_states
 from fbn_plugin.engine.run.tensor_file import check_pickles, check_tensors
 from fbn_plugin.engine.run.weights import refuse_foreign, refuse_misfit
 from fbn_plugin.engine.run.words import counted
-from fbn_plugin.engine.run.writing import atomic_write
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fbn_plugin.engine.run import distributed, stopping
+from fbn_plugin.engine.run.disk import WriteError, is_full
 from fbn_plugin.engine.run.output_dir import how_to_continue
-from fbn_plugin.engine.run.writing import WriteError, is_full
 
 __all__ = [
     "RUN_ERRORS",

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.disk import remove_leftovers, writing
 from fbn_plugin.engine.run.output_dir import holds_run, make_output_dir
-from fbn_plugin.engine.run.writing import remove_leftovers, writing
 
 try:
     import fcntl

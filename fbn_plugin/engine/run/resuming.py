@@ -90,13 +90,13 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
     """
 
     def step(self, iteration: int, **kwargs: Any) -> None:
-        keep, self.max_to_keep = self.max_to_keep, None  # fvcore knows of this process's own alone
-        try:
-            super().step(iteration, **kwargs)
-        finally:
-            self.max_to_keep = keep
-        if keep is not None and (iteration + 1) % self.period == 0 and distributed.is_main():
-            self._remove_older(keep, iteration)
+        """Save where it is due behind an iteration, counted from 0; ``kwargs`` are saved too."""
+        if (iteration + 1) % self.period == 0:
+            self.checkpointer.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration, **kwargs)
+            if self.max_to_keep is not None and distributed.is_main():
+                self._remove_older(self.max_to_keep, iteration)
+        if self.max_iter is not None and iteration >= self.max_iter - 1:
+            self.checkpointer.save(f"{self.file_prefix}_final", iteration=iteration, **kwargs)
 
     def _remove_older(self, keep: int, saved: int) -> None:
         folder = self.checkpointer.save_dir

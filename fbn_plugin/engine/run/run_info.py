@@ -15,8 +15,8 @@ import torch
 
 import fbn_plugin
 from fbn_plugin.engine.run.cli import imported
+from fbn_plugin.engine.run.disk import atomic_write
 from fbn_plugin.engine.run.words import counted
-from fbn_plugin.engine.run.writing import atomic_write
 
 __all__ = [
     "cpu_name",

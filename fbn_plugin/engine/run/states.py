@@ -13,6 +13,9 @@ from fbn_plugin.engine.run.cli import UserError
 
 __all__ = ["check_like", "check_optimizer", "check_states", "checked_iteration"]
 
+# Of a schedule, in PyTorch before 2.7.
+_MAY_BE_MISSING = ("verbose",)
+
 # Larger whole numbers are none of a run's.
 _MOST = 2**63
 
@@ -74,7 +77,7 @@ def check_like(own: Any, given: Any, name: str = "it") -> None:
         for key, value in own.items():
             if key in given:
                 check_like(value, given[key], str(key))
-            elif not str(key).startswith("_"):
+            elif not str(key).startswith("_") and key not in _MAY_BE_MISSING:
                 raise ValueError(f"{name} has no {key}")
     elif isinstance(own, list | tuple):
         _want(isinstance(given, list | tuple) and len(given) == len(own), name, f"a list of {len(own)}", given)

@@ -16,7 +16,7 @@ from fbn_plugin.engine.run.cli import (
     stoppable,
     user_errors,
 )
-from fbn_plugin.engine.run.writing import WriteError
+from fbn_plugin.engine.run.disk import WriteError
 
 
 def test_bad_input_is_one_line_and_a_bug_keeps_its_traceback(capsys):

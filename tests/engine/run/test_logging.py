@@ -9,8 +9,8 @@ import pytest
 from full_disk import largest_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fbn_plugin.engine.run.disk import WriteError
 from fbn_plugin.engine.run.logging import TrainingLog, forget_metrics, read_metrics, setup_logging
-from fbn_plugin.engine.run.writing import WriteError
 
 
 def run(folder, start, stop, total=6, period=2):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from full_disk import largest_file
 
-from fbn_plugin.engine.run import writing
-from fbn_plugin.engine.run.writing import AppendedFile, WriteError, atomic_write, remove_leftovers
+from fbn_plugin.engine.run import disk
+from fbn_plugin.engine.run.disk import AppendedFile, WriteError, atomic_write, remove_leftovers
 
 
 class FullDisk:
@@ -60,13 +60,13 @@ def test_a_checkpoint_that_any_write_of_fails(tmp_path, monkeypatch):
     content = {"model": {f"{number}": torch.rand(50) for number in range(4)}, "iteration": 3}
     atomic_write(path, b"old")
     for number in range(200):
-        disk = FullDisk(number, (errno.ENOSPC, errno.EDQUOT)[number % 2])
-        monkeypatch.setattr(writing, "open", disk.open, raising=False)
+        full = FullDisk(number, (errno.ENOSPC, errno.EDQUOT)[number % 2])
+        monkeypatch.setattr(disk, "open", full.open, raising=False)
         try:
             atomic_write(path, write=lambda file: torch.save(content, file))
             break
         except WriteError as error:
-            assert str(error) == f"{path} cannot be written: {os.strerror(disk.error)}"
+            assert str(error) == f"{path} cannot be written: {os.strerror(full.error)}"
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["model.pth"]
     assert number > 20 and torch.load(path)["iteration"] == 3
 
@@ -95,7 +95,7 @@ def test_a_folder_that_is_gone_or_read_only_or_cannot_be_synchronized(tmp_path, 
     with pytest.raises(WriteError, match="gone/file cannot be written: No such file or directory"):
         atomic_write(tmp_path / "gone" / "file", b"new")
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "open", FullDisk(0, errno.EROFS).open, raising=False)
+        patch.setattr(disk, "open", FullDisk(0, errno.EROFS).open, raising=False)
         with pytest.raises(WriteError, match="file cannot be written: Read-only file system"):
             atomic_write(tmp_path / "file", b"new")
     fsync = os.fsync
