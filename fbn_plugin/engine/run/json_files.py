@@ -39,7 +39,9 @@ def read_json(path: str | os.PathLike) -> Any:
         if data.startswith(mark):
             raise ValueError(f"{path} is not valid JSON: it is text in {name}, and JSON is in UTF-8")
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
+        text = data.decode("utf-8-sig")
+        del data  # files of gigabytes there are
+        return json.loads(text, object_pairs_hook=_object)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON, perhaps cut short: {_reason(error)}") from None
     except RecursionError:
