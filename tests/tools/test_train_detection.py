@@ -261,7 +261,7 @@ def test_keys_that_are_not_used_are_reported_in_one_line(main, arguments, capsys
         main([*arguments, *keys, "SOLVER.MAX_ITER", "0"])
     printed = capsys.readouterr()
     assert printed.out == "these keys are not used: MODEL.ROI_MASK_HEAD.POOLER_TYPE, MODEL.RETINANET.NORM\n"
-    assert printed.err == "error: SOLVER.MAX_ITER must be 1 or more, got 0\n"
+    assert printed.err == "error: SOLVER.MAX_ITER must be 1 or more, and 2147483647 or less, got 0\n"
 
 
 @pytest.mark.parametrize(
