@@ -1,9 +1,11 @@
 """What the tests share: a small COCO-format set of rectangles and ellipses, the way to real data, and a clean slate for
 log and threads."""
 
+import importlib.util
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
+
+# A script finds it in its own folder, which is not on the path of the tests that load a tool from its file.
+_spec = importlib.util.spec_from_file_location("interruption", Path(__file__).parents[1] / "tools/interruption.py")
+sys.modules["interruption"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sys.modules["interruption"])
 
 CLASSES = ((7, "box"), (3, "disc"))  # ids neither ordered nor from 1
 

@@ -79,4 +79,4 @@ class Forked:
     def error(self) -> str:
         """Without what PyTorch logs there about itself."""
         lines = self.files[1].read_text().splitlines(keepends=True)
-        return "".join(line for line in lines if not re.match(r"[WI]\d{4} ", line))
+        return "".join(line for line in lines if not re.match(r"(\[rank\d\]:)?[WI]\d{4} ", line))

@@ -23,7 +23,8 @@ from fbn_plugin.engine.run.run_folder import read_run
 
 def test_without_detectron2(tmp_path):
     """One line that names what is missing and where its guide is; also on a machine where it is installed."""
-    hide = "import runpy, sys; sys.modules['detectron2'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    hide = "import runpy, sys; sys.modules['detectron2'] = None; sys.path.insert(0, sys.argv[1].rpartition('/')[0]); "
+    hide += "runpy.run_path(sys.argv[1], run_name='__main__')"
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", hide, str(TOOL)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -42,7 +43,8 @@ def test_without_an_optional_package(script, package):
     """What a plain installation lacks is named in one line."""
     if script == TOOL.name:
         pytest.importorskip("detectron2", reason="detectron2 is not installed")
-    hide = f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    hide = f"import runpy, sys; sys.modules[{package!r}] = None; sys.path.insert(0, sys.argv[1].rpartition('/')[0]); "
+    hide += "runpy.run_path(sys.argv[1], run_name='__main__')"
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", hide, str(TOOL.with_name(script))],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
