@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> dict | list[dict]:
         import_modules(args.imports)
 
         from fbn_plugin.engine import benchmark
-        from fbn_plugin.engine.run.disk import WriteError, atomic_write
+        from fbn_plugin.engine.files.disk import WriteError, atomic_write
 
         for path, suffix in ((args.output, ".json"), (args.plot, ".png")):
             if path is not None and (path.suffix != suffix or not path.parent.is_dir()):

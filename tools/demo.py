@@ -21,8 +21,8 @@ from pathlib import Path
 
 import interruption  # noqa: F401
 
+from fbn_plugin.engine.files.disk import writing
 from fbn_plugin.engine.run.cli import add_import, format_table, stoppable, user_errors
-from fbn_plugin.engine.run.disk import writing
 from fbn_plugin.engine.run.stopping import Terminated
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +51,7 @@ def parse_args(args=None) -> argparse.Namespace:
 
 def remember_data(output: Path, files: Sequence[Path]) -> None:
     """Note which annotations the runs in ``output`` are on; ValueError where those before were on others."""
-    from fbn_plugin.engine.run.disk import atomic_write
+    from fbn_plugin.engine.files.disk import atomic_write
 
     digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
     note = output / "annotations.sha256"

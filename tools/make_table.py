@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> str:
     with user_errors():
         check_outputs(args.output, args.json)
         import_modules(args.imports)
+        from fbn_plugin.engine.files.disk import atomic_write
         from fbn_plugin.engine.reports.table import PAPER_SOURCE, build_tables, paper_table
-        from fbn_plugin.engine.run.disk import atomic_write
         from fbn_plugin.engine.run.run_folder import read_run
 
         resolved = [folder.resolve() for folder in args.run_dirs]

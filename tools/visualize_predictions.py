@@ -15,8 +15,8 @@ from pathlib import Path
 
 import interruption  # noqa: F401
 
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.cli import add_import, check_outputs, import_modules, stoppable, user_errors
-from fbn_plugin.engine.run.words import counted
 
 MOST_IMAGES = 100
 
@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
         import_modules(args.imports)
 
         from fbn_plugin.engine.data.named_sets import resolve_dataset
+        from fbn_plugin.engine.files.disk import atomic_write
         from fbn_plugin.engine.reports.evaluation import read_detections
         from fbn_plugin.engine.reports.pictures import draw_detections, find_images, spread_images
-        from fbn_plugin.engine.run.disk import atomic_write
         from fbn_plugin.engine.run.run_folder import read_run, run_titles
 
         runs = [read_run(folder) for folder in args.run_dirs]

@@ -9,7 +9,7 @@ import pickles
 import pytest
 from limited_process import assert_sound, outcomes
 
-from fbn_plugin.engine.run.array_pickle import read_pickled_weights
+from fbn_plugin.engine.files.array_pickle import read_pickled_weights
 
 CASES, SEED = 4000, 13
 SOUND = [pickles.instructions(data) for data in pickles.sound().values()]

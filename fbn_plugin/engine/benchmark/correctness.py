@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fbn_plugin import ops
 from fbn_plugin.engine.benchmark.layers import first_line, layer_input
 from fbn_plugin.engine.benchmark.timing import captured, side_stream
-from fbn_plugin.engine.run.words import counted
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.layers import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGroupNorm
 
 # Error of a result against float64, relative to its largest value: one rounding to the dtype of outputs, and sums in

@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from fbn_plugin.engine.benchmark.targets import target_table
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.cli import format_table
-from fbn_plugin.engine.run.words import counted
 
 
 def shape_text(row: Mapping) -> str:

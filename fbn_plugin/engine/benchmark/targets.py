@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fbn_plugin.engine.run.words import counted
+from fbn_plugin.engine.files.words import counted
 
 HALF = ("float16", "bfloat16")
 FBN, FUSED_STEP = ("FBN T=5",), ("FBN T=5 fused",)

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import apply_gamma_init, convert_norm, prepend_input_norm, revised_init
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.rules import named, refusal
-from fbn_plugin.engine.run.words import counted
 from fbn_plugin.frameworks import timm_models
 from fbn_plugin.frameworks.timm import param_groups
 

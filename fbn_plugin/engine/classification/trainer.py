@@ -28,12 +28,13 @@ from fbn_plugin.engine.classification.model import (
 )
 from fbn_plugin.engine.data.image_data import ImageData, load_image_data
 from fbn_plugin.engine.data.sampling import BalancedSampler
+from fbn_plugin.engine.files.disk import atomic_write
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
-from fbn_plugin.engine.run.disk import atomic_write
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
@@ -43,7 +44,6 @@ from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
-from fbn_plugin.engine.run.words import counted
 
 __all__ = ["ClassificationTrainer", "evaluate"]
 

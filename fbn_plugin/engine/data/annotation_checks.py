@@ -14,7 +14,7 @@ import numpy as np
 
 from fbn_plugin.engine.data.coco_checks import MOST_PIXELS, Findings, entry_name, needed, refuse, whole_number
 from fbn_plugin.engine.data.rle import CodeError, check_codes, without_empty_runs
-from fbn_plugin.engine.run.words import counted, shown
+from fbn_plugin.engine.files.words import counted, shown
 
 __all__ = ["SHORT_POLYGONS", "check_annotations", "numbers", "refuse_code", "written_code"]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from fbn_plugin.engine.run.words import counted, shown
+from fbn_plugin.engine.files.words import counted, shown
 
 __all__ = [
     "MOST_PIXELS",

@@ -27,10 +27,9 @@ from torch.utils.data import Dataset
 from fbn_plugin.engine.data.annotation_checks import check_annotations
 from fbn_plugin.engine.data.coco_checks import Findings, check_categories, check_images, list_of
 from fbn_plugin.engine.data.decoding import enough_memory, read_image
-from fbn_plugin.engine.data.decoding import shown as shown_path
+from fbn_plugin.engine.files.json_files import read_json
+from fbn_plugin.engine.files.words import counted, shown, shown_path
 from fbn_plugin.engine.run.cli import UserError
-from fbn_plugin.engine.run.json_files import read_json
-from fbn_plugin.engine.run.words import counted, shown
 
 __all__ = [
     "Augmentation",

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from fbn_plugin.engine.files.words import shown_path
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 
-__all__ = ["FORMATS", "decode_image", "enough_memory", "image_extensions", "read_image", "read_label_map", "shown"]
+__all__ = ["FORMATS", "decode_image", "enough_memory", "image_extensions", "read_image", "read_label_map"]
 
 # Pillow's names, the frequent ones first. No loader of another format is asked: that of EPS runs a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
@@ -82,7 +83,7 @@ def read_label_map(path: str | os.PathLike) -> Image.Image:
     """An image file whose pixels are numbers of classes from 0 to 255, in mode ``"L"``; UserError as of
     :func:`read_image`. Of 16 bits a channel the lower 8 are meant here, and the others must be 0.
     """
-    who = f"image {shown(path)}"
+    who = f"image {shown_path(path)}"
     with _open(path) as file, enough_memory(path):
         image = _load(file, who)
         if _is_deep(image):
@@ -109,24 +110,12 @@ def decode_image(file: BinaryIO, name: str | os.PathLike, mode: str = "RGB") -> 
             ``MAX_IMAGE_PIXELS``; 32-bit integers or floating-point numbers, of which nothing says what is white; grey
             of 16 bits of which the upper 4 are not used.
     """
-    who = f"image {shown(name)}"
+    who = f"image {shown_path(name)}"
     with enough_memory(name):
         image = _load(file, who)
         if _is_deep(image):
             image = _with_info(_upper_bits(image, who), image)
         return _upright(image, mode, who)
-
-
-def shown(name: str | os.PathLike) -> str:
-    """A path as it stands in a sentence: in quotes and with escapes where it has line breaks or is no text.
-
-    Examples::
-
-        >>> shown("a/1.png"), shown("a\\n1.png")
-        ('a/1.png', "'a\\\\n1.png'")
-    """
-    name = os.fspath(name)
-    return name if isinstance(name, str) and name and name.isprintable() else repr(name)
 
 
 @functools.cache
@@ -145,12 +134,12 @@ def enough_memory(name: str | os.PathLike) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
-        raise UserError(f"image {shown(name)} needs more memory than there is") from None
+        raise UserError(f"image {shown_path(name)} needs more memory than there is") from None
 
 
 @contextlib.contextmanager
 def _open(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    who = f"image {shown(path)}"
+    who = f"image {shown_path(path)}"
     try:
         mode = os.stat(path).st_mode
         # A pipe would be waited for without end, and a device may do something when it is opened.

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from fbn_plugin.engine.run.disk import atomic_write, writing
+from fbn_plugin.engine.files.disk import atomic_write, writing
 
 IMAGE_SIZE = 128
 DIGITS_PER_IMAGE = (2, 6)

@@ -10,7 +10,7 @@ from fbn_plugin.engine.data.annotation_checks import numbers, refuse_code
 from fbn_plugin.engine.data.coco_checks import needed, refuse
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.rle import CodeError, check_codes, compressed, without_empty_runs
-from fbn_plugin.engine.run.words import counted, shown
+from fbn_plugin.engine.files.words import counted, shown
 
 __all__ = ["check_detections"]
 

@@ -23,11 +23,11 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from fbn_plugin.engine.data.decoding import decode_image, enough_memory, read_image, shown
+from fbn_plugin.engine.data.decoding import decode_image, enough_memory, read_image
 from fbn_plugin.engine.data.image_files import FoundImages, Member, images_in_archive, images_in_folder
+from fbn_plugin.engine.files.words import counted, shown_path
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.rules import refusal
-from fbn_plugin.engine.run.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -154,17 +154,18 @@ def _of_classes(title: str, train: FoundImages, val: FoundImages, mode: str) -> 
     classes = train.classes
     if train.empty:
         raise ValueError(
-            f"{shown(train.place)} has folders without images, {_listed(train.empty)}: each folder there is a class"
+            f"{shown_path(train.place)} has folders without images, {_listed(train.empty)}: each folder there is a "
+            "class"
         )
     if unknown := [name for name in val.classes if name not in train.folders]:
         raise ValueError(
-            f"{shown(val.place)} has classes that {shown(train.place)} lacks: {_listed(unknown)}; every image must lie "
-            "in a folder named as its class there"
+            f"{shown_path(val.place)} has classes that {shown_path(train.place)} lacks: {_listed(unknown)}; every "
+            "image must lie in a folder named as its class there"
         )
     if missing := [name for name in classes if name not in val.folders]:
         logger.warning(
             "%s has no image of %s of %s: %s",
-            *(shown(val.place), counted(len(missing), "class"), f"{len(classes):,}", _listed(missing)),
+            *(shown_path(val.place), counted(len(missing), "class"), f"{len(classes):,}", _listed(missing)),
         )
     parts = [Images(each.samples(classes), mode) for each in (train, val)]
     return ImageData(title, *parts, tuple(classes))
@@ -243,7 +244,7 @@ def _cifar10_jpeg(root: str, mode: str) -> ImageData:
         data, offsets, labels = (arrays[f"{split}_{kind}"] for kind in ("jpeg", "offsets", "labels"))
         _check_jpegs(path, split, data, offsets, labels, len(classes))
         images = [data[start:stop].tobytes() for start, stop in pairwise(offsets.tolist())]
-        parts.append(Images(list(zip(images, labels.tolist())), mode, f"{split} image of {shown(path)}, number"))
+        parts.append(Images(list(zip(images, labels.tolist())), mode, f"{split} image of {shown_path(path)}, number"))
     # The pixels are not the original ones: results must not pass for results on CIFAR-10.
     return ImageData("CIFAR-10 (JPEG)", *parts, tuple(map(str, classes)))
 
@@ -251,7 +252,7 @@ def _cifar10_jpeg(root: str, mode: str) -> ImageData:
 def _read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Arrays of an .npz, whose sizes are looked at before anything is read."""
     if not path.is_file():
-        raise ValueError(f"{shown(path)} is not a file")
+        raise ValueError(f"{shown_path(path)} is not a file")
     try:
         with zipfile.ZipFile(path) as archive:
             sizes = {each.filename: each.file_size for each in archive.infolist()}
@@ -304,7 +305,7 @@ def _kind(array: np.ndarray) -> str:
 
 def _not_of_jpegs(path: Path, what: str) -> ValueError:
     what = " ".join(what.split())
-    return ValueError(f"{shown(path)} is not an archive of JPEG bytes as load_image_data describes it: {what}")
+    return ValueError(f"{shown_path(path)} is not an archive of JPEG bytes as load_image_data describes it: {what}")
 
 
 def _digits(root: str, mode: str) -> ImageData:

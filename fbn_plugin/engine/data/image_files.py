@@ -15,9 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
-from fbn_plugin.engine.data.decoding import image_extensions, shown
+from fbn_plugin.engine.data.decoding import image_extensions
+from fbn_plugin.engine.files.words import counted, shown_path
 from fbn_plugin.engine.run.cli import error_sentence
-from fbn_plugin.engine.run.words import counted
 
 __all__ = ["Archive", "FoundImages", "Member", "images_in_archive", "images_in_folder"]
 
@@ -62,7 +62,7 @@ class Member(NamedTuple):
         return self.archive.read(self.start, self.size)
 
     def __str__(self) -> str:
-        return f"{shown(self.name)} in {shown(self.archive.path)}"
+        return f"{shown_path(self.name)} in {shown_path(self.archive.path)}"
 
 
 class FoundImages:
@@ -108,22 +108,22 @@ class FoundImages:
             ValueError: no image, or one that is in no class; a class whose name is no text.
         """
         if not self.images:
-            raise ValueError(f"no images found in {shown(self.place)}; expected are <class>/<image> below it")
+            raise ValueError(f"no images found in {shown_path(self.place)}; expected are <class>/<image> below it")
         if "" in self.folders:
             first = next(name for name, label, _ in self.images if not label)
             raise ValueError(
-                f"{shown(self.place)} has images outside of class folders, such as {shown(first)}; every image must "
-                "lie in a folder named as its class"
+                f"{shown_path(self.place)} has images outside of class folders, such as {shown_path(first)}; every "
+                "image must lie in a folder named as its class"
             )
         if odd := [name for name in self.classes if not name.isprintable()]:
-            raise ValueError(f"{shown(self.place)} has a class whose name is no text on one line: {odd[0]!r}")
+            raise ValueError(f"{shown_path(self.place)} has a class whose name is no text on one line: {odd[0]!r}")
         if self.left_out:
             total = counted(sum(map(len, self.left_out.values())), "entry")
-            parts = (f"{len(names):,} {why} (such as {shown(min(names))})" for why, names in self.left_out.items())
-            logger.warning("%s: %s left out: %s", shown(self.place), total, ", ".join(sorted(parts)))
+            parts = (f"{len(names):,} {why} (such as {shown_path(min(names))})" for why, names in self.left_out.items())
+            logger.warning("%s: %s left out: %s", shown_path(self.place), total, ", ".join(sorted(parts)))
         (label, folders), *others = self.folders.items()
         if len(folders) > 1 and not others:
-            where = shown(self.place)
+            where = shown_path(self.place)
             logger.warning("%s: all %d folders with images are named %r and are one class", where, len(folders), label)
 
 
@@ -144,7 +144,9 @@ def images_in_folder(root: str | os.PathLike) -> FoundImages:
         status = os.stat(path)
         same = seen.setdefault((status.st_dev, status.st_ino), path)
         if same != path:
-            raise ValueError(f"{shown(path)} and {shown(same)} are one folder, whose images would be there twice")
+            raise ValueError(
+                f"{shown_path(path)} and {shown_path(same)} are one folder, whose images would be there twice"
+            )
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 name = os.path.join(folder, entry.name)
@@ -171,7 +173,7 @@ def images_in_archive(path: str | os.PathLike) -> FoundImages:
         ValueError: not a whole tar archive, a member's name leads out of it, or see ``FoundImages.check``.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"{shown(path)} is not a file")
+        raise ValueError(f"{shown_path(path)} is not a file")
     found, members, archive = FoundImages(path), {}, Archive(path)
     with open(path, "rb") as file:
         for member in _members(file, path):
@@ -210,7 +212,7 @@ def _members(file: BinaryIO, name: str | os.PathLike) -> Iterator[tarfile.TarInf
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if not 0 <= member.size <= size - member.offset_data and member.isreg() and not member.issparse():
-                    raise tarfile.ReadError(f"{shown(member.name)} is cut short")
+                    raise tarfile.ReadError(f"{shown_path(member.name)} is cut short")
                 yield member
                 archive.members.clear()  # millions of them would stay
             # tarfile takes a header that is cut or damaged for the end, which is a block of zeros.
@@ -219,7 +221,7 @@ def _members(file: BinaryIO, name: str | os.PathLike) -> Iterator[tarfile.TarInf
                 raise tarfile.ReadError("it has no end, perhaps it is cut short")
     except Exception as error:  # whatever tarfile makes of bytes that are no archive
         reason = " ".join(error_sentence(error).split()) or type(error).__name__
-        raise ValueError(f"no images found in {shown(name)}, which is not a whole tar archive: {reason}") from None
+        raise ValueError(f"no images found in {shown_path(name)}, which is not a whole tar archive: {reason}") from None
 
 
 class _Part(io.RawIOBase):
@@ -252,7 +254,9 @@ def _is_apart(member: tarfile.TarInfo, found: FoundImages) -> bool:
     """Whether a member is hidden; ValueError if its name leads out of the archive."""
     parts = member.name.split("/")
     if ".." in parts:
-        raise ValueError(f"{shown(found.place)} has a member whose name leads out of it: {shown(member.name)}")
+        raise ValueError(
+            f"{shown_path(found.place)} has a member whose name leads out of it: {shown_path(member.name)}"
+        )
     if hidden := any(map(_is_hidden, parts)):
         found.left_out["hidden"].append(member.name)
     return hidden
@@ -268,7 +272,7 @@ def _is_image(name: str, found: FoundImages) -> bool:
 def _check_file(entry: os.DirEntry) -> None:
     if not entry.is_file():
         what = "a link to nothing" if entry.is_symlink() and not os.path.exists(entry) else "a pipe, socket or device"
-        raise ValueError(f"image {shown(entry.path)} is {what}, not a file")
+        raise ValueError(f"image {shown_path(entry.path)} is {what}, not a file")
 
 
 def _in_order(name: str) -> tuple:

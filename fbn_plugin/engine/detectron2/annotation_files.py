@@ -29,8 +29,8 @@ from fbn_plugin.engine.data.coco_data import check_files
 from fbn_plugin.engine.data.dataset_checks import check_number_of_classes
 from fbn_plugin.engine.detectron2.data import CLASSES_KEYS, checked, records, refuse_rle
 from fbn_plugin.engine.detectron2.registered import has_file, own_names, registered_dataset
-from fbn_plugin.engine.run.json_files import has_mark, read_json
-from fbn_plugin.engine.run.words import counted
+from fbn_plugin.engine.files.json_files import has_mark, read_json
+from fbn_plugin.engine.files.words import counted
 
 __all__ = ["check_annotation_files", "read_in_its_place"]
 

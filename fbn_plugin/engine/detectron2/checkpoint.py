@@ -8,8 +8,8 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from fbn_plugin.engine.files.array_pickle import read_pickled_weights
 from fbn_plugin.engine.run import distributed
-from fbn_plugin.engine.run.array_pickle import read_pickled_weights
 from fbn_plugin.engine.run.checkpoint import AtomicSaving, load_file
 from fbn_plugin.engine.run.states import check_like
 from fbn_plugin.engine.run.weights import loading_report, refuse_foreign, refuse_misfit

@@ -32,13 +32,15 @@ from fbn_plugin.engine.detectron2.data import (
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
 from fbn_plugin.engine.detectron2.rules import RULES, input_rules
 from fbn_plugin.engine.detectron2.values import attempt, check_types, differences, is_float, type_sentence
+from fbn_plugin.engine.files.literals import literal
+from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.files.yaml_file import read_yaml
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric, is_given
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.config import check_texts, pairs
 from fbn_plugin.engine.run.detection_keys import MAY_CHANGE
 from fbn_plugin.engine.run.detection_rules import dependent_rules
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
-from fbn_plugin.engine.run.literals import literal
 from fbn_plugin.engine.run.lock import hold
 from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.run.population import check_population_stats
@@ -46,8 +48,6 @@ from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, c
 from fbn_plugin.engine.run.resuming import checkpoint_to_resume
 from fbn_plugin.engine.run.rules import check_norms, check_values, exactly, one_of, refusal
 from fbn_plugin.engine.run.schedule import eval_iterations
-from fbn_plugin.engine.run.words import counted
-from fbn_plugin.engine.run.yaml_file import read_yaml
 from fbn_plugin.frameworks.detectron2 import canonical_norm, check_norm
 from fbn_plugin.frameworks.detectron2_keys import add_keys
 

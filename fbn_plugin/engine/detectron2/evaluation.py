@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.named_sets import resolve_dataset
+from fbn_plugin.engine.files.disk import WriteError
 from fbn_plugin.engine.reports.evaluation import read_detections, score_detections
-from fbn_plugin.engine.run.disk import WriteError
 from fbn_plugin.engine.run.run_folder import Run
 
 __all__ = ["evaluate_run"]

@@ -25,9 +25,9 @@ from detectron2.utils.events import (
     get_event_storage,
 )
 
+from fbn_plugin.engine.files.disk import AppendedFile, WriteError
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint
-from fbn_plugin.engine.run.disk import AppendedFile, WriteError
 from fbn_plugin.engine.run.logging import forget_metrics, read_metrics
 from fbn_plugin.engine.run.population import refresh_population_stats
 from fbn_plugin.engine.run.resuming import is_saved_after, save_before_leaving

@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_utils
 
 from fbn_plugin.engine.data.coco_data import CocoDataset, check_dataset, check_files, read_dataset
-from fbn_plugin.engine.run.words import shown
+from fbn_plugin.engine.files.words import shown
 
 __all__ = ["check_records", "has_file", "registered_dataset"]
 

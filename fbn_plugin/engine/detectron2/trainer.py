@@ -49,12 +49,12 @@ from fbn_plugin.engine.detectron2.data import (
 )
 from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, PopulationStatistics, Saving
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
+from fbn_plugin.engine.files.disk import writing
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.checkpoint import RandomState
 from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, error_sentence, import_modules, user_errors
 from fbn_plugin.engine.run.config import save_config
-from fbn_plugin.engine.run.disk import writing
 from fbn_plugin.engine.run.evaluation_names import inference_folder
 from fbn_plugin.engine.run.lock import hold, let_go, open_output_dir
 from fbn_plugin.engine.run.logging import LogFile

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from detectron2.config import CfgNode, get_cfg
 
+from fbn_plugin.engine.files.words import shown
 from fbn_plugin.engine.run.rules import get_value, refusal
-from fbn_plugin.engine.run.words import shown
 from fbn_plugin.frameworks.detectron2_keys import add_keys
 
 __all__ = ["attempt", "check_types", "differences", "is_float", "type_sentence"]

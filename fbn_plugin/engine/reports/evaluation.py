@@ -11,12 +11,12 @@ from typing import Any
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.coco_eval import evaluate_coco
 from fbn_plugin.engine.data.detection_checks import check_detections
+from fbn_plugin.engine.files.json_files import read_json
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.evaluation_names import METRICS, metric_prefix
-from fbn_plugin.engine.run.json_files import read_json
 from fbn_plugin.engine.run.run_folder import Run
 from fbn_plugin.engine.run.states import checked_iteration
-from fbn_plugin.engine.run.words import counted
 
 __all__ = [
     "averages_note",

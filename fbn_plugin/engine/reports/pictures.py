@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as mask_utils
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
-from fbn_plugin.engine.data.decoding import read_image, shown
+from fbn_plugin.engine.data.decoding import read_image
+from fbn_plugin.engine.files.words import counted, shown_path
 from fbn_plugin.engine.run.cli import UserError
-from fbn_plugin.engine.run.words import counted
 
 __all__ = ["draw_detections", "find_images", "spread_images"]
 
@@ -100,7 +100,7 @@ def _row(
     pixels = read_image(path)
     if pixels.size != (image["width"], image["height"]):
         raise UserError(
-            f"image {shown(path)} is {pixels.width}x{pixels.height}, its annotation file says "
+            f"image {shown_path(path)} is {pixels.width}x{pixels.height}, its annotation file says "
             f"{image['width']}x{image['height']}"
         )
     scale = side / max(pixels.size)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
+from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.reports.evaluation import read_detections
 from fbn_plugin.engine.reports.pictures import draw_detections
-from fbn_plugin.engine.run.disk import atomic_write
 from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.run.run_info import hardware

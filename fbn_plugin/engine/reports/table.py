@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fbn_plugin.engine.data.coco_eval import no_detections
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.detection_keys import detection_config
 from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.run_folder import NORM_KEYS, Run, norm_label
-from fbn_plugin.engine.run.words import counted
 from fbn_plugin.registry import NORMS
 
 __all__ = ["PAPER_AP", "PAPER_SOURCE", "Column", "Table", "build_tables", "paper_table"]

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.cli import UserError
-from fbn_plugin.engine.run.disk import atomic_write
 from fbn_plugin.engine.run.rules import refusal
 
 __all__ = ["BestCheckpoint", "check_metric", "is_given"]

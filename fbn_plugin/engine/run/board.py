@@ -13,7 +13,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.writer import FileWriter
 
-from fbn_plugin.engine.run.disk import AppendedFile
+from fbn_plugin.engine.files.disk import AppendedFile
 
 __all__ = ["Board"]
 

@@ -18,14 +18,14 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 from torch import Tensor
 
+from fbn_plugin.engine.files.disk import atomic_write
+from fbn_plugin.engine.files.tensor_file import check_pickles, check_tensors
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
-from fbn_plugin.engine.run.disk import atomic_write
 from fbn_plugin.engine.run.output_dir import last_checkpoint
 from fbn_plugin.engine.run.states import check_like, check_states
-from fbn_plugin.engine.run.tensor_file import check_pickles, check_tensors
 from fbn_plugin.engine.run.weights import refuse_foreign, refuse_misfit
-from fbn_plugin.engine.run.words import counted
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fbn_plugin.engine.files.disk import WriteError, is_full
 from fbn_plugin.engine.run import distributed, stopping
-from fbn_plugin.engine.run.disk import WriteError, is_full
 from fbn_plugin.engine.run.output_dir import how_to_continue
 
 __all__ = [

@@ -16,10 +16,10 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from fbn_plugin.engine.run.disk import atomic_write
-from fbn_plugin.engine.run.literals import literal
-from fbn_plugin.engine.run.words import counted, shown
-from fbn_plugin.engine.run.yaml_file import read_yaml
+from fbn_plugin.engine.files.disk import atomic_write
+from fbn_plugin.engine.files.literals import literal
+from fbn_plugin.engine.files.words import counted, shown
+from fbn_plugin.engine.files.yaml_file import read_yaml
 from fbn_plugin.frameworks.detectron2_keys import without_defaults
 from fbn_plugin.registry import with_registered_name
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import stopping
 from fbn_plugin.engine.run.rules import refusal
-from fbn_plugin.engine.run.words import counted
 
 __all__ = [
     "all_gather",

@@ -4,8 +4,8 @@ section 2.1, and detectron2's SOLVER.REFERENCE_WORLD_SIZE."""
 import logging
 from collections.abc import Callable
 
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.config import CfgNode
-from fbn_plugin.engine.run.words import counted
 
 __all__ = ["scale_to_processes"]
 

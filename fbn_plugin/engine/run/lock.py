@@ -15,9 +15,9 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from fbn_plugin.engine.files.disk import remove_leftovers, writing
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
-from fbn_plugin.engine.run.disk import remove_leftovers, writing
 from fbn_plugin.engine.run.output_dir import holds_run, make_output_dir
 
 try:

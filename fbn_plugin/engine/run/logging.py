@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fbn_plugin.engine.files.disk import AppendedFile, WriteError, atomic_write
 from fbn_plugin.engine.run import distributed
-from fbn_plugin.engine.run.disk import AppendedFile, WriteError, atomic_write
 
 __all__ = ["LogFile", "Timer", "TrainingLog", "forget_metrics", "read_metrics", "setup_logging"]
 

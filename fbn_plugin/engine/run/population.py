@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode
-from fbn_plugin.engine.run.words import counted
 from fbn_plugin.layers.description import check_moments
 from fbn_plugin.training.population_statistics import norms_to_update, update_population_stats
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.config import CfgNode, refuse_changes
 from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.run.output_dir import check_output_dir, holds_run
 from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.states import checked_iteration
-from fbn_plugin.engine.run.words import counted
 
 __all__ = ["check_enough_iterations", "check_finite", "check_run", "check_state"]
 

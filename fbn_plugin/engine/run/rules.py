@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fbn_plugin.engine.run.words import shown
+from fbn_plugin.engine.files.words import shown
 from fbn_plugin.registry import matching_names, parse_spec
 
 __all__ = [

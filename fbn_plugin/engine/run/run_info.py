@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 import fbn_plugin
+from fbn_plugin.engine.files.disk import atomic_write
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.cli import imported
-from fbn_plugin.engine.run.disk import atomic_write
-from fbn_plugin.engine.run.words import counted
 
 __all__ = [
     "cpu_name",

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from fbn_plugin.adapters import load_adapters
-from fbn_plugin.engine.run.words import counted
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.layers.description import family
 
 __all__ = ["loading_report", "refuse_foreign", "refuse_misfit"]

@@ -3,7 +3,7 @@ ResNets.
 
 The files are pickles of NumPy arrays, in one of two ways of naming: Caffe2's (``res2_0_branch2a_bn_s``), which
 ``detectron2/checkpoint/c2_model_loading.py`` describes, or detectron2's (``res2.0.conv1.norm.weight``). They are read
-by ``engine/run/array_pickle.py``, which runs nothing in them, and without detectron2.
+by ``engine/files/array_pickle.py``, which runs nothing in them, and without detectron2.
 """
 
 import os
@@ -12,7 +12,7 @@ import re
 from iopath.common.file_io import HTTPURLHandler, PathManager
 from torch import Tensor
 
-from fbn_plugin.engine.run.array_pickle import read_pickled_weights
+from fbn_plugin.engine.files.array_pickle import read_pickled_weights
 
 __all__ = ["is_detectron2_file", "local_path", "read_backbone"]
 

@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.coco_eval import coco_results, evaluate_coco, metric_names
+from fbn_plugin.engine.files.disk import atomic_write, writing
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
 from fbn_plugin.engine.run.detection_keys import MAY_CHANGE, detection_config
-from fbn_plugin.engine.run.disk import atomic_write, writing
 from fbn_plugin.engine.run.evaluation_names import METRICS, inference_folder, metric_prefix
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
@@ -45,7 +46,6 @@ from fbn_plugin.engine.run.rules import named
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import choose_seed, same_on_all_processes
-from fbn_plugin.engine.run.words import counted
 from fbn_plugin.engine.torchvision.config import norms_of
 from fbn_plugin.engine.torchvision.data import DetectionData
 from fbn_plugin.engine.torchvision.model import build_model, build_optimizer, build_scheduler

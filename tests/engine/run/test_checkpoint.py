@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState, load_file
-from fbn_plugin.engine.run.disk import atomic_write
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fbn_plugin
+from fbn_plugin.engine.files.disk import WriteError
 from fbn_plugin.engine.run.cli import (
     RUN_ERRORS,
     check_outputs,
@@ -16,7 +17,6 @@ from fbn_plugin.engine.run.cli import (
     stoppable,
     user_errors,
 )
-from fbn_plugin.engine.run.disk import WriteError
 
 
 def test_bad_input_is_one_line_and_a_bug_keeps_its_traceback(capsys):

@@ -9,7 +9,7 @@ import pytest
 from full_disk import largest_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fbn_plugin.engine.run.disk import WriteError
+from fbn_plugin.engine.files.disk import WriteError
 from fbn_plugin.engine.run.logging import TrainingLog, forget_metrics, read_metrics, setup_logging
 
 

@@ -18,13 +18,13 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from fbn_plugin import SyncFilteredBatchNorm
 from fbn_plugin.engine.data.sampling import repeat_factors
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import population
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.detection_keys import detection_config
 from fbn_plugin.engine.run.run_info import read_run_info
 from fbn_plugin.engine.run.schedule import recorded_evaluation
-from fbn_plugin.engine.run.words import counted
 from fbn_plugin.engine.torchvision import trainer as detection
 from fbn_plugin.engine.torchvision.config import load_detection_config
 from fbn_plugin.engine.torchvision.model import build_model, build_optimizer, build_scheduler

@@ -8,7 +8,7 @@ import pytest
 from fvcore.common.config import CfgNode
 from limited_process import assert_sound, outcomes
 
-from fbn_plugin.engine.run.literals import literal
+from fbn_plugin.engine.files.literals import literal
 
 
 @pytest.mark.parametrize(

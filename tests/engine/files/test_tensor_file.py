@@ -7,7 +7,7 @@ import zipfile
 import pytest
 import torch
 
-from fbn_plugin.engine.run.tensor_file import check_pickles, check_tensors
+from fbn_plugin.engine.files.tensor_file import check_pickles, check_tensors
 
 
 def content():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from full_disk import largest_file
 
-from fbn_plugin.engine.run import disk
-from fbn_plugin.engine.run.disk import AppendedFile, WriteError, atomic_write, remove_leftovers
+from fbn_plugin.engine.files import disk
+from fbn_plugin.engine.files.disk import AppendedFile, WriteError, atomic_write, remove_leftovers
 
 
 class FullDisk:

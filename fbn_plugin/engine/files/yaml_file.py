@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from yaml.resolver import Resolver
 
-from fbn_plugin.engine.run.words import shown
+from fbn_plugin.engine.files.words import shown
 
 __all__ = ["read_yaml"]
 

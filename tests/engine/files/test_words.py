@@ -1,6 +1,6 @@
 """One of a thing and several of it."""
 
-from fbn_plugin.engine.run.words import counted, shown
+from fbn_plugin.engine.files.words import counted, shown
 
 
 def test_nouns_follow_their_number():

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fbn_plugin.engine.run.array_pickle import BoundedFile
+from fbn_plugin.engine.files.array_pickle import BoundedFile
 
 __all__ = ["check_pickles", "check_tensors"]
 

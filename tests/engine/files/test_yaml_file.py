@@ -9,8 +9,8 @@ import pytest
 import yaml
 from limited_process import outcomes
 
-from fbn_plugin.engine.run import yaml_file
-from fbn_plugin.engine.run.yaml_file import read_yaml
+from fbn_plugin.engine.files import yaml_file
+from fbn_plugin.engine.files.yaml_file import read_yaml
 from fbn_plugin.engine.torchvision.config import load_detection_config
 
 ROOT = Path(__file__).parents[3]

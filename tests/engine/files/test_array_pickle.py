@@ -8,7 +8,7 @@ import pytest
 import torch
 from limited_process import outcomes
 
-from fbn_plugin.engine.run.array_pickle import read_pickled_weights
+from fbn_plugin.engine.files.array_pickle import read_pickled_weights
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import os
 import stat
 from typing import Any
 
-from fbn_plugin.engine.run.words import shown
+from fbn_plugin.engine.files.words import shown
 
 __all__ = ["has_mark", "read_json"]
 

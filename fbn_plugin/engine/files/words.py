@@ -1,8 +1,9 @@
 """Numbers of things, and values, in the sentences that tools print."""
 
+import os
 from typing import Any
 
-__all__ = ["counted", "shown"]
+__all__ = ["counted", "shown", "shown_path"]
 
 _PLURALS = {
     "batch": "batches",
@@ -43,3 +44,15 @@ def shown(value: Any, most: int = 200) -> str:
         return text
     end = text[-1] if text[-1] in "'\")]}" else ""
     return f"{text[: most // 2]}...{end} ({len(text):,} characters)"
+
+
+def shown_path(name: str | os.PathLike) -> str:
+    """A path as it stands in a sentence: in quotes and with escapes where it has line breaks or is no text.
+
+    Examples::
+
+        >>> shown_path("a/1.png"), shown_path("a\\n1.png")
+        ('a/1.png', "'a\\\\n1.png'")
+    """
+    name = os.fspath(name)
+    return name if isinstance(name, str) and name and name.isprintable() else repr(name)

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from fbn_plugin.engine.run.json_files import has_mark, read_json
-from fbn_plugin.engine.run.words import shown
+from fbn_plugin.engine.files.json_files import has_mark, read_json
+from fbn_plugin.engine.files.words import shown
 
 
 def test_with_and_without_a_mark(tmp_path):
