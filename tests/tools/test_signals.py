@@ -7,12 +7,13 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
 from forked import Forked
-from tiny_runs import TOOLS, arguments, assert_same, import_all, results, tool
+from tiny_runs import ROOT, TOOLS, arguments, assert_same, import_all, results, tool
 
 from fbn_plugin.engine.run import population, stopping
 
@@ -210,3 +211,16 @@ def test_processes_that_the_tool_starts_stop_with_it(shapes, tmp_path, number, c
     os.kill(run.pid, number)
     assert run.wait(30) == code, run.error
     assert run.error.count("\n") == 1 and (out / "last_checkpoint").exists() == (code == 143), run.error
+
+
+def test_while_packages_are_imported_and_when_nobody_reads():
+    command = [sys.executable, str(ROOT / "tools/make_table.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    run = subprocess.Popen(command, **pipes)
+    time.sleep(0.5)  # of the two seconds that PyTorch takes
+    run.send_signal(signal.SIGINT)
+    assert run.communicate()[1].startswith("stopped be") and run.returncode == 130
+    run = subprocess.Popen(command, **pipes)
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 141
