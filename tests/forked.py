@@ -2,6 +2,7 @@
 exit codes are those of a process of its own.
 """
 
+import multiprocessing.process
 import multiprocessing.util
 import os
 import re
@@ -41,6 +42,12 @@ class Forked:
             for number, file in enumerate(self.files, 1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+            os.environ["PYTHONWARNINGS"] = "ignore"  # of processes that this one starts
+            multiprocessing.process._children.clear()  # the tests' own, which cannot be joined here
+            # As in a shell: the tests may run in the background, where these are ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
             torch.set_num_threads(1)
             before()
             main(argv)

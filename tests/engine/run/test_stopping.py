@@ -8,6 +8,17 @@ import pytest
 from fbn_plugin.engine.run import stopping
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_shell():
+    """The tests may run in the background, where some signals are ignored."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
 def send(*numbers):
     for number in numbers:
         signal.raise_signal(number)
