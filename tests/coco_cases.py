@@ -159,7 +159,6 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a crowd of text": (annotation(iscrowd="0"), "'iscrowd' must be 0 or 1, got '0'"),
     "a crowd of 2": (annotation(iscrowd=2), "'iscrowd' must be 0 or 1, got 2"),
     "a crowd of a list": (annotation(iscrowd=[0]), "'iscrowd' must be 0 or 1, got [0]"),
-    "ignored": (annotation(ignore=1), "'ignore' must be 0 or missing"),
     "an unknown image": (annotation(image_id=9), "the id of one of the file's 2 images, such as 1, got 9"),
     "an image of text": (annotation(image_id="1"), "such as 1, got '1'"),
     "an image of null": (annotation(image_id=None), "got None"),
@@ -288,6 +287,7 @@ READ: dict[str, tuple[Change, int]] = {
     "two categories of one name": (lambda c: c["categories"].append({"id": 3, "name": "x"}), 2),
     "keypoints of null": (annotation(keypoints=None, num_keypoints=None), 2),
     "nothing to ignore": (annotation(ignore=0), 2),
+    "what other tools call difficult": (annotation(ignore=1), 2),
     "a field of another tool": (annotation(attributes={"occluded": False}, score=NAN), 2),
 }
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from fbn_plugin.engine.benchmark.environment import keep_freed_memory, machine
 from fbn_plugin.engine.benchmark.layers import first_line
 from fbn_plugin.engine.benchmark.rows import Row, plan
 from fbn_plugin.engine.benchmark.settings import Settings
+from fbn_plugin.engine.files.json_files import read_json
 
 FORMAT = "fbn_plugin benchmark 1"
 KINDS = ("layers", "models", "host", "compiled", "first_steps", "checks", "preparation")
@@ -227,10 +227,7 @@ def load(path: str | os.PathLike) -> dict:
         ValueError: it does not hold a benchmark's results.
     """
     path = os.fspath(path)
-    try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # the second for lists in lists, by the thousand
-        raise ValueError(f"{path} is not JSON") from None
+    results = read_json(path)
     keys = ("environment", "settings", "layers", "models", "notes")
     if not isinstance(results, dict) or results.get("format") != FORMAT or any(key not in results for key in keys):
         raise ValueError(f"{path} does not hold results of this benchmark ({FORMAT!r})")

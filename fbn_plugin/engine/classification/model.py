@@ -78,7 +78,8 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
 
 @torch.no_grad()
 def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device) -> None:
-    """Refuse an INPUT.SIZE that a model cannot take, which it would say in its first iteration, by one empty image.
+    """Refuse an INPUT.SIZE that a model cannot take, which it would say in its first iteration, by two empty
+    images: of one alone, a norm by the batch has one value a channel on a map of one pixel.
 
     Args:
         cfg: config.
@@ -90,7 +91,7 @@ def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device) -> No
     """
     training = model.training
     try:
-        model.eval()(torch.zeros(1, len(cfg.INPUT.FORMAT), cfg.INPUT.SIZE, cfg.INPUT.SIZE, device=device))
+        model.eval()(torch.zeros(2, len(cfg.INPUT.FORMAT), cfg.INPUT.SIZE, cfg.INPUT.SIZE, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise refusal("INPUT.SIZE", f"one that {cfg.MODEL.NAME} takes ({reason})", cfg.INPUT.SIZE) from None

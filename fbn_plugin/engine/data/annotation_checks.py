@@ -182,8 +182,8 @@ class _Batch:
         self._add_area(index, each)
         found["iscrowd"] = self._crowd(index, each)
         if each.get("ignore") not in (None, 0):
-            accepted = "0 or missing, and 'iscrowd' marks what is neither trained on nor missed"
-            refuse(self.who(index), "ignore", accepted, each["ignore"])
+            # As other tools mark what is difficult, and none of COCO's reads it.
+            self.findings.noted["'ignore' set, which changes nothing: 'iscrowd' does"] += 1
         self._add_segmentation(index, found.pop("segmentation", None))
         if "keypoints" in each or "num_keypoints" in each:
             self._add_keypoints(index, found)

@@ -24,6 +24,15 @@ __all__ = ["Archive", "FoundImages", "Member", "images_in_archive", "images_in_f
 logger = logging.getLogger(__name__)
 
 
+def _seek_and_read(file: int, size: int, start: int) -> bytes:
+    os.lseek(file, start, os.SEEK_SET)
+    return os.read(file, size)
+
+
+# Leaves the file's position alone, which forked processes share. Windows has neither.
+_read_at = getattr(os, "pread", _seek_and_read)
+
+
 class Archive:
     """A tar file, of which any number of processes may read at once."""
 
@@ -34,9 +43,9 @@ class Archive:
     def read(self, start: int, size: int) -> bytes:
         """Bytes from ``start`` on; fewer than ``size`` where the file ends."""
         if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         parts, end = [], start + size
-        while start < end and (part := os.pread(self._file, end - start, start)):  # leaves the file's position alone
+        while start < end and (part := _read_at(self._file, end - start, start)):
             parts.append(part)
             start += len(part)
         return b"".join(parts)

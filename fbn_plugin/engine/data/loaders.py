@@ -24,6 +24,8 @@ __all__ = ["data_loader", "shield_workers", "training_loader"]
 
 class _ShieldedLoader(DataLoader):
     def __iter__(self):
+        if self.num_workers == 0:
+            return super().__iter__()
         with blocked():  # from their first moment on
             return super().__iter__()
 

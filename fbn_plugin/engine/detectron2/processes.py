@@ -60,7 +60,7 @@ def launch(
         return
     if dist_url == "auto":
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    with stopping.blocked():  # until they can answer a signal
+    with stopping.blocked("spawn"):  # until they can answer a signal
         context = mp.start_processes(
             _process,
             args=(function, args, processes, machines, machine_rank, dist_url, device),

@@ -31,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fbn_plugin.engine.files.words import shown
+
 __all__ = ["BoundedFile", "read_pickled_weights"]
 
 _MOST_INSTRUCTIONS = 1_000_000  # some 25 an array
@@ -178,7 +180,7 @@ def _tensors(arrays: Any, ignored: str | None = None) -> dict[str, Tensor]:
         if ignored and name.endswith(ignored):
             continue
         if not isinstance(array, _Array) or array.tensor is None:
-            raise ValueError(f"entry {_short(name)} is {_kind(array)}, not an array of numbers")
+            raise ValueError(f"entry {shown(name, 80)} is {_kind(array)}, not an array of numbers")
         tensors[name] = array.tensor
     return tensors
 
@@ -287,7 +289,7 @@ class _Machine:
 
     def _name(self, module: Any, name: Any) -> None:
         if (module, name) not in _NAMES:
-            raise ValueError(f"it holds more than arrays ({_short(f'{module}.{name}')})")
+            raise ValueError(f"it holds more than arrays ({shown(f'{module}.{name}', 80)})")
         self._push(_NAMES[module, name])
 
     def _name_from_lines(self) -> None:
@@ -385,10 +387,6 @@ def _fill(target: dict[str, Any], values: list[Any]) -> None:
 def _kind(value: Any) -> str:
     """What a value is, in words; never its content, which may be of any size and depth."""
     return "nothing" if value is None else f"a value of type {type(value).__name__.strip('_').lower()}"
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:80]}...")
 
 
 def _integer_in_text(line: bytes) -> int | bool:

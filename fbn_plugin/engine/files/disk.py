@@ -16,6 +16,8 @@ __all__ = ["AppendedFile", "WriteError", "atomic_write", "is_full", "remove_left
 # No space left, no quota left, a file larger than may be: nothing is wrong with the input.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_BINARY = getattr(os, "O_BINARY", 0)  # of Windows, which would write other line ends
+
 _LEFTOVER = re.compile(r"\.fbn_plugin-(\d+)-[0-9a-f]{8}\.tmp")
 
 
@@ -50,9 +52,17 @@ def writing(path: str | os.PathLike, only_full: bool = False) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if not (is_full(error) or (isinstance(error, OSError) and not only_full)):
             raise
-        while not (isinstance(error, OSError) and (error.errno or error.__context__ is None)):
-            error = error.__context__
-        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise WriteError(f"{path} cannot be written: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """What the system says of a failed write, in whose handling others may have been raised."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error)
 
 
 class _Sink:
@@ -140,7 +150,7 @@ class AppendedFile:
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
         with writing(self.path):
-            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _BINARY, 0o666)
 
     def write(self, data: bytes) -> None:
         """Add ``data``.
@@ -186,6 +196,8 @@ def remove_leftovers(folder: str | os.PathLike, below: Collection[str] = ()) -> 
 
 
 def _is_alive(process: int) -> bool:
+    if os.name != "posix":  # to ask would end it
+        return True
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

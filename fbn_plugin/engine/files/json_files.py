@@ -5,6 +5,7 @@ import codecs
 import json
 import os
 import stat
+from collections import Counter
 from typing import Any
 
 from fbn_plugin.engine.files.words import shown
@@ -20,19 +21,26 @@ _MARKS = {
 }
 
 
-def read_json(path: str | os.PathLike) -> Any:
+def read_json(path: str | os.PathLike, most: int | None = None) -> Any:
     """The content of a JSON file in UTF-8, with a byte-order mark or without.
 
     Numbers that Python's ``json`` takes beyond the standard (``NaN``, ``Infinity``, ``1e400``) are left to whoever
     knows what the number is for.
 
+    Args:
+        path: the file.
+        most: bytes that it may have, where what it is for has a bound.
+
     Raises:
         OSError: the file is not there, or is none: a folder, a pipe, a device.
         ValueError: it is no JSON, is nested too deeply, has a whole number of thousands of digits, or has one key twice
-            in an object, of which JSON means none.
+            in an object, of which JSON means none; it has more than ``most`` bytes.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(f"{path} is not a file")
+    if most is not None and status.st_size > most:
+        raise ValueError(f"{path} is {status.st_size:,} bytes large, and must be at most {most:,}")
     with open(path, "rb") as file:
         data = file.read()
     for mark, name in _MARKS.items():
@@ -59,8 +67,7 @@ def has_mark(path: str | os.PathLike) -> bool:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         where = f" of id {shown(found['id'], 60)}" if "id" in found else ""
         raise ValueError(f"an object{where} has the key {shown(twice, 60)} twice")
     return found

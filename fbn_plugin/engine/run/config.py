@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -143,7 +144,7 @@ def _read(config_file: str | os.PathLike | None) -> list[tuple[str, Any]]:
     values = list(_flatten(read_yaml(config_file)))
     keys = [key for key, _ in values]
     if len(set(keys)) < len(keys):  # SOLVER.BASE_LR as one word, and in its group
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(keys).most_common(1)[0][0]
         raise ValueError(f"config file {config_file} has {twice} twice")
     return values
 

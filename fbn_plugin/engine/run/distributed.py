@@ -129,20 +129,23 @@ def on_main(action: Callable[[], object]) -> None:
 
     Raises:
         OSError, ValueError: what ``action`` raises on rank 0; on every process.
+        RuntimeError: in the place of any other error, on ranks but 0.
     """
     if not dist.is_initialized():
         if is_main():
             action()
         return
-    error = None
+    error = told = None
     if is_main():
         try:
             action()
-        except (OSError, ValueError) as caught:
-            error = caught
-    error = broadcast_object(error)
-    if error is not None:
-        raise error
+        except Exception as caught:  # a bug as well: nobody else would know of it
+            error = told = caught
+            if not isinstance(caught, OSError | ValueError):  # perhaps one that cannot be sent
+                told = RuntimeError(f"rank 0 failed: {type(caught).__name__}: {caught}")
+    told = broadcast_object(told)
+    if told is not None:
+        raise error or told
 
 
 def all_gather(value: Any) -> list[Any]:

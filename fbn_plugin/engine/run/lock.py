@@ -75,7 +75,7 @@ def _take(folder: str | os.PathLike) -> bool:
         let_go(folder)  # someone has removed the folder, or the lock file
     while True:
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS):
                 return False  # no folder, or none to write to, which check_output_dir says
@@ -89,7 +89,8 @@ def _take(folder: str | os.PathLike) -> bool:
         os.close(file)
     with contextlib.suppress(OSError):  # it is for the sentence alone
         os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.lseek(file, 0, os.SEEK_SET)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     _held[key] = file, os.getpid()
     return True
 
@@ -118,7 +119,7 @@ def _lock(file: int, folder: str | os.PathLike) -> bool:
                 "OUTPUT_DIR %s cannot be locked (%s): a second run there would not be noticed", folder, error.strerror
             )
             return False
-        text = os.pread(file, 300, 0).decode("utf-8", "replace").strip()
+        text = os.read(file, 300).decode("utf-8", "replace").strip()
         os.close(file)
         by = text if re.fullmatch(r"process \d+ on [\w.-]+", text) else "another process"
         raise UserError(f"OUTPUT_DIR {folder} is in use by {by}; choose another, or wait for its end") from None

@@ -93,8 +93,8 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
         """Save where it is due behind an iteration, counted from 0; ``kwargs`` are saved too."""
         if (iteration + 1) % self.period == 0:
             self.checkpointer.save(f"{self.file_prefix}_{iteration:07d}", iteration=iteration, **kwargs)
-            if self.max_to_keep is not None and distributed.is_main():
-                self._remove_older(self.max_to_keep, iteration)
+            if self.max_to_keep is not None:
+                distributed.on_main(lambda: self._remove_older(self.max_to_keep, iteration))
         if self.max_iter is not None and iteration >= self.max_iter - 1:
             self.checkpointer.save(f"{self.file_prefix}_final", iteration=iteration, **kwargs)
 

@@ -12,7 +12,7 @@ from fbn_plugin.engine.run.config import read_config
 from fbn_plugin.engine.run.evaluation_names import folder_name, metric_prefix
 from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.run.output_dir import holds_run, last_checkpoint
-from fbn_plugin.engine.run.run_info import read_json, read_run_info
+from fbn_plugin.engine.run.run_info import read_record, read_run_info
 from fbn_plugin.frameworks.detectron2_keys import KEYS
 from fbn_plugin.registry import NormSpec, norm_options, parse_spec
 
@@ -123,7 +123,7 @@ class Run:
 
     def _evaluation(self) -> dict[str, Any]:
         path = self.folder / "evaluation.json"
-        content = read_json(path)
+        content = read_record(path)
         kinds = {"iteration": int | None, "weights": str | None, "dataset": list, "metrics": dict}
         for key, kind in kinds.items():
             value = content.get(key, ...)

@@ -15,6 +15,7 @@ import torch
 
 import fbn_plugin
 from fbn_plugin.engine.files.disk import atomic_write
+from fbn_plugin.engine.files.json_files import read_json
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.cli import imported
 
@@ -22,7 +23,7 @@ __all__ = [
     "cpu_name",
     "hardware",
     "package_versions",
-    "read_json",
+    "read_record",
     "read_run_info",
     "write_evaluation",
     "write_run_info",
@@ -127,23 +128,16 @@ def read_run_info(folder: str | os.PathLike) -> dict[str, Any]:
         ValueError: the file is no JSON mapping.
     """
     path = Path(folder) / _FILE
-    return read_json(path) if path.is_file() else {}
+    return read_record(path) if path.is_file() else {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """What is in one of the small JSON files of a run.
 
     Raises:
         ValueError: it is no JSON mapping, or larger than any such file.
     """
-    if path.stat().st_size > _LARGEST_JSON:
-        raise ValueError(f"{path} is {path.stat().st_size:,} bytes large, and must be at most {_LARGEST_JSON:,}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply for what a run writes") from None
+    content = read_json(path, _LARGEST_JSON)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a mapping")
     return content

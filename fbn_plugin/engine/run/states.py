@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fbn_plugin.engine.files.words import shown
 from fbn_plugin.engine.run.cli import UserError
 
 __all__ = ["check_like", "check_optimizer", "check_states", "checked_iteration"]
@@ -95,7 +97,8 @@ def check_like(own: Any, given: Any, name: str = "it") -> None:
     elif isinstance(own, str):
         _want(isinstance(given, str), name, "text", given)
     else:
-        _want(given is None or isinstance(given, bool | int | float | str | Tensor), name, "a single value", given)
+        single = given is None or isinstance(given, bool | int | float | str | Tensor | torch.dtype)
+        _want(single, name, "a single value", given)
 
 
 def check_optimizer(optimizer: Optimizer, given: Any) -> None:
@@ -160,6 +163,9 @@ def _check_value(name: str, parameter: Tensor, given: Any) -> None:
             fits = len(shape) < len(whole) and all(size in whole for size in shape)
         fits = fits and given.is_floating_point() == parameter.is_floating_point()
         _want(fits or given.numel() == 1, name, f"a tensor of shape {whole}", given)
+    elif isinstance(given, list):  # such as factors of a matrix for each dimension
+        fits = all(each is None or isinstance(each, Tensor) for each in given)
+        _want(fits, name, "a tensor, a number or a list of tensors", given)
     else:
         _want(given is None or isinstance(given, bool) or _is_number(given), name, "a tensor or a number", given)
 
@@ -181,7 +187,4 @@ def _shown(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     if isinstance(value, Mapping | list | tuple):
         return f"a {type(value).__name__} of {len(value)}"
-    if isinstance(value, int) and not -(2**64) < value < 2**64:
-        return "a number of more than 64 bits"
-    text = " ".join(repr(value).split())
-    return text if len(text) < 80 else f"{text[:77]}..."
+    return shown(value, 80)

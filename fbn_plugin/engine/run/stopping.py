@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -115,8 +116,10 @@ def handled() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
-        for number, handler in before.items():  # a tool's own for its imports says that nothing has begun
-            signal.signal(number, signal.SIG_DFL if hasattr(handler, "until_it_begins") else handler)
+        for number, handler in before.items():
+            # A tool's own for its imports says that nothing has begun; None is one that is not Python's.
+            gone = handler is None or hasattr(handler, "until_it_begins")
+            signal.signal(number, signal.SIG_DFL if gone else handler)
         _state = state_before
 
 
@@ -132,12 +135,18 @@ def deferred() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def blocked() -> Iterator[None]:
+def blocked(method: str | None = None) -> Iterator[None]:
     """Hold all of these signals back for a block. A process that is started in it does not get them either, until it
-    calls :func:`unblock`, or :func:`end_with_parent` in a thread of its own."""
+    calls :func:`unblock`, or :func:`end_with_parent` in a thread of its own.
+
+    Args:
+        method: by which processes are started; None is Python's own.
+    """
     if not hasattr(signal, "sigwaitinfo"):  # not on macOS or Windows
         yield
         return
+    if (method or multiprocessing.get_start_method()) != "fork":
+        resource_tracker.ensure_running()  # whose start would let the signals through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *_TERMINATING))
     try:
         yield
@@ -154,9 +163,10 @@ def unblock() -> None:
 def end_with_parent() -> None:
     """In a process that was started in a :func:`blocked` block, wait for the SIGTERM of its parent, and end."""
     if hasattr(signal, "sigwaitinfo"):
+        parent = multiprocessing.parent_process().pid  # not getppid, which may be that of a server of forks
         while True:
             got = signal.sigwaitinfo((signal.SIGINT, *_TERMINATING))
-            if got.si_signo == signal.SIGTERM and got.si_pid == os.getppid():
+            if got.si_signo == signal.SIGTERM and got.si_pid == parent:
                 os._exit(0)
 
 

@@ -282,7 +282,7 @@ def test_detector_does_the_same_work_with_every_norm(one_thread):
         (["--output", "out.txt"], "ending in .json"),
         (["--plot", "out.pdf"], "ending in .png"),
         (["--from", "absent.json"], "absent.json"),
-        (["--from", "text.json"], "text.json is not JSON"),
+        (["--from", "text.json"], "text.json is not valid JSON"),
         (["--from", "other.json"], "does not hold results"),
         (["--from", "empty.json", "--plot", "out.png"], "nothing to draw"),
         (["--from", "empty.json", "--quick"], "--quick has no meaning"),

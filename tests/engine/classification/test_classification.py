@@ -174,6 +174,11 @@ def test_bad_values_are_named_before_anything_is_written(tmp_path, overrides, se
     assert not (tmp_path / "out").exists()
 
 
+def test_norms_by_the_batch_may_have_one_pixel_of_an_image(tmp_path):
+    """Which has one value a channel, and a batch has more."""
+    ClassificationTrainer(config(tmp_path / "out", MODEL__NORM="FBN(track_running_stats=False)"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it can be used on a GPU")
 def test_an_optimizer_that_cannot_be_used_here():
     with pytest.raises(ValueError, match=r"SOLVER.OPTIMIZER must be one that can be used here \(.+\), got 'fusedadam'"):

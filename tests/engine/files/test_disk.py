@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import stat
 
 import pytest
 import torch
@@ -101,13 +102,24 @@ def test_a_folder_that_is_gone_or_read_only_or_cannot_be_synchronized(tmp_path, 
     fsync = os.fsync
 
     def files_only(file):
-        if os.path.isdir(f"/proc/self/fd/{file}"):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         fsync(file)
 
     monkeypatch.setattr("os.fsync", files_only)
     atomic_write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_an_error_without_a_number_says_what_it_says(tmp_path):
+    def write(file):
+        try:
+            raise ValueError("odd")
+        except ValueError:
+            raise OSError("no more can be written") from None
+
+    with pytest.raises(WriteError, match="file cannot be written: no more can be written"):
+        atomic_write(tmp_path / "file", write=write)
 
 
 def test_a_link_is_replaced_and_its_target_stays(tmp_path):

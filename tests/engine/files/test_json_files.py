@@ -1,6 +1,7 @@
 """JSON files that users give: what is none is refused in one sentence, with or without a byte-order mark it is read."""
 
 import os
+import time
 
 import pytest
 
@@ -43,6 +44,24 @@ def test_what_is_no_json(tmp_path, text, words):
     sentence = str(error.value)
     assert sentence.startswith(f"{path} is not valid JSON") and words in sentence and "\n" not in sentence
     assert len(sentence) < len(str(path)) + 200
+
+
+def test_a_key_twice_among_many_is_found_at_once(tmp_path):
+    path = tmp_path / "file.json"
+    names = [*map(str, range(200_000)), "199999"]
+    path.write_text("{" + ", ".join(f'"{name}": 0' for name in names) + "}")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="has the key '199999' twice"):
+        read_json(path)
+    assert time.monotonic() - start < 20  # in steps that grow with the square, an hour
+
+
+def test_a_bound_of_its_size(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text("[]")
+    assert read_json(path, 2) == []
+    with pytest.raises(ValueError, match="is 2 bytes large, and must be at most 1"):
+        read_json(path, 1)
 
 
 def test_what_is_no_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import multiprocessing as mp
 
 from fbn_plugin.engine.run import distributed
 
@@ -84,3 +85,21 @@ def test_a_lost_worker_is_a_sentence():
         ("DataLoader worker (pid(s) 1, 2) exited unexpectedly", "exited unexpectedly"),
     ):
         assert f"a process that loads images {words}" in distributed.lost_process(RuntimeError(said))
+
+
+def _fail(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+
+    def action():
+        raise LookupError("a bug")
+
+    try:
+        distributed.on_main(action)
+    except (LookupError, RuntimeError) as error:
+        (folder / f"{rank}").write_text(f"{type(error).__name__}: {error}")
+
+
+def test_what_rank_0_raises_ends_the_others_too(tmp_path):
+    mp.start_processes(_fail, (tmp_path,), nprocs=2, start_method="fork")
+    assert (tmp_path / "0").read_text() == "LookupError: a bug"
+    assert (tmp_path / "1").read_text() == "RuntimeError: rank 0 failed: LookupError: a bug"

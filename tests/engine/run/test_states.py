@@ -11,6 +11,7 @@ from torch import nn
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.refusals import check_state
+from fbn_plugin.engine.run.states import check_optimizer
 
 
 def checkpointer(folder, optimizer=torch.optim.SGD, **options):
@@ -165,3 +166,14 @@ def test_other_optimizers(tmp_path, optimizer, options):
         checkpointer(tmp_path, torch.optim.SGD, momentum=0.9).checkpointables and found.check_content(
             {**state, "optimizer": {**state["optimizer"], "param_groups": state["optimizer"]["param_groups"][:1]}}
         )
+
+
+def test_lists_of_tensors_and_types_of_numbers():
+    """As some of timm's optimizers have them."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2, 3))], lr=0.1)
+    optimizer.param_groups[0]["momentum_dtype"] = torch.bfloat16
+    state = {"state": {0: {"Q": [torch.eye(2), None]}}, "param_groups": [{**optimizer.param_groups[0], "params": [0]}]}
+    check_optimizer(optimizer, state)
+    state["state"][0]["Q"][1] = "much"
+    with pytest.raises(ValueError, match="Q of parameter 0 must be a tensor, a number or a list of tensors"):
+        check_optimizer(optimizer, state)
