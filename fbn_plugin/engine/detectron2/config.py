@@ -274,7 +274,7 @@ def _fetch_weights(weights: str) -> None:
     """Fetch MODEL.WEIGHTS before anything is built."""
     try:
         path = PathManager.get_local_path(weights.partition("?")[0])
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a name that iopath's catalog does not have
         raise OSError(f"MODEL.WEIGHTS {weights} cannot be fetched: {error_sentence(error)}") from None
     if not os.path.isfile(path):
         raise FileNotFoundError(f"MODEL.WEIGHTS {weights} is not there")

@@ -147,6 +147,8 @@ class _Walk:
             self._memo[argument] = self._stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             self._push(self._memo[argument])
+        elif name == "GLOBAL" and "sparse" in argument:  # PyTorch would warn of what it does with it
+            raise ValueError("it has a tensor that is not dense")
         elif name == "MARK":
             self._stack.append(pickletools.markobject)
         elif name == "BINPERSID":

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-__all__ = ["counted", "shown", "shown_path"]
+__all__ = ["counted", "on_one_line", "shown", "shown_path"]
 
 _PLURALS = {
     "batch": "batches",
@@ -56,3 +56,15 @@ def shown_path(name: str | os.PathLike) -> str:
     """
     name = os.fspath(name)
     return name if isinstance(name, str) and name and name.isprintable() else repr(name)
+
+
+def on_one_line(text: str) -> str:
+    """Text with escapes for all that is not printed: a name that a file gives may break a line, or tell the terminal to
+    erase one.
+
+    Examples::
+
+        >>> on_one_line("a\\n\\x1b[2Jb ü")
+        'a\\\\n\\\\x1b[2Jb ü'
+    """
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -22,7 +22,7 @@ from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.tensor_file import check_pickles, check_tensors
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed
-from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.output_dir import last_checkpoint
 from fbn_plugin.engine.run.states import check_like, check_states
 from fbn_plugin.engine.run.weights import refuse_foreign, refuse_misfit
@@ -48,6 +48,9 @@ def check_contents(path: str | os.PathLike) -> None:
                 return
             with zipfile.ZipFile(file) as archive:
                 parts = archive.infolist()
+                compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)  # it may be without end
+                if compressed or sum(part.file_size for part in parts) > file.seek(0, os.SEEK_END):
+                    raise ValueError("its records are not as long as they say")
                 if all(part.CRC == 0 for part in parts) and any(part.file_size for part in parts):
                     return
                 found = archive.testzip()
@@ -103,6 +106,8 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
     for weights in [data[key] for key in there] or [data]:
         if not all(isinstance(name, str) for name in weights):
             raise ValueError(f"checkpoint {path} holds no weights: their names must be text")
+        if any(isinstance(value, Tensor) and value.is_complex() for value in weights.values()):
+            raise ValueError(f"checkpoint {path} holds complex numbers, and weights are real")
     if not there:
         return {"model": _without_wrappers(data)}
     if there[0] != "model":
@@ -232,7 +237,7 @@ class AtomicSaving:
         scaler = self.checkpointables.get("scaler")
         if content.get("scaler") == {} and scaler is not None and scaler.is_enabled():
             content["scaler"] = scaler.state_dict()  # of a run on the CPU, which scales nothing
-        if self._strict and not all(isinstance(value, Tensor) for value in content["model"].values()):
+        if not all(isinstance(value, Tensor) for value in content["model"].values()):
             raise UserError(f"checkpoint {self._path} is of another model: not all of its weights are tensors")
         check_states(self._path, content, {key: self.checkpointables[key] for key in self._wanted})
         return content
@@ -241,6 +246,23 @@ class AtomicSaving:
 class AtomicCheckpointer(AtomicSaving, Checkpointer):
     """fvcore's Checkpointer with atomic writes; a run is resumed only into the very same model, and weights to start
     from must have something of it."""
+
+    def load(self, path: str, checkpointables: list[str] | None = None, strict: bool | None = None) -> dict[str, Any]:
+        """See :meth:`AtomicSaving.load`."""
+        if "://" in path:
+            path = self._fetch(path)
+        elif path and not os.path.isfile(path):
+            path = path.partition("?")[0]
+        return super().load(path, checkpointables, strict)
+
+    def _fetch(self, address: str) -> str:
+        try:
+            path = self.path_manager.get_local_path(address)
+        except OSError as error:
+            raise OSError(f"checkpoint {address} cannot be fetched: {error_sentence(error)}") from None
+        if not os.path.isfile(path):  # of an address that is none
+            raise FileNotFoundError(f"checkpoint {address} is not there")
+        return path
 
     def _log_incompatible_keys(self, incompatible) -> None:
         if self._strict:

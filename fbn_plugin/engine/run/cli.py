@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fbn_plugin.engine.files.disk import WriteError, is_full
+from fbn_plugin.engine.files.words import on_one_line
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.output_dir import how_to_continue
 
@@ -70,7 +71,7 @@ def user_errors(*types: type[BaseException]) -> Iterator[None]:
         if stopping.interrupted_by() is not None or isinstance(error, BrokenPipeError):
             raise  # no bad input, see `stoppable`
         _held.clear()
-        print(f"error: {error_sentence(error)}", file=sys.stderr)
+        print(f"error: {on_one_line(error_sentence(error))}", file=sys.stderr)
         disk = isinstance(error, WriteError) or (isinstance(error, OSError) and is_full(error))
         raise SystemExit(1 if disk else 2) from None
     except Exception:

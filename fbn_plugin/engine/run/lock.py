@@ -27,6 +27,12 @@ except ImportError:  # not on Windows
 
 __all__ = ["hold", "let_go", "lets_go", "open_output_dir"]
 
+# No folder, or none to write to: check_output_dir and make_output_dir say so.
+_NO_FOLDER = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
+
 logger = logging.getLogger(__name__)
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -77,8 +83,8 @@ def _take(folder: str | os.PathLike) -> bool:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS):
-                return False  # no folder, or none to write to, which check_output_dir says
+            if error.errno in _NO_FOLDER and not os.path.islink(path):
+                return False
             with writing(path):
                 raise
         if not _lock(file, folder):

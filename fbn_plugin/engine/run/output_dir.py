@@ -41,8 +41,12 @@ def check_output_dir(folder: str | os.PathLike, resume: bool, eval_only: bool) -
     """Refuse to write over a file, where nothing may be written, or to train over a run.
 
     Raises:
-        ValueError: the folder is a file, cannot be written to, or holds a run that is not to be resumed.
+        ValueError: the folder is a file or has no name, cannot be written to, or holds a run that is not to be resumed.
     """
+    if not os.fspath(folder):
+        raise ValueError("OUTPUT_DIR must be the name of a folder, got ''")
+    if os.path.islink(folder) and not os.path.exists(folder):
+        raise ValueError(f"OUTPUT_DIR {folder} is a link to a folder that is not there")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"OUTPUT_DIR {folder} is a file, not a folder")
     there = os.path.abspath(folder)

@@ -75,3 +75,9 @@ def test_old_form_longer_than_the_file(tmp_path):
 def test_tensors_that_are_not_dense(tensor):
     with pytest.raises(ValueError, match="a tensor that is not dense"):
         check_tensors({"model": [{"w": (tensor,)}]})
+
+
+def test_a_sparse_tensor_is_refused_before_pytorch_warns_of_it(tmp_path):
+    torch.save({"w": torch.ones(2, 2).to_sparse()}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="a tensor that is not dense"):
+        check_pickles(tmp_path / "x.pth")

@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from fbn_plugin.engine.files.disk import atomic_write
-from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState, load_file
+from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState, check_contents, load_file
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -122,3 +124,32 @@ def test_optimizer_and_scheduler_go_on_where_they_were(tmp_path):
     run(2, resume=False)
     resumed = run(2, resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("address", ["catalog://x", "file:///x.pth", "hf-hub://x", "://", "missing.pth?a=1"])
+def test_an_address_that_is_none(tmp_path, address):
+    with pytest.raises(FileNotFoundError, match=re.escape(address.partition("?")[0]) + " is not there"):
+        AtomicCheckpointer(nn.Linear(2, 2), str(tmp_path)).load(address, [])
+
+
+def test_what_follows_the_question_mark_is_no_part_of_the_name(tmp_path):
+    own, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    torch.save(other.state_dict(), tmp_path / "w.pth")
+    AtomicCheckpointer(own, str(tmp_path)).load(f"{tmp_path / 'w.pth'}?matching_heuristics=True", [])
+    assert torch.equal(own.weight, other.weight)
+
+
+@pytest.mark.parametrize("value, words", [([1.0], "not all of its weights are tensors"), (1j, "complex numbers")])
+def test_weights_that_are_none(tmp_path, value, words):
+    torch.save({"weight": value if isinstance(value, list) else torch.full((2, 2), value)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=rf"w\.pth .*{words}"):
+        AtomicCheckpointer(nn.Linear(2, 2), str(tmp_path)).load(str(tmp_path / "w.pth"), [])
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1_000_000))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: pytest.fail("it is unpacked"))
+    with pytest.raises(ValueError, match=r"bomb\.pth cannot be read: it is cut short or damaged"):
+        check_contents(path)

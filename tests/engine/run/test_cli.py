@@ -154,3 +154,9 @@ def test_a_full_disk_is_no_bad_input(tmp_path, capsys, types):
     with pytest.raises(SystemExit) as exit, user_errors(*types):
         raise FileNotFoundError(errno.ENOENT, "No such file", "x")
     assert exit.value.code == 2
+
+
+def test_names_from_a_file_do_not_break_the_line_or_reach_the_terminal(capsys):
+    with pytest.raises(SystemExit), user_errors():
+        raise ValueError("its entries are a\n\x1b[2Jweight, ü, \udce9")
+    assert capsys.readouterr().err == "error: its entries are a\\n\\x1b[2Jweight, ü, \\udce9\n"

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from fbn_plugin.engine.run.lock import hold
 from fbn_plugin.engine.run.output_dir import check_output_dir, holds_run, how_to_continue, make_output_dir
 
 
@@ -40,3 +41,21 @@ def test_a_file_is_no_folder(tmp_path):
         make_output_dir(tmp_path / "file" / "below")
     make_output_dir(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_name_that_leads_to_no_folder(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("loop", "dangling"):
+        with pytest.raises(ValueError, match=f"{name} is a link to a folder that is not there"):
+            check_output_dir(tmp_path / name, resume=False, eval_only=False)
+    with pytest.raises(ValueError, match="OUTPUT_DIR must be the name of a folder, got ''"):
+        check_output_dir("", resume=False, eval_only=False)
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/below", "x" * 300])
+def test_the_lock_leaves_what_cannot_be_a_folder_to_the_check(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    hold(tmp_path / name)
+    with pytest.raises(OSError, match="OUTPUT_DIR .* cannot be made"):
+        make_output_dir(tmp_path / name)
