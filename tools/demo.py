@@ -118,9 +118,9 @@ def run_side_by_side(tools: dict[str, list[str]]) -> None:
 @stoppable()
 def main(args=None) -> None:
     args = parse_args(args)
-    name = Path(args.data).resolve().name if args.data else "digits_on_photos"
-    output = args.output / name
     with user_errors():
+        name = os.path.basename(os.path.realpath(args.data)) if args.data else "digits_on_photos"
+        output = args.output / name
         from fbn_plugin.engine.data.demo_data import make_digits_on_photos
         from fbn_plugin.engine.data.named_sets import resolve_dataset
         from fbn_plugin.engine.reports.report import ap_table, write_report

@@ -15,6 +15,7 @@ table of its own. Below each stands what was run, in which settings the runs dif
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> str:
         from fbn_plugin.engine.reports.table import PAPER_SOURCE, build_tables, paper_table
         from fbn_plugin.engine.run.run_folder import read_run
 
-        resolved = [folder.resolve() for folder in args.run_dirs]
+        resolved = [os.path.realpath(folder) for folder in args.run_dirs]
         for folder in args.run_dirs:
-            if resolved.count(folder.resolve()) > 1:
+            if resolved.count(os.path.realpath(folder)) > 1:
                 raise ValueError(f"run folder {folder} is given more than once")
         labels = read_labels(args.label, args.run_dirs)
         tables = build_tables([read_run(folder) for folder in args.run_dirs], labels) or [paper_table()]

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fbn_plugin.engine.data.demo_data import make_digits_on_photos
 
 ROOT = Path(__file__).parents[2]
@@ -61,8 +63,10 @@ def test_a_missing_package_is_one_line(tmp_path):
     )
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    done = demo("--output", tmp_path / "out", "--data", tmp_path / "nowhere")
+@pytest.mark.parametrize("name", ["nowhere", "loop"])
+def test_a_folder_that_is_not_there(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    done = demo("--output", tmp_path / "out", "--data", tmp_path / name)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: ") and "nowhere" in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and name in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

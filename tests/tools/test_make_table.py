@@ -419,5 +419,7 @@ def test_bad_input(tool, write_run, tmp_path, capsys):
     content = {"iteration": 3, "weights": None, "dataset": ["coco_2017_val"], "metrics": {"bbox/AP": "hi"}}
     (run / "evaluation.json").write_text(json.dumps(content))
     assert "evaluation.json: bbox/AP must be a number or null, got 'hi'" in refusal(run)
+    (run / "evaluation.json").write_text(json.dumps({**content, "metrics": {"bbox/AP": 10**400}}))
+    assert "evaluation.json: bbox/AP must be a number or null, got 1000" in refusal(run)
     (run / "evaluation.json").write_text(json.dumps({**content, "dataset": None}))
     assert "evaluation.json is no evaluation: it has no 'dataset' of the right type" in refusal(run)

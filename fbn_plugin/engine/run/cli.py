@@ -138,6 +138,7 @@ def stoppable(output_dir: str | os.PathLike | None = None) -> Iterator[None]:
     Raises:
         SystemExit: it has ended so.
     """
+    _open_missing_streams()
     with stopping.handled():
         try:
             yield
@@ -164,6 +165,18 @@ def stoppable(output_dir: str | os.PathLike | None = None) -> Iterator[None]:
                 traceback.print_exc()
                 _end_among_others(1)
             raise
+
+
+def _open_missing_streams() -> None:
+    """Give a process that was started without a standard stream (``>&-``, as daemons are) one that leads nowhere: else
+    the next file that it opens gets the stream's number, and what libraries print there ends up in that file."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", closefd=False))
 
 
 def _leave(code: int, sentence: str, speaks: bool) -> NoReturn:
@@ -322,7 +335,7 @@ def _import_module(name: str) -> None:
 
 
 def _import_file(name: str) -> str:
-    path = Path(name).resolve()
+    path = Path(os.path.realpath(name))
     if not path.is_file():
         raise FileNotFoundError(f"--import {name}: the file is not there")
     if (known := sys.modules.get(path.stem)) is not None:
@@ -354,7 +367,7 @@ def check_outputs(*files: Path | None) -> None:
             raise FileNotFoundError(f"{file} cannot be written: the folder {folder} is not there")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"{file} cannot be written: the folder {folder} is not writable")
-        if [other.resolve() for other in wanted].count(file.resolve()) > 1:
+        if [os.path.realpath(other) for other in wanted].count(os.path.realpath(file)) > 1:
             raise ValueError(f"{file} is given for two outputs")
 
 

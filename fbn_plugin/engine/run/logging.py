@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fbn_plugin.engine.files.disk import AppendedFile, WriteError, atomic_write
 from fbn_plugin.engine.run import distributed
 
-__all__ = ["LogFile", "Timer", "TrainingLog", "forget_metrics", "read_metrics", "setup_logging"]
+__all__ = ["LogFile", "Timer", "TrainingLog", "forget_metrics", "is_figure", "read_metrics", "setup_logging"]
 
 # No line of metrics.json is as long.
 _LONGEST_LINE = 2**20
@@ -98,6 +98,8 @@ def _rows(path: str | os.PathLike) -> Iterator[tuple[dict[str, Any], bytes]]:
     """The rows with the lines that they were read from."""
     if not os.path.exists(path):
         return
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError(f"{path} is not a file")
     with open(path, "rb") as file:
         number, line = 1, file.readline(_LONGEST_LINE)
         while line:
@@ -120,11 +122,18 @@ def _is_cut(line: bytes) -> bool:
 
 
 def _check_row(row: Any, place: str) -> None:
-    if not isinstance(row, dict) or type(row.get("iteration")) is not int or row["iteration"] < 0:
+    if not isinstance(row, dict) or type(row.get("iteration")) is not int or not 0 <= row["iteration"] < 2**63:
         raise ValueError(f"{place} has no 'iteration' that is a whole number, 0 or more")
     for key, value in row.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
+        if not is_figure(value):
             raise ValueError(f"{place}: {key} must be a number or null, got {value!r:.80}")
+
+
+def is_figure(value: Any) -> bool:
+    """Whether a value is what stands for a figure in the JSON files of a run: a number that a float holds, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        return False
+    return not isinstance(value, int) or abs(value) < 2**1000
 
 
 class TrainingLog:

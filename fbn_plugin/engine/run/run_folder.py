@@ -10,7 +10,7 @@ from typing import Any
 
 from fbn_plugin.engine.run.config import read_config
 from fbn_plugin.engine.run.evaluation_names import folder_name, metric_prefix
-from fbn_plugin.engine.run.logging import read_metrics
+from fbn_plugin.engine.run.logging import is_figure, read_metrics
 from fbn_plugin.engine.run.output_dir import holds_run, last_checkpoint
 from fbn_plugin.engine.run.run_info import read_record, read_run_info
 from fbn_plugin.frameworks.detectron2_keys import KEYS
@@ -127,7 +127,11 @@ class Run:
         kinds = {"iteration": int | None, "weights": str | None, "dataset": list, "metrics": dict}
         for key, kind in kinds.items():
             value = content.get(key, ...)
-            if not isinstance(value, kind) or isinstance(value, bool) or (key == "iteration" and (value or 0) < 0):
+            if (
+                not isinstance(value, kind)
+                or isinstance(value, bool)
+                or (key == "iteration" and not 0 <= (value or 0) < 2**63)
+            ):
                 raise ValueError(f"{path} is no evaluation: it has no {key!r} of the right type")
         return content
 
@@ -140,9 +144,9 @@ class Run:
         values = {
             key.removeprefix(prefix): value for key, value in content["metrics"].items() if key.startswith(groups)
         }
-        if wrong := [k for k, v in values.items() if isinstance(v, bool) or not isinstance(v, int | float | None)]:
+        if wrong := [k for k, v in values.items() if not is_figure(v)]:
             raise ValueError(
-                f"{self.folder / 'evaluation.json'}: {wrong[0]} must be a number or null, got {values[wrong[0]]!r}"
+                f"{self.folder / 'evaluation.json'}: {wrong[0]} must be a number or null, got {values[wrong[0]]!r:.80}"
             )
         return {self.evaluated_weights[1] or self.max_iter: values}
 

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from fbn_plugin.engine.run.cli import (
     RUN_ERRORS,
     check_outputs,
     error_sentence,
+    import_modules,
     parse_config_arguments,
     stoppable,
     user_errors,
@@ -160,3 +163,27 @@ def test_names_from_a_file_do_not_break_the_line_or_reach_the_terminal(capsys):
     with pytest.raises(SystemExit), user_errors():
         raise ValueError("its entries are a\n\x1b[2Jweight, ü, \udce9")
     assert capsys.readouterr().err == "error: its entries are a\\n\\x1b[2Jweight, ü, \\udce9\n"
+
+
+def test_without_standard_streams_no_file_gets_their_numbers(tmp_path):
+    code = f"""if True:
+        import os
+        from fbn_plugin.engine.run.cli import stoppable
+        with stoppable():
+            print("nobody reads this", flush=True)
+            with open({str(tmp_path / "file")!r}, "w") as file:
+                assert file.fileno() > 2
+                os.write(2, b"nor this")
+        """
+    assert (
+        subprocess.run(["sh", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code], capture_output=True).returncode == 0
+    )
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_links_that_lead_in_a_circle_are_one_sentence(tmp_path, capsys):
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    check_outputs(tmp_path / "loop.py")  # which is replaced
+    with pytest.raises(SystemExit) as exit, user_errors():
+        import_modules([str(tmp_path / "loop.py")])
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith("error: --import")

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import time
 
 import pytest
@@ -59,6 +60,8 @@ def test_a_line_cut_short_is_dropped(tmp_path):
         (['{"iteration": -1}'], "line 1 has no 'iteration'"),
         (['{"iteration": NaN}'], "line 1 has no 'iteration'"),
         (['{"iteration": 1, "bbox/AP": [3]}'], r"line 1: bbox/AP must be a number or null, got \[3\]"),
+        ([f'{{"iteration": {10**400}}}'], "line 1 has no 'iteration'"),
+        ([f'{{"iteration": 1, "bbox/AP": {10**400}}}'], "line 1: bbox/AP must be a number or null, got 1000"),
         (['{"iteration": 1, "bbox/AP": true}'], "line 1: bbox/AP must be a number or null, got True"),
     ],
 )
@@ -70,6 +73,12 @@ def test_other_damage_is_one_sentence_and_the_file_stays(tmp_path, lines, words)
         with pytest.raises(ValueError, match=f"^{path}: {words}"):
             use()
     assert path.read_bytes() == before
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "metrics.json")
+    with pytest.raises(ValueError, match="metrics.json is not a file"):
+        read_metrics(tmp_path / "metrics.json")
 
 
 def test_what_is_kept_is_kept_as_it_stands(tmp_path):
