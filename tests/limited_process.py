@@ -2,6 +2,7 @@
 an outcome that a test can name and not the end of the tests.
 """
 
+import contextlib
 import multiprocessing
 import resource
 import signal
@@ -88,10 +89,11 @@ def _until_a_fault(function, cases, refusals, seconds, mebibytes) -> list[Outcom
 
 
 def _work(pipe, function, cases, refusals, mebibytes) -> None:
-    with open("/proc/self/statm") as file:
-        pages = int(file.read().split()[0])
-    limit = pages * resource.getpagesize() + mebibytes * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with contextlib.suppress(FileNotFoundError):  # of macOS, which keeps to no such limit
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+        limit = pages * resource.getpagesize() + mebibytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe.send("started")
     for case in cases:

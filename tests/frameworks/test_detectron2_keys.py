@@ -41,9 +41,9 @@ def test_a_run_writes_none_and_is_read_with_them(trained_run):
 def test_plain_detectron2_reads_a_run(trained_run):
     """But for the norm's name, which it keeps."""
     pytest.importorskip("detectron2", reason="detectron2 is not installed")
-    from detectron2.config import get_cfg
+    from detectron2.config.defaults import _C  # `get_cfg` has our keys where another test has called `register`
 
-    cfg, ours = get_cfg(), load_detection_config(trained_run / "config.yaml")
+    cfg, ours = _C.clone(), load_detection_config(trained_run / "config.yaml")
     cfg.merge_from_file(str(trained_run / "config.yaml"))
     assert not set(keys_of(cfg)) & set(KEYS)
     assert cfg.MODEL.RESNETS.NORM == "FBN" and cfg.SOLVER.MAX_ITER == ours.SOLVER.MAX_ITER

@@ -21,14 +21,14 @@ SEED = int(os.environ.get("FBN_PLUGIN_KILLS_SEED", 0))
 
 
 def killed_after(run, seconds):
-    """Kill a run after so many seconds; whether it was still there."""
+    """Kill a run after so many seconds; whether that ended it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return False
         time.sleep(0.005)
     run.signal(signal.SIGKILL)
-    return True
+    return os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT).si_code == os.CLD_KILLED
 
 
 def assert_whole(folder):

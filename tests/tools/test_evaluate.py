@@ -306,7 +306,7 @@ def test_bad_runs_and_weights(tool, run, shapes, tmp_path, capsys):
         ("last_checkpoint", "http://localhost:9/model.pth", "last_checkpoint must hold the name of a checkpoint"),
         ("last_checkpoint", "../run/model_0000001.pth", "last_checkpoint must hold the name of a checkpoint"),
         ("last_checkpoint", "gone.pth", "gone.pth, which "),
-        ("run_info.json", "[" * 100_000, "run_info.json is nested too deeply"),
+        ("run_info.json", "[" * 100_000, "run_info.json is not valid JSON: its lists or objects are nested too deeply"),
         ("run_info.json", '{"images_per_batch": ' + "9" * 5000 + "}", "run_info.json is not valid JSON"),
         ("run_info.json", "{} " * 4_000_000, "run_info.json is 12,000,000 bytes large"),
         ("config.yaml", "\0", "config.yaml"),

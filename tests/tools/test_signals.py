@@ -192,7 +192,8 @@ def test_two_processes_stop_after_the_same_iteration(name, shapes, tmp_path):
 
 @pytest.mark.detectron2
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_processes_that_the_tool_starts_stop_with_it(shapes, tmp_path, number, code):
+def test_processes_that_the_tool_starts_stop_with_it(shapes, tmp_path, monkeypatch, number, code):
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # other packages', in the processes that are started
     main, out = tool("train_net"), tmp_path / "run"
     given = [
         "--num-gpus",

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -213,7 +214,8 @@ def test_hostile_files(tmp_path):
     said = dict(zip(HOSTILE, (each.text for each in ended)))
     assert "line 5 goes beyond 20,000 values" in said["aliases of maps"] and "20,000" in said["merged keys"]
     for case in ("blocks", "lists", "maps", "dashes"):
-        assert "is nested more than 32 deep" in said[f"{case} by the thousand"]
+        # newer versions of libyaml have a limit of their own
+        assert re.search("nested more than 32 deep|maximum nesting depth", said[f"{case} by the thousand"])
     assert "SOLVER.BASE_LR must be of type finite float" in said["a number of 400 digits"]
     assert "SEED must be of type int" in said["a whole number of 400 digits"]
     assert (
