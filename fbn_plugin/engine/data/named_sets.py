@@ -52,6 +52,8 @@ def resolve_dataset(name: str) -> CocoDataset:
         if (registered := registered_dataset(name)) is not None:
             return registered
     folder_name, _, split = name.rpartition(":")
+    if (name[:1], name[-1:]) in (("(", ")"), ("[", "]")):
+        raise ValueError(f"unknown dataset {name!r}; names in a list stand in quotes, such as ('my_data:train',)")
     if not folder_name or not split:
         raise ValueError(
             f"unknown dataset {name!r}; use FOLDER:SPLIT, such as 'my_data:train', or {', '.join(_BUILTIN)}, or "

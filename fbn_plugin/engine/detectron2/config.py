@@ -277,7 +277,8 @@ def _fetch_weights(weights: str) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: a name that iopath's catalog does not have
         raise OSError(f"MODEL.WEIGHTS {weights} cannot be fetched: {error_sentence(error)}") from None
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"MODEL.WEIGHTS {weights} is not there")
+        wrong = "is a folder; name a file in it" if os.path.isdir(path) else "is not there"
+        raise FileNotFoundError(f"MODEL.WEIGHTS {weights} {wrong}")
 
 
 def _try_out(cfg: CfgNode, args: argparse.Namespace, resume: bool) -> None:

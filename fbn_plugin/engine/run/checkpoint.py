@@ -63,6 +63,12 @@ def check_contents(path: str | os.PathLike) -> None:
         raise ValueError(f"{damaged} (its part {found!r} does not match its checksum)")
 
 
+def _no_file(path: str | os.PathLike) -> str:
+    if os.path.isdir(path):
+        return f"checkpoint {path} is a folder; name a file in it, such as model_final.pth of a run"
+    return f"checkpoint {path} is not there"
+
+
 def load_file(path: str | os.PathLike) -> dict[str, Any]:
     """Read a checkpoint or a plain state dict to the CPU, without running code from it (``weights_only``).
 
@@ -81,7 +87,7 @@ def load_file(path: str | os.PathLike) -> dict[str, Any]:
             :func:`check_contents`.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"checkpoint {path} is not there")
+        raise FileNotFoundError(_no_file(path))
     check_contents(path)
     try:
         if os.fspath(path).endswith(".safetensors"):
@@ -222,7 +228,7 @@ class AtomicSaving:
             FileNotFoundError, ValueError: one sentence.
         """
         if path and "://" not in path and not any(map(os.path.isfile, (path, path.partition("?")[0]))):
-            raise FileNotFoundError(f"checkpoint {path} is not there")
+            raise FileNotFoundError(_no_file(path))
         self._path = path
         self._strict = checkpointables is None if strict is None else strict
         self._wanted = [*self.checkpointables] if checkpointables is None else checkpointables

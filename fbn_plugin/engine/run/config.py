@@ -161,7 +161,8 @@ def pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _unknown_key(key: str, known: Mapping[str, Any]) -> str:
-    nearest = difflib.get_close_matches(key, known, n=1)
+    upper = {name.upper(): name for name in known}
+    nearest = [upper[name] for name in difflib.get_close_matches(key.upper(), upper, n=1)]
     inside = [name for name in known if name.startswith(key + ".")]
     hint = f"; it is a group of {', '.join(inside)}" if inside else f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown config key {shown(key)}{hint}"

@@ -71,3 +71,9 @@ def test_a_missing_folder_or_split(shapes, tmp_path):
     (copy / "annotations/instances_val.json").rename(copy / "annotations/val-2.json")
     with pytest.raises(ValueError, match=r"more than one annotation file fits: .*other-val\.json"):
         resolve_dataset(f"{copy}:val")
+
+
+@pytest.mark.parametrize("name", ["(my_data:train,)", "[my_data:train]", "(mine,)"])
+def test_names_in_a_list_want_quotes(name):
+    with pytest.raises(ValueError, match="names in a list stand in quotes"):
+        resolve_dataset(name)

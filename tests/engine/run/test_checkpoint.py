@@ -87,6 +87,8 @@ def test_resuming_wants_the_same_model_and_loading_weights_does_not(tmp_path):
     AtomicCheckpointer(nn.Linear(2, 2, bias=False)).load(path, checkpointables=[])
     with pytest.raises(FileNotFoundError, match="is not there"):
         AtomicCheckpointer(nn.Linear(2, 2)).load(str(tmp_path / "model_9.pth"))
+    with pytest.raises(FileNotFoundError, match="is a folder; name a file in it"):
+        AtomicCheckpointer(nn.Linear(2, 2)).load(str(tmp_path))
 
 
 def test_random_states_come_back(tmp_path):

@@ -111,6 +111,7 @@ def test_a_wrong_override_is_named(overrides, words):
         ("_BASE_: nowhere.yaml", "nowhere.yaml, which"),
         ("_BASE_: run.yaml", "includes itself"),
         ("MODEL: {MASKON: True}", "did you mean 'MODEL.MASK_ON'"),
+        ("solver: {base_lr: 1}", "unknown config key 'solver.base_lr'; did you mean 'SOLVER.BASE_LR'?"),
         ("SOLVER: {BASE_LR: {}}", "SOLVER.BASE_LR must be of type finite float, such as 0.1, got {}"),
         ("SOLVER: {BASE_LR: {x: 1}}", "unknown config key 'SOLVER.BASE_LR.x'"),
         ("SOLVER: {BASE_LR: 1}\nSOLVER.BASE_LR: 2", "run.yaml has SOLVER.BASE_LR twice"),
