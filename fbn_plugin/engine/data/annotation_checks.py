@@ -16,7 +16,7 @@ from fbn_plugin.engine.data.coco_checks import MOST_PIXELS, Findings, entry_name
 from fbn_plugin.engine.data.rle import CodeError, check_codes, without_empty_runs
 from fbn_plugin.engine.files.words import counted, shown
 
-__all__ = ["SHORT_POLYGONS", "check_annotations", "numbers", "refuse_code", "written_code"]
+__all__ = ["DIFFICULT", "SHORT_POLYGONS", "check_annotations", "numbers", "refuse_code", "written_code"]
 
 # Coordinates may lie outside of the image by this many times its longer side: boxes of other tools are cut off at the
 # border, or are not. pycocotools would take those beyond its whole numbers for others, and crash.
@@ -28,6 +28,7 @@ _FAR = 10
 _OUTLINE, _LONGEST_OUTLINE, _MOST_OUTLINES = 100, 4_000_000, 16_000_000
 
 SHORT_POLYGONS = "polygons of fewer than 3 points"
+DIFFICULT = "'ignore' set, which changes nothing: 'iscrowd' does"
 
 # Annotations that are checked together: bounds the memory.
 _AT_ONCE = 20_000
@@ -183,7 +184,7 @@ class _Batch:
         found["iscrowd"] = self._crowd(index, each)
         if each.get("ignore") not in (None, 0):
             # As other tools mark what is difficult, and none of COCO's reads it.
-            self.findings.noted["'ignore' set, which changes nothing: 'iscrowd' does"] += 1
+            self.findings.noted[DIFFICULT] += 1
         self._add_segmentation(index, found.pop("segmentation", None))
         if "keypoints" in each or "num_keypoints" in each:
             self._add_keypoints(index, found)

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from fbn_plugin.engine.data.annotation_checks import SHORT_POLYGONS, check_annotations
+from fbn_plugin.engine.data.annotation_checks import DIFFICULT, SHORT_POLYGONS, check_annotations
 from fbn_plugin.engine.data.coco_checks import (
     Findings,
     check_categories,
@@ -143,6 +143,8 @@ def _differences(local: str, findings: Findings, annotations: list[dict[str, Any
     yield from findings.adapted
     if findings.left_out[SHORT_POLYGONS]:  # its evaluation takes them for boxes
         yield SHORT_POLYGONS
+    if findings.noted[DIFFICULT]:
+        yield "objects with 'ignore' set"
     if not findings.complete:
         yield "annotations that lack a field of COCO's"
     if not findings.own_ids and "minival" not in local:  # whose ids detectron2 knows to be wrong
