@@ -99,6 +99,8 @@ class PeriodicCheckpointer(fvcore_checkpoint.PeriodicCheckpointer):
             self.checkpointer.save(f"{self.file_prefix}_final", iteration=iteration, **kwargs)
 
     def _remove_older(self, keep: int, saved: int) -> None:
+        if not self.checkpointer.has_checkpoint():  # of one that does not save to the disk
+            return
         folder = self.checkpointer.save_dir
         last = os.path.basename(last_checkpoint(folder))
         numbered = {name: _number(name) for name in os.listdir(folder)}
