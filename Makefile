@@ -26,7 +26,7 @@ CHECKED := tests/test_internals.py tests/test_modules.py tests/test_public.py te
 	tests/engine/data/test_image_data.py tests/engine/reports/test_report.py \
 	tests/engine/benchmark/test_benchmark_targets.py tests/engine/torchvision/test_detectron2_weights.py \
 	tests/engine/classification/test_classification.py tests/engine/detectron2/test_values.py \
-	tests/tools/test_check_peer_tests.py
+	tests/sweeps/test_images.py tests/tools/test_check_peer_tests.py
 INTERPRETER := tests/ops/triton/test_triton.py::test_kernels_in_the_interpreter
 
 # Threads that wait give their core away. Without this, one other process on the machine makes small layers many times slower.

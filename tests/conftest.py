@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
+from tiny_detector import TINY_DETECTOR
 
 # A script finds it in its own folder, which is not on the path of the tests that load a tool from its file.
 _spec = importlib.util.spec_from_file_location("interruption", Path(__file__).parents[1] / "tools/interruption.py")
@@ -127,26 +128,6 @@ def shapes(tmp_path_factory):
     write_shapes(folder, 8, 0, "train")
     write_shapes(folder, 4, 1, "val")
     return folder
-
-
-TINY_DETECTOR = """
-MODEL:
-  DEVICE: cpu
-  MASK_ON: True
-  BACKBONE: {FREEZE_AT: 0}
-  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64, NORM: FBN}
-  FPN: {OUT_CHANNELS: 16}
-  RPN: {BATCH_SIZE_PER_IMAGE: 16, POST_NMS_TOPK_TRAIN: 30, POST_NMS_TOPK_TEST: 10}
-  ROI_HEADS: {NUM_CLASSES: 2, BATCH_SIZE_PER_IMAGE: 16, SCORE_THRESH_TEST: 0.0}
-  ROI_BOX_HEAD: {FC_DIM: 16}
-  ROI_MASK_HEAD: {NUM_CONV: 1, CONV_DIM: 16}
-INPUT: {MIN_SIZE_TRAIN: [64], MIN_SIZE_TEST: 64, MAX_SIZE_TRAIN: 96, MAX_SIZE_TEST: 96}
-SOLVER: {IMS_PER_BATCH: 2, BASE_LR: 1e-3, MAX_ITER: 4, CHECKPOINT_PERIOD: 2, WARMUP_ITERS: 0}
-TEST: {EVAL_PERIOD: 2}
-DATALOADER: {NUM_WORKERS: 0}
-SEED: 3
-VERSION: 2
-"""
 
 
 @pytest.fixture(scope="session")

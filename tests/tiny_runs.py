@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_DETECTOR
+from tiny_detector import TINY_DETECTOR
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("train_classification", "train_detection", pytest.param("train_net", marks=pytest.mark.detectron2))

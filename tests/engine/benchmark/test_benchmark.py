@@ -199,8 +199,9 @@ def test_interrupted_run_keeps_its_rows(tool, tmp_path, monkeypatch):
 
     monkeypatch.setattr(rows, "_model_rows", lambda settings: [rows.Row("models", "a model", interrupted)])
     file = tmp_path / "out.json"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         tool.main([*QUICK, "--shapes", "2x4x3x3", "--layouts", "contiguous", "--output", str(file)])
+    assert stop.value.code == 130
     assert len(benchmark.load(file)["layers"]) == 4
 
 
