@@ -19,7 +19,7 @@ from fbn_plugin.engine.files.words import shown
 __all__ = ["read_yaml"]
 
 # Of a config with all of its bases. The largest of detectron2's and of this project's have 30 kB and 700 values.
-_MOST_BYTES = 2**20
+_MOST_BYTES = 2**21
 _MOST_VALUES = 20_000  # keys included, and what stands behind an alias as often as the alias does
 _MOST_FILES = 100
 _DEEPEST = 32
