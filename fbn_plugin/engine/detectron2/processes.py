@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -149,20 +150,12 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _process(
-    local_rank: int,
-    function: Callable[..., None],
-    args: tuple,
-    processes: int,
-    machines: int,
-    machine_rank: int,
-    dist_url: str,
-    device: str,
-) -> None:
+def _process(local_rank: int, *arguments: Any) -> None:
+    """What a started process does: :func:`_join_and_call`, with the sentences of a tool."""
     try:
         with stoppable():
             stopping.unblock()
-            _join_and_call(local_rank, function, args, processes, machines, machine_rank, dist_url, device)
+            _join_and_call(local_rank, *arguments)
     except Exception:
         traceback.print_exc()
         sys.exit(1)

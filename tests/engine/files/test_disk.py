@@ -42,15 +42,16 @@ class FullDisk:
         return self.file.fileno()
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("error", [KeyError("a bug"), OSError("disk full")], ids=lambda error: type(error).__name__)
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "file"
     atomic_write(path, b"old")
 
     def half(file):
         file.write(b"ne")
-        raise KeyError("a bug")
+        raise error
 
-    with pytest.raises(KeyError, match="a bug"):
+    with pytest.raises(type(error), match=error.args[0]):
         atomic_write(path, write=half)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 

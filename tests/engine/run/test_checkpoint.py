@@ -10,21 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState, check_contents, load_file
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "file"
-    atomic_write(path, b"old")
-
-    def half(file):
-        file.write(b"ne")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        atomic_write(path, write=half)
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_failed_save_keeps_the_last_checkpoint_valid(tmp_path, monkeypatch):
