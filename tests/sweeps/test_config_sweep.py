@@ -14,7 +14,7 @@ import yaml
 from limited_process import assert_sound, outcomes
 from torch import nn
 
-from fbn_plugin.engine.classification import model
+from fbn_plugin.engine.classification import optimization
 from fbn_plugin.engine.classification.config import check_config, classification_config
 from fbn_plugin.engine.run.config import load_config
 from fbn_plugin.engine.run.detection_keys import detection_config
@@ -105,7 +105,7 @@ def _classification(file: str, overrides: list[str]) -> None:
     cfg = load_config(classification_config(), file, overrides)
     check_config(cfg)
     if cfg.SOLVER.OPTIMIZER in ("momentum", "sgd"):
-        model.build_scheduler(cfg, model.build_optimizer(cfg, _linear()), 10).step_update(1)
+        optimization.build_scheduler(cfg, optimization.build_optimizer(cfg, _linear()), 10).step_update(1)
 
 
 def _torchvision(file: str, overrides: list[str]) -> None:

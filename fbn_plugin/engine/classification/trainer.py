@@ -8,24 +8,17 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.data import Mixup
-from timm.data.loader import PrefetchLoader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fbn_plugin.engine.classification.config import MAY_CHANGE, check_config, classification_config
 from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
-from fbn_plugin.engine.classification.model import (
-    build_model,
-    build_optimizer,
-    build_scheduler,
-    check_image_size,
-)
+from fbn_plugin.engine.classification.evaluation import evaluate
+from fbn_plugin.engine.classification.model import build_model, check_image_size
+from fbn_plugin.engine.classification.optimization import build_optimizer, build_scheduler
 from fbn_plugin.engine.data.image_data import ImageData, load_image_data
 from fbn_plugin.engine.data.sampling import BalancedSampler
 from fbn_plugin.engine.files.disk import atomic_write
@@ -45,45 +38,9 @@ from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
 
-__all__ = ["ClassificationTrainer", "evaluate"]
+__all__ = ["ClassificationTrainer"]
 
 logger = logging.getLogger(__name__)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, loader: DataLoader | PrefetchLoader, device: torch.device, top_k: Sequence[int] = (1, 5)
-) -> dict[str, float]:
-    """Top-k accuracies in percent, `top1`, `top5`, and the mean cross entropy `loss`, over all processes.
-
-    Args:
-        model: gives logits (N, classes); it is evaluated in evaluation mode and left in the mode it was in.
-        loader: timm's evaluation loader. What its sampler repeats to give every process equally many samples is not
-            counted.
-        top_k: each at most the number of classes.
-
-    Raises:
-        EvaluationLeft: a process is asked to stop.
-    """
-    size = len(loader.dataset)
-    left = len(range(distributed.rank(), size, distributed.world_size()))
-    sums = dict.fromkeys(["loss", *(f"top{k}" for k in top_k)], 0.0)
-    training = model.training
-    model.eval()
-    bar = tqdm(loader, "evaluating", leave=False, disable=None if distributed.is_main() else True)
-    for images, targets in stopping.until_asked(bar):
-        images, targets = images[:left].to(device), targets[:left].to(device)
-        if left == 0:
-            break
-        left -= len(targets)
-        logits = model(images).float()
-        sums["loss"] += nn.functional.cross_entropy(logits, targets, reduction="sum").item()
-        for k in top_k:
-            sums[f"top{k}"] += 100 * (logits.topk(k).indices == targets[:, None]).sum().item()
-    model.train(training)
-    everyones, stops = zip(*distributed.all_gather((sums, stopping.asked())))
-    stopping.unless_asked(stops)
-    return {name: sum(each[name] for each in everyones) / size for name in sums}
 
 
 class ClassificationTrainer:

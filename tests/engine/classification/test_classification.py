@@ -26,8 +26,9 @@ from fbn_plugin.engine.classification.data import (
     build_val_loader,
     pixel_statistics,
 )
+from fbn_plugin.engine.classification.evaluation import evaluate
 from fbn_plugin.engine.classification.model import create_model
-from fbn_plugin.engine.classification.trainer import ClassificationTrainer, evaluate
+from fbn_plugin.engine.classification.trainer import ClassificationTrainer
 from fbn_plugin.engine.data.image_data import Images, load_image_data
 from fbn_plugin.engine.data.sampling import InfiniteSampler, SeededDataset
 from fbn_plugin.engine.run import distributed
