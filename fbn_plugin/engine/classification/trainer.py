@@ -10,15 +10,12 @@ import logging
 import os
 from typing import Any
 
-import torch
-from timm.data import Mixup
-from torch import Tensor, nn
-
 from fbn_plugin.engine.classification.config import MAY_CHANGE, check_config, classification_config
 from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
 from fbn_plugin.engine.classification.evaluation import evaluate
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.step import TrainingStep, build_scaler
 from fbn_plugin.engine.data.image_data import ImageData, load_image_data
 from fbn_plugin.engine.data.sampling import BalancedSampler
 from fbn_plugin.engine.files.disk import atomic_write
@@ -26,17 +23,16 @@ from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
-from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
-from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
+from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, lacks_final, save_before_leaving
 from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
-from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
+from fbn_plugin.engine.run.seeding import same_on_all_processes
 
 __all__ = ["ClassificationTrainer"]
 
@@ -85,7 +81,7 @@ class ClassificationTrainer:
         check_image_size(cfg, self.model, self.device)
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
-        self.scaler = torch.amp.GradScaler(enabled=solver.AMP.ENABLED and self.device.type == "cuda")
+        self.scaler = build_scaler(cfg, self.device)
         self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, optimizer=self.optimizer, scaler=self.scaler)
         self.start_iter, self.log_window, self.lacks_final = 0, {}, False
         self.notes: list[str] = []  # for the log
@@ -158,17 +154,15 @@ class ClassificationTrainer:
         with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, self.log_period, self.log_window) as log:
             result = self._catch_up(saver, log)
             model = distributed.data_parallel(self.model.train(), self.device)
-            mixup = _build_mixup(cfg, len(data.classes))
+            solving = self.optimizer, self.scheduler, self.scaler
+            step = TrainingStep(cfg, model, len(data.classes), *solving, self.device)
             batches = build_train_loader(cfg, data.train, self.device, self.start_iter)
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
                 timer()
-                images, targets = (tensor.to(self.device) for tensor in next(batches))
-                data_time = timer()
-                seed_iteration(cfg.SEED, iteration)
-                losses = self._step(model, iteration, *(mixup(images, targets) if mixup else (images, targets)))
+                losses, data_time = step(iteration, batches)
                 lr = self.optimizer.param_groups[0]["lr"]
-                log.step(iteration, **losses, lr=lr, time=data_time + timer(), data_time=data_time)
+                log.step(iteration, **losses, lr=lr, time=timer(), data_time=data_time)
                 if self._is_evaluated_after(iteration + 1) and not stopping.agreed():
                     with contextlib.suppress(stopping.EvaluationLeft):  # a resumed run makes up for it
                         result = self._evaluate_and_log(log, iteration)
@@ -225,27 +219,6 @@ class ClassificationTrainer:
             {data.title: len(data.val)},
         )
 
-    def _step(self, model: nn.Module, iteration: int, images: Tensor, targets: Tensor) -> dict[str, float]:
-        """One update of the weights; the loss, as the mean over processes."""
-        self.scheduler.step_update(iteration)
-        amp_dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        smoothing = 0.0 if targets.is_floating_point() else self.cfg.SOLVER.LABEL_SMOOTHING  # mixup has smoothed them
-        try:
-            with torch.autocast(self.device.type, amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
-                loss = nn.functional.cross_entropy(model(images), targets, label_smoothing=smoothing)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            images = counted(len(targets), "image")
-            raise UserError(f"SOLVER.IMS_PER_BATCH must be more than {images} for each process: {error}") from None
-        losses = distributed.reduce_mean({"total_loss": loss.item()}, self.device)
-        check_finite(losses, iteration)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return losses
-
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
         result = self.evaluate()
         self.best.update(self.model, iteration, result)  # first: an evaluation in the log is not done again
@@ -281,11 +254,3 @@ def _check_batch(cfg: CfgNode, data: ImageData) -> None:
         if balanced != images:
             share = f"DATALOADER.IMAGES_PER_CLASS {per_class} of {len(data.classes)} classes"
             raise refusal("SOLVER.IMS_PER_BATCH", f"{balanced}, {share} in {counted(processes, 'process')}", images)
-
-
-def _build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix, which smooth the labels too, or None where neither is on."""
-    if not (cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX):
-        return None
-    smoothing = cfg.SOLVER.LABEL_SMOOTHING
-    return Mixup(cfg.INPUT.MIXUP, cfg.INPUT.CUTMIX, label_smoothing=smoothing, num_classes=num_classes)
