@@ -6,6 +6,7 @@ import copy
 
 from timm.optim import list_optimizers
 
+from fbn_plugin.engine.classification import datasets
 from fbn_plugin.engine.classification.data import build_train_transform
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.config import CfgNode
@@ -110,6 +111,13 @@ def classification_config() -> CfgNode:
             "DATASETS": {
                 "NAME": "image_folder",  # how the images are stored, see image_data.load_image_data
                 "ROOT": "imagenet",  # folder, as it is or below $DETECTRON2_DATASETS
+                # Above 0: this share of each class of the training images is validated on, and the set's own validation
+                # images are the test set, which the chosen weights are measured by once, at the end.
+                "VAL_SHARE": 0.0,
+                "TRAIN_IMAGES": 0,  # train on so many, each class in its share; 0: all
+                "VAL_IMAGES": 0,  # the same of the images to validate on
+                "SPLIT_SEED": 0,  # which images these three take; -1: SEED
+                "BROKEN_IMAGES": "refuse",  # or "skip"
             },
             "DATALOADER": {
                 "NUM_WORKERS": 4,
@@ -132,6 +140,7 @@ _MOST_PIXELS = 2**13  # of a side of an image
 
 _RULES = {
     **COMMON_RULES,
+    **datasets.RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
     "INPUT.COLOR_JITTER": at_least(0, 10),
     "INPUT.CROP_PCT": between(0.1, 1),

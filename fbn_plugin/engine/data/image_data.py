@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from fbn_plugin.engine.data.decoding import decode_image, enough_memory, read_image
+from fbn_plugin.engine.data.decoding import BrokenImageError, decode_image, enough_memory, read_image
 from fbn_plugin.engine.data.image_files import FoundImages, Member, images_in_archive, images_in_folder
 from fbn_plugin.engine.files.words import counted, shown_path
-from fbn_plugin.engine.run.cli import error_sentence
+from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.rules import refusal
 
 logger = logging.getLogger(__name__)
@@ -36,18 +37,22 @@ CIFAR10_JPEG_FILE = "cifar10_jpeg.npz"
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training and a validation set over the same classes.
+    """A training and a validation set over the same classes, and a test set where there is a third.
 
     Args:
         title: what results on this data are to be labelled with, e.g. "CIFAR-10 (JPEG)".
         train, val: map-style datasets of (PIL image, class index) with a `transform` attribute, as timm's loaders want.
         classes: name of each class; its position is the class index.
+        test: what a run is measured by once, at its end, if `val` is what it is chosen by; None where `val` is both.
+        notes: sentences for the log on what was left out.
     """
 
     title: str
-    train: Dataset
-    val: Dataset
+    train: Images
+    val: Images
     classes: tuple[str, ...]
+    test: Images | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Images(Dataset):
@@ -58,14 +63,27 @@ class Images(Dataset):
             path of an image file, a member of a tar archive, or the bytes of an image file.
         mode: PIL mode that every image is converted to, "RGB" or "L".
         name: what errors call images that are bytes, before their number.
+        numbers: the number of each, of a part of a set; without, they are counted.
+
+    Attributes:
+        broken: flags of the images that were found broken and are replaced, see `replace_broken`, in memory that the
+            processes which load images share; None where a broken image is an error.
 
     Raises:
         UserError: on access, an image that cannot be read. (timm's own dataset would take the next one instead.)
     """
 
-    def __init__(self, samples: Sequence[tuple[Any, int]], mode: str = "RGB", name: str = "number"):
-        self.samples, self.mode, self.name = samples, mode, name
+    def __init__(
+        self,
+        samples: Sequence[tuple[Any, int]],
+        mode: str = "RGB",
+        name: str = "number",
+        numbers: Sequence[int] | None = None,
+    ):
+        self.samples, self.mode, self.name, self.numbers = samples, mode, name, numbers
         self.transform: Callable | None = None
+        self.broken: torch.Tensor | None = None
+        self._members: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -76,19 +94,67 @@ class Images(Dataset):
         return [label for _, label in self.samples]
 
     def __getitem__(self, index: int):
-        image, label = self.samples[index]
-        name = image if isinstance(image, str | Member) else f"{self.name} {index}"
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image).convert(self.mode)
-        elif isinstance(image, str):
-            image = read_image(image, self.mode)
-        else:
-            data = image if isinstance(image, bytes) else image.read()
-            image = decode_image(io.BytesIO(data), str(name), self.mode)
+        image, label, name = self._read(index)
         if self.transform is not None:
-            with enough_memory(str(name)):
+            with enough_memory(name):
                 image = self.transform(image)
-        return image, int(label)
+        return image, label
+
+    def name_of(self, index: int) -> str:
+        """What an image is called in a sentence."""
+        image = self.samples[index][0]
+        if isinstance(image, str):
+            return shown_path(image)
+        number = index if self.numbers is None else self.numbers[index]
+        return str(image) if isinstance(image, Member) else f"{self.name} {number}"
+
+    def size_of(self, index: int) -> int:
+        """Bytes of an image as it is stored.
+
+        Raises:
+            OSError: its file is not there any more.
+        """
+        image = self.samples[index][0]
+        if isinstance(image, str):
+            return os.stat(image).st_size
+        return image.size if isinstance(image, Member | np.ndarray) else len(image)
+
+    def part(self, indices: Sequence[int]) -> Images:
+        """The images of these numbers alone, called as they are here."""
+        numbers = [index if self.numbers is None else self.numbers[index] for index in indices]
+        return Images([self.samples[index] for index in indices], self.mode, self.name, numbers)
+
+    def replace_broken(self) -> None:
+        """From now on, let the place of an image whose file is damaged be taken by the next one of its class that is
+        not: the same one whichever process reads it, and however often. Each is named in the log, once."""
+        labels = np.asarray(self.targets)
+        self._members = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()}
+        self.broken = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
+
+    def _read(self, index: int) -> tuple[Image.Image, int, str]:
+        """An image without the transform, its class, and what it is called."""
+        label = int(self.samples[index][1])
+        if self.broken is None:
+            return self._decode(index), label, self.name_of(index)
+        members = self._members[label]
+        place = np.searchsorted(members, index)
+        for other in (*members[place:].tolist(), *members[:place].tolist()):
+            if not self.broken[other]:
+                try:
+                    return self._decode(other), label, self.name_of(other)
+                except BrokenImageError as error:
+                    self.broken[other] = 1
+                    logger.warning("%s; the next image of its class takes its place", error)
+        raise UserError(f"no image of the class of {self.name_of(index)} can be read, and none can take its place")
+
+    def _decode(self, index: int) -> Image.Image:
+        image = self.samples[index][0]
+        if isinstance(image, np.ndarray):
+            return Image.fromarray(image).convert(self.mode)
+        if isinstance(image, str):
+            return read_image(image, self.mode)
+        data = image if isinstance(image, bytes) else image.read()
+        return decode_image(io.BytesIO(data), self.name_of(index), self.mode)
 
 
 def read_idx(path: str | os.PathLike, ndim: int | None = None) -> np.ndarray:
