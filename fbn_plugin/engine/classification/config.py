@@ -8,6 +8,7 @@ from timm.optim import list_optimizers
 
 from fbn_plugin.engine.classification import datasets
 from fbn_plugin.engine.classification.data import build_train_transform
+from fbn_plugin.engine.classification.memory_data import batch_augmentation
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.rules import (
@@ -25,6 +26,7 @@ from fbn_plugin.engine.run.rules import (
     increasing,
     one_of,
     or_zero,
+    refusal,
 )
 
 __all__ = ["MAY_CHANGE", "check_config", "classification_config"]
@@ -121,6 +123,9 @@ def classification_config() -> CfgNode:
             },
             "DATALOADER": {
                 "NUM_WORKERS": 4,
+                # "auto": small sets are decoded once, and crops and flips drawn by the batch, without workers, where
+                # INPUT has no other augmentation; "always": large ones too; "never".
+                "IN_MEMORY": "auto",
                 # Above 0: every batch holds so many images of each class (Hajaj and Gillies 2018: 1), in each process.
                 "IMAGES_PER_CLASS": 0,
             },
@@ -142,6 +147,7 @@ _RULES = {
     **COMMON_RULES,
     **datasets.RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
+    "DATALOADER.IN_MEMORY": one_of("auto", "always", "never"),
     "INPUT.COLOR_JITTER": at_least(0, 10),
     "INPUT.CROP_PCT": between(0.1, 1),
     "INPUT.CUTMIX": or_zero(between(0.001, 1000)),
@@ -182,7 +188,10 @@ def check_config(cfg: CfgNode) -> None:
     check_values(cfg, _RULES)
     check_values(cfg, _dependent_rules(cfg))
     check_norms({"MODEL.NORM": cfg.MODEL.NORM})
-    build_train_transform(cfg, prefetch=False)
+    transform = build_train_transform(cfg, prefetch=False)
+    if cfg.DATALOADER.IN_MEMORY == "always" and batch_augmentation(transform) is None:
+        accepted = "'auto' or 'never' with INPUT.COLOR_JITTER and what else is not a crop or a flip"
+        raise refusal("DATALOADER.IN_MEMORY", accepted, cfg.DATALOADER.IN_MEMORY)
 
 
 def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
