@@ -6,7 +6,7 @@ import copy
 
 from timm.optim import list_optimizers
 
-from fbn_plugin.engine.classification import datasets
+from fbn_plugin.engine.classification import augmentation, datasets
 from fbn_plugin.engine.classification.data import build_train_transform
 from fbn_plugin.engine.classification.memory_data import batch_augmentation
 from fbn_plugin.engine.run import distributed
@@ -65,18 +65,31 @@ _INPUT = {
     "INTERPOLATION": "bilinear",
     "CROP_PCT": 0.875,  # evaluation: resize the short side to SIZE / CROP_PCT, take the centre
     # Training: "random_resized" crops of SCALE (share of the area) and RATIO; "padded": SIZE, PADDING zeros on each
-    # side, a random crop; "none": resize and centre crop, and no augmentation at all.
+    # side, a random crop; "scaled": the short side to a length in SHORT_SIDE, a random crop; "resized_center" and
+    # "resized_random": resize by SCALE and RATIO for half of the images, then crop or pad; "none": resize and centre
+    # crop, and no augmentation at all.
     "TRAIN_CROP": "random_resized",
     "SCALE": (0.08, 1.0),
     "RATIO": (3 / 4, 4 / 3),
     "PADDING": 4,
+    "SHORT_SIDE": (256, 480),  # of "scaled", in pixels
     "HFLIP": 0.5,  # probability
+    "VFLIP": 0.0,  # probability
     "COLOR_JITTER": 0.0,
+    "COLOR_SHIFT": 0.0,  # deviation of a shift along the main directions of ImageNet's colours; Krizhevsky et al.: 0.1
     "AUTO_AUGMENT": "",  # timm's policy string, such as "rand-m9-mstd0.5"
+    # timm's random erasing, with this probability for an image, of up to COUNT rectangles: by "const", the mean,
+    # "rand", a colour, or "pixel", noise.
+    "ERASING": {"PROB": 0.0, "MODE": "const", "COUNT": 1},
+    "REPEATED_AUGMENTATIONS": 1,  # so many times in a row, and so in a batch, comes an image, each augmented otherwise
     # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
     "NORM_GAMMA_INIT": 0.0,
     "MIXUP": 0.0,  # alpha
     "CUTMIX": 0.0,  # alpha
+    "MIXUP_PROB": 1.0,  # of mixing at all
+    "MIXUP_SWITCH_PROB": 0.5,  # of CutMix, where both are on
+    "MIXUP_MODE": "batch",  # one mix for the "batch", for each "pair" of images, or for each image, "elem"
+    "MIXUP_OFF_EPOCH": 0,  # no more mixing from this epoch on, counted from 0; 0: always
 }
 
 _SOLVER = {
@@ -145,6 +158,7 @@ _MOST_PIXELS = 2**13  # of a side of an image
 
 _RULES = {
     **COMMON_RULES,
+    **augmentation.RULES,
     **datasets.RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
     "DATALOADER.IN_MEMORY": one_of("auto", "always", "never"),
@@ -163,7 +177,6 @@ _RULES = {
         "two shares of the image's area, the smaller first", lambda given: len(given) == 2 and 0 < given[0] <= given[1]
     ),
     "INPUT.SIZE": at_least(1, _MOST_PIXELS),
-    "INPUT.TRAIN_CROP": one_of("none", "padded", "random_resized"),
     "MODEL.DROP_RATE": from_to_below(0, 1),
     "MODEL.PIXEL_MEAN": each(between(-(10**6), 10**6)),
     "MODEL.PIXEL_STD": each(between(1e-6, 10**6)),
@@ -203,6 +216,7 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
         ),
         "SOLVER.OPTIMIZER": one_of(*(name for name in list_optimizers() if name not in _SECOND_ORDER)),
         "SOLVER.WARMUP_EPOCHS": Rule(f"from 0 to less than MAX_EPOCH, {epochs}", lambda given: 0 <= given < epochs),
+        **augmentation.augmentation_rules(cfg),
     }
     if cfg.MODEL.REVISED_INIT:
         rules["MODEL.PRETRAINED"] = exactly(False, "with REVISED_INIT, which would replace the weights")

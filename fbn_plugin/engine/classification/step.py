@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from fbn_plugin.engine.classification.augmentation import build_mixup
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
@@ -50,7 +50,7 @@ class TrainingStep:
     ):
         self.cfg, self.model, self.device = cfg, model, device
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
-        self.mixup = _build_mixup(cfg, num_classes)
+        self.mixup = build_mixup(cfg, num_classes)
 
     def __call__(self, iteration: int, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:
         """One update.
@@ -94,11 +94,3 @@ class TrainingStep:
                 raise
             images = counted(len(targets), "image")
             raise UserError(f"SOLVER.IMS_PER_BATCH must be more than {images} for each process: {error}") from None
-
-
-def _build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix, which smooth the labels too, or None where neither is on."""
-    if not (cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX):
-        return None
-    smoothing = cfg.SOLVER.LABEL_SMOOTHING
-    return Mixup(cfg.INPUT.MIXUP, cfg.INPUT.CUTMIX, label_smoothing=smoothing, num_classes=num_classes)

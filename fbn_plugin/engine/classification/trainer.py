@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from fbn_plugin.engine.classification.augmentation import switch_mixup
 from fbn_plugin.engine.classification.config import MAY_CHANGE, check_config, classification_config
 from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
 from fbn_plugin.engine.classification.datasets import build_data, say_broken
@@ -172,6 +173,7 @@ class ClassificationTrainer:
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
                 timer()
+                switch_mixup(step.mixup, cfg, iteration // self.iters_per_epoch)
                 losses, data_time = step(iteration, batches)
                 lr = self.optimizer.param_groups[0]["lr"]
                 log.step(iteration, **losses, lr=lr, time=timer(), data_time=data_time)

@@ -69,6 +69,7 @@ def training_batches(
     groups: Sequence[int] | None = None,
     images_per_class: int = 0,
     factors: np.ndarray | None = None,
+    repeats: int = 1,
 ) -> Sampler[list[tuple[int, int]]]:
     """What this process's training batches are of, from the ``start``-th on, without end: lists of (index, position in
     the stream). The same seed gives the same ones.
@@ -81,13 +82,14 @@ def training_batches(
         groups: the group of each sample; a batch is of one group.
         images_per_class: above 0, a batch holds so many samples of each class, ``batch_size`` together.
         factors: how often an epoch has each sample, see ``repeat_factors``; without, once.
+        repeats: how often a sample comes in a row, see ``InfiniteSampler``.
     """
     rank, world = distributed.rank(), distributed.world_size()
 
     def stream(start: int) -> InfiniteSampler | RepeatFactorSampler:
         if factors is not None:
             return RepeatFactorSampler(factors, seed, rank, world, start)
-        return InfiniteSampler(len(dataset), seed, rank, world, start)
+        return InfiniteSampler(len(dataset), seed, rank, world, start, repeats=repeats)
 
     if groups is not None:
         return GroupedBatchSampler(stream(0), groups, batch_size, skip=start)
@@ -106,6 +108,7 @@ def training_loader(
     groups: Sequence[int] | None = None,
     images_per_class: int = 0,
     factors: np.ndarray | None = None,
+    repeats: int = 1,
     **options: Any,
 ) -> DataLoader:
     """This process's training batches, from the ``start``-th on, without end.
@@ -115,8 +118,8 @@ def training_loader(
     Args:
         dataset: training samples; its augmentation draws from the global generators.
         seed: of order and augmentation.
-        batch_size, start, groups, images_per_class, factors: see ``training_batches``.
+        batch_size, start, groups, images_per_class, factors, repeats: see ``training_batches``.
         options: as ``DataLoader`` has them.
     """
-    batches = training_batches(dataset, seed, batch_size, start, groups, images_per_class, factors)
+    batches = training_batches(dataset, seed, batch_size, start, groups, images_per_class, factors, repeats)
     return data_loader(SeededDataset(dataset, seed), batch_sampler=batches, **options)
