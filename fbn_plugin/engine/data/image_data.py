@@ -5,6 +5,7 @@ bytes; CIFAR-10's original batches go through torchvision's reader and handwritt
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import logging
@@ -25,7 +26,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fbn_plugin.engine.data.decoding import BrokenImageError, decode_image, enough_memory, read_image
-from fbn_plugin.engine.data.image_files import FoundImages, Member, images_in_archive, images_in_folder
+from fbn_plugin.engine.data.image_files import FoundImages, images_in_archive, images_in_folder
+from fbn_plugin.engine.data.metadata_files import images_by_metadata
+from fbn_plugin.engine.data.tar_files import Member
+from fbn_plugin.engine.data.webdataset_files import find_shards, images_in_shards
 from fbn_plugin.engine.files.words import counted, shown_path
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.rules import refusal
@@ -215,26 +219,35 @@ def find_root(root: str) -> Path:
     raise FileNotFoundError(f"DATASETS.ROOT '{root}' does not exist, neither as {places[0]} nor as {places[1]}")
 
 
-def _of_classes(title: str, train: FoundImages, val: FoundImages, mode: str) -> ImageData:
-    """The two sets, with the classes of the first."""
+def _of_classes(
+    title: str, train: FoundImages, val: FoundImages, mode: str, test: FoundImages | None = None
+) -> ImageData:
+    """The sets, with the classes of the first."""
     classes = train.classes
     if train.empty:
         raise ValueError(
             f"{shown_path(train.place)} has folders without images, {_listed(train.empty)}: each folder there is a "
             "class"
         )
-    if unknown := [name for name in val.classes if name not in train.folders]:
+    train.check_numbers()
+    for part in (val, test):
+        if part is not None:
+            _check_classes(train, part)
+    parts = [part and Images(part.samples(classes), mode) for part in (train, val, test)]
+    return ImageData(title, parts[0], parts[1], tuple(classes), parts[2])
+
+
+def _check_classes(train: FoundImages, part: FoundImages) -> None:
+    """Refuse classes that the training set lacks, and say which of its own a set lacks."""
+    place, classes = shown_path(part.place), train.classes
+    if unknown := [name for name in part.classes if name not in train.folders]:
         raise ValueError(
-            f"{shown_path(val.place)} has classes that {shown_path(train.place)} lacks: {_listed(unknown)}; every "
-            "image must lie in a folder named as its class there"
+            f"{place} has classes that {shown_path(train.place)} lacks: {_listed(unknown)}; every image must be of a "
+            "class that is there"
         )
-    if missing := [name for name in classes if name not in val.folders]:
-        logger.warning(
-            "%s has no image of %s of %s: %s",
-            *(shown_path(val.place), counted(len(missing), "class"), f"{len(classes):,}", _listed(missing)),
-        )
-    parts = [Images(each.samples(classes), mode) for each in (train, val)]
-    return ImageData(title, *parts, tuple(classes))
+    if missing := [name for name in classes if name not in part.folders]:
+        count = counted(len(missing), "class")
+        logger.warning("%s has no image of %s of %s: %s", place, count, f"{len(classes):,}", _listed(missing))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -261,6 +274,24 @@ def _tar(root: str, mode: str) -> ImageData:
     return _of_classes(root.resolve().name, images_in_archive(train), images_in_archive(val), mode)
 
 
+def _webdataset(root: str, mode: str) -> ImageData:
+    root = find_root(root)
+    train, val = (find_shards(root, names) for names in (("train",), ("val", "validation", "test")))
+    parts = [images_in_shards(shards) for shards in (train, val)]
+    return _of_classes(root.resolve().name, *parts, mode)
+
+
+def _hf_folder(root: str, mode: str) -> ImageData:
+    root = find_root(root)
+    train = _pick(root, ["train", "training"], "training folder")
+    held_out = [name for name in ("validation", "valid", "val", "dev") if (root / name).exists()]
+    test = [name for name in ("test", "testing") if (root / name).exists()]
+    if not held_out + test:
+        raise FileNotFoundError(f"{root} has no validation folder (validation, valid, val, dev, test or testing)")
+    parts = [images_by_metadata(root / name) for name in (train.name, *held_out[:1], *test[:1])]
+    return _of_classes(root.resolve().name, *parts[:2], mode, *parts[2:])
+
+
 def _mnist(root: str, mode: str) -> ImageData:
     root = find_root(root)
     # torchvision keeps the files in MNIST/raw.
@@ -282,19 +313,19 @@ def _mnist(root: str, mode: str) -> ImageData:
     return ImageData("MNIST", *parts, classes)
 
 
-def _cifar10(root: str, mode: str) -> ImageData:
-    from torchvision.datasets import CIFAR10
+def _cifar(title: str, root: str, mode: str) -> ImageData:
+    from torchvision import datasets
 
-    root = find_root(root)
-    root = root.parent if root.name == CIFAR10.base_folder else root
+    root, kind = find_root(root), getattr(datasets, title.replace("-", ""))
+    root = root.parent if root.name == kind.base_folder else root
     try:
-        train, val = (CIFAR10(root, train=train) for train in (True, False))
+        train, val = (kind(root, train=train) for train in (True, False))
     except RuntimeError:
         raise FileNotFoundError(
-            f"{root / CIFAR10.base_folder} is missing, incomplete or damaged; expected are the original python batches."
+            f"{root / kind.base_folder} is missing, incomplete or damaged; expected are the original python batches."
         ) from None
     parts = [Images(list(zip(part.data, part.targets)), mode) for part in (train, val)]
-    return ImageData("CIFAR-10", *parts, tuple(train.classes))
+    return ImageData(title, *parts, tuple(train.classes))
 
 
 def _cifar10_jpeg(root: str, mode: str) -> ImageData:
@@ -391,8 +422,11 @@ def _digits(root: str, mode: str) -> ImageData:
 IMAGE_DATA: dict[str, Callable[[str, str], ImageData]] = {
     "image_folder": _image_folder,
     "tar": _tar,
+    "webdataset": _webdataset,
+    "hf_folder": _hf_folder,
     "mnist": _mnist,
-    "cifar10": _cifar10,
+    "cifar10": functools.partial(_cifar, "CIFAR-10"),
+    "cifar100": functools.partial(_cifar, "CIFAR-100"),
     "cifar10_jpeg": _cifar10_jpeg,
     "digits": _digits,
 }
@@ -405,8 +439,13 @@ def load_image_data(name: str, root: str = "", mode: str = "RGB") -> ImageData:
         name: how the set is stored:
             "image_folder": `root`/train/<class>/<image> and `root`/val/<class>/<image> (ImageNet's layout);
             "tar": `root`/train.tar and `root`/val.tar with members <class>/<image>;
+            "webdataset": shards `root`/train-00000.tar, ... and `root`/val-00000.tar, ... with members KEY.jpg and
+                KEY.cls, or KEY.json with a "label";
+            "hf_folder": `root`/train, `root`/validation, `root`/test with class folders, or with metadata.csv or
+                metadata.jsonl (Hugging Face's imagefolder); with only one of the last two, it is validated on;
             "mnist": the four IDX files, gzipped or not;
-            "cifar10": cifar-10-batches-py, the original python batches;
+            "cifar10", "cifar100": cifar-10-batches-py or cifar-100-python, the original python batches; of CIFAR-100
+                the 100 fine classes;
             "cifar10_jpeg": CIFAR-10 as JPEG bytes in cifar10_jpeg.npz, arrays {train,test}_{jpeg,offsets,labels} and
                 class_names; image i is jpeg[offsets[i]:offsets[i + 1]];
             "digits": 1797 8x8 images that come with scikit-learn, a fixed stratified 1437 + 360 split; needs no `root`.
