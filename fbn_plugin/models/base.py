@@ -1,5 +1,6 @@
 """What the networks share: one layer with its norm and activation, and the face of a timm classifier."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -113,6 +114,17 @@ class ImageClassifier(nn.Module):
             (name, module) for name, module in self.named_modules() if name and hasattr(module, "no_weight_decay")
         )
         return {f"{prefix}.{name}" for prefix, module in modules for name in module.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """What tells timm, for the layer decay of its optimizers, the layer that a parameter's name is in: a number that
+        grows from the input on."""
+        order = {name: number for number, (name, _) in enumerate(self.features.named_children())}
+
+        def layer(name: str) -> float:
+            first, _, rest = name.partition(".")
+            return order[rest.partition(".")[0]] if first == "features" else math.inf
+
+        return layer
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) to what the pooling takes."""

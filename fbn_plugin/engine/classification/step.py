@@ -11,6 +11,7 @@ from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
@@ -51,6 +52,7 @@ class TrainingStep:
         self.cfg, self.model, self.device = cfg, model, device
         self.optimizer, self.scheduler, self.scaler = optimizer, scheduler, scaler
         self.mixup = _build_mixup(cfg, num_classes)
+        self.loss = build_loss(cfg, num_classes)
 
     def __call__(self, iteration: int, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:
         """One update.
@@ -85,10 +87,9 @@ class TrainingStep:
     def _forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of a batch."""
         amp_dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        smoothing = 0.0 if targets.is_floating_point() else self.cfg.SOLVER.LABEL_SMOOTHING  # mixup has smoothed them
         try:
             with torch.autocast(self.device.type, amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
-                return nn.functional.cross_entropy(self.model(images), targets, label_smoothing=smoothing)
+                return self.loss(self.model(images), targets)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise

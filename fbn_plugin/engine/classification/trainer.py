@@ -10,11 +10,13 @@ import logging
 import os
 from typing import Any
 
+from fbn_plugin.engine.classification.checkpoint import ClassifierCheckpointer
 from fbn_plugin.engine.classification.config import MAY_CHANGE, check_config, classification_config
 from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
 from fbn_plugin.engine.classification.evaluation import evaluate
 from fbn_plugin.engine.classification.model import build_model, check_image_size
-from fbn_plugin.engine.classification.optimization import build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.losses import build_loss
+from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
 from fbn_plugin.engine.classification.step import TrainingStep, build_scaler
 from fbn_plugin.engine.data.image_data import ImageData, load_image_data
 from fbn_plugin.engine.data.sampling import BalancedSampler
@@ -22,7 +24,6 @@ from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
-from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
@@ -72,17 +73,24 @@ class ClassificationTrainer:
             if solver.BEST_CHECKPOINT_METRIC:
                 names = [f"top{k}" for k in self._top_k()]
                 check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
+            if solver.LR_SCHEDULER_NAME == "plateau":
+                names = [*(f"top{k}" for k in self._top_k()), "loss"]
+                check_metric("SOLVER.PLATEAU_METRIC", solver.PLATEAU_METRIC, names)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
         with same_on_all_processes(cfg.SEED):
             self.model = build_model(cfg, len(self.data.classes)).to(self.device)
-        check_image_size(cfg, self.model, self.device)
+        check_image_size(cfg, self.model, self.device, 0 if eval_only else solver.IMS_PER_BATCH)
+        build_loss(cfg, len(self.data.classes))  # which refuses what does not fit, before anything is written
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
         self.scaler = build_scaler(cfg, self.device)
-        self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, optimizer=self.optimizer, scaler=self.scaler)
+        states = {"optimizer": self.optimizer, "scaler": self.scaler}
+        if isinstance(self.scheduler, PlateauSchedule):
+            states["scheduler"] = self.scheduler
+        self.checkpointer = ClassifierCheckpointer(self.model, cfg.OUTPUT_DIR, cfg.MODEL.RESET_CLASSIFIER, **states)
         self.start_iter, self.log_window, self.lacks_final = 0, {}, False
         self.notes: list[str] = []  # for the log
         if continues:
@@ -187,6 +195,7 @@ class ClassificationTrainer:
                 result = result or self._evaluate_and_log(log, last)
             except stopping.EvaluationLeft:
                 stopping.leave()
+            self._schedule_by(result, last + 1)
         if self.lacks_final:
             saver.save("model_final", iteration=last, log_window=log.window)
         return result
@@ -222,10 +231,16 @@ class ClassificationTrainer:
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
         result = self.evaluate()
         self.best.update(self.model, iteration, result)  # first: an evaluation in the log is not done again
+        self._schedule_by(result, iteration + 1)
         epoch = (iteration + 1) / self.iters_per_epoch
         log.write(iteration, {"epoch": epoch, **{f"val/{name}": value for name, value in result.items()}})
         logger.info("epoch %.4g: %s", epoch, self.describe(result))
         return result
+
+    def _schedule_by(self, result: dict[str, float], finished: int) -> None:
+        """Let a schedule that follows evaluations take one into account, if it has not yet."""
+        if isinstance(self.scheduler, PlateauSchedule):
+            self.scheduler.evaluated(finished, result)
 
     def _provenance(self) -> dict[str, Any]:
         cfg = self.cfg
