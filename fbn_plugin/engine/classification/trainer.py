@@ -10,6 +10,7 @@ import logging
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from fbn_plugin.engine.classification.batch import BatchSizes, check_batch, check_norm_batch
@@ -172,7 +173,7 @@ class ClassificationTrainer:
         """Train from the start, or from where the checkpoint left off, to the end; return the final evaluation.
 
         Writes config.yaml, log.txt, metrics.json, TensorBoard files, checkpoints (with SOLVER.BEST_CHECKPOINT_METRIC
-        model_best.pth), run_info.json and results.json to OUTPUT_DIR. On the CPU a run that is interrupted and resumed
+        model_best.pth, with MODEL.EMA model_ema.pth), run_info.json and results.json to OUTPUT_DIR. On the CPU a run that is interrupted and resumed
         ends with the same bits as one that is not; on a GPU some backward passes add in no fixed order.
 
         Raises:
@@ -183,6 +184,10 @@ class ClassificationTrainer:
         with stopping.deferred():
             result = self._train()
         if distributed.is_main():
+            if self.average is not None:
+                weights = {"model": self.average.module.state_dict()}
+                path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
+                atomic_write(path, write=lambda file: torch.save(weights, file))
             record = json.dumps({**self._provenance(), **result}, indent=2)
             atomic_write(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), record.encode())
         return result
@@ -196,7 +201,8 @@ class ClassificationTrainer:
             self.max_iter,
             max_to_keep=2,
         )
-        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, self.log_period, self.log_window) as log:
+        period = self.log_period, self.log_window, cfg.SOLVER.IMS_PER_BATCH
+        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, *period) as log:
             result = self._catch_up(saver, log)
             parts = self.optimizer, self.scheduler, self.scaler, self.average, self.device
             step = TrainingStep(cfg, self.model.train(), len(data.classes), *parts)
