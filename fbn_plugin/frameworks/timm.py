@@ -35,7 +35,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import internals, layers
 from fbn_plugin.frameworks import replacement, timm_optimizers
-from fbn_plugin.frameworks.timm_optimizers import param_groups
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import (
     FROZEN,

@@ -1,5 +1,5 @@
-"""Weight decay by the type of the module, whatever the norm, the network and the options are: in our groups, in those of
-the classification tool, and in timm's own after register()."""
+"""Weight decay by the type of the module, whatever the norm, the network and the options are: in our groups, in those
+of the classification tool, and in timm's own after register()."""
 
 import pytest
 import timm
@@ -66,7 +66,12 @@ def assert_by_type(groups, model: nn.Module, filtered: bool = True) -> None:
 def test_which_parameters_decay(network, norm):
     with torch.device("meta"):
         model = create_model(network, norm)
-    for options in ({}, {"LAYER_DECAY": 0.75}, {"SCALE_LR_DIVISOR": 100.0, "LAYER_DECAY": 0.75}, {"SCALE_LR_DIVISOR": 1.0}):
+    for options in (
+        {},
+        {"LAYER_DECAY": 0.75},
+        {"SCALE_LR_DIVISOR": 100.0, "LAYER_DECAY": 0.75},
+        {"SCALE_LR_DIVISOR": 1.0},
+    ):
         assert_by_type(build_optimizer(solver(**options), model).param_groups, model)
     for options in ({}, {"LAYER_DECAY": 0.75}):
         groups = build_optimizer(solver(FILTER_BIAS_AND_BN=False, **options), model).param_groups

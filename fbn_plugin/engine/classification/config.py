@@ -9,8 +9,8 @@ from timm.optim import list_optimizers
 from fbn_plugin.engine.classification.data import build_train_transform
 from fbn_plugin.engine.classification.model import check_model_options
 from fbn_plugin.engine.classification.optimization import WITH_MIN_LR, optimizer_arguments
-from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.config import Arguments, CfgNode
+from fbn_plugin.engine.run.linear_rule import ScaledKeys
 from fbn_plugin.engine.run.rules import (
     COMMON_RULES,
     MOST_ITERATIONS,
@@ -24,15 +24,21 @@ from fbn_plugin.engine.run.rules import (
     exactly,
     from_to_below,
     increasing,
+    multiple_of,
     one_of,
     or_zero,
 )
 
-__all__ = ["MAY_CHANGE", "check_config", "classification_config"]
+__all__ = ["LINEAR_RULE", "MAY_CHANGE", "check_config", "classification_config"]
 
 # What a resumed run may have otherwise; the learning rate's schedule is computed anew.
 MAY_CHANGE = (
     "MODEL.DEVICE",
+    "MODEL.CHANNELS_LAST",
+    "MODEL.COMPILE",
+    "MODEL.GRAD_CHECKPOINTING",
+    "CUDNN_BENCHMARK",
+    "FLOAT32_PRECISION",
     "DATALOADER.NUM_WORKERS",
     "SOLVER.MAX_EPOCH",
     "SOLVER.MAX_ITER",
@@ -45,6 +51,10 @@ MAY_CHANGE = (
     "OUTPUT_DIR",
 )
 
+# What SOLVER.REFERENCE_WORLD_SIZE scales, besides the batch: epochs stay.
+LINEAR_RULE = ScaledKeys(
+    rates=("SOLVER.BASE_LR", "SOLVER.MIN_LR"), iterations=("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
+)
 
 _MODEL = {
     "NAME": "resnet50",  # a timm model, or one of fbn_plugin.models
@@ -55,9 +65,14 @@ _MODEL = {
     "REVISED_INIT": False,  # convolutions and linear layers start as Davis and Frank (2022) have them
     "DROP_RATE": 0.0,  # dropout before the classifier
     "DROP_PATH_RATE": 0.0,  # stochastic depth: share of the residual branches that are left out, growing with depth
-    # Further arguments of what builds the model: {"norm_after": "conv1"} of lenet5, {"drop_block_rate": 0.1} of ResNets.
+    # Further arguments of what builds the model: {"norm_after": "fc1"} of lenet5, {"drop_block_rate": 0.1} of ResNets.
     "OPTIONS": {},
     "DEVICE": "cuda",  # where there is no GPU: cpu
+    "CHANNELS_LAST": False,  # the layout (N, H, W, C) in memory
+    "COMPILE": False,  # the forward and backward pass of training through torch.compile
+    "GRAD_CHECKPOINTING": False,  # activations are computed again in the backward pass, and not kept
+    # A moving average of weights and buffers, timm's ModelEmaV3; WARMUP lets the decay grow to DECAY.
+    "EMA": {"ENABLED": False, "DECAY": 0.9999, "WARMUP": False},
     "PIXEL_MEAN": (123.675, 116.28, 103.53),  # of the channels of INPUT.FORMAT, in 0..255
     "PIXEL_STD": (58.395, 57.12, 57.375),
 }
@@ -85,7 +100,10 @@ _INPUT = {
 _SOLVER = {
     "MAX_EPOCH": 100,
     "MAX_ITER": 0,  # stop early after so many iterations, on the schedule of MAX_EPOCH; 0: do not
-    "IMS_PER_BATCH": 256,  # over all processes
+    "IMS_PER_BATCH": 256,  # of one update of the weights: over all processes and accumulation steps
+    "ACCUMULATION_STEPS": 1,  # forward and backward passes of each process before an update
+    "IMS_PER_NORM": 0,  # refuse any other number of images in the moments of a batch norm; 0: whatever follows
+    "REFERENCE_WORLD_SIZE": 0,  # the number of processes that batch and rates are meant for; 0: any
     "OPTIMIZER": "momentum",  # timm's names: "momentum" is SGD, "sgd" is SGD with Nesterov's momentum
     "BASE_LR": 0.1,
     "MOMENTUM": 0.9,  # of optimizers that have one (SGD, RMSProp, LARS, ...); Adam and its kin have betas in OPT_ARGS
@@ -116,7 +134,9 @@ _SOLVER = {
     "LABEL_SMOOTHING": 0.0,
     "CHECKPOINT_PERIOD": 0,  # iterations; 0: an epoch
     "BEST_CHECKPOINT_METRIC": "",  # "top1" or "top5": each evaluation that beats the best so far writes model_best.pth
-    "AMP": {"ENABLED": False},  # float16 on a GPU, bfloat16 on a CPU
+    "AMP": {"ENABLED": False, "DTYPE": ""},  # "float16" or "bfloat16"; "": float16 on a GPU, bfloat16 on a CPU
+    # "norm" of all gradients together, "value" of each element, "agc": of each unit, relative to its weights.
+    "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
 }
 
 
@@ -140,6 +160,8 @@ def classification_config() -> CfgNode:
                 "EVAL_PERIOD": 1,  # epochs; 0: only at the end
                 "IMS_PER_BATCH": 256,
             },
+            "CUDNN_BENCHMARK": False,
+            "FLOAT32_PRECISION": "",  # of torch.set_float32_matmul_precision, and of cuDNN; "": PyTorch's own
             "SEED": 0,
             "OUTPUT_DIR": "./output",
         }
@@ -154,6 +176,7 @@ _MOST_PIXELS = 2**13  # of a side of an image
 _RULES = {
     **COMMON_RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
+    "FLOAT32_PRECISION": one_of("", "highest", "high", "medium"),
     "INPUT.COLOR_JITTER": at_least(0, 10),
     "INPUT.CROP_PCT": between(0.1, 1),
     "INPUT.CUTMIX": or_zero(between(0.001, 1000)),
@@ -172,13 +195,20 @@ _RULES = {
     "INPUT.TRAIN_CROP": one_of("none", "padded", "random_resized"),
     "MODEL.DROP_PATH_RATE": from_to_below(0, 1),
     "MODEL.DROP_RATE": from_to_below(0, 1),
+    "MODEL.EMA.DECAY": from_to_below(0, 1),
     "MODEL.PIXEL_MEAN": each(between(-(10**6), 10**6)),
     "MODEL.PIXEL_STD": each(between(1e-6, 10**6)),
     "SEED": Rule("0 or more, and below 2**63", lambda given: 0 <= given < 2**63),
+    "SOLVER.ACCUMULATION_STEPS": at_least(1, 2**20),
+    "SOLVER.AMP.DTYPE": one_of("", "float16", "bfloat16"),
     "SOLVER.BCE.TARGET_THRESHOLD": from_to_below(0, 1),
     "SOLVER.CHECKPOINT_PERIOD": at_least(0, MOST_ITERATIONS),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of("norm", "value", "agc"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": above(0, 1e30),
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": between(0.1, 1000),
     "SOLVER.DECAY_EPOCHS": between(1e-6, 10**6),
     "SOLVER.GAMMA": above(0, 10),
+    "SOLVER.IMS_PER_NORM": at_least(0, 2**30),
     "SOLVER.LABEL_SMOOTHING": from_to_below(0, 1),
     "SOLVER.LAYER_DECAY": or_zero(above(0, 1)),
     "SOLVER.LOSS": one_of("cross_entropy", "bce"),
@@ -189,6 +219,7 @@ _RULES = {
     "SOLVER.MAX_ITER": at_least(0, MOST_ITERATIONS),
     "SOLVER.PLATEAU_METRIC": one_of("top1", "top5", "loss"),
     "SOLVER.PLATEAU_PATIENCE": at_least(0, 10**6),
+    "SOLVER.REFERENCE_WORLD_SIZE": at_least(0, 2**20),
     "SOLVER.STEPS": increasing("epochs"),
     "TEST.IMS_PER_BATCH": at_least(1, 2**20),
 }
@@ -233,8 +264,6 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
     if cfg.SOLVER.SCALE_LR_DIVISOR:
         reason = "with SCALE_LR_DIVISOR, which sets the decay of norms and biases to 0"
         rules["SOLVER.FILTER_BIAS_AND_BN"] = exactly(True, reason)
-    if cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX:
-        processes = distributed.world_size()
-        what = f"an even number for each process ({processes}) with INPUT.MIXUP or CUTMIX"
-        rules["SOLVER.IMS_PER_BATCH"] = Rule(what, lambda given: given // processes % 2 == 0)
+    if reference := cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        rules["SOLVER.IMS_PER_BATCH"] = multiple_of(reference, f"SOLVER.REFERENCE_WORLD_SIZE, {reference}")
     return rules

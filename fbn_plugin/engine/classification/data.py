@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, RandomCrop, Resize
 
+from fbn_plugin.engine.classification.batch import BatchSizes
 from fbn_plugin.engine.data.loaders import shield_workers, training_loader
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.rules import refusal
@@ -64,19 +65,21 @@ def build_train_transform(cfg: CfgNode, prefetch: bool) -> Callable:
 def build_train_loader(
     cfg: CfgNode, dataset: Dataset, device: torch.device, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The endless batches of this process, from iteration `start` on: images (N, C, H, W) and class indices (N,).
+    """The endless batches of this process, from iteration `start` on: images (N, C, H, W) and class indices (N,). With
+    SOLVER.ACCUMULATION_STEPS an iteration has as many batches, those of so many processes.
 
     The transforms, and on a GPU the prefetching, are timm's. The order and the augmentation of a sample depend on the
     seed and its place in the stream alone (timm's own train loader draws them from the state of each worker process),
     so that a run may be interrupted at any iteration.
     """
-    prefetch = device.type == "cuda"
+    prefetch, sizes = device.type == "cuda", BatchSizes.of(cfg)
     dataset.transform = build_train_transform(cfg, prefetch)
     loader = training_loader(
         dataset,
         cfg.SEED,
-        cfg.SOLVER.IMS_PER_BATCH // distributed.world_size(),
+        sizes.step,
         start,
+        steps=sizes.steps,
         images_per_class=cfg.DATALOADER.IMAGES_PER_CLASS,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=fast_collate if prefetch else None,

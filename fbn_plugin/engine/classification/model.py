@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import apply_gamma_init, convert_norm, prepend_input_norm, revised_init
+from fbn_plugin.engine.classification.batch import BatchSizes
 from fbn_plugin.engine.files.words import counted
-from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.frameworks import timm_models
@@ -137,7 +137,7 @@ def _refuse_options(cfg: CfgNode, options: dict[str, Any], error: Exception) -> 
 
 
 @torch.no_grad()
-def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device, images: int = 0) -> None:
+def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device, sizes: BatchSizes | None = None) -> None:
     """Refuse an INPUT.SIZE that a model cannot take, which it would say in its first iteration, by two empty images;
     and a batch of which a norm would have one value a channel: it has no variance, and PyTorch refuses it.
 
@@ -145,16 +145,16 @@ def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device, image
         cfg: config.
         model: on ``device``; it is left in the mode that it is in.
         device: where it is.
-        images: that it will be trained on at once, by all processes; 0: it will not be.
+        sizes: of the batches that it will be trained on; None: it will not be.
 
     Raises:
         ValueError: with what the model says, or the norm's name.
     """
     training = model.training
-    sizes: dict[str, int] = {}  # of each norm by the batch, values a channel of the two images
+    values: dict[str, int] = {}  # of each norm by the batch, values a channel of the two images
     hooks = [
         norm.register_forward_pre_hook(
-            lambda module, args, name=name: sizes.update({name: args[0].numel() // args[0].shape[1]})
+            lambda module, args, name=name: values.update({name: args[0].numel() // args[0].shape[1]})
         )
         for name, norm in model.named_modules()
         if family(norm) == "BN"
@@ -168,11 +168,9 @@ def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device, image
         model.train(training)
         for hook in hooks:
             hook.remove()
-    processes = distributed.world_size()
-    for name, size in sizes.items():
+    for name, two in values.items() if sizes is not None else ():
         norm = model.get_submodule(name)
-        together = images if describe(norm).synchronized else images // processes
-        if together * size == 2:
-            what = f"more than {counted(images // processes, 'image')} for each process: of that {name}, a "
-            what += f"{type(norm).__name__}, has one value a channel, which has no variance"
-            raise refusal("SOLVER.IMS_PER_BATCH", what, images)
+        images = sizes.step * (sizes.processes if describe(norm).synchronized else 1)
+        if images * two == 2:
+            what = f"more than 1 image for each process and step: of one {name}, a {type(norm).__name__}, has one "
+            raise refusal("SOLVER.IMS_PER_BATCH", what + "value a channel, which has no variance", sizes.update)

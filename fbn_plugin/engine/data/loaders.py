@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fbn_plugin.engine.data.sampling import (
+    AlternatingBatchSampler,
     BalancedSampler,
     GroupedBatchSampler,
     InfiniteSampler,
@@ -69,6 +70,7 @@ def training_loader(
     groups: Sequence[int] | None = None,
     images_per_class: int = 0,
     factors: np.ndarray | None = None,
+    steps: int = 1,
     **options: Any,
 ) -> DataLoader:
     """This process's training batches, from the ``start``-th on, without end.
@@ -79,13 +81,24 @@ def training_loader(
         dataset: training samples; its augmentation draws from the global generators.
         seed: of order and augmentation.
         batch_size: samples of one process.
-        start: batches to pass over, to resume at that iteration.
+        start: iterations to pass over, to resume there.
         groups: the group of each sample; a batch is of one group.
         images_per_class: above 0, a batch holds so many samples of each class, ``batch_size`` together.
         factors: how often an epoch has each sample, see ``repeat_factors``; without, once.
+        steps: batches of an iteration: those of one process are the batches of ``steps`` processes, one behind the
+            other, so that the images of an iteration, and of each batch, are the same on ``steps`` times as many. Not
+            with ``groups`` or ``factors``.
         options: as ``DataLoader`` has them.
     """
     rank, world = distributed.rank(), distributed.world_size()
+    if steps > 1:
+        places = [(step * world + rank, steps * world) for step in range(steps)]
+        if images_per_class:
+            streams = [BalancedSampler(dataset, images_per_class, seed, *place, start) for place in places]
+        else:
+            streams = [InfiniteSampler(len(dataset), seed, *place, start * batch_size) for place in places]
+        options["batch_sampler"] = AlternatingBatchSampler(streams, batch_size)
+        return data_loader(SeededDataset(dataset, seed), **options)
 
     def stream(start: int) -> InfiniteSampler | RepeatFactorSampler:
         if factors is not None:

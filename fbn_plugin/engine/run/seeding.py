@@ -33,9 +33,16 @@ def same_on_all_processes(seed: int) -> Iterator[None]:
     seed_generators(seed + distributed.rank())
 
 
-def seed_iteration(seed: int, iteration: int) -> None:
-    """Seed what one iteration draws on this process (dropout, mixup): no state has to outlive an interruption."""
-    for_torch, for_numpy = np.random.SeedSequence([seed, iteration, distributed.rank()]).generate_state(2)
+def seed_iteration(seed: int, iteration: int, step: int = 0) -> None:
+    """Seed what one iteration draws on this process (dropout, mixup): no state has to outlive an interruption.
+
+    Args:
+        seed: of the run.
+        iteration: from 0.
+        step: of several in the iteration, from 0. Step s draws what as many more processes would draw.
+    """
+    place = step * distributed.world_size() + distributed.rank()
+    for_torch, for_numpy = np.random.SeedSequence([seed, iteration, place]).generate_state(2)
     torch.manual_seed(int(for_torch))
     np.random.seed(for_numpy)
 
