@@ -7,7 +7,9 @@ import copy
 from timm.optim import list_optimizers
 
 from fbn_plugin.engine.classification.data import build_train_transform
-from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.classification.model import check_model_options
+from fbn_plugin.engine.classification.optimization import WITH_MIN_LR, optimizer_arguments
+from fbn_plugin.engine.run.config import Arguments, CfgNode
 from fbn_plugin.engine.run.linear_rule import ScaledKeys
 from fbn_plugin.engine.run.rules import (
     COMMON_RULES,
@@ -59,8 +61,12 @@ _MODEL = {
     "NORM": "",  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
     "PRETRAINED": False,  # start from timm's weights
     "WEIGHTS": "",  # start from, or with --eval-only evaluate, this checkpoint (timm's, too) or state dict
+    "RESET_CLASSIFIER": False,  # leave the classifier of WEIGHTS out: it is of other classes
     "REVISED_INIT": False,  # convolutions and linear layers start as Davis and Frank (2022) have them
     "DROP_RATE": 0.0,  # dropout before the classifier
+    "DROP_PATH_RATE": 0.0,  # stochastic depth: share of the residual branches that are left out, growing with depth
+    # Further arguments of what builds the model: {"norm_after": "fc1"} of lenet5, {"drop_block_rate": 0.1} of ResNets.
+    "OPTIONS": {},
     "DEVICE": "cuda",  # where there is no GPU: cpu
     "CHANNELS_LAST": False,  # the layout (N, H, W, C) in memory
     "COMPILE": False,  # the forward and backward pass of training through torch.compile
@@ -100,18 +106,31 @@ _SOLVER = {
     "REFERENCE_WORLD_SIZE": 0,  # the number of processes that batch and rates are meant for; 0: any
     "OPTIMIZER": "momentum",  # timm's names: "momentum" is SGD, "sgd" is SGD with Nesterov's momentum
     "BASE_LR": 0.1,
-    "MOMENTUM": 0.9,
+    "MOMENTUM": 0.9,  # of optimizers that have one (SGD, RMSProp, LARS, ...); Adam and its kin have betas in OPT_ARGS
+    "OPT_ARGS": {},  # further arguments of the optimizer: {"alpha": 0.999} is RMSProp's decay
     "WEIGHT_DECAY": 1e-4,
     "FILTER_BIAS_AND_BN": True,  # no weight decay on biases and norms
-    # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100), and norms and biases are told
-    # by their types, not by their shapes; 1 is all at one rate. 0: timm's groups.
+    # The scale of batch norms learns so many times slower (Davis and Frank 2022: 100); 1 is all at one rate. 0 is, too,
+    # and what has one dimension does not decay, as with timm, besides norms and biases.
     "SCALE_LR_DIVISOR": 0.0,
-    "LR_SCHEDULER_NAME": "cosine",  # constant, cosine, multistep, poly or tanh, stepped each iteration
+    "LAYER_DECAY": 0.0,  # above 0: each layer learns at this share of the rate of the layer behind it, as timm has it
+    # constant, cosine, exponential, multistep, poly, step or tanh, stepped each iteration; plateau, stepped by a metric
+    "LR_SCHEDULER_NAME": "cosine",
     "STEPS": (30, 60, 90),  # multistep: epochs at which the rate is multiplied with GAMMA
-    "GAMMA": 0.1,  # of multistep; the power of poly
-    "MIN_LR": 0.0,  # of cosine, poly and tanh
+    "DECAY_EPOCHS": 30.0,  # step and exponential: epochs in which the rate is multiplied with GAMMA, at once or evenly
+    "GAMMA": 0.1,  # of exponential, multistep, plateau and step; the power of poly
+    "MIN_LR": 0.0,  # of cosine, plateau, poly and tanh
+    "COOLDOWN_EPOCHS": 0,  # of cosine, poly and tanh: the last epochs, at MIN_LR
+    "PLATEAU_METRIC": "top1",  # plateau: that of the evaluations which is to get better; top1, top5 or loss
+    "PLATEAU_PATIENCE": 10,  # plateau: so many evaluations in which it does not are borne with
     "WARMUP_EPOCHS": 0,
     "WARMUP_FACTOR": 0.001,  # share of BASE_LR that warm-up starts from
+    "WARMUP_PREFIX": False,  # the schedule begins behind the warm-up, and ends with MAX_EPOCH all the same
+    "LOSS": "cross_entropy",  # or "bce", timm's binary cross entropy of each class
+    "BCE": {
+        "TARGET_THRESHOLD": 0.0,  # above 0: targets, smoothed or mixed, above it are 1, and all others 0
+        "SUM_CLASSES": False,  # the loss is a sum over the classes, not their mean
+    },
     "LABEL_SMOOTHING": 0.0,
     "CHECKPOINT_PERIOD": 0,  # iterations; 0: an epoch
     "BEST_CHECKPOINT_METRIC": "",  # "top1" or "top5": each evaluation that beats the best so far writes model_best.pth
@@ -123,7 +142,7 @@ _SOLVER = {
 
 def classification_config() -> CfgNode:
     """Every key of `tools/train_classification.py` with its default."""
-    return CfgNode(
+    cfg = CfgNode(
         {
             "MODEL": copy.deepcopy(_MODEL),
             "INPUT": copy.deepcopy(_INPUT),
@@ -147,6 +166,8 @@ def classification_config() -> CfgNode:
             "OUTPUT_DIR": "./output",
         }
     )
+    cfg.MODEL.OPTIONS, cfg.SOLVER.OPT_ARGS = Arguments(), Arguments()  # of a mapping CfgNode makes one of its own
+    return cfg
 
 
 _SECOND_ORDER = ("adahessian",)  # it wants the graph of the backward pass, which training does not keep
@@ -172,6 +193,7 @@ _RULES = {
     ),
     "INPUT.SIZE": at_least(1, _MOST_PIXELS),
     "INPUT.TRAIN_CROP": one_of("none", "padded", "random_resized"),
+    "MODEL.DROP_PATH_RATE": from_to_below(0, 1),
     "MODEL.DROP_RATE": from_to_below(0, 1),
     "MODEL.EMA.DECAY": from_to_below(0, 1),
     "MODEL.PIXEL_MEAN": each(between(-(10**6), 10**6)),
@@ -179,16 +201,24 @@ _RULES = {
     "SEED": Rule("0 or more, and below 2**63", lambda given: 0 <= given < 2**63),
     "SOLVER.ACCUMULATION_STEPS": at_least(1, 2**20),
     "SOLVER.AMP.DTYPE": one_of("", "float16", "bfloat16"),
+    "SOLVER.BCE.TARGET_THRESHOLD": from_to_below(0, 1),
     "SOLVER.CHECKPOINT_PERIOD": at_least(0, MOST_ITERATIONS),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": one_of("norm", "value", "agc"),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": above(0, 1e30),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": between(0.1, 1000),
+    "SOLVER.DECAY_EPOCHS": between(1e-6, 10**6),
     "SOLVER.GAMMA": above(0, 10),
     "SOLVER.IMS_PER_NORM": at_least(0, 2**30),
     "SOLVER.LABEL_SMOOTHING": from_to_below(0, 1),
-    "SOLVER.LR_SCHEDULER_NAME": one_of("constant", "cosine", "multistep", "poly", "tanh"),
+    "SOLVER.LAYER_DECAY": or_zero(above(0, 1)),
+    "SOLVER.LOSS": one_of("cross_entropy", "bce"),
+    "SOLVER.LR_SCHEDULER_NAME": one_of(
+        "constant", "cosine", "exponential", "multistep", "plateau", "poly", "step", "tanh"
+    ),
     "SOLVER.MAX_EPOCH": at_least(1, 10**6),
     "SOLVER.MAX_ITER": at_least(0, MOST_ITERATIONS),
+    "SOLVER.PLATEAU_METRIC": one_of("top1", "top5", "loss"),
+    "SOLVER.PLATEAU_PATIENCE": at_least(0, 10**6),
     "SOLVER.REFERENCE_WORLD_SIZE": at_least(0, 2**20),
     "SOLVER.STEPS": increasing("epochs"),
     "TEST.IMS_PER_BATCH": at_least(1, 2**20),
@@ -204,6 +234,8 @@ def check_config(cfg: CfgNode) -> None:
     check_values(cfg, _RULES)
     check_values(cfg, _dependent_rules(cfg))
     check_norms({"MODEL.NORM": cfg.MODEL.NORM})
+    check_model_options(cfg)
+    optimizer_arguments(cfg)
     build_train_transform(cfg, prefetch=False)
 
 
@@ -217,6 +249,16 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
         "SOLVER.OPTIMIZER": one_of(*(name for name in list_optimizers() if name not in _SECOND_ORDER)),
         "SOLVER.WARMUP_EPOCHS": Rule(f"from 0 to less than MAX_EPOCH, {epochs}", lambda given: 0 <= given < epochs),
     }
+    left = epochs - cfg.SOLVER.WARMUP_EPOCHS
+    rules["SOLVER.COOLDOWN_EPOCHS"] = Rule(
+        f"from 0 to less than MAX_EPOCH less WARMUP_EPOCHS, {left}", lambda given: 0 <= given < left
+    )
+    if cfg.SOLVER.LR_SCHEDULER_NAME not in WITH_MIN_LR:
+        rules["SOLVER.COOLDOWN_EPOCHS"] = exactly(0, f"but for LR_SCHEDULER_NAME {', '.join(WITH_MIN_LR)}")
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "plateau":
+        rules["TEST.EVAL_PERIOD"] = at_least(1, MOST_ITERATIONS)
+        rules["SOLVER.GAMMA"] = Rule("above 0 and below 1 with plateau", lambda given: 0 < given < 1)
+        rules["SOLVER.WARMUP_PREFIX"] = exactly(False, "with plateau, which has no end")
     if cfg.MODEL.REVISED_INIT:
         rules["MODEL.PRETRAINED"] = exactly(False, "with REVISED_INIT, which would replace the weights")
     if cfg.SOLVER.SCALE_LR_DIVISOR:

@@ -14,6 +14,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
+from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
@@ -97,6 +98,7 @@ class TrainingStep:
         self.cfg, self.model, self.device = cfg, model, device
         self.optimizer, self.scheduler, self.scaler, self.average = optimizer, scheduler, scaler, average
         self.mixup = _build_mixup(cfg, num_classes)
+        self.loss = build_loss(cfg, num_classes)
         self._parallel = distributed.data_parallel(model, device)
         self._forward_pass = torch.compile(self._parallel) if cfg.MODEL.COMPILE else self._parallel
         self._amp_dtype = _amp_dtype(cfg, device)
@@ -153,10 +155,9 @@ class TrainingStep:
 
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of the images of one step."""
-        smoothing = 0.0 if targets.is_floating_point() else self.cfg.SOLVER.LABEL_SMOOTHING  # mixup has smoothed them
         try:
             with torch.autocast(self.device.type, self._amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
-                return nn.functional.cross_entropy(self._forward_pass(images), targets, label_smoothing=smoothing)
+                return self.loss(self._forward_pass(images), targets)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise

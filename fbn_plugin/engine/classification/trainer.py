@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from fbn_plugin.engine.classification.batch import BatchSizes, check_batch, check_norm_batch
+from fbn_plugin.engine.classification.checkpoint import ClassifierCheckpointer
 from fbn_plugin.engine.classification.config import LINEAR_RULE, MAY_CHANGE, check_config, classification_config
 from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
 from fbn_plugin.engine.classification.evaluation import evaluate
+from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.model import build_model, check_image_size
-from fbn_plugin.engine.classification.optimization import build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
 from fbn_plugin.engine.classification.step import (
     TrainingStep,
     build_average,
@@ -32,7 +34,6 @@ from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
-from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
@@ -88,13 +89,17 @@ class ClassificationTrainer:
                 names = [f"top{k}" for k in self._top_k()]
                 names += [f"ema/{name}" for name in names] if cfg.MODEL.EMA.ENABLED else []
                 check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
+            if solver.LR_SCHEDULER_NAME == "plateau":
+                names = [*(f"top{k}" for k in self._top_k()), "loss"]
+                check_metric("SOLVER.PLATEAU_METRIC", solver.PLATEAU_METRIC, names)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
         with same_on_all_processes(cfg.SEED):
             self.model = place_model(cfg, build_model(cfg, len(self.data.classes)), self.device)
-        check_image_size(cfg, self.model, self.device)
+        check_image_size(cfg, self.model, self.device, None if eval_only else BatchSizes.of(cfg))
+        build_loss(cfg, len(self.data.classes))  # which refuses what does not fit, before anything is written
         if not eval_only:
             check_norm_batch(cfg, self.model)
         set_backends(cfg, eval_only)
@@ -104,7 +109,8 @@ class ClassificationTrainer:
         self.average = build_average(cfg, self.model)
         states = {"optimizer": self.optimizer, "scaler": self.scaler}
         states |= {"ema": self.average.module} if self.average is not None else {}
-        self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, **states)
+        states |= {"scheduler": self.scheduler} if isinstance(self.scheduler, PlateauSchedule) else {}
+        self.checkpointer = ClassifierCheckpointer(self.model, cfg.OUTPUT_DIR, cfg.MODEL.RESET_CLASSIFIER, **states)
         self.start_iter, self.log_window, self.lacks_final = 0, {}, False
         self.notes: list[str] = []  # warnings for the log
         if continues:
@@ -173,8 +179,9 @@ class ClassificationTrainer:
         """Train from the start, or from where the checkpoint left off, to the end; return the final evaluation.
 
         Writes config.yaml, log.txt, metrics.json, TensorBoard files, checkpoints (with SOLVER.BEST_CHECKPOINT_METRIC
-        model_best.pth, with MODEL.EMA model_ema.pth), run_info.json and results.json to OUTPUT_DIR. On the CPU a run that is interrupted and resumed
-        ends with the same bits as one that is not; on a GPU some backward passes add in no fixed order.
+        model_best.pth, with MODEL.EMA model_ema.pth), run_info.json and results.json to OUTPUT_DIR. On the CPU a run
+        that is interrupted and resumed ends with the same bits as one that is not; on a GPU some backward passes add in
+        no fixed order.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -237,6 +244,7 @@ class ClassificationTrainer:
                 result = result or self._evaluate_and_log(log, last)
             except stopping.EvaluationLeft:
                 stopping.leave()
+            self._schedule_by(result, last + 1)
         if self.lacks_final:
             saver.save("model_final", iteration=last, log_window=log.window)
         return result
@@ -274,6 +282,7 @@ class ClassificationTrainer:
 
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
         result = self.evaluate()
+        self._schedule_by(result, iteration + 1)
         averaged = self.cfg.SOLVER.BEST_CHECKPOINT_METRIC.startswith("ema/")
         best = self.average.module if averaged else self.model
         self.best.update(best, iteration, result)  # first: an evaluation in the log is not done again
@@ -281,6 +290,12 @@ class ClassificationTrainer:
         log.write(iteration, {"epoch": epoch, **{f"val/{name}": value for name, value in result.items()}})
         logger.info("epoch %.4g: %s", epoch, self.describe(result))
         return result
+
+    def _schedule_by(self, result: dict[str, float], finished: int) -> None:
+        """Let a schedule that follows evaluations take one into account, if it has not yet."""
+        regular = finished % (self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch or 1) == 0  # not one at MAX_ITER
+        if isinstance(self.scheduler, PlateauSchedule) and regular:
+            self.scheduler.evaluated(finished, result)
 
     def _provenance(self) -> dict[str, Any]:
         cfg = self.cfg
