@@ -90,7 +90,8 @@ def batch_augmentation(transform: Callable) -> Augmentation | None:
         crop = steps.pop(0)
     flips = dict.fromkeys((transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip), 0.0)
     while steps and flips.get(type(steps[0])) == 0:
-        flips[type(steps[0])] = steps.pop(0).p
+        flip = steps.pop(0)
+        flips[type(flip)] = flip.p
     last = crop or (fixed[-1] if fixed else None)
     if steps or last is None or type(last) is transforms.Resize:  # which leaves the longer side as it is
         return None
