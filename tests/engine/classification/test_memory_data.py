@@ -68,7 +68,7 @@ def test_evaluation_sees_the_very_images_of_the_transforms(mode, shape, crop_pct
 
 
 def test_an_image_is_decoded_once_for_all_evaluations(monkeypatch):
-    data, decoded = noise(3), Counter()
+    data, decoded = noise(3, shape=(9, 9)), Counter()
     decode = Images.__getitem__
     monkeypatch.setattr(Images, "__getitem__", lambda self, i: decoded.update([i]) or decode(self, i))
     cfg = config()
@@ -184,7 +184,7 @@ def test_resized_crops_are_timms(monkeypatch, mode, scale, ratio):
     indices = [position % 4 for position in positions]
     batch, labels = images.batch(indices, positions)
     assert labels.tolist() == indices
-    for index, out, draws in zip(indices, batch, images._draws.rows(positions).tolist()):
+    for index, out, draws in zip(indices, batch, map(images._draws.row, positions)):
         monkeypatch.setattr("timm.data.transforms.random", Replayed(draws))
         expected = np.asarray(crop(data[index][0]))
         expected = expected.transpose(2, 0, 1) if mode == "RGB" else expected[None]
