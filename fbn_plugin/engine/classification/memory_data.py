@@ -9,8 +9,9 @@ section 6, with the attempts of timm's ``RandomResizedCropAndInterpolation``.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ _MOST_ENLARGED = 4
 _ATTEMPTS = 10  # of a random resized crop
 _TOP, _LEFT, _HFLIP, _VFLIP, _FIRST_ATTEMPT = range(5)  # columns of the table; an attempt takes two
 _ROWS = 1024  # positions that are drawn for at once
+_AT_ONCE = 2**18  # pixels of batches that are made together
 
 Crop = transforms.RandomCrop | RandomResizedCropAndInterpolation
 
@@ -272,16 +274,26 @@ def _pixels(image: np.ndarray | Image.Image) -> int:
     return math.prod(image.shape[1:] if isinstance(image, np.ndarray) else image.size)
 
 
-def training_stream(images: ImagesInMemory, batches: Sized, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def training_stream(
+    images: ImagesInMemory, batches: Iterable[Sequence[tuple[int, int]]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized images (N, C, H, W) and class indices (N,), on ``device``.
+
+    Small batches are made several at a time: one by one, with the caches full of a model's weights and activations,
+    they would take three times as long.
 
     Args:
         images: the training set.
         batches: lists of (index, position), see ``loaders.training_batches``.
         device: where images are normalized.
     """
-    for batch in batches:
-        yield _on_device(images, *zip(*batch), device)
+    batches = iter(batches)
+    while True:
+        first = next(batches)
+        some = max(1, _AT_ONCE // (len(first) * math.prod(images.augmentation.size)))
+        together = [first, *itertools.islice(batches, some - 1)]
+        made = _on_device(images, *zip(*itertools.chain(*together)), device)
+        yield from zip(*(each.split([len(batch) for batch in together]) for each in made))
 
 
 class MemoryLoader:

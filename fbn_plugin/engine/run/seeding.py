@@ -22,6 +22,9 @@ __all__ = [
 ]
 
 
+_BLOCK = 64  # iterations
+
+
 def choose_seed(seed: int) -> int:
     """SEED, or where it is negative one that is drawn from the system; the same on every process."""
     return distributed.broadcast_object(seed if seed >= 0 else int.from_bytes(os.urandom(4), "little") % 2**31)
@@ -44,12 +47,21 @@ def same_on_all_processes(seed: int) -> Iterator[None]:
 
 def seed_iteration(seed: int, iteration: int) -> None:
     """Seed what one iteration draws on this process (dropout, mixup): no state has to outlive an interruption."""
-    for_torch, for_numpy = np.random.SeedSequence([seed, iteration, distributed.rank()]).generate_state(2)
+    block, place = divmod(iteration, _BLOCK)
+    for_torch, for_numpy = _iteration_seeds(seed, distributed.rank(), block)[place]
     if _has_accelerator():
-        torch.manual_seed(int(for_torch))
+        torch.manual_seed(for_torch)
     else:  # the same on a CPU, without a stack trace for a GPU that might come, which takes 0.1 ms
-        torch.default_generator.manual_seed(int(for_torch))
+        torch.default_generator.manual_seed(for_torch)
     np.random.seed(for_numpy)
+
+
+@functools.lru_cache(maxsize=2)
+def _iteration_seeds(seed: int, rank: int, block: int) -> list[tuple[int, int]]:
+    """Those of PyTorch and NumPy for a block of iterations: one by one, with the caches full of a model's weights and
+    activations, they would take ten times as long."""
+    sequences = (np.random.SeedSequence([seed, block * _BLOCK + place, rank]) for place in range(_BLOCK))
+    return [tuple(sequence.generate_state(2).tolist()) for sequence in sequences]
 
 
 @functools.cache
