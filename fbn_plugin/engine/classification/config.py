@@ -7,6 +7,7 @@ import copy
 from timm.optim import list_optimizers
 
 from fbn_plugin.engine.classification.data import build_train_transform
+from fbn_plugin.engine.classification.memory_data import batch_augmentation
 from fbn_plugin.engine.classification.model import check_model_options
 from fbn_plugin.engine.classification.optimization import WITH_MIN_LR, optimizer_arguments
 from fbn_plugin.engine.run.config import Arguments, CfgNode
@@ -27,6 +28,7 @@ from fbn_plugin.engine.run.rules import (
     multiple_of,
     one_of,
     or_zero,
+    refusal,
 )
 
 __all__ = ["LINEAR_RULE", "MAY_CHANGE", "check_config", "classification_config"]
@@ -152,6 +154,9 @@ def classification_config() -> CfgNode:
             },
             "DATALOADER": {
                 "NUM_WORKERS": 4,
+                # "auto": small sets are decoded once, and crops and flips drawn by the batch, without workers, where
+                # INPUT has no other augmentation; "always": large ones too; "never".
+                "IN_MEMORY": "auto",
                 # Above 0: every batch holds so many images of each class (Hajaj and Gillies 2018: 1), in each process.
                 "IMAGES_PER_CLASS": 0,
             },
@@ -176,6 +181,7 @@ _MOST_PIXELS = 2**13  # of a side of an image
 _RULES = {
     **COMMON_RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
+    "DATALOADER.IN_MEMORY": one_of("auto", "always", "never"),
     "FLOAT32_PRECISION": one_of("", "highest", "high", "medium"),
     "INPUT.COLOR_JITTER": at_least(0, 10),
     "INPUT.CROP_PCT": between(0.1, 1),
@@ -236,7 +242,10 @@ def check_config(cfg: CfgNode) -> None:
     check_norms({"MODEL.NORM": cfg.MODEL.NORM})
     check_model_options(cfg)
     optimizer_arguments(cfg)
-    build_train_transform(cfg, prefetch=False)
+    transform = build_train_transform(cfg, prefetch=False)
+    if cfg.DATALOADER.IN_MEMORY == "always" and batch_augmentation(transform) is None:
+        accepted = "'auto' or 'never' with INPUT.COLOR_JITTER and what else is not a crop or a flip"
+        raise refusal("DATALOADER.IN_MEMORY", accepted, cfg.DATALOADER.IN_MEMORY)
 
 
 def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:

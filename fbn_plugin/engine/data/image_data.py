@@ -75,6 +75,12 @@ class Images(Dataset):
         """The class index of each image; none is decoded."""
         return [label for _, label in self.samples]
 
+    def stored(self, index: int) -> tuple[np.ndarray | None, int]:
+        """The pixels of an image, where they are an array of the mode asked for, and its class index."""
+        image, label = self.samples[index]
+        is_of_mode = isinstance(image, np.ndarray) and (image.ndim == 2) == (self.mode == "L")
+        return image if is_of_mode else None, int(label)
+
     def __getitem__(self, index: int):
         image, label = self.samples[index]
         name = image if isinstance(image, str | Member) else f"{self.name} {index}"

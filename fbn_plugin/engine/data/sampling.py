@@ -4,15 +4,16 @@ Nothing depends on worker processes or on how often a run was interrupted: a res
 augmented the same way, as one that was never stopped.
 """
 
+import contextlib
 import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterator, Sequence
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from fbn_plugin.engine.run.seeding import seeded_rng
+from fbn_plugin.engine.run.seeding import generators_kept, seed_sample
 from fbn_plugin.training.balanced_batches import BalancedBatchSampler
 
 __all__ = [
@@ -197,7 +198,11 @@ class GroupedBatchSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """A dataset indexed by InfiniteSampler's ``(index, position)``; its augmentation is drawn from (seed, position)."""
+    """A dataset indexed by InfiniteSampler's ``(index, position)``; its augmentation is drawn from (seed, position).
+
+    The global generators are as before after each sample, or batch of them; but not in a worker process of a loader,
+    where nobody else draws.
+    """
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
@@ -207,6 +212,13 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, item: tuple[int, int]):
-        index, position = item
-        with seeded_rng(self.seed, position):
-            return self.dataset[index]
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list:
+        """The samples of a batch, which DataLoader asks for at once: saving states takes longer than seeding."""
+        with generators_kept() if get_worker_info() is None else contextlib.nullcontext():
+            return [self._sample(*item) for item in items]
+
+    def _sample(self, index: int, position: int):
+        seed_sample(self.seed, position)
+        return self.dataset[index]

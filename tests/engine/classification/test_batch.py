@@ -77,9 +77,8 @@ def test_a_number_of_images_that_a_norm_is_to_see(monkeypatch, norm, processes, 
     keys = {"SOLVER__IMS_PER_BATCH": batch, "SOLVER__ACCUMULATION_STEPS": steps, "SOLVER__IMS_PER_NORM": wanted}
     with pytest.raises(ValueError, match=f"SOLVER.IMS_PER_NORM must be 0, {would}., got {wanted}$"):
         check_norm_batch(config(**keys), network)
-    check_norm_batch(
-        config(**keys | {"SOLVER__IMS_PER_NORM": BatchSizes(batch, processes, steps).norms(network)[0]}), network
-    )
+    right = {"SOLVER__IMS_PER_NORM": BatchSizes(batch, processes, steps).norms(network)[0]}
+    check_norm_batch(config(**keys | right), network)
     check_norm_batch(config(**keys), create_model("test_resnet", "GN(num_groups=4)"))  # by no batch
 
 
@@ -90,6 +89,7 @@ def test_mixup_pairs_the_images_of_a_step():
 
 def test_the_linear_rule_keeps_the_images_of_a_norm(monkeypatch, tmp_path):
     rule = {"SOLVER__REFERENCE_WORLD_SIZE": 2, "SOLVER__IMS_PER_BATCH": 32, "SOLVER__BASE_LR": 0.1}
+    rule |= {"SOLVER__WARMUP_EPOCHS": 0}
     rule |= {"SOLVER__MIN_LR": 0.02, "SOLVER__MAX_ITER": 10, "SOLVER__IMS_PER_NORM": 16, "SOLVER__CHECKPOINT_PERIOD": 8}
     monkeypatch.setattr(distributed, "world_size", lambda: 8)
     trainer = ClassificationTrainer(config(**rule))
