@@ -83,11 +83,11 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     if cfg.MODEL.DROP_PATH_RATE:
         further["drop_path_rate"] = cfg.MODEL.DROP_PATH_RATE
     try:
-        with named("MODEL.PRETRAINED" if pretrained and name in timm.list_models() else "MODEL.NAME"):
-            model = _timm_model(name, num_classes=num_classes, **options, **further)
+        model = _timm_model(name, num_classes=num_classes, **options, **further)
     except Exception as error:  # of an option a model may say anything
         _refuse_options(cfg, further, error)
-        raise
+        with named("MODEL.PRETRAINED" if pretrained and name in timm.list_models() else "MODEL.NAME"):
+            raise
     if cfg.MODEL.NORM:
         with named("MODEL.NORM"):
             model = _with_norm(model, name, cfg.MODEL.NORM, pretrained)
