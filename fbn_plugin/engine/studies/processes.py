@@ -47,10 +47,11 @@ class NewProcesses:
 
     Args:
         script: the tool.
+        ignored: signals that it is to ignore.
     """
 
-    def __init__(self, script: Path):
-        self.script = script
+    def __init__(self, script: Path, ignored: Sequence[signal.Signals] = ()):
+        self.script, self.ignored = script, ignored
 
     def __call__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> "_Popen":
         with open(log, "ab") as file:
@@ -62,9 +63,16 @@ class NewProcesses:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **environment},
                     start_new_session=True,
-                    preexec_fn=end_with_parent if sys.platform == "linux" else None,
+                    preexec_fn=self._prepare,
                 )
             )
+
+    def _prepare(self) -> None:
+        """In the new process."""
+        for number in self.ignored:
+            signal.signal(number, signal.SIG_IGN)
+        if sys.platform == "linux":
+            end_with_parent()
 
     def close(self) -> None:
         """Nothing is held."""

@@ -14,10 +14,10 @@ from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.studies.jobs import Job, all_jobs, begin, check_settings, collect, finish, is_held, job_log
 from fbn_plugin.engine.studies.outcomes import Outcome
 from fbn_plugin.engine.studies.processes import Forks, NewProcesses, Process, Start, can_fork
-from fbn_plugin.engine.studies.status import eta, figures, seconds_left
+from fbn_plugin.engine.studies.status import ended_line, seconds_left
 from fbn_plugin.engine.studies.study_file import StudyFile
 
-__all__ = ["Resources", "outcomes_of", "resources", "run_study"]
+__all__ = ["Resources", "is_due", "outcomes_of", "resources", "run_study", "wants_gpu"]
 
 _PAUSE = 0.05  # seconds between two looks at the jobs
 _PATIENCE = 120.0  # seconds in which a job that is asked to stop saves
@@ -64,10 +64,14 @@ def resources(study: StudyFile, at_once: int | None = None, threads: int = 1) ->
     for name, given in (("--jobs", at_once), ("--threads", threads)):
         if given is not None and given < 1:
             raise ValueError(f"{name} must be 1 or more, got {given}")
-    wants_gpu = any(config["MODEL.DEVICE"] != "cpu" for config in study.configs.values())
-    gpus = _gpus() if wants_gpu else ()
+    gpus = _gpus() if wants_gpu(study) else ()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Resources(at_once or len(gpus) or max(1, cores // threads), threads, gpus)
+
+
+def wants_gpu(study: StudyFile) -> bool:
+    """Whether a variant would train on a GPU."""
+    return any(config["MODEL.DEVICE"] != "cpu" for config in study.configs.values())
 
 
 def _gpus() -> tuple[str, ...]:
@@ -142,6 +146,11 @@ def _start(study: StudyFile, script: Path, shared: Resources, forks: bool | None
     return NewProcesses(script)
 
 
+def is_due(outcome: Outcome, retry: bool) -> bool:
+    """Whether a job is to be run; one that runs is waited for."""
+    return outcome.state in ("waiting", "running") or (retry and outcome.state == "failed")
+
+
 @dataclass
 class _Running:
     process: Process
@@ -157,8 +166,7 @@ class _Runner:
     ):
         self.study, self.shared, self.say = study, shared, say
         self._outcomes = {job.folder: collect(study, job) for job in jobs}
-        states = ("waiting", "running", "failed") if retry else ("waiting", "running")
-        self.waiting = [job for job in jobs if self._outcomes[job.folder].state in states]
+        self.waiting = [job for job in jobs if is_due(self._outcomes[job.folder], retry)]
         self.running: dict[Path, tuple[Job, _Running]] = {}
         self._told: set[Path] = set()
         self._ended = len(jobs) - len(self.waiting)
@@ -215,12 +223,8 @@ class _Runner:
     def _line(self, job: Job, outcome: Outcome, seconds: float) -> str:
         now = time.monotonic()
         elapsed = {(job.variant, job.seed): now - running.since for job, running in self.running.values()}
-        left = eta(seconds_left(self.outcomes, self.shared.at_once, elapsed))
-        what = {
-            "done": figures(outcome.metrics, self.study.study.metrics),
-            "failed": f"failed: {outcome.error}",
-        }.get(outcome.state, "stopped")
-        return f"{self._ended} of {len(self._outcomes)}  {job.title}: {what} ({seconds:.1f} s); ETA {left}"
+        left = seconds_left(self.outcomes, self.shared.at_once, elapsed)
+        return f"{self._ended} of {len(self._outcomes)}  {ended_line(outcome, self.study.study, seconds, left)}"
 
     def _stop(self) -> None:
         """Ask all jobs to save and leave, and wait for them."""

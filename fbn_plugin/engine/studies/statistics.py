@@ -24,12 +24,14 @@ __all__ = [
     "MetricStatistics",
     "PairedComparison",
     "Summary",
+    "as_number",
     "bootstrap_interval",
     "compare",
     "compared_factor",
     "compared_sets",
     "figures_of",
     "holm",
+    "numeric_factor",
     "paired_t",
     "seeds_needed",
     "signed_rank",
@@ -519,17 +521,37 @@ def compared_sets(study: Study) -> dict[str, list[str]]:
             members = sets.setdefault(each.group, [])
             members += [name for name in (each.baseline, each.variant) if name not in members]
         return sets
+    number = numeric_factor(study)
     others = [each for each in study.factors if each != factor]
-    for levels in itertools.product(*(study.factors[each] for each in others)):
-        shared = dict(zip(others, levels))
+    slowest = sorted(others, key=lambda each: each == number)  # that one last, so that its levels stand in a row
+    for levels in itertools.product(*(study.factors[each] for each in slowest)):
+        shared = dict(zip(slowest, levels))
         members = [
             name
             for name, variant in study.variants.items()
             if variant.levels and all(variant.levels.get(key) == level for key, level in shared.items())
         ]
         if members:
-            sets[", ".join(f"{key} {level}" for key, level in shared.items())] = members
+            sets[", ".join(f"{key} {shared[key]}" for key in others)] = members
     return sets
+
+
+def numeric_factor(study: Study) -> str | None:
+    """The first factor, but for the compared one, whose levels are at least two different numbers."""
+    for factor, levels in study.factors.items():
+        numbers = {as_number(level) for level in levels}
+        if factor != compared_factor(study) and None not in numbers and len(numbers) == len(levels) > 1:
+            return factor
+    return None
+
+
+def as_number(level: str) -> float | None:
+    """A level as a finite number; None where it is none."""
+    try:
+        number = float(level)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _best(

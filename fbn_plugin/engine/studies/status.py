@@ -11,7 +11,7 @@ from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.cli import format_table
 from fbn_plugin.engine.studies.outcomes import STATES, Metric, Outcome, Study
 
-__all__ = ["eta", "figures", "seconds_left", "status_text"]
+__all__ = ["ended_line", "eta", "figures", "seconds_left", "status_text"]
 
 _MOST_FAILURES = 20
 
@@ -67,6 +67,20 @@ def _figure(value: float, unit: str) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:.2f}" if unit == "%" else f"{value:.4g}"
+
+
+def ended_line(outcome: Outcome, study: Study, seconds: float | None, left: float | None) -> str:
+    """What a job gave that has just ended.
+
+    Args:
+        outcome: of the job.
+        study: that it is of.
+        seconds: that it took this time; None where unknown.
+        left: seconds that the other jobs take.
+    """
+    what = {"done": figures(outcome.metrics, study.metrics), "failed": f"failed: {outcome.error}"}
+    took = "" if seconds is None else f" ({seconds:.1f} s)"
+    return f"{_title(outcome)}: {what.get(outcome.state, 'stopped')}{took}; ETA {eta(left)}"
 
 
 def status_text(study: Study, outcomes: Sequence[Outcome], at_once: int = 1) -> str:

@@ -155,7 +155,7 @@ def test_the_whole_pipeline_on_null_data(few_resamples):
         found = study_statistics(study, draw(study, number, mean=lambda levels, name: 50.0, iterations=0))["segm/AP"]
         told += any(each.verdict != "not told apart" for each in found.comparisons)
         wrongly_out += "GN" in found.best[0].beaten  # as good as any
-    assert 0.1 < told / rounds < 0.27  # in 1,200 rounds 0.16
+    assert 0.05 < told / rounds < 0.27  # in 1,200 rounds 0.16
     assert wrongly_out / rounds < 0.24  # 0.17
 
 
@@ -269,7 +269,7 @@ def test_sets_of_a_product_share_the_other_factors():
     study = product_study(norms=("BN", "FBN"), batches=("2", "4"), sets=("a", "b"))
     assert compared_factor(study) == "norm"
     sets = compared_sets(study)
-    assert list(sets) == ["batch 2, data a", "batch 2, data b", "batch 4, data a", "batch 4, data b"]
+    assert list(sets) == ["batch 2, data a", "batch 4, data a", "batch 2, data b", "batch 4, data b"]
     assert sets["batch 4, data a"] == ["BN, batch 4, data a", "FBN, batch 4, data a"]
 
 
