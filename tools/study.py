@@ -124,9 +124,8 @@ def status(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Write the report."""
     with user_errors():
-        from fbn_plugin.engine.studies.report import write_report
-
         from fbn_plugin.engine.studies.outcomes import read_outcomes, write_outcomes
+        from fbn_plugin.engine.studies.report import write_report
         from fbn_plugin.engine.studies.running import outcomes_of
         from fbn_plugin.engine.studies.study_file import read_study
 

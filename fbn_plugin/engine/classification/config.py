@@ -6,6 +6,7 @@ import copy
 
 from timm.optim import list_optimizers
 
+from fbn_plugin.engine.classification import augmentation, datasets
 from fbn_plugin.engine.classification.data import build_train_transform
 from fbn_plugin.engine.classification.memory_data import batch_augmentation
 from fbn_plugin.engine.classification.model import check_model_options
@@ -85,18 +86,31 @@ _INPUT = {
     "INTERPOLATION": "bilinear",
     "CROP_PCT": 0.875,  # evaluation: resize the short side to SIZE / CROP_PCT, take the centre
     # Training: "random_resized" crops of SCALE (share of the area) and RATIO; "padded": SIZE, PADDING zeros on each
-    # side, a random crop; "none": resize and centre crop, and no augmentation at all.
+    # side, a random crop; "scaled": the short side to a length in SHORT_SIDE, a random crop; "resized_center" and
+    # "resized_random": resize by SCALE and RATIO for half of the images, then crop or pad; "none": resize and centre
+    # crop, and no augmentation at all.
     "TRAIN_CROP": "random_resized",
     "SCALE": (0.08, 1.0),
     "RATIO": (3 / 4, 4 / 3),
     "PADDING": 4,
+    "SHORT_SIDE": (256, 480),  # of "scaled", in pixels
     "HFLIP": 0.5,  # probability
+    "VFLIP": 0.0,  # probability
     "COLOR_JITTER": 0.0,
+    "COLOR_SHIFT": 0.0,  # deviation of a shift along the main directions of ImageNet's colours; Krizhevsky et al.: 0.1
     "AUTO_AUGMENT": "",  # timm's policy string, such as "rand-m9-mstd0.5"
+    # timm's random erasing, with this probability for an image, of up to COUNT rectangles: by "const", the mean,
+    # "rand", a colour, or "pixel", noise.
+    "ERASING": {"PROB": 0.0, "MODE": "const", "COUNT": 1},
+    "REPEATED_AUGMENTATIONS": 1,  # so many times in a row, and so in a batch, comes an image, each augmented otherwise
     # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
     "NORM_GAMMA_INIT": 0.0,
     "MIXUP": 0.0,  # alpha
     "CUTMIX": 0.0,  # alpha
+    "MIXUP_PROB": 1.0,  # of mixing at all
+    "MIXUP_SWITCH_PROB": 0.5,  # of CutMix, where both are on
+    "MIXUP_MODE": "batch",  # one mix for the "batch", for each "pair" of images, or for each image, "elem"
+    "MIXUP_OFF_EPOCH": 0,  # no more mixing from this epoch on, counted from 0; 0: always
 }
 
 _SOLVER = {
@@ -151,6 +165,13 @@ def classification_config() -> CfgNode:
             "DATASETS": {
                 "NAME": "image_folder",  # how the images are stored, see image_data.load_image_data
                 "ROOT": "imagenet",  # folder, as it is or below $DETECTRON2_DATASETS
+                # Above 0: this share of each class of the training images is validated on, and the set's own validation
+                # images are the test set, which the chosen weights are measured by once, at the end.
+                "VAL_SHARE": 0.0,
+                "TRAIN_IMAGES": 0,  # train on so many, each class in its share; 0: all
+                "VAL_IMAGES": 0,  # the same of the images to validate on
+                "SPLIT_SEED": 0,  # which images these three take; -1: SEED
+                "BROKEN_IMAGES": "refuse",  # or "skip"
             },
             "DATALOADER": {
                 "NUM_WORKERS": 4,
@@ -180,6 +201,8 @@ _MOST_PIXELS = 2**13  # of a side of an image
 
 _RULES = {
     **COMMON_RULES,
+    **augmentation.RULES,
+    **datasets.RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
     "DATALOADER.IN_MEMORY": one_of("auto", "always", "never"),
     "FLOAT32_PRECISION": one_of("", "highest", "high", "medium"),
@@ -198,7 +221,6 @@ _RULES = {
         "two shares of the image's area, the smaller first", lambda given: len(given) == 2 and 0 < given[0] <= given[1]
     ),
     "INPUT.SIZE": at_least(1, _MOST_PIXELS),
-    "INPUT.TRAIN_CROP": one_of("none", "padded", "random_resized"),
     "MODEL.DROP_PATH_RATE": from_to_below(0, 1),
     "MODEL.DROP_RATE": from_to_below(0, 1),
     "MODEL.EMA.DECAY": from_to_below(0, 1),
@@ -257,6 +279,7 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
         ),
         "SOLVER.OPTIMIZER": one_of(*(name for name in list_optimizers() if name not in _SECOND_ORDER)),
         "SOLVER.WARMUP_EPOCHS": Rule(f"from 0 to less than MAX_EPOCH, {epochs}", lambda given: 0 <= given < epochs),
+        **augmentation.augmentation_rules(cfg),
     }
     left = epochs - cfg.SOLVER.WARMUP_EPOCHS
     rules["SOLVER.COOLDOWN_EPOCHS"] = Rule(

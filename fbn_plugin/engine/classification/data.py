@@ -9,11 +9,10 @@ import torch
 from fvcore.common.config import CfgNode
 from timm.data import create_loader, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
-from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose, RandomCrop, Resize
 
+from fbn_plugin.engine.classification import augmentation
 from fbn_plugin.engine.classification.batch import BatchSizes
 from fbn_plugin.engine.classification.memory_data import (
     ImagesInMemory,
@@ -53,9 +52,11 @@ def build_train_transform(cfg: CfgNode, prefetch: bool) -> Callable:
             size,
             is_training=True,
             no_aug=crop == "none",
+            train_crop_mode=augmentation.TIMMS_CROPS.get(crop),
             scale=cfg.INPUT.SCALE,
             ratio=cfg.INPUT.RATIO,
             hflip=cfg.INPUT.HFLIP,
+            vflip=cfg.INPUT.VFLIP,
             color_jitter=cfg.INPUT.COLOR_JITTER or None,
             auto_augment=cfg.INPUT.AUTO_AUGMENT or None,
             interpolation=cfg.INPUT.INTERPOLATION,
@@ -64,9 +65,8 @@ def build_train_transform(cfg: CfgNode, prefetch: bool) -> Callable:
         )
     except AssertionError:
         raise refusal("INPUT.AUTO_AUGMENT", "a policy that timm knows", cfg.INPUT.AUTO_AUGMENT) from None
-    if crop == "padded":  # timm has no crop of a padded image; it stands where timm has its random resized crop
-        resize = Resize(size, str_to_interp_mode(cfg.INPUT.INTERPOLATION))
-        transform.transforms[0] = Compose([resize, RandomCrop(size, cfg.INPUT.PADDING)])
+    if crop != "none":
+        augmentation.complete(transform.transforms, cfg, prefetch)
     return transform
 
 
@@ -87,6 +87,7 @@ def build_train_loader(
         "start": start,
         "steps": sizes.steps,
         "images_per_class": cfg.DATALOADER.IMAGES_PER_CLASS,
+        "repeats": cfg.INPUT.REPEATED_AUGMENTATIONS,
     }
     images = images_in_memory(cfg, dataset, build_train_transform(cfg, prefetch=False))
     if images is not None:
@@ -140,13 +141,13 @@ def images_in_memory(cfg: CfgNode, dataset: Dataset, transform: Callable) -> Ima
     """
     if cfg.DATALOADER.IN_MEMORY == "never":
         return None
-    augmentation = batch_augmentation(transform)
-    if augmentation is None:
+    by_batch = batch_augmentation(transform)
+    if by_batch is None:
         return None
     known = _in_memory.setdefault(dataset, {})
     key = str((transform, cfg.INPUT, pixel_statistics(cfg), cfg.SEED))
     if key not in known:
-        images = ImagesInMemory(dataset, augmentation, cfg.SEED)
+        images = ImagesInMemory(dataset, by_batch, cfg.SEED)
         known[key] = images if cfg.DATALOADER.IN_MEMORY == "always" or fits_memory(images) else None
     return known[key]
 

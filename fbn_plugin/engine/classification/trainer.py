@@ -8,15 +8,18 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from fbn_plugin.engine.classification.augmentation import switch_mixup
 from fbn_plugin.engine.classification.batch import BatchSizes, check_batch, check_norm_batch
 from fbn_plugin.engine.classification.checkpoint import ClassifierCheckpointer
 from fbn_plugin.engine.classification.config import LINEAR_RULE, MAY_CHANGE, check_config, classification_config
 from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
+from fbn_plugin.engine.classification.datasets import build_data, say_broken
 from fbn_plugin.engine.classification.evaluation import evaluate
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.model import build_model, check_image_size
@@ -28,12 +31,12 @@ from fbn_plugin.engine.classification.step import (
     check_precision,
     place_model,
 )
-from fbn_plugin.engine.data.image_data import load_image_data
+from fbn_plugin.engine.data.image_data import Images
 from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.backends import set_backends
-from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
+from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, best_weights, check_metric
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
@@ -68,7 +71,7 @@ class ClassificationTrainer:
     """
 
     def __init__(self, cfg: CfgNode, resume: bool | str = False, eval_only: bool = False, log_period: int = 20):
-        self.log_period = log_period
+        self.log_period, self.eval_only = log_period, eval_only
         self.device = distributed.init(cfg.MODEL.DEVICE)
         check_config(cfg)
         check_precision(cfg, self.device)
@@ -82,7 +85,9 @@ class ClassificationTrainer:
             lambda: saved_config(cfg.OUTPUT_DIR, classification_config()),
             MAY_CHANGE,
         )
-        self.data = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
+        self.data = build_data(cfg)
+        for note in self.data.notes if eval_only else ():  # a training logs them into its folder
+            logger.warning("%s", note)
         if not eval_only:
             check_batch(cfg, self.data.train, len(self.data.classes))
             if solver.BEST_CHECKPOINT_METRIC:
@@ -148,16 +153,20 @@ class ClassificationTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set; with MODEL.EMA
-        those of the averaged weights too, as `ema/top1` and so on."""
-        result = self._evaluate(self.model)
+        those of the averaged weights too, as `ema/top1` and so on; with `eval_only` those of the test set too, if there
+        is one, as `test/top1` and so on."""
+        result = self._evaluate_on(self.data.val)
         if self.average is not None:
-            result |= {f"ema/{name}": value for name, value in self._evaluate(self.average.module).items()}
+            averaged = self._evaluate_on(self.data.val, self.average.module)
+            result |= {f"ema/{name}": value for name, value in averaged.items()}
+        if self.eval_only and self.data.test is not None:
+            result |= {f"test/{name}": value for name, value in self._evaluate_on(self.data.test).items()}
         return result
 
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+    def _evaluate_on(self, images: Images, model: nn.Module | None = None) -> dict[str, float]:
+        model = self.model if model is None else model
         distributed.broadcast_buffers(model)
-        loader = build_val_loader(self.cfg, self.data.val, self.device)
-        return evaluate(model, loader, self.device, self._top_k())
+        return evaluate(model, build_val_loader(self.cfg, images, self.device), self.device, self._top_k())
 
     def _top_k(self) -> tuple[int, ...]:
         return (1, 5) if len(self.data.classes) > 5 else (1,)
@@ -166,13 +175,13 @@ class ClassificationTrainer:
         """One line that says what `result` was measured with and on."""
         cfg = self.cfg
         model = cfg.MODEL.NAME + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
-        top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
-        images = counted(len(self.data.val), "validation image")
-        average = f"; averaged weights: top-1 {result['ema/top1']:.2f} %" if "ema/top1" in result else ""
-        return (
-            f"{model} on {self.data.title}: top-1 {result['top1']:.2f} %{top5}, loss {result['loss']:.4f} "
-            f"({images}){average}"
-        )
+        line = f"{model} on {self.data.title}: {_figures(result)} ({counted(len(self.data.val), 'validation image')})"
+        if "test/top1" in result:
+            weights = f", weights of epoch {result['test/epoch']:.4g}" if "test/epoch" in result else ""
+            line += f"; test {_figures(result, 'test/')} ({counted(len(self.data.test), 'image')}{weights})"
+        if "ema/top1" in result:
+            line += f"; averaged weights: {_figures(result, 'ema/')}"
+        return line
 
     @lets_go
     def train(self) -> dict[str, float]:
@@ -217,6 +226,7 @@ class ClassificationTrainer:
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
                 timer()
+                switch_mixup(step.mixup, cfg, iteration // self.iters_per_epoch)
                 losses, data_time = step(iteration, batches)
                 lr = self.optimizer.param_groups[0]["lr"]
                 log.step(iteration, **losses, lr=lr, time=timer(), data_time=data_time)
@@ -228,7 +238,8 @@ class ClassificationTrainer:
                     stopping.leave()
                 # After the evaluation, so that a run that is killed has not missed it.
                 saver.step(iteration, log_window=log.window)
-        return result
+            say_broken(data.train)
+            return result | self._test(log)
 
     def _is_evaluated_after(self, finished: int) -> bool:
         return is_evaluated_after(finished, self.max_iter, self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch)
@@ -249,20 +260,39 @@ class ClassificationTrainer:
             saver.save("model_final", iteration=last, log_window=log.window)
         return result
 
+    def _test(self, log: TrainingLog) -> dict[str, float]:
+        """The figures of the test set, once for a run, by the weights that were best in validation or else the last:
+        ``test/top1`` and so on, and ``test/epoch``, that of the weights. Empty where there is no such set."""
+        if self.data.test is None:
+            return {}
+        if recorded := recorded_evaluation(self.cfg.OUTPUT_DIR, self.max_iter, lambda name: name.startswith("test/")):
+            return recorded
+        try:
+            with best_weights(self.model, self.best.path if self.best.metric else "") as iteration:
+                result = self._evaluate_on(self.data.test)
+        except stopping.EvaluationLeft:
+            stopping.leave()
+        finished = self.max_iter if iteration is None else iteration + 1
+        result = {"epoch": finished / self.iters_per_epoch, **result}
+        result = {f"test/{name}": value for name, value in result.items()}
+        log.write(self.max_iter - 1, result)
+        return result
+
     def _open_output_dir(self) -> None:
         """Make OUTPUT_DIR, and write there what is known before training."""
         cfg, data = self.cfg, self.data
         open_output_dir(cfg.OUTPUT_DIR)
         distributed.on_main(self._write_settings)
         setup_logging(cfg.OUTPUT_DIR)
-        for note in self.notes:
+        for note in (*data.notes, *self.notes):
             logger.warning("%s", note)
         for line in (*self.said, BatchSizes.of(cfg).describe(self.model)):
             logger.info("%s", line)
         log_norms(self.model)
+        test = "" if data.test is None else f"{counted(len(data.test), 'test image')}, "
         logger.info(
             f"{data.title}: {counted(len(data.train), 'training image')}, "
-            f"{counted(len(data.val), 'validation image')}, {len(data.classes)} classes; "
+            f"{counted(len(data.val), 'validation image')}, {test}{len(data.classes)} classes; "
             f"{counted(self.iters_per_epoch, 'iteration')} an epoch"
         )
 
@@ -303,6 +333,7 @@ class ClassificationTrainer:
             "dataset": self.data.title,
             "train_images": len(self.data.train),
             "val_images": len(self.data.val),
+            **({} if self.data.test is None else {"test_images": len(self.data.test)}),
             "model": cfg.MODEL.NAME,
             "norm": cfg.MODEL.NORM or "the model's own",
             "epochs": self.max_iter / self.iters_per_epoch,
@@ -312,3 +343,8 @@ class ClassificationTrainer:
             "hardware": f"{distributed.world_size()} x {hardware(self.device)}",
             "versions": package_versions(),
         }
+
+
+def _figures(result: Mapping[str, float], group: str = "") -> str:
+    names = {"top1": "top-1 {:.2f} %", "top5": "top-5 {:.2f} %", "loss": "loss {:.4f}"}
+    return ", ".join(text.format(result[group + name]) for name, text in names.items() if group + name in result)

@@ -71,6 +71,7 @@ def training_batches(
     images_per_class: int = 0,
     factors: np.ndarray | None = None,
     steps: int = 1,
+    repeats: int = 1,
 ) -> Sampler[list[tuple[int, int]]]:
     """What this process's training batches are of, from the ``start``-th on, without end: lists of (index, position in
     the stream). The same seed gives the same ones.
@@ -86,6 +87,7 @@ def training_batches(
         steps: batches of an iteration: those of one process are the batches of ``steps`` processes, one behind the
             other, so that the images of an iteration, and of each batch, are the same on ``steps`` times as many. Not
             with ``groups`` or ``factors``.
+        repeats: how often a sample comes in a row, see ``InfiniteSampler``.
     """
     rank, world = distributed.rank(), distributed.world_size()
     if steps > 1:
@@ -93,13 +95,15 @@ def training_batches(
         if images_per_class:
             streams = [BalancedSampler(dataset, images_per_class, seed, *place, start) for place in places]
         else:
-            streams = [InfiniteSampler(len(dataset), seed, *place, start * batch_size) for place in places]
+            streams = [
+                InfiniteSampler(len(dataset), seed, *place, start * batch_size, repeats=repeats) for place in places
+            ]
         return AlternatingBatchSampler(streams, batch_size)
 
     def stream(start: int) -> InfiniteSampler | RepeatFactorSampler:
         if factors is not None:
             return RepeatFactorSampler(factors, seed, rank, world, start)
-        return InfiniteSampler(len(dataset), seed, rank, world, start)
+        return InfiniteSampler(len(dataset), seed, rank, world, start, repeats=repeats)
 
     if groups is not None:
         return GroupedBatchSampler(stream(0), groups, batch_size, skip=start)
@@ -119,6 +123,7 @@ def training_loader(
     images_per_class: int = 0,
     factors: np.ndarray | None = None,
     steps: int = 1,
+    repeats: int = 1,
     **options: Any,
 ) -> DataLoader:
     """This process's training batches, from the ``start``-th on, without end.
@@ -128,8 +133,8 @@ def training_loader(
     Args:
         dataset: training samples; its augmentation draws from the global generators.
         seed: of order and augmentation.
-        batch_size, start, groups, images_per_class, factors, steps: see ``training_batches``.
+        batch_size, start, groups, images_per_class, factors, steps, repeats: see ``training_batches``.
         options: as ``DataLoader`` has them.
     """
-    batches = training_batches(dataset, seed, batch_size, start, groups, images_per_class, factors, steps)
+    batches = training_batches(dataset, seed, batch_size, start, groups, images_per_class, factors, steps, repeats)
     return data_loader(SeededDataset(dataset, seed), batch_sampler=batches, **options)

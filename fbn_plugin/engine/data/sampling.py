@@ -39,9 +39,21 @@ class InfiniteSampler(Sampler):
         start: the first of this rank's samples to give, counted from 0: ``iteration * batch_size`` resumes at
             ``iteration``.
         shuffle: False for 0, 1, 2, ... over and over.
+        repeats: how often each sample comes in a row, to be augmented otherwise each time (Hoffer et al., "Augment your
+            batch", 2020); the next permutation begins when all samples have come so often. timm's RepeatAugSampler has
+            the same rows, but leaves off a permutation after as many positions as there are samples.
     """
 
-    def __init__(self, size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0, shuffle: bool = True):
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        shuffle: bool = True,
+        repeats: int = 1,
+    ):
         if size < 1:
             raise ValueError(f"a sampler needs at least one sample, got size {size}")
         self.size = size
@@ -50,15 +62,17 @@ class InfiniteSampler(Sampler):
         self.world_size = world_size
         self.start = start
         self.shuffle = shuffle
+        self.repeats = repeats
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, order = None, None
         for position in itertools.count(self.rank + self.start * self.world_size, self.world_size):
-            if position // self.size != epoch:
-                epoch = position // self.size
+            number = position // self.repeats
+            if number // self.size != epoch:
+                epoch = number // self.size
                 generator = np.random.default_rng([self.seed, epoch])
                 order = generator.permutation(self.size) if self.shuffle else np.arange(self.size)
-            yield int(order[position % self.size]), position
+            yield int(order[number % self.size]), position
 
 
 def repeat_factors(categories: Sequence[Collection[Hashable]], threshold: float, sqrt: bool = True) -> np.ndarray:
