@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fbn_plugin.engine.classification import augmentation
+from fbn_plugin.engine.classification.batch import BatchSizes
 from fbn_plugin.engine.classification.memory_data import (
     ImagesInMemory,
     MemoryLoader,
@@ -72,16 +73,19 @@ def build_train_transform(cfg: CfgNode, prefetch: bool) -> Callable:
 def build_train_loader(
     cfg: CfgNode, dataset: Dataset, device: torch.device, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The endless batches of this process, from iteration `start` on: images (N, C, H, W) and class indices (N,).
+    """The endless batches of this process, from iteration `start` on: images (N, C, H, W) and class indices (N,). With
+    SOLVER.ACCUMULATION_STEPS an iteration has as many batches, those of so many processes.
 
     A small set stays in memory, see DATALOADER.IN_MEMORY; of others the transforms, and on a GPU the prefetching, are
     timm's. The order and the augmentation of a sample depend on the seed and its place in the stream alone (timm's own
     train loader draws them from the state of each worker process), so that a run may be interrupted at any iteration.
     """
+    sizes = BatchSizes.of(cfg)
     batches = {
         "seed": cfg.SEED,
-        "batch_size": cfg.SOLVER.IMS_PER_BATCH // distributed.world_size(),
+        "batch_size": sizes.step,
         "start": start,
+        "steps": sizes.steps,
         "images_per_class": cfg.DATALOADER.IMAGES_PER_CLASS,
         "repeats": cfg.INPUT.REPEATED_AUGMENTATIONS,
     }

@@ -9,8 +9,9 @@ section 6, with the attempts of timm's ``RandomResizedCropAndInterpolation``.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +20,11 @@ from PIL import Image
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
-from torch.utils.data import BatchSampler, Dataset
+from torch.utils.data import BatchSampler
 from torchvision import transforms
-from torchvision.transforms.functional import resized_crop
+from torchvision.transforms.functional import pil_modes_mapping
 
+from fbn_plugin.engine.data.image_data import Images
 from fbn_plugin.engine.run import distributed
 
 __all__ = ["Augmentation", "ImagesInMemory", "MemoryLoader", "batch_augmentation", "fits_memory", "training_stream"]
@@ -32,8 +34,9 @@ _MOST_BYTES = 2**30
 _MOST_ENLARGED = 4
 
 _ATTEMPTS = 10  # of a random resized crop
-_PLACE, _FLIPS = slice(0, 2), slice(2, 4)  # columns of the table; the attempts' areas and ratios come behind
+_TOP, _LEFT, _HFLIP, _VFLIP, _FIRST_ATTEMPT = range(5)  # columns of the table; an attempt takes two
 _ROWS = 1024  # positions that are drawn for at once
+_AT_ONCE = 2**18  # pixels of batches that are made together
 
 Crop = transforms.RandomCrop | RandomResizedCropAndInterpolation
 
@@ -47,7 +50,7 @@ class Augmentation:
         size: (height, width) behind the crop.
         crop: the random one, if there is one.
         hflip, vflip: probabilities.
-        mean, std: of the channels, in 0..1.
+        mean, std: of the channels (C, 1, 1), in 0..1.
     """
 
     fixed: tuple[Callable[[Image.Image], Image.Image], ...]
@@ -66,12 +69,11 @@ class Augmentation:
     @property
     def draws(self) -> int:
         """How many random numbers a sample takes."""
-        return _FLIPS.stop + 2 * _ATTEMPTS * self.resizes
+        return _FIRST_ATTEMPT + 2 * _ATTEMPTS * self.resizes
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (N, C, H, W) as float32, with the very operations of ``ToTensor`` and ``Normalize``."""
-        shape = (-1, 1, 1)
-        mean, std = (each.to(images.device).view(shape) for each in (self.mean, self.std))
+        mean, std = (each if each.device == images.device else each.to(images.device) for each in (self.mean, self.std))
         return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
@@ -90,12 +92,13 @@ def batch_augmentation(transform: Callable) -> Augmentation | None:
         crop = steps.pop(0)
     flips = dict.fromkeys((transforms.RandomHorizontalFlip, transforms.RandomVerticalFlip), 0.0)
     while steps and flips.get(type(steps[0])) == 0:
-        flips[type(steps[0])] = steps.pop(0).p
+        flip = steps.pop(0)
+        flips[type(flip)] = flip.p
     last = crop or (fixed[-1] if fixed else None)
     if steps or last is None or type(last) is transforms.Resize:  # which leaves the longer side as it is
         return None
     hflip, vflip = flips.values()
-    mean, std = (torch.as_tensor(each, dtype=torch.float32) for each in (normalize.mean, normalize.std))
+    mean, std = (torch.as_tensor(each, dtype=torch.float32).view(-1, 1, 1) for each in (normalize.mean, normalize.std))
     return Augmentation(tuple(fixed), tuple(last.size), crop, hflip, vflip, mean, std)
 
 
@@ -118,12 +121,12 @@ class ImagesInMemory:
     """The images of a set, decoded when they are first wanted and kept.
 
     Args:
-        dataset: gives (PIL image through its ``transform``, class index), as ``image_data.Images`` does.
+        dataset: of ``image_data``.
         augmentation: of the batches.
         seed: of what is random.
     """
 
-    def __init__(self, dataset: Dataset, augmentation: Augmentation, seed: int = 0):
+    def __init__(self, dataset: Images, augmentation: Augmentation, seed: int = 0):
         self.augmentation = augmentation
         self._dataset = copy.copy(dataset)  # whose transform is this one's own
         self._dataset.transform = self._prepare
@@ -134,7 +137,14 @@ class ImagesInMemory:
     def _prepare(self, image: Image.Image) -> np.ndarray | Image.Image:
         for step in self.augmentation.fixed:
             image = step(image)
-        return image if self.augmentation.resizes else _channels_first(image)
+        return image if self.augmentation.resizes else _channels_first(np.asarray(image))
+
+    def _load(self, index: int) -> tuple[np.ndarray | Image.Image, int]:
+        if not self.augmentation.resizes:
+            pixels, label = self._dataset.stored(index)
+            if pixels is not None and all(_leaves(step, pixels.shape[:2]) for step in self.augmentation.fixed):
+                return _channels_first(pixels), label  # without the way through Pillow, which changes nothing
+        return self._dataset[index]
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -143,7 +153,7 @@ class ImagesInMemory:
         """One image before its random crop, with its class: uint8 (C, H, W), or Pillow's where crops are resized."""
         sample = self._samples[index]
         if sample is None:
-            sample = self._samples[index] = self._dataset[index]
+            sample = self._samples[index] = self._load(index)
         return sample
 
     def batch(self, indices: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -155,15 +165,14 @@ class ImagesInMemory:
         """
         samples = [self[index] for index in indices]
         images = np.zeros((len(samples), _channels(samples[0][0]), *self.augmentation.size), np.uint8)
-        draws = self._draws.rows(positions)
-        hflips, vflips = draws[:, _FLIPS].T
-        flips = zip((hflips < self.augmentation.hflip).tolist(), (vflips < self.augmentation.vflip).tolist())
-        for (image, _), out, row, (hflip, vflip) in zip(samples, images, draws, flips):
-            if hflip:
+        augmentation = self.augmentation
+        for (image, _), out, position in zip(samples, images, positions):
+            draws = self._draws.row(position)
+            if draws[_HFLIP] < augmentation.hflip:
                 out = out[:, :, ::-1]
-            if vflip:
+            if draws[_VFLIP] < augmentation.vflip:
                 out = out[:, ::-1]
-            self._fill(out, image, self.augmentation.crop, row)
+            self._fill(out, image, augmentation.crop, draws)
         return torch.from_numpy(images), torch.tensor([label for _, label in samples])
 
 
@@ -177,52 +186,51 @@ class _Draws:
 
     def __init__(self, seed: int, columns: int):
         self.seed, self.columns = seed, columns
-        self._blocks: dict[int, np.ndarray] = {}
+        self._blocks: dict[int, list[list[float]]] = {}
 
-    def rows(self, positions: Sequence[int]) -> np.ndarray:
-        """(N, columns) in float64."""
-        out = np.empty((len(positions), self.columns))
-        for place, position in enumerate(positions):
-            out[place] = self._block(position // _ROWS)[position % _ROWS]
-        return out
-
-    def _block(self, number: int) -> np.ndarray:
+    def row(self, position: int) -> list[float]:
+        """The numbers for one position."""
+        number, place = divmod(position, _ROWS)
         block = self._blocks.get(number)
         if block is None:
             if len(self._blocks) > 7:  # positions only grow, if not always in order
                 del self._blocks[min(self._blocks)]
             sequence = np.random.SeedSequence(self.seed, spawn_key=(number,))
-            block = self._blocks[number] = np.random.default_rng(sequence).random((_ROWS, self.columns))
-        return block
+            drawn = np.random.default_rng(sequence).random((_ROWS, self.columns))
+            block = self._blocks[number] = drawn.tolist()  # which are read faster, one by one
+        return block[place]
 
 
-def _channels_first(image: Image.Image) -> np.ndarray:
-    pixels = np.asarray(image)
+def _leaves(step: transforms.Resize | transforms.CenterCrop, shape: tuple[int, ...]) -> bool:
+    """Whether a step gives images of a shape, (height, width), as they are."""
+    return min(shape) == step.size if isinstance(step.size, int) else shape == tuple(step.size)
+
+
+def _channels_first(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
 
 
-def _fill_window(out: np.ndarray, image: np.ndarray, crop: transforms.RandomCrop | None, draws: np.ndarray) -> None:
+def _fill_window(out: np.ndarray, image: np.ndarray, crop: transforms.RandomCrop | None, draws: list[float]) -> None:
     """Write a window of the padded image."""
     if crop is None:
         out[...] = image
         return
     padding = crop.padding or 0
-    places = []
-    for size, length, draw in zip(out.shape[1:], image.shape[1:], draws[_PLACE].tolist()):
-        start = int(draw * (length + 2 * padding - size + 1)) - padding
-        first = max(start, 0)
-        places.append((first, max(first, min(start + size, length)), start))
-    (top, bottom, y), (left, right, x) = places
+    (_, height, width), (_, high, wide) = out.shape, image.shape
+    y = int(draws[_TOP] * (high + 2 * padding - height + 1)) - padding  # of the window in the image
+    x = int(draws[_LEFT] * (wide + 2 * padding - width + 1)) - padding
+    top, left = max(y, 0), max(x, 0)
+    bottom, right = max(top, min(y + height, high)), max(left, min(x + width, wide))
     out[:, top - y : bottom - y, left - x : right - x] = image[:, top:bottom, left:right]
 
 
 def _fill_resized(
-    out: np.ndarray, image: Image.Image, crop: RandomResizedCropAndInterpolation, draws: np.ndarray
+    out: np.ndarray, image: Image.Image, crop: RandomResizedCropAndInterpolation, draws: list[float]
 ) -> None:
     """Write a part of the image, resized."""
-    top, left, height, width = _resized_crop(image.height, image.width, crop.scale, crop.ratio, draws.tolist())
-    image = resized_crop(image, top, left, height, width, out.shape[1:], crop.interpolation)
-    pixels = np.asarray(image)
+    top, left, height, width = _resized_crop(image.height, image.width, crop.scale, crop.ratio, draws)
+    part = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(part.resize(out.shape[:0:-1], pil_modes_mapping[crop.interpolation]))
     out[...] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
 
 
@@ -233,14 +241,13 @@ def _resized_crop(
     height is so in ``ratio`` by its logarithm; the first of ten attempts that lies within the image, else its centre.
     """
     lowest, highest = math.log(ratio[0]), math.log(ratio[1])
-    attempts = iter(draws[_FLIPS.stop :])
+    attempts = iter(draws[_FIRST_ATTEMPT:])
     for share, shape in zip(attempts, attempts):
         area = height * width * (scale[0] + share * (scale[1] - scale[0]))
         aspect = math.exp(lowest + shape * (highest - lowest))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if w <= width and h <= height:
-            down, right = draws[_PLACE]
-            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+            return int(draws[_TOP] * (height - h + 1)), int(draws[_LEFT] * (width - w + 1)), h, w
     h = min(height, round(width / ratio[0]))
     w = min(width, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -267,16 +274,26 @@ def _pixels(image: np.ndarray | Image.Image) -> int:
     return math.prod(image.shape[1:] if isinstance(image, np.ndarray) else image.size)
 
 
-def training_stream(images: ImagesInMemory, batches: Sized, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def training_stream(
+    images: ImagesInMemory, batches: Iterable[Sequence[tuple[int, int]]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalized images (N, C, H, W) and class indices (N,), on ``device``.
+
+    Small batches are made several at a time: one by one, with the caches full of a model's weights and activations,
+    they would take three times as long.
 
     Args:
         images: the training set.
         batches: lists of (index, position), see ``loaders.training_batches``.
         device: where images are normalized.
     """
-    for batch in batches:
-        yield _on_device(images, *zip(*batch), device)
+    batches = iter(batches)
+    while True:
+        first = next(batches)
+        some = max(1, _AT_ONCE // (len(first) * math.prod(images.augmentation.size)))
+        together = [first, *itertools.islice(batches, some - 1)]
+        made = _on_device(images, *zip(*itertools.chain(*together)), device)
+        yield from zip(*(each.split([len(batch) for batch in together]) for each in made))
 
 
 class MemoryLoader:

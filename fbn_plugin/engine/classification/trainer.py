@@ -11,31 +11,44 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
+
 from fbn_plugin.engine.classification.augmentation import switch_mixup
-from fbn_plugin.engine.classification.config import MAY_CHANGE, check_config, classification_config
+from fbn_plugin.engine.classification.batch import BatchSizes, check_batch, check_norm_batch
+from fbn_plugin.engine.classification.checkpoint import ClassifierCheckpointer
+from fbn_plugin.engine.classification.config import LINEAR_RULE, MAY_CHANGE, check_config, classification_config
 from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
 from fbn_plugin.engine.classification.datasets import build_data, say_broken
 from fbn_plugin.engine.classification.evaluation import evaluate
+from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.model import build_model, check_image_size
-from fbn_plugin.engine.classification.optimization import build_optimizer, build_scheduler
-from fbn_plugin.engine.classification.step import TrainingStep, build_scaler
-from fbn_plugin.engine.data.image_data import ImageData, Images
-from fbn_plugin.engine.data.sampling import BalancedSampler
+from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.step import (
+    TrainingStep,
+    build_average,
+    build_scaler,
+    check_precision,
+    place_model,
+)
+from fbn_plugin.engine.data.image_data import Images
 from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
+from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, best_weights, check_metric
-from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
+from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, lacks_final, save_before_leaving
-from fbn_plugin.engine.run.rules import named, refusal
+from fbn_plugin.engine.run.rules import named
 from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import same_on_all_processes
+from fbn_plugin.engine.run.states import check_states
 
 __all__ = ["ClassificationTrainer"]
 
@@ -58,10 +71,13 @@ class ClassificationTrainer:
     """
 
     def __init__(self, cfg: CfgNode, resume: bool | str = False, eval_only: bool = False, log_period: int = 20):
-        self.cfg, solver = cfg, cfg.SOLVER
         self.log_period, self.eval_only = log_period, eval_only
         self.device = distributed.init(cfg.MODEL.DEVICE)
         check_config(cfg)
+        check_precision(cfg, self.device)
+        self.said: list[str] = []  # for the log
+        self.cfg = cfg = scale_to_processes(cfg, distributed.world_size(), self.said.append, LINEAR_RULE)
+        solver = cfg.SOLVER
         if not eval_only:  # which writes nothing
             hold(cfg.OUTPUT_DIR)
         continues = check_run(
@@ -73,29 +89,54 @@ class ClassificationTrainer:
         for note in self.data.notes if eval_only else ():  # a training logs them into its folder
             logger.warning("%s", note)
         if not eval_only:
-            _check_batch(cfg, self.data)
+            check_batch(cfg, self.data.train, len(self.data.classes))
             if solver.BEST_CHECKPOINT_METRIC:
                 names = [f"top{k}" for k in self._top_k()]
+                names += [f"ema/{name}" for name in names] if cfg.MODEL.EMA.ENABLED else []
                 check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
+            if solver.LR_SCHEDULER_NAME == "plateau":
+                names = [*(f"top{k}" for k in self._top_k()), "loss"]
+                check_metric("SOLVER.PLATEAU_METRIC", solver.PLATEAU_METRIC, names)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
         with same_on_all_processes(cfg.SEED):
-            self.model = build_model(cfg, len(self.data.classes)).to(self.device)
-        check_image_size(cfg, self.model, self.device)
+            self.model = place_model(cfg, build_model(cfg, len(self.data.classes)), self.device)
+        check_image_size(cfg, self.model, self.device, None if eval_only else BatchSizes.of(cfg))
+        build_loss(cfg, len(self.data.classes))  # which refuses what does not fit, before anything is written
+        if not eval_only:
+            check_norm_batch(cfg, self.model)
+        set_backends(cfg, eval_only)
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
         self.scaler = build_scaler(cfg, self.device)
-        self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, optimizer=self.optimizer, scaler=self.scaler)
+        self.average = build_average(cfg, self.model)
+        states = {"optimizer": self.optimizer, "scaler": self.scaler}
+        states |= {"ema": self.average.module} if self.average is not None else {}
+        states |= {"scheduler": self.scheduler} if isinstance(self.scheduler, PlateauSchedule) else {}
+        self.checkpointer = ClassifierCheckpointer(self.model, cfg.OUTPUT_DIR, cfg.MODEL.RESET_CLASSIFIER, **states)
         self.start_iter, self.log_window, self.lacks_final = 0, {}, False
-        self.notes: list[str] = []  # for the log
+        self.notes: list[str] = []  # warnings for the log
         if continues:
             self._continue(resume, eval_only)
         else:
             with named("MODEL.WEIGHTS"):
-                self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
+                self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
+
+    def _load_weights(self, path: str, eval_only: bool) -> None:
+        """Load what a run starts from, or is evaluated: with MODEL.EMA the average too, where the file has one."""
+        rest = self.checkpointer.load(path, checkpointables=[], strict=eval_only)
+        if self.average is None:
+            return
+        if eval_only and "ema" in rest:
+            check_states(path, rest, {"ema": self.average.module})
+            self.average.module.load_state_dict(rest["ema"])
+        elif eval_only:
+            self.average = None
+        else:
+            self.average.set(self.model)
 
     def _continue(self, resume: bool | str, eval_only: bool) -> None:
         """Load the last checkpoint."""
@@ -111,16 +152,21 @@ class ClassificationTrainer:
             self.lacks_final = lacks_final(last, self.start_iter, self.max_iter)
 
     def evaluate(self) -> dict[str, float]:
-        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set; with `eval_only`
-        those of the test set too, if there is one, as `test/top1` and so on."""
+        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set; with MODEL.EMA
+        those of the averaged weights too, as `ema/top1` and so on; with `eval_only` those of the test set too, if there
+        is one, as `test/top1` and so on."""
         result = self._evaluate_on(self.data.val)
+        if self.average is not None:
+            averaged = self._evaluate_on(self.data.val, self.average.module)
+            result |= {f"ema/{name}": value for name, value in averaged.items()}
         if self.eval_only and self.data.test is not None:
             result |= {f"test/{name}": value for name, value in self._evaluate_on(self.data.test).items()}
         return result
 
-    def _evaluate_on(self, images: Images) -> dict[str, float]:
-        distributed.broadcast_buffers(self.model)
-        return evaluate(self.model, build_val_loader(self.cfg, images, self.device), self.device, self._top_k())
+    def _evaluate_on(self, images: Images, model: nn.Module | None = None) -> dict[str, float]:
+        model = self.model if model is None else model
+        distributed.broadcast_buffers(model)
+        return evaluate(model, build_val_loader(self.cfg, images, self.device), self.device, self._top_k())
 
     def _top_k(self) -> tuple[int, ...]:
         return (1, 5) if len(self.data.classes) > 5 else (1,)
@@ -133,6 +179,8 @@ class ClassificationTrainer:
         if "test/top1" in result:
             weights = f", weights of epoch {result['test/epoch']:.4g}" if "test/epoch" in result else ""
             line += f"; test {_figures(result, 'test/')} ({counted(len(self.data.test), 'image')}{weights})"
+        if "ema/top1" in result:
+            line += f"; averaged weights: {_figures(result, 'ema/')}"
         return line
 
     @lets_go
@@ -140,8 +188,9 @@ class ClassificationTrainer:
         """Train from the start, or from where the checkpoint left off, to the end; return the final evaluation.
 
         Writes config.yaml, log.txt, metrics.json, TensorBoard files, checkpoints (with SOLVER.BEST_CHECKPOINT_METRIC
-        model_best.pth), run_info.json and results.json to OUTPUT_DIR. On the CPU a run that is interrupted and resumed
-        ends with the same bits as one that is not; on a GPU some backward passes add in no fixed order.
+        model_best.pth, with MODEL.EMA model_ema.pth), run_info.json and results.json to OUTPUT_DIR. On the CPU a run
+        that is interrupted and resumed ends with the same bits as one that is not; on a GPU some backward passes add in
+        no fixed order.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -151,6 +200,10 @@ class ClassificationTrainer:
         with stopping.deferred():
             result = self._train()
         if distributed.is_main():
+            if self.average is not None:
+                weights = {"model": self.average.module.state_dict()}
+                path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
+                atomic_write(path, write=lambda file: torch.save(weights, file))
             record = json.dumps({**self._provenance(), **result}, indent=2)
             atomic_write(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), record.encode())
         return result
@@ -164,11 +217,11 @@ class ClassificationTrainer:
             self.max_iter,
             max_to_keep=2,
         )
-        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, self.log_period, self.log_window) as log:
+        period = self.log_period, self.log_window, cfg.SOLVER.IMS_PER_BATCH
+        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, *period) as log:
             result = self._catch_up(saver, log)
-            model = distributed.data_parallel(self.model.train(), self.device)
-            solving = self.optimizer, self.scheduler, self.scaler
-            step = TrainingStep(cfg, model, len(data.classes), *solving, self.device)
+            parts = self.optimizer, self.scheduler, self.scaler, self.average, self.device
+            step = TrainingStep(cfg, self.model.train(), len(data.classes), *parts)
             batches = build_train_loader(cfg, data.train, self.device, self.start_iter)
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
@@ -202,6 +255,7 @@ class ClassificationTrainer:
                 result = result or self._evaluate_and_log(log, last)
             except stopping.EvaluationLeft:
                 stopping.leave()
+            self._schedule_by(result, last + 1)
         if self.lacks_final:
             saver.save("model_final", iteration=last, log_window=log.window)
         return result
@@ -232,6 +286,8 @@ class ClassificationTrainer:
         setup_logging(cfg.OUTPUT_DIR)
         for note in (*data.notes, *self.notes):
             logger.warning("%s", note)
+        for line in (*self.said, BatchSizes.of(cfg).describe(self.model)):
+            logger.info("%s", line)
         log_norms(self.model)
         test = "" if data.test is None else f"{counted(len(data.test), 'test image')}, "
         logger.info(
@@ -251,15 +307,25 @@ class ClassificationTrainer:
             cfg.SOLVER.IMS_PER_BATCH,
             {data.title: len(data.train)},
             {data.title: len(data.val)},
+            BatchSizes.of(cfg).record(self.model),
         )
 
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
         result = self.evaluate()
-        self.best.update(self.model, iteration, result)  # first: an evaluation in the log is not done again
+        self._schedule_by(result, iteration + 1)
+        averaged = self.cfg.SOLVER.BEST_CHECKPOINT_METRIC.startswith("ema/")
+        best = self.average.module if averaged else self.model
+        self.best.update(best, iteration, result)  # first: an evaluation in the log is not done again
         epoch = (iteration + 1) / self.iters_per_epoch
         log.write(iteration, {"epoch": epoch, **{f"val/{name}": value for name, value in result.items()}})
         logger.info("epoch %.4g: %s", epoch, self.describe(result))
         return result
+
+    def _schedule_by(self, result: dict[str, float], finished: int) -> None:
+        """Let a schedule that follows evaluations take one into account, if it has not yet."""
+        regular = finished % (self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch or 1) == 0  # not one at MAX_ITER
+        if isinstance(self.scheduler, PlateauSchedule) and regular:
+            self.scheduler.evaluated(finished, result)
 
     def _provenance(self) -> dict[str, Any]:
         cfg = self.cfg
@@ -272,7 +338,7 @@ class ClassificationTrainer:
             "norm": cfg.MODEL.NORM or "the model's own",
             "epochs": self.max_iter / self.iters_per_epoch,
             "iterations": self.max_iter,
-            "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
+            **BatchSizes.of(cfg).record(self.model),
             "seed": cfg.SEED,
             "hardware": f"{distributed.world_size()} x {hardware(self.device)}",
             "versions": package_versions(),
@@ -282,15 +348,3 @@ class ClassificationTrainer:
 def _figures(result: Mapping[str, float], group: str = "") -> str:
     names = {"top1": "top-1 {:.2f} %", "top5": "top-5 {:.2f} %", "loss": "loss {:.4f}"}
     return ", ".join(text.format(result[group + name]) for name, text in names.items() if group + name in result)
-
-
-def _check_batch(cfg: CfgNode, data: ImageData) -> None:
-    """Refuse a batch that the training images cannot fill, or not in equal shares of the classes."""
-    images, per_class, processes = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.IMAGES_PER_CLASS, distributed.world_size()
-    if len(data.train) < images:
-        raise refusal("SOLVER.IMS_PER_BATCH", f"{len(data.train)}, the number of training images, or less", images)
-    if per_class:
-        balanced = BalancedSampler(data.train, per_class, cfg.SEED).batch_size * processes
-        if balanced != images:
-            share = f"DATALOADER.IMAGES_PER_CLASS {per_class} of {len(data.classes)} classes"
-            raise refusal("SOLVER.IMS_PER_BATCH", f"{balanced}, {share} in {counted(processes, 'process')}", images)

@@ -97,6 +97,12 @@ class Images(Dataset):
         """The class index of each image; none is decoded."""
         return [label for _, label in self.samples]
 
+    def stored(self, index: int) -> tuple[np.ndarray | None, int]:
+        """The pixels of an image, where they are an array of the mode asked for, and its class index."""
+        image, label = self.samples[index]
+        is_of_mode = isinstance(image, np.ndarray) and (image.ndim == 2) == (self.mode == "L")
+        return image if is_of_mode else None, int(label)
+
     def __getitem__(self, index: int):
         image, label, name = self._read(index)
         if self.transform is not None:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from fbn_plugin.engine.data.sampling import (
+    AlternatingBatchSampler,
     BalancedSampler,
     GroupedBatchSampler,
     InfiniteSampler,
@@ -69,6 +70,7 @@ def training_batches(
     groups: Sequence[int] | None = None,
     images_per_class: int = 0,
     factors: np.ndarray | None = None,
+    steps: int = 1,
     repeats: int = 1,
 ) -> Sampler[list[tuple[int, int]]]:
     """What this process's training batches are of, from the ``start``-th on, without end: lists of (index, position in
@@ -78,13 +80,25 @@ def training_batches(
         dataset: training samples; with ``images_per_class`` one that has labels, see ``BalancedBatchSampler``.
         seed: of the order.
         batch_size: samples of one process.
-        start: batches to pass over, to resume at that iteration.
+        start: iterations to pass over, to resume there.
         groups: the group of each sample; a batch is of one group.
         images_per_class: above 0, a batch holds so many samples of each class, ``batch_size`` together.
         factors: how often an epoch has each sample, see ``repeat_factors``; without, once.
+        steps: batches of an iteration: those of one process are the batches of ``steps`` processes, one behind the
+            other, so that the images of an iteration, and of each batch, are the same on ``steps`` times as many. Not
+            with ``groups`` or ``factors``.
         repeats: how often a sample comes in a row, see ``InfiniteSampler``.
     """
     rank, world = distributed.rank(), distributed.world_size()
+    if steps > 1:
+        places = [(step * world + rank, steps * world) for step in range(steps)]
+        if images_per_class:
+            streams = [BalancedSampler(dataset, images_per_class, seed, *place, start) for place in places]
+        else:
+            streams = [
+                InfiniteSampler(len(dataset), seed, *place, start * batch_size, repeats=repeats) for place in places
+            ]
+        return AlternatingBatchSampler(streams, batch_size)
 
     def stream(start: int) -> InfiniteSampler | RepeatFactorSampler:
         if factors is not None:
@@ -108,6 +122,7 @@ def training_loader(
     groups: Sequence[int] | None = None,
     images_per_class: int = 0,
     factors: np.ndarray | None = None,
+    steps: int = 1,
     repeats: int = 1,
     **options: Any,
 ) -> DataLoader:
@@ -118,8 +133,8 @@ def training_loader(
     Args:
         dataset: training samples; its augmentation draws from the global generators.
         seed: of order and augmentation.
-        batch_size, start, groups, images_per_class, factors, repeats: see ``training_batches``.
+        batch_size, start, groups, images_per_class, factors, steps, repeats: see ``training_batches``.
         options: as ``DataLoader`` has them.
     """
-    batches = training_batches(dataset, seed, batch_size, start, groups, images_per_class, factors, repeats)
+    batches = training_batches(dataset, seed, batch_size, start, groups, images_per_class, factors, steps, repeats)
     return data_loader(SeededDataset(dataset, seed), batch_sampler=batches, **options)

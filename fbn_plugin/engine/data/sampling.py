@@ -17,6 +17,7 @@ from fbn_plugin.engine.run.seeding import generators_kept, seed_sample
 from fbn_plugin.training.balanced_batches import BalancedBatchSampler
 
 __all__ = [
+    "AlternatingBatchSampler",
     "BalancedSampler",
     "GroupedBatchSampler",
     "InfiniteSampler",
@@ -161,6 +162,23 @@ class BalancedSampler(Sampler):
                     yield int(index), number * len(batch) + place
                 number += self.batches.num_replicas
             skip = 0
+
+
+class AlternatingBatchSampler(Sampler):
+    """Batches of several streams in turn: the first batch of each, the second of each, and so on.
+
+    Args:
+        samplers: endless ones.
+        batch_size: samples in a batch.
+    """
+
+    def __init__(self, samplers: Sequence[Sampler], batch_size: int):
+        self.samplers = samplers
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for stream in itertools.cycle([iter(sampler) for sampler in self.samplers]):
+            yield list(itertools.islice(stream, self.batch_size))
 
 
 class GroupedBatchSampler(Sampler):

@@ -148,6 +148,7 @@ class TrainingLog:
         start: first iteration of this run.
         period: iterations between two lines.
         window: of the run that is resumed, so that a line across the interruption has the mean of all its iterations.
+        images: of an iteration, over all processes, to report ``images_per_second``.
     """
 
     def __init__(
@@ -157,9 +158,11 @@ class TrainingLog:
         start: int = 0,
         period: int = 20,
         window: Mapping[str, list[float]] | None = None,
+        images: int | None = None,
     ):
         self.max_iter = max_iter
         self.period = period
+        self.images = images
         self.enabled = distributed.is_main()
         self._window: dict[str, list[float]] = defaultdict(list, window or {})
         self._seconds: list[float] = []
@@ -208,12 +211,15 @@ class TrainingLog:
             means["lr"] = values.get("lr", math.nan)
             # The median, as the first iterations and those with an evaluation are slower.
             means["eta_seconds"] = sorted(self._seconds)[len(self._seconds) // 2] * (self.max_iter - iteration - 1)
+            if self.images is not None:
+                means["images_per_second"] = self.images / max(means["time"], 1e-9)
             self._window.clear()
             self.write(iteration, means)
             if not self._terminal:
                 losses = "  ".join(f"{name} {value:.4g}" for name, value in means.items() if "loss" in name)
+                rate = "" if self.images is None else f"  images/s {means['images_per_second']:.4g}"
                 self._logger.info(
-                    "iteration %d/%d  eta %s  %s  lr %.4g  time %.3f  data_time %.3f",
+                    "iteration %d/%d  eta %s  %s  lr %.4g  time %.3f  data_time %.3f%s",
                     iteration + 1,
                     self.max_iter,
                     tqdm.format_interval(means["eta_seconds"]),
@@ -221,6 +227,7 @@ class TrainingLog:
                     means["lr"],
                     means["time"],
                     means.get("data_time", 0.0),
+                    rate,
                 )
 
     def write(self, iteration: int, values: dict[str, float]) -> None:

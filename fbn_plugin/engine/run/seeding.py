@@ -22,6 +22,9 @@ __all__ = [
 ]
 
 
+_BLOCK = 64  # iterations
+
+
 def choose_seed(seed: int) -> int:
     """SEED, or where it is negative one that is drawn from the system; the same on every process."""
     return distributed.broadcast_object(seed if seed >= 0 else int.from_bytes(os.urandom(4), "little") % 2**31)
@@ -42,14 +45,31 @@ def same_on_all_processes(seed: int) -> Iterator[None]:
     seed_generators(seed + distributed.rank())
 
 
-def seed_iteration(seed: int, iteration: int) -> None:
-    """Seed what one iteration draws on this process (dropout, mixup): no state has to outlive an interruption."""
-    for_torch, for_numpy = np.random.SeedSequence([seed, iteration, distributed.rank()]).generate_state(2)
+def seed_iteration(seed: int, iteration: int, step: int = 0) -> None:
+    """Seed what one iteration draws on this process (dropout, mixup): no state has to outlive an interruption.
+
+    Args:
+        seed: of the run.
+        iteration: from 0.
+        step: of several in the iteration, from 0. Step s draws what as many more processes would draw.
+    """
+    block, number = divmod(iteration, _BLOCK)
+    place = step * distributed.world_size() + distributed.rank()
+    for_torch, for_numpy = _iteration_seeds(seed, place, block)[number]
     if _has_accelerator():
-        torch.manual_seed(int(for_torch))
+        torch.manual_seed(for_torch)
     else:  # the same on a CPU, without a stack trace for a GPU that might come, which takes 0.1 ms
-        torch.default_generator.manual_seed(int(for_torch))
+        torch.default_generator.manual_seed(for_torch)
     np.random.seed(for_numpy)
+
+
+@functools.lru_cache(maxsize=128)  # accumulation has as many as it has steps
+def _iteration_seeds(seed: int, place: int, block: int) -> list[tuple[int, int]]:
+    """Those of PyTorch and NumPy for a block of iterations: one by one, with the caches full of a model's weights and
+    activations, they would take ten times as long."""
+    iterations = range(block * _BLOCK, (block + 1) * _BLOCK)
+    sequences = (np.random.SeedSequence([seed, iteration, place]) for iteration in iterations)
+    return [tuple(sequence.generate_state(2).tolist()) for sequence in sequences]
 
 
 @functools.cache
