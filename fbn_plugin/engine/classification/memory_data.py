@@ -132,7 +132,6 @@ class ImagesInMemory:
         self._dataset.transform = self._prepare
         self._samples: list[tuple[np.ndarray | Image.Image, int] | None] = [None] * len(dataset)
         self._draws = _Draws(seed, augmentation.draws)
-        self._fill = _fill_resized if augmentation.resizes else _fill_window
 
     def _prepare(self, image: Image.Image) -> np.ndarray | Image.Image:
         for step in self.augmentation.fixed:
@@ -142,9 +141,16 @@ class ImagesInMemory:
     def _load(self, index: int) -> tuple[np.ndarray | Image.Image, int]:
         if not self.augmentation.resizes:
             pixels, label = self._dataset.stored(index)
-            if pixels is not None and all(_leaves(step, pixels.shape[:2]) for step in self.augmentation.fixed):
+            if pixels is not None and self._left_alone(pixels.shape[:2]):
                 return _channels_first(pixels), label  # without the way through Pillow, which changes nothing
         return self._dataset[index]
+
+    def _left_alone(self, shape: tuple[int, int]) -> bool:
+        """Whether what is fixed gives images of a shape, (height, width), as they are."""
+        for step in self.augmentation.fixed:
+            if min(shape) != step.size if isinstance(step.size, int) else shape != tuple(step.size):
+                return False
+        return True
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -163,17 +169,28 @@ class ImagesInMemory:
             indices: of the images.
             positions: in the training stream, which with the seed decide on crops and flips.
         """
-        samples = [self[index] for index in indices]
-        images = np.zeros((len(samples), _channels(samples[0][0]), *self.augmentation.size), np.uint8)
-        augmentation = self.augmentation
-        for (image, _), out, position in zip(samples, images, positions):
-            draws = self._draws.row(position)
-            if draws[_HFLIP] < augmentation.hflip:
-                out = out[:, :, ::-1]
-            if draws[_VFLIP] < augmentation.vflip:
-                out = out[:, ::-1]
-            self._fill(out, image, augmentation.crop, draws)
-        return torch.from_numpy(images), torch.tensor([label for _, label in samples])
+        kept, labels = zip(*[self._samples[index] or self[index] for index in indices])
+        draws = self._draws.rows(positions)
+        images = self._cropped(kept, draws)
+        for column, chance, axis in ((_HFLIP, self.augmentation.hflip, 3), (_VFLIP, self.augmentation.vflip, 2)):
+            if chance:
+                flipped = draws[:, column] < chance
+                images[flipped] = np.flip(images[flipped], axis)
+        return torch.from_numpy(images), torch.tensor(labels)
+
+    def _cropped(self, kept: Sequence[np.ndarray | Image.Image], draws: np.ndarray) -> np.ndarray:
+        """uint8 (N, C, H, W)."""
+        crop, size = self.augmentation.crop, self.augmentation.size
+        if self.augmentation.resizes:
+            return np.stack([_resized_part(image, crop, size, row) for image, row in zip(kept, draws.tolist())])
+        shapes = [image.shape for image in kept]
+        if len(set(shapes)) == 1:
+            return _windows(kept, crop, size, draws)
+        images = np.empty((len(kept), len(kept[0]), *size), np.uint8)
+        for shape in set(shapes):
+            places = [place for place, each in enumerate(shapes) if each == shape]
+            images[places] = _windows([kept[place] for place in places], crop, size, draws[places])
+        return images
 
 
 class _Draws:
@@ -186,52 +203,57 @@ class _Draws:
 
     def __init__(self, seed: int, columns: int):
         self.seed, self.columns = seed, columns
-        self._blocks: dict[int, list[list[float]]] = {}
+        self._blocks: dict[int, np.ndarray] = {}
 
-    def row(self, position: int) -> list[float]:
-        """The numbers for one position."""
-        number, place = divmod(position, _ROWS)
+    def rows(self, positions: Sequence[int]) -> np.ndarray:
+        """The numbers (N, columns) for each of N positions."""
+        numbers, places = np.divmod(positions, _ROWS)
+        rows = np.empty((len(places), self.columns))
+        for number in set(numbers.tolist()):
+            own = numbers == number
+            rows[own] = self._block(number)[places[own]]
+        return rows
+
+    def _block(self, number: int) -> np.ndarray:
         block = self._blocks.get(number)
         if block is None:
             if len(self._blocks) > 7:  # positions only grow, if not always in order
                 del self._blocks[min(self._blocks)]
             sequence = np.random.SeedSequence(self.seed, spawn_key=(number,))
-            drawn = np.random.default_rng(sequence).random((_ROWS, self.columns))
-            block = self._blocks[number] = drawn.tolist()  # which are read faster, one by one
-        return block[place]
-
-
-def _leaves(step: transforms.Resize | transforms.CenterCrop, shape: tuple[int, ...]) -> bool:
-    """Whether a step gives images of a shape, (height, width), as they are."""
-    return min(shape) == step.size if isinstance(step.size, int) else shape == tuple(step.size)
+            block = self._blocks[number] = np.random.default_rng(sequence).random((_ROWS, self.columns))
+        return block
 
 
 def _channels_first(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
 
 
-def _fill_window(out: np.ndarray, image: np.ndarray, crop: transforms.RandomCrop | None, draws: list[float]) -> None:
-    """Write a window of the padded image."""
+def _windows(
+    images: Sequence[np.ndarray], crop: transforms.RandomCrop | None, size: tuple[int, int], draws: np.ndarray
+) -> np.ndarray:
+    """A window (C, H, W) of each padded image; all are of one shape."""
+    whole = np.concatenate(images).reshape(len(images), *images[0].shape)
     if crop is None:
-        out[...] = image
-        return
-    padding = crop.padding or 0
-    (_, height, width), (_, high, wide) = out.shape, image.shape
-    y = int(draws[_TOP] * (high + 2 * padding - height + 1)) - padding  # of the window in the image
-    x = int(draws[_LEFT] * (wide + 2 * padding - width + 1)) - padding
-    top, left = max(y, 0), max(x, 0)
-    bottom, right = max(top, min(y + height, high)), max(left, min(x + width, wide))
-    out[:, top - y : bottom - y, left - x : right - x] = image[:, top:bottom, left:right]
+        return whole
+    height, width = whole.shape[2:]
+    if padding := crop.padding or 0:
+        height, width = height + 2 * padding, width + 2 * padding
+        padded = np.zeros((*whole.shape[:2], height, width), np.uint8)
+        padded[:, :, padding:-padding, padding:-padding] = whole
+        whole = padded
+    tops = (draws[:, _TOP] * (height - size[0] + 1)).astype(int)
+    lefts = (draws[:, _LEFT] * (width - size[1] + 1)).astype(int)
+    every = np.lib.stride_tricks.sliding_window_view(whole, size, (2, 3))
+    return every[np.arange(len(whole)), :, tops, lefts]
 
 
-def _fill_resized(
-    out: np.ndarray, image: Image.Image, crop: RandomResizedCropAndInterpolation, draws: list[float]
-) -> None:
-    """Write a part of the image, resized."""
+def _resized_part(
+    image: Image.Image, crop: RandomResizedCropAndInterpolation, size: tuple[int, int], draws: Sequence[float]
+) -> np.ndarray:
+    """A part of the image, resized, (C, H, W)."""
     top, left, height, width = _resized_crop(image.height, image.width, crop.scale, crop.ratio, draws)
     part = image.crop((left, top, left + width, top + height))
-    pixels = np.asarray(part.resize(out.shape[:0:-1], pil_modes_mapping[crop.interpolation]))
-    out[...] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+    return _channels_first(np.asarray(part.resize(size[::-1], pil_modes_mapping[crop.interpolation])))
 
 
 def _resized_crop(

@@ -184,7 +184,7 @@ def test_resized_crops_are_timms(monkeypatch, mode, scale, ratio):
     indices = [position % 4 for position in positions]
     batch, labels = images.batch(indices, positions)
     assert labels.tolist() == indices
-    for index, out, draws in zip(indices, batch, map(images._draws.row, positions)):
+    for index, out, draws in zip(indices, batch, images._draws.rows(positions).tolist()):
         monkeypatch.setattr("timm.data.transforms.random", Replayed(draws))
         expected = np.asarray(crop(data[index][0]))
         expected = expected.transpose(2, 0, 1) if mode == "RGB" else expected[None]
