@@ -155,12 +155,17 @@ class ClassificationTrainer:
         """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set; with MODEL.EMA
         those of the averaged weights too, as `ema/top1` and so on; with `eval_only` those of the test set too, if there
         is one, as `test/top1` and so on."""
-        result = self._evaluate_on(self.data.val)
-        if self.average is not None:
-            averaged = self._evaluate_on(self.data.val, self.average.module)
-            result |= {f"ema/{name}": value for name, value in averaged.items()}
+        result = self._evaluate_all_on(self.data.val)
         if self.eval_only and self.data.test is not None:
-            result |= {f"test/{name}": value for name, value in self._evaluate_on(self.data.test).items()}
+            result |= {f"test/{name}": value for name, value in self._evaluate_all_on(self.data.test).items()}
+        return result
+
+    def _evaluate_all_on(self, images: Images) -> dict[str, float]:
+        """The figures of the weights, and of the averaged ones if there are any."""
+        result = self._evaluate_on(images)
+        if self.average is not None:
+            averaged = self._evaluate_on(images, self.average.module)
+            result |= {f"ema/{name}": value for name, value in averaged.items()}
         return result
 
     def _evaluate_on(self, images: Images, model: nn.Module | None = None) -> dict[str, float]:
@@ -269,7 +274,7 @@ class ClassificationTrainer:
             return recorded
         try:
             with best_weights(self.model, self.best.path if self.best.metric else "") as iteration:
-                result = self._evaluate_on(self.data.test)
+                result = (self._evaluate_all_on if iteration is None else self._evaluate_on)(self.data.test)
         except stopping.EvaluationLeft:
             stopping.leave()
         finished = self.max_iter if iteration is None else iteration + 1
