@@ -19,6 +19,11 @@ import interruption  # noqa: F401
 from fbn_plugin.engine.run.cli import RUN_ERRORS, import_modules, parse_config_arguments, stoppable, user_errors
 
 
+def command_line(argv: Sequence[str] | None) -> list[str]:
+    """The command as it was typed, for the record."""
+    return sys.argv if argv is None or list(argv) == sys.argv[1:] else [__file__, *argv]
+
+
 @stoppable()
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Run the command line; return the last evaluation's metrics."""
@@ -35,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         cfg = load_config(classification_config(), args.config_file, args.overrides)
     with stoppable(None if args.eval_only else cfg.OUTPUT_DIR):
         with user_errors():
-            trainer = ClassificationTrainer(cfg, args.resume, args.eval_only, args.log_period)
+            trainer = ClassificationTrainer(cfg, args.resume, args.eval_only, args.log_period, command_line(argv))
         with user_errors(*RUN_ERRORS):
             result = trainer.evaluate() if args.eval_only else trainer.train()
         if distributed.is_main():

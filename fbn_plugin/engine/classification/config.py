@@ -96,7 +96,7 @@ _SOLVER = {
     "WARMUP_FACTOR": 0.001,  # share of BASE_LR that warm-up starts from
     "LABEL_SMOOTHING": 0.0,
     "CHECKPOINT_PERIOD": 0,  # iterations; 0: an epoch
-    "BEST_CHECKPOINT_METRIC": "",  # "top1" or "top5": each evaluation that beats the best so far writes model_best.pth
+    "BEST_CHECKPOINT_METRIC": "",  # "top1", "top5" or "loss": the best evaluation so far writes model_best.pth
     "AMP": {"ENABLED": False},  # float16 on a GPU, bfloat16 on a CPU
 }
 

@@ -5,10 +5,9 @@ norm is a spec string.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from timm.data import Mixup
@@ -19,9 +18,9 @@ from fbn_plugin.engine.classification.data import build_train_loader, build_val_
 from fbn_plugin.engine.classification.evaluation import evaluate
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.results import write_results
 from fbn_plugin.engine.data.image_data import ImageData, load_image_data
 from fbn_plugin.engine.data.sampling import BalancedSampler
-from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
@@ -34,7 +33,7 @@ from fbn_plugin.engine.run.norm_stats import log_norms
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
 from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, lacks_final, save_before_leaving
 from fbn_plugin.engine.run.rules import named, refusal
-from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
+from fbn_plugin.engine.run.run_info import write_run_info
 from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
 
@@ -53,14 +52,22 @@ class ClassificationTrainer:
             workers, and when to save and evaluate may change.
         eval_only: only evaluate: MODEL.WEIGHTS, which must fit the whole model, or with `resume` the last checkpoint.
         log_period: iterations between two lines of `metrics.json`.
+        command: the command line, for `results.json`.
 
     Raises:
         ValueError, OSError: bad values in the config, missing or damaged files.
     """
 
-    def __init__(self, cfg: CfgNode, resume: bool | str = False, eval_only: bool = False, log_period: int = 20):
+    def __init__(
+        self,
+        cfg: CfgNode,
+        resume: bool | str = False,
+        eval_only: bool = False,
+        log_period: int = 20,
+        command: Sequence[str] = (),
+    ):
         self.cfg, solver = cfg, cfg.SOLVER
-        self.log_period = log_period
+        self.log_period, self.command = log_period, command
         self.device = distributed.init(cfg.MODEL.DEVICE)
         check_config(cfg)
         if not eval_only:  # which writes nothing
@@ -74,7 +81,7 @@ class ClassificationTrainer:
         if not eval_only:
             _check_batch(cfg, self.data)
             if solver.BEST_CHECKPOINT_METRIC:
-                names = [f"top{k}" for k in self._top_k()]
+                names = [*(f"top{k}" for k in self._top_k()), "loss"]
                 check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
@@ -140,11 +147,7 @@ class ClassificationTrainer:
             WriteError: the disk is full.
         """
         with stopping.deferred():
-            result = self._train()
-        if distributed.is_main():
-            record = json.dumps({**self._provenance(), **result}, indent=2)
-            atomic_write(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), record.encode())
-        return result
+            return self._train()
 
     def _train(self) -> dict[str, float]:
         cfg, data = self.cfg, self.data
@@ -177,6 +180,9 @@ class ClassificationTrainer:
                     stopping.leave()
                 # After the evaluation, so that a run that is killed has not missed it.
                 saver.step(iteration, log_window=log.window)
+        if distributed.is_main():
+            length = self.max_iter, self.iters_per_epoch
+            write_results(cfg, data, self.model, result, *length, self.device, self.command)
         return result
 
     def _is_evaluated_after(self, finished: int) -> bool:
@@ -247,28 +253,15 @@ class ClassificationTrainer:
         return losses
 
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
+        timer = Timer()
         result = self.evaluate()
+        seconds = timer()
         self.best.update(self.model, iteration, result)  # first: an evaluation in the log is not done again
         epoch = (iteration + 1) / self.iters_per_epoch
-        log.write(iteration, {"epoch": epoch, **{f"val/{name}": value for name, value in result.items()}})
+        figures = {f"val/{name}": value for name, value in result.items()}
+        log.write(iteration, {"epoch": epoch, **figures, "evaluation_seconds": seconds})
         logger.info("epoch %.4g: %s", epoch, self.describe(result))
         return result
-
-    def _provenance(self) -> dict[str, Any]:
-        cfg = self.cfg
-        return {
-            "dataset": self.data.title,
-            "train_images": len(self.data.train),
-            "val_images": len(self.data.val),
-            "model": cfg.MODEL.NAME,
-            "norm": cfg.MODEL.NORM or "the model's own",
-            "epochs": self.max_iter / self.iters_per_epoch,
-            "iterations": self.max_iter,
-            "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
-            "seed": cfg.SEED,
-            "hardware": f"{distributed.world_size()} x {hardware(self.device)}",
-            "versions": package_versions(),
-        }
 
 
 def _check_batch(cfg: CfgNode, data: ImageData) -> None:

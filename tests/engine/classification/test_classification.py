@@ -607,8 +607,8 @@ def test_the_best_model_is_kept(tmp_path):
         config(tmp_path / "new", MODEL__WEIGHTS=tmp_path / "model_best.pth"), eval_only=True
     )
     assert trainer.evaluate()["top1"] == saved["value"]
-    with pytest.raises(ValueError, match="BEST_CHECKPOINT_METRIC must be one of top1, top5, got 'loss'"):
-        ClassificationTrainer(config(SOLVER__BEST_CHECKPOINT_METRIC="loss"))
+    with pytest.raises(ValueError, match="BEST_CHECKPOINT_METRIC must be one of top1, top5, loss, got 'top2'"):
+        ClassificationTrainer(config(SOLVER__BEST_CHECKPOINT_METRIC="top2"))
 
 
 def test_pretrained_weights_reach_the_filtered_model(tmp_path):
