@@ -39,7 +39,9 @@ MAY_CHANGE = (
     "SOLVER.STEPS",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.BEST_CHECKPOINT_METRIC",
-    "TEST.*",
+    "TEST.EVAL_ITERATIONS",
+    "TEST.EVAL_PERIOD",
+    "TEST.IMS_PER_BATCH",
     "OUTPUT_DIR",
 )
 
@@ -119,6 +121,11 @@ def classification_config() -> CfgNode:
             "SOLVER": copy.deepcopy(_SOLVER),
             "TEST": {
                 "EVAL_PERIOD": 1,  # epochs; 0: only at the end
+                "EVAL_ITERATIONS": (),  # further numbers of iterations after which to evaluate
+                "MAX_IMAGES": 0,  # evaluate on so many, each class in its share; 0: all
+                # Normalize by "population" statistics, by those of each "batch" of IMS_PER_BATCH, or of "balanced"
+                # batches with DATALOADER.IMAGES_PER_CLASS (or 1) of each class: conditional, as test labels make them.
+                "MOMENTS": "population",
                 "IMS_PER_BATCH": 256,
             },
             "SEED": 0,
@@ -161,6 +168,8 @@ _RULES = {
     "SOLVER.MAX_ITER": at_least(0, MOST_ITERATIONS),
     "SOLVER.STEPS": increasing("epochs"),
     "TEST.IMS_PER_BATCH": at_least(1, 2**20),
+    "TEST.MAX_IMAGES": at_least(0, 2**31),
+    "TEST.MOMENTS": one_of("population", "batch", "balanced"),
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fbn_plugin.engine.classification.evaluation import Evaluator
 from fbn_plugin.engine.data.image_data import ImageData
 from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.run import distributed
@@ -84,6 +85,7 @@ def write_results(
     data: ImageData,
     model: nn.Module,
     result: Mapping[str, float],
+    evaluator: Evaluator,
     max_iter: int,
     iters_per_epoch: int,
     device: torch.device,
@@ -96,6 +98,7 @@ def write_results(
         data: what it was trained and evaluated on.
         model: as it is trained.
         result: the figures of the last evaluation.
+        evaluator: which measured them.
         max_iter: iterations of the whole run.
         iters_per_epoch: iterations of an epoch.
         device: of one process.
@@ -106,7 +109,7 @@ def write_results(
     record = {
         "dataset": data.title,
         "train_images": len(data.train),
-        "val_images": len(data.val),
+        **evaluator.details,
         "classes": len(data.classes),
         "model": cfg.MODEL.NAME,
         "norm": cfg.MODEL.NORM or "the model's own",

@@ -14,8 +14,8 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from fbn_plugin.engine.classification.config import MAY_CHANGE, check_config, classification_config
-from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
-from fbn_plugin.engine.classification.evaluation import evaluate
+from fbn_plugin.engine.classification.data import build_train_loader
+from fbn_plugin.engine.classification.evaluation import Evaluator
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import build_optimizer, build_scheduler
 from fbn_plugin.engine.classification.results import write_results
@@ -26,15 +26,16 @@ from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.run.cli import UserError
-from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
+from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config, with_value
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
+from fbn_plugin.engine.run.output_dir import holds_training
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
 from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, lacks_final, save_before_leaving
 from fbn_plugin.engine.run.rules import named, refusal
-from fbn_plugin.engine.run.run_info import write_run_info
-from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
+from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
+from fbn_plugin.engine.run.schedule import eval_iterations, is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
 
 __all__ = ["ClassificationTrainer"]
@@ -70,44 +71,51 @@ class ClassificationTrainer:
         self.log_period, self.command = log_period, command
         self.device = distributed.init(cfg.MODEL.DEVICE)
         check_config(cfg)
-        if not eval_only:  # which writes nothing
-            hold(cfg.OUTPUT_DIR)
+        hold(cfg.OUTPUT_DIR)
         continues = check_run(
             *(cfg, {"MODEL.NORM": cfg.MODEL.NORM}, self.device, distributed.world_size(), resume, eval_only),
             lambda: saved_config(cfg.OUTPUT_DIR, classification_config()),
             MAY_CHANGE,
         )
         self.data = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
+        self.evaluator = Evaluator(cfg, self.data.val, len(self.data.classes), self.device)
         if not eval_only:
             _check_batch(cfg, self.data)
             if solver.BEST_CHECKPOINT_METRIC:
-                names = [*(f"top{k}" for k in self._top_k()), "loss"]
-                check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
+                check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, self.evaluator.names)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
+        self.notes: list[str] = []  # for the log
+        chosen = eval_iterations(cfg.TEST.EVAL_ITERATIONS, self.max_iter, self.notes.append)
+        self.cfg = cfg = with_value(cfg, "TEST.EVAL_ITERATIONS", chosen)
         with same_on_all_processes(cfg.SEED):
             self.model = build_model(cfg, len(self.data.classes)).to(self.device)
         check_image_size(cfg, self.model, self.device)
+        self.evaluator.check(self.model)
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
         self.scaler = torch.amp.GradScaler(enabled=solver.AMP.ENABLED and self.device.type == "cuda")
         self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, optimizer=self.optimizer, scaler=self.scaler)
         self.start_iter, self.log_window, self.lacks_final = 0, {}, False
-        self.notes: list[str] = []  # for the log
+        self.weights, self.iteration = cfg.MODEL.WEIGHTS, None  # which, and the last one, from 0, behind them
         if continues:
             self._continue(resume, eval_only)
         else:
             with named("MODEL.WEIGHTS"):
-                self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
+                content = self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
+            given = content.get("iteration")  # other trainings' files may have anything there
+            self.iteration = given if type(given) is int and given >= 0 else None
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
 
     def _continue(self, resume: bool | str, eval_only: bool) -> None:
         """Load the last checkpoint."""
-        last, self.notes = checkpoint_to_resume(self.cfg.OUTPUT_DIR, resume)
+        last, notes = checkpoint_to_resume(self.cfg.OUTPUT_DIR, resume)
+        self.notes += notes
         state = self.checkpointer.load(last)
         check_state(last, state)
+        self.weights, self.iteration = last, state["iteration"]
         self.start_iter, self.log_window = state["iteration"] + 1, state.get("log_window", {})
         if not eval_only:
             solver = self.cfg.SOLVER
@@ -117,21 +125,29 @@ class ClassificationTrainer:
             self.lacks_final = lacks_final(last, self.start_iter, self.max_iter)
 
     def evaluate(self) -> dict[str, float]:
-        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set."""
-        distributed.broadcast_buffers(self.model)
-        loader = build_val_loader(self.cfg, self.data.val, self.device)
-        return evaluate(self.model, loader, self.device, self._top_k())
+        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set, as TEST says."""
+        return self.evaluator(self.model)
 
-    def _top_k(self) -> tuple[int, ...]:
-        return (1, 5) if len(self.data.classes) > 5 else (1,)
+    @lets_go
+    def write_evaluation(self, result: dict[str, float]) -> None:
+        """Write `evaluation.json` into OUTPUT_DIR: the figures, how they were measured, of which weights and of which
+        iteration (from 0, as in `metrics.json`; null where the weights do not tell)."""
+        cfg = self.cfg
+        open_output_dir(cfg.OUTPUT_DIR)
+        if not holds_training(cfg.OUTPUT_DIR):
+            distributed.on_main(self._write_settings)
+        path = os.path.join(cfg.OUTPUT_DIR, "evaluation.json")
+        weights = self.weights or f"timm's own of {cfg.MODEL.NAME}"
+        record = path, self.iteration, weights, [self.data.title], result, hardware(self.device)
+        distributed.on_main(lambda: write_evaluation(*record, details=self.evaluator.details))
 
     def describe(self, result: dict[str, float]) -> str:
         """One line that says what `result` was measured with and on."""
         cfg = self.cfg
         model = cfg.MODEL.NAME + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
         top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
-        images = counted(len(self.data.val), "validation image")
-        return f"{model} on {self.data.title}: top-1 {result['top1']:.2f} %{top5}, loss {result['loss']:.4f} ({images})"
+        figures = f"top-1 {result['top1']:.2f} %{top5}, loss {result['loss']:.4f}"
+        return f"{model} on {self.data.title}: {figures} ({self.evaluator.note})"
 
     @lets_go
     def train(self) -> dict[str, float]:
@@ -182,18 +198,20 @@ class ClassificationTrainer:
                 saver.step(iteration, log_window=log.window)
         if distributed.is_main():
             length = self.max_iter, self.iters_per_epoch
-            write_results(cfg, data, self.model, result, *length, self.device, self.command)
+            write_results(cfg, data, self.model, result, self.evaluator, *length, self.device, self.command)
         return result
 
     def _is_evaluated_after(self, finished: int) -> bool:
-        return is_evaluated_after(finished, self.max_iter, self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch)
+        period = self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch
+        return is_evaluated_after(finished, self.max_iter, period, self.cfg.TEST.EVAL_ITERATIONS)
 
     def _catch_up(self, saver: PeriodicCheckpointer, log: TrainingLog) -> dict[str, float]:
         """What the run owes where it goes on: the evaluation, as ``metrics.json`` has it, or made up for, where the run
         was asked to stop in it or it is newly wanted there; and ``model_final.pth``."""
         last, result = self.start_iter - 1, {}
         if self._is_evaluated_after(last + 1):
-            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, lambda name: name.startswith("val/"))
+            names = {f"val/{name}" for name in self.evaluator.names}
+            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, names.__contains__)
             result = {name.removeprefix("val/"): value for name, value in recorded.items()}
             try:
                 result = result or self._evaluate_and_log(log, last)
@@ -228,7 +246,7 @@ class ClassificationTrainer:
             distributed.world_size(),
             cfg.SOLVER.IMS_PER_BATCH,
             {data.title: len(data.train)},
-            {data.title: len(data.val)},
+            {data.title: self.evaluator.size},
         )
 
     def _step(self, model: nn.Module, iteration: int, images: Tensor, targets: Tensor) -> dict[str, float]:
@@ -259,6 +277,8 @@ class ClassificationTrainer:
         self.best.update(self.model, iteration, result)  # first: an evaluation in the log is not done again
         epoch = (iteration + 1) / self.iters_per_epoch
         figures = {f"val/{name}": value for name, value in result.items()}
+        if self.evaluator.conditional:
+            figures["val/conditional"] = 1
         log.write(iteration, {"epoch": epoch, **figures, "evaluation_seconds": seconds})
         logger.info("epoch %.4g: %s", epoch, self.describe(result))
         return result

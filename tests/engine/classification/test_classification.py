@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from fbn_plugin import SyncFilteredBatchNorm
-from fbn_plugin.engine.classification import model, trainer
+from fbn_plugin.engine.classification import model
 from fbn_plugin.engine.classification.config import check_config, classification_config
 from fbn_plugin.engine.classification.data import (
     build_train_loader,
@@ -410,7 +410,7 @@ def test_stopping_early_keeps_the_schedule(tmp_path):
 def rates(tmp_path, monkeypatch, **overrides) -> list[float]:
     seen = []
     monkeypatch.setattr(TrainingLog, "step", lambda self, iteration, **values: seen.append(values["lr"]))
-    monkeypatch.setattr(trainer, "evaluate", lambda *args: {"top1": 0.0, "loss": 0.0})
+    monkeypatch.setattr(ClassificationTrainer, "evaluate", lambda self: {"top1": 0.0, "top5": 0.0, "loss": 0.0})
     linear = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10))
     monkeypatch.setattr(model, "create_model", lambda *args, **kwargs: linear)
     ClassificationTrainer(config(tmp_path, SOLVER__IMS_PER_BATCH=400, SOLVER__BASE_LR=0.8, **overrides)).train()

@@ -4,24 +4,11 @@ import json
 
 import pytest
 import torch
+from tiny_classification import train
 
-from fbn_plugin.engine.classification.config import classification_config
 from fbn_plugin.engine.classification.results import best_evaluation, durations
-from fbn_plugin.engine.classification.trainer import ClassificationTrainer
-from fbn_plugin.engine.run.config import load_config
 from fbn_plugin.engine.run.logging import TrainingLog, read_metrics
 from fbn_plugin.layers.filtered_batch_norm import FilteredBatchNormMixin
-
-SMALL = ("DATASETS.NAME", "digits", "INPUT.FORMAT", "L", "INPUT.SIZE", 8, "INPUT.TRAIN_CROP", "none")
-SMALL += ("MODEL.PIXEL_MEAN", (0,), "MODEL.PIXEL_STD", (255,), "MODEL.NAME", "test_byobnet", "MODEL.NORM", "FBN")
-SMALL += ("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", 16, "DATALOADER.NUM_WORKERS", 0, "SOLVER.BASE_LR", 0.01)
-
-
-def train(folder, resume=False, command=(), **values):
-    overrides = [*SMALL, *(x for key, value in values.items() for x in (key.replace("__", "."), value))]
-    cfg = load_config(classification_config(), None, [*map(str, overrides), "OUTPUT_DIR", str(folder)])
-    trainer = ClassificationTrainer(cfg, resume, log_period=2, command=command)
-    return trainer, trainer.train()
 
 
 def test_what_a_run_was_made_of(tmp_path):
