@@ -143,7 +143,7 @@ def test_without_a_metric_the_last_weights_are_tested(tmp_path):
     trainer = ClassificationTrainer(config(tmp_path, **options))
     result = trainer.train()
     assert result["test/epoch"] == 2 / 5
-    assert trainer._evaluate_on(trainer.data.test)["loss"] == result["test/loss"]
+    assert trainer._evaluator(trainer.data.test)(trainer.model)["loss"] == result["test/loss"]
 
 
 # --- files that are broken -------------------------------------------------------------------------------------------
