@@ -50,7 +50,9 @@ MAY_CHANGE = (
     "SOLVER.STEPS",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.BEST_CHECKPOINT_METRIC",
-    "TEST.*",
+    "TEST.EVAL_ITERATIONS",
+    "TEST.EVAL_PERIOD",
+    "TEST.IMS_PER_BATCH",
     "OUTPUT_DIR",
 )
 
@@ -149,7 +151,8 @@ _SOLVER = {
     },
     "LABEL_SMOOTHING": 0.0,
     "CHECKPOINT_PERIOD": 0,  # iterations; 0: an epoch
-    "BEST_CHECKPOINT_METRIC": "",  # "top1" or "top5": each evaluation that beats the best so far writes model_best.pth
+    # "top1", "top5" or "loss", of the averaged weights "ema/top1" and so on: the best evaluation writes model_best.pth
+    "BEST_CHECKPOINT_METRIC": "",
     "AMP": {"ENABLED": False, "DTYPE": ""},  # "float16" or "bfloat16"; "": float16 on a GPU, bfloat16 on a CPU
     # "norm" of all gradients together, "value" of each element, "agc": of each unit, relative to its weights.
     "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
@@ -184,6 +187,11 @@ def classification_config() -> CfgNode:
             "SOLVER": copy.deepcopy(_SOLVER),
             "TEST": {
                 "EVAL_PERIOD": 1,  # epochs; 0: only at the end
+                "EVAL_ITERATIONS": (),  # further numbers of iterations after which to evaluate
+                "MAX_IMAGES": 0,  # evaluate on so many, each class in its share; 0: all
+                # Normalize by "population" statistics, by those of each "batch" of IMS_PER_BATCH, or of "balanced"
+                # batches with DATALOADER.IMAGES_PER_CLASS (or 1) of each class: conditional, as test labels make them.
+                "MOMENTS": "population",
                 "IMS_PER_BATCH": 256,
             },
             "CUDNN_BENCHMARK": False,
@@ -250,6 +258,8 @@ _RULES = {
     "SOLVER.REFERENCE_WORLD_SIZE": at_least(0, 2**20),
     "SOLVER.STEPS": increasing("epochs"),
     "TEST.IMS_PER_BATCH": at_least(1, 2**20),
+    "TEST.MAX_IMAGES": at_least(0, 2**31),
+    "TEST.MOMENTS": one_of("population", "batch", "balanced"),
 }
 
 

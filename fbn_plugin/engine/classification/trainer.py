@@ -5,25 +5,24 @@ norm is a spec string.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from fbn_plugin.engine.classification.augmentation import switch_mixup
 from fbn_plugin.engine.classification.batch import BatchSizes, check_batch, check_norm_batch
 from fbn_plugin.engine.classification.checkpoint import ClassifierCheckpointer
 from fbn_plugin.engine.classification.config import LINEAR_RULE, MAY_CHANGE, check_config, classification_config
-from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
+from fbn_plugin.engine.classification.data import build_train_loader
 from fbn_plugin.engine.classification.datasets import build_data, say_broken
-from fbn_plugin.engine.classification.evaluation import evaluate
+from fbn_plugin.engine.classification.evaluation import Evaluator
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.results import write_results
 from fbn_plugin.engine.classification.step import (
     TrainingStep,
     build_average,
@@ -31,22 +30,22 @@ from fbn_plugin.engine.classification.step import (
     check_precision,
     place_model,
 )
-from fbn_plugin.engine.data.image_data import Images
 from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, best_weights, check_metric
-from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
+from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config, with_value
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
+from fbn_plugin.engine.run.output_dir import holds_training
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, lacks_final, save_before_leaving
 from fbn_plugin.engine.run.rules import named
-from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
-from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
+from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
+from fbn_plugin.engine.run.schedule import eval_iterations, is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import same_on_all_processes
 from fbn_plugin.engine.run.states import check_states
 
@@ -65,21 +64,28 @@ class ClassificationTrainer:
             workers, and when to save and evaluate may change.
         eval_only: only evaluate: MODEL.WEIGHTS, which must fit the whole model, or with `resume` the last checkpoint.
         log_period: iterations between two lines of `metrics.json`.
+        command: the command line, for `results.json`.
 
     Raises:
         ValueError, OSError: bad values in the config, missing or damaged files.
     """
 
-    def __init__(self, cfg: CfgNode, resume: bool | str = False, eval_only: bool = False, log_period: int = 20):
-        self.log_period, self.eval_only = log_period, eval_only
+    def __init__(
+        self,
+        cfg: CfgNode,
+        resume: bool | str = False,
+        eval_only: bool = False,
+        log_period: int = 20,
+        command: Sequence[str] = (),
+    ):
+        self.log_period, self.eval_only, self.command = log_period, eval_only, command
         self.device = distributed.init(cfg.MODEL.DEVICE)
         check_config(cfg)
         check_precision(cfg, self.device)
         self.said: list[str] = []  # for the log
         self.cfg = cfg = scale_to_processes(cfg, distributed.world_size(), self.said.append, LINEAR_RULE)
         solver = cfg.SOLVER
-        if not eval_only:  # which writes nothing
-            hold(cfg.OUTPUT_DIR)
+        hold(cfg.OUTPUT_DIR)
         continues = check_run(
             *(cfg, {"MODEL.NORM": cfg.MODEL.NORM}, self.device, distributed.world_size(), resume, eval_only),
             lambda: saved_config(cfg.OUTPUT_DIR, classification_config()),
@@ -88,22 +94,26 @@ class ClassificationTrainer:
         self.data = build_data(cfg)
         for note in self.data.notes if eval_only else ():  # a training logs them into its folder
             logger.warning("%s", note)
+        self.evaluator = Evaluator(cfg, self.data.val, len(self.data.classes), self.device)
         if not eval_only:
             check_batch(cfg, self.data.train, len(self.data.classes))
             if solver.BEST_CHECKPOINT_METRIC:
-                names = [f"top{k}" for k in self._top_k()]
+                names = self.evaluator.names
                 names += [f"ema/{name}" for name in names] if cfg.MODEL.EMA.ENABLED else []
                 check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
             if solver.LR_SCHEDULER_NAME == "plateau":
-                names = [*(f"top{k}" for k in self._top_k()), "loss"]
-                check_metric("SOLVER.PLATEAU_METRIC", solver.PLATEAU_METRIC, names)
+                check_metric("SOLVER.PLATEAU_METRIC", solver.PLATEAU_METRIC, self.evaluator.names)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
+        self.notes: list[str] = []  # for the log
+        chosen = eval_iterations(cfg.TEST.EVAL_ITERATIONS, self.max_iter, self.notes.append)
+        self.cfg = cfg = with_value(cfg, "TEST.EVAL_ITERATIONS", chosen)
         with same_on_all_processes(cfg.SEED):
             self.model = place_model(cfg, build_model(cfg, len(self.data.classes)), self.device)
         check_image_size(cfg, self.model, self.device, None if eval_only else BatchSizes.of(cfg))
+        self.evaluator.check(self.model)
         build_loss(cfg, len(self.data.classes))  # which refuses what does not fit, before anything is written
         if not eval_only:
             check_norm_batch(cfg, self.model)
@@ -117,19 +127,21 @@ class ClassificationTrainer:
         states |= {"scheduler": self.scheduler} if isinstance(self.scheduler, PlateauSchedule) else {}
         self.checkpointer = ClassifierCheckpointer(self.model, cfg.OUTPUT_DIR, cfg.MODEL.RESET_CLASSIFIER, **states)
         self.start_iter, self.log_window, self.lacks_final = 0, {}, False
-        self.notes: list[str] = []  # warnings for the log
+        self.weights, self.iteration = cfg.MODEL.WEIGHTS, None  # which, and the last one, from 0, behind them
         if continues:
             self._continue(resume, eval_only)
         else:
             with named("MODEL.WEIGHTS"):
-                self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
+                content = self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
+            given = content.get("iteration")  # other trainings' files may have anything there
+            self.iteration = given if type(given) is int and given >= 0 else None
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
 
-    def _load_weights(self, path: str, eval_only: bool) -> None:
+    def _load_weights(self, path: str, eval_only: bool) -> dict[str, Any]:
         """Load what a run starts from, or is evaluated: with MODEL.EMA the average too, where the file has one."""
         rest = self.checkpointer.load(path, checkpointables=[], strict=eval_only)
         if self.average is None:
-            return
+            return rest
         if eval_only and "ema" in rest:
             check_states(path, rest, {"ema": self.average.module})
             self.average.module.load_state_dict(rest["ema"])
@@ -137,12 +149,15 @@ class ClassificationTrainer:
             self.average = None
         else:
             self.average.set(self.model)
+        return rest
 
     def _continue(self, resume: bool | str, eval_only: bool) -> None:
         """Load the last checkpoint."""
-        last, self.notes = checkpoint_to_resume(self.cfg.OUTPUT_DIR, resume)
+        last, notes = checkpoint_to_resume(self.cfg.OUTPUT_DIR, resume)
+        self.notes += notes
         state = self.checkpointer.load(last)
         check_state(last, state)
+        self.weights, self.iteration = last, state["iteration"]
         self.start_iter, self.log_window = state["iteration"] + 1, state.get("log_window", {})
         if not eval_only:
             solver = self.cfg.SOLVER
@@ -152,35 +167,44 @@ class ClassificationTrainer:
             self.lacks_final = lacks_final(last, self.start_iter, self.max_iter)
 
     def evaluate(self) -> dict[str, float]:
-        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set; with MODEL.EMA
-        those of the averaged weights too, as `ema/top1` and so on; with `eval_only` those of the test set too, if there
-        is one, as `test/top1` and so on."""
-        result = self._evaluate_all_on(self.data.val)
+        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set, as TEST says;
+        with MODEL.EMA those of the averaged weights too, as `ema/top1` and so on; with `eval_only` those of the test
+        set too, if there is one, as `test/top1` and so on."""
+        result = self._evaluate_all(self.evaluator)
         if self.eval_only and self.data.test is not None:
-            result |= {f"test/{name}": value for name, value in self._evaluate_all_on(self.data.test).items()}
+            result |= {f"test/{name}": value for name, value in self._evaluate_all(self._tester()).items()}
         return result
 
-    def _evaluate_all_on(self, images: Images) -> dict[str, float]:
+    def _evaluate_all(self, evaluator: Evaluator) -> dict[str, float]:
         """The figures of the weights, and of the averaged ones if there are any."""
-        result = self._evaluate_on(images)
+        result = evaluator(self.model)
         if self.average is not None:
-            averaged = self._evaluate_on(images, self.average.module)
-            result |= {f"ema/{name}": value for name, value in averaged.items()}
+            result |= {f"ema/{name}": value for name, value in evaluator(self.average.module).items()}
         return result
 
-    def _evaluate_on(self, images: Images, model: nn.Module | None = None) -> dict[str, float]:
-        model = self.model if model is None else model
-        distributed.broadcast_buffers(model)
-        return evaluate(model, build_val_loader(self.cfg, images, self.device), self.device, self._top_k())
+    def _tester(self) -> Evaluator:
+        """Of the whole test set."""
+        cfg = with_value(self.cfg, "TEST.MAX_IMAGES", 0)
+        return Evaluator(cfg, self.data.test, len(self.data.classes), self.device)
 
-    def _top_k(self) -> tuple[int, ...]:
-        return (1, 5) if len(self.data.classes) > 5 else (1,)
+    @lets_go
+    def write_evaluation(self, result: dict[str, float]) -> None:
+        """Write `evaluation.json` into OUTPUT_DIR: the figures, how they were measured, of which weights and of which
+        iteration (from 0, as in `metrics.json`; null where the weights do not tell)."""
+        cfg = self.cfg
+        open_output_dir(cfg.OUTPUT_DIR)
+        if not holds_training(cfg.OUTPUT_DIR):
+            distributed.on_main(self._write_settings)
+        path = os.path.join(cfg.OUTPUT_DIR, "evaluation.json")
+        weights = self.weights or f"timm's own of {cfg.MODEL.NAME}"
+        record = path, self.iteration, weights, [self.data.title], result, hardware(self.device)
+        distributed.on_main(lambda: write_evaluation(*record, details=self.evaluator.details))
 
     def describe(self, result: dict[str, float]) -> str:
         """One line that says what `result` was measured with and on."""
         cfg = self.cfg
         model = cfg.MODEL.NAME + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
-        line = f"{model} on {self.data.title}: {_figures(result)} ({counted(len(self.data.val), 'validation image')})"
+        line = f"{model} on {self.data.title}: {_figures(result)} ({self.evaluator.note})"
         if "test/top1" in result:
             weights = f", weights of epoch {result['test/epoch']:.4g}" if "test/epoch" in result else ""
             line += f"; test {_figures(result, 'test/')} ({counted(len(self.data.test), 'image')}{weights})"
@@ -204,13 +228,10 @@ class ClassificationTrainer:
         """
         with stopping.deferred():
             result = self._train()
-        if distributed.is_main():
-            if self.average is not None:
+            if distributed.is_main() and self.average is not None:
                 weights = {"model": self.average.module.state_dict()}
                 path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
                 atomic_write(path, write=lambda file: torch.save(weights, file))
-            record = json.dumps({**self._provenance(), **result}, indent=2)
-            atomic_write(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), record.encode())
         return result
 
     def _train(self) -> dict[str, float]:
@@ -244,17 +265,23 @@ class ClassificationTrainer:
                 # After the evaluation, so that a run that is killed has not missed it.
                 saver.step(iteration, log_window=log.window)
             say_broken(data.train)
-            return result | self._test(log)
+            result |= self._test(log)
+        if distributed.is_main():
+            length = self.max_iter, self.iters_per_epoch
+            write_results(cfg, data, self.model, result, self.evaluator, *length, self.device, self.command)
+        return result
 
     def _is_evaluated_after(self, finished: int) -> bool:
-        return is_evaluated_after(finished, self.max_iter, self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch)
+        period = self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch
+        return is_evaluated_after(finished, self.max_iter, period, self.cfg.TEST.EVAL_ITERATIONS)
 
     def _catch_up(self, saver: PeriodicCheckpointer, log: TrainingLog) -> dict[str, float]:
         """What the run owes where it goes on: the evaluation, as ``metrics.json`` has it, or made up for, where the run
         was asked to stop in it or it is newly wanted there; and ``model_final.pth``."""
         last, result = self.start_iter - 1, {}
         if self._is_evaluated_after(last + 1):
-            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, lambda name: name.startswith("val/"))
+            names = {f"val/{name}" for name in self.evaluator.names}
+            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, names.__contains__)
             result = {name.removeprefix("val/"): value for name, value in recorded.items()}
             try:
                 result = result or self._evaluate_and_log(log, last)
@@ -274,7 +301,8 @@ class ClassificationTrainer:
             return recorded
         try:
             with best_weights(self.model, self.best.path if self.best.metric else "") as iteration:
-                result = (self._evaluate_all_on if iteration is None else self._evaluate_on)(self.data.test)
+                test = self._tester()
+                result = self._evaluate_all(test) if iteration is None else test(self.model)
         except stopping.EvaluationLeft:
             stopping.leave()
         finished = self.max_iter if iteration is None else iteration + 1
@@ -311,18 +339,23 @@ class ClassificationTrainer:
             distributed.world_size(),
             cfg.SOLVER.IMS_PER_BATCH,
             {data.title: len(data.train)},
-            {data.title: len(data.val)},
+            {data.title: self.evaluator.size},
             BatchSizes.of(cfg).record(self.model),
         )
 
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
+        timer = Timer()
         result = self.evaluate()
+        seconds = timer()
         self._schedule_by(result, iteration + 1)
         averaged = self.cfg.SOLVER.BEST_CHECKPOINT_METRIC.startswith("ema/")
         best = self.average.module if averaged else self.model
         self.best.update(best, iteration, result)  # first: an evaluation in the log is not done again
         epoch = (iteration + 1) / self.iters_per_epoch
-        log.write(iteration, {"epoch": epoch, **{f"val/{name}": value for name, value in result.items()}})
+        figures = {f"val/{name}": value for name, value in result.items()}
+        if self.evaluator.conditional:
+            figures["val/conditional"] = 1
+        log.write(iteration, {"epoch": epoch, **figures, "evaluation_seconds": seconds})
         logger.info("epoch %.4g: %s", epoch, self.describe(result))
         return result
 
@@ -331,23 +364,6 @@ class ClassificationTrainer:
         regular = finished % (self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch or 1) == 0  # not one at MAX_ITER
         if isinstance(self.scheduler, PlateauSchedule) and regular:
             self.scheduler.evaluated(finished, result)
-
-    def _provenance(self) -> dict[str, Any]:
-        cfg = self.cfg
-        return {
-            "dataset": self.data.title,
-            "train_images": len(self.data.train),
-            "val_images": len(self.data.val),
-            **({} if self.data.test is None else {"test_images": len(self.data.test)}),
-            "model": cfg.MODEL.NAME,
-            "norm": cfg.MODEL.NORM or "the model's own",
-            "epochs": self.max_iter / self.iters_per_epoch,
-            "iterations": self.max_iter,
-            **BatchSizes.of(cfg).record(self.model),
-            "seed": cfg.SEED,
-            "hardware": f"{distributed.world_size()} x {hardware(self.device)}",
-            "versions": package_versions(),
-        }
 
 
 def _figures(result: Mapping[str, float], group: str = "") -> str:

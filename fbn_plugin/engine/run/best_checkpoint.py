@@ -16,9 +16,27 @@ from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.rules import refusal
 
-__all__ = ["BestCheckpoint", "best_weights", "check_metric", "is_given"]
+__all__ = ["BestCheckpoint", "best_weights", "check_metric", "is_better", "is_given"]
 
 logger = logging.getLogger(__name__)
+
+
+def is_better(metric: str, value: float, other: float) -> bool:
+    """Whether a value of a metric is better than another: of a loss the lower one, of all else the higher one. NaN is
+    better than nothing, and anything else is better than NaN.
+
+    Examples::
+
+        >>> is_better("top1", 80.0, 70.0), is_better("loss", 0.8, 0.7)
+        (True, False)
+    """
+    if math.isnan(value) or math.isnan(other):
+        return not math.isnan(value)
+    return value < other if _is_loss(metric) else value > other
+
+
+def _is_loss(metric: str) -> bool:
+    return metric.rpartition("/")[2] == "loss"
 
 
 def is_given(metric: str, names: Sequence[str]) -> bool:
@@ -64,7 +82,7 @@ class BestCheckpoint:
     def __init__(self, output_dir: str | os.PathLike, metric: str, resume: bool = False):
         self.path = os.path.join(output_dir, "model_best.pth")
         self.metric = metric
-        self.value = -math.inf
+        self.value = self._worst = math.inf if _is_loss(metric) else -math.inf
         if resume and metric:
             distributed.on_main(self._read)
 
@@ -79,7 +97,7 @@ class BestCheckpoint:
         for name, value in kept:
             if not isinstance(name, str) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"{self.path} is no best checkpoint of a run: it has no metric with a value of it")
-        self.value = dict(kept).get(self.metric, -math.inf)
+        self.value = dict(kept).get(self.metric, self._worst)
 
     def update(self, model: nn.Module, iteration: int, metrics: Mapping[str, float]) -> None:
         """Write the model if the metric is the best so far; NaN is not. Rank 0 decides and writes, the others wait.
@@ -96,7 +114,7 @@ class BestCheckpoint:
         value = metrics[self.metric]
         if math.isnan(value):
             logger.warning("%s is no number, as the set has no such objects: no best model by it", self.metric)
-        if not value > self.value:
+        if not is_better(self.metric, value, self.value):
             return
         self.value = value
         content = {"model": model.state_dict(), "iteration": iteration, "metric": self.metric, "value": value}

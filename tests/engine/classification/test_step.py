@@ -91,7 +91,7 @@ def same(one, other) -> bool:
         ({"FLOAT32_PRECISION": "tf32"}, "FLOAT32_PRECISION must be one of '', 'highest', 'high', 'medium', got 'tf32'"),
         (
             {"SOLVER__BEST_CHECKPOINT_METRIC": "ema/top1"},
-            "BEST_CHECKPOINT_METRIC must be one of top1, top5, got 'ema/top1'",
+            "BEST_CHECKPOINT_METRIC must be one of top1, top5, loss, got 'ema/top1'",
         ),
     ],
 )
