@@ -133,8 +133,18 @@ class Outcome:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def write_outcomes(path: str | os.PathLike, study: Study, outcomes: Sequence[Outcome]) -> None:
+def write_outcomes(
+    path: str | os.PathLike,
+    study: Study,
+    outcomes: Sequence[Outcome],
+    statistics: Mapping[str, Any] | None = None,
+) -> None:
     """Write a study and its jobs in one step; a job is a line, so that differences between two files can be read.
+
+    Args:
+        path: the file.
+        study, outcomes: what it holds.
+        statistics: what was computed of them, for other readers than :func:`read_outcomes`.
 
     Raises:
         WriteError: the file cannot be written.
@@ -153,6 +163,8 @@ def write_outcomes(path: str | os.PathLike, study: Study, outcomes: Sequence[Out
         f'"machines": {json.dumps(machines, indent=1)}',
         '"outcomes": [\n' + ",\n".join(json.dumps(_plain(row), allow_nan=False) for row in rows) + "\n]",
     ]
+    if statistics is not None:
+        parts.append(f'"statistics": {json.dumps(statistics, indent=1, allow_nan=False)}')
     atomic_write(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
 
 
