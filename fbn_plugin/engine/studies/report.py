@@ -3,6 +3,7 @@ one page that needs no other file; and the page of the documentation that is mad
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -217,20 +218,25 @@ def _commands(outcomes: Sequence[Outcome]) -> list[Block]:
 
 
 def render_docs(
-    studies: Mapping[str, tuple[Study, Sequence[Outcome]]], title: str, command: str = "", stem: str = "study"
+    studies: Mapping[str, tuple[Study, Sequence[Outcome]]], page: str | os.PathLike, title: str | None = None
 ) -> DocsPage:
     """A page of the documentation from studies that are done: what is best where, means, comparisons.
 
     Args:
         studies: name of each JSON file, as a reader finds it from the project's root -> what is in it.
-        title: of the page.
-        command: that makes the page, for the reader.
-        stem: what the pictures' names begin with.
+        page: name of the page, from there, too; the pictures' begin with its stem.
+        title: of the page; None takes that of the first study.
     """
-    made = f"This page is made from {' and '.join(f'`{name}`' for name in studies)}"
-    made += f" by `{command}`" if command else ""
-    parts = [markdown([Heading(1, title)]), f"{made}: whoever wants another page changes the figures.\n"]
-    pictures: dict[str, bytes] = {}
+    title = title or next(study.title for study, _ in studies.values())
+    named = "".join(f" --from {shlex.quote(name)}" for name in studies)
+    asked = f" --title {shlex.quote(title)}" if title != next(study.title for study, _ in studies.values()) else ""
+    command = f"python tools/study.py report{named} --markdown {shlex.quote(os.fspath(page))}{asked}"
+    head = [
+        Heading(1, title),
+        Paragraph(("This page and its pictures are made from the runs of which the figures are kept, by",)),
+        Code([command]),
+    ]
+    parts, pictures, stem = [markdown(head)], {}, Path(page).stem
     for i, (name, (study, outcomes)) in enumerate(studies.items(), 1):
         outcomes = _in_order(study, outcomes)
         found = study_statistics(study, outcomes)
@@ -268,24 +274,21 @@ def _docs_blocks(
     return blocks
 
 
-def write_docs(
-    files: Sequence[str | os.PathLike], page: str | os.PathLike, title: str, command: str = ""
-) -> list[Path]:
-    """Write a page of the documentation and its pictures beside it.
+def write_docs(files: Sequence[str | os.PathLike], page: str | os.PathLike, title: str | None = None) -> list[Path]:
+    """Write :func:`render_docs`'s page, and its pictures beside it.
 
     Args:
         files: JSON files of studies, named as the page is to name them.
         page: the Markdown file.
-        title, command: see :func:`render_docs`.
+        title: of the page; None takes that of the first study.
 
     Raises:
         OSError, ValueError: a file is not there, or is none of a study.
         WriteError: a file cannot be written.
     """
-    page = Path(page)
-    studies = {os.fspath(file): read_outcomes(file) for file in files}
-    made = render_docs(studies, title, command, page.stem)
+    studies = {Path(file).as_posix(): read_outcomes(file) for file in files}
+    made = render_docs(studies, Path(page).as_posix(), title)
     for name, content in made.pictures.items():
-        atomic_write(page.with_name(name), content)
+        atomic_write(Path(page).with_name(name), content)
     atomic_write(page, made.text.encode())
-    return [page, *(page.with_name(name) for name in made.pictures)]
+    return [Path(page), *(Path(page).with_name(name) for name in made.pictures)]

@@ -73,7 +73,7 @@ def test_page_and_markdown_want_no_matplotlib(monkeypatch):
     study = small_product(seeds=3)
     outcomes = draw(study, iterations=2)
     assert "<svg" in report_page(study, outcomes)
-    assert render_docs({"a.json": (study, outcomes)}, "T").pictures
+    assert render_docs({"a.json": (study, outcomes)}, "a.md").pictures
 
 
 def test_numbers_in_the_report_are_those_of_the_statistics():
@@ -149,7 +149,7 @@ def test_hardly_any_runs_are_a_report(make, seeds):
     outcomes = [each for each in draw(study, iterations=seeds) if each.seed <= seeds]
     for text in (report_page(study, outcomes), report_markdown(study, outcomes)):
         assert "still to end" in text and "named the best" in text and not re.search(r"\bnan\b|\binf\b|None", text)
-    assert render_docs({"a.json": (study, outcomes)}, "T").text
+    assert render_docs({"a.json": (study, outcomes)}, "a.md").text
 
 
 def test_figures_of_any_size_and_equal_ones_are_drawn():
@@ -221,14 +221,15 @@ def test_the_docs_page_is_made_from_files(tmp_path):
         write_report(study, draw(study, iterations=2), tmp_path / str(i))
         names.append(tmp_path / str(i) / "study.json")
     page = tmp_path / "which-norm.md"
-    files = write_docs(names, page, "Which norm", "python tools/study.py report")
+    files = write_docs(names, page, "Which norm")
     text = page.read_text()
-    assert text.startswith("# Which norm\n") and "python tools/study.py report" in text
+    command = f"python tools/study.py report --from {names[0]} --from {names[1]} --markdown {page} --title 'Which norm'"
+    assert text.startswith("# Which norm\n") and command in text
     assert "## Small batches" in text and "## Table I, reduced" in text and text.count("train_torchvision.py") == 1
     pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
     assert sorted(tmp_path / each for each in pictures) == sorted(files[1:]) and len(set(pictures)) == 4
     before = {each: each.read_bytes() for each in files}
-    assert write_docs(names, page, "Which norm", "python tools/study.py report") == files
+    assert write_docs(names, page, "Which norm") == files
     assert before == {each: each.read_bytes() for each in files}
 
 
