@@ -258,7 +258,7 @@ def test_markdown_and_html_of_blocks():
     ]
     assert markdown(blocks) == (
         "## A \\# b\n\nx **y\\***`` k` ``.\n\n| name   |   n |\n|--------|----:|\n| `a\\|b` |   1 |\n"
-        "\n```\none\ntwo\n```\n"
+        "\nLines:\n\n```\none\ntwo\n```\n"
     )
     page = html_page("T $title", blocks)
     assert "<title>T $title</title>" in page and "<h2>A # b</h2>" in page
