@@ -166,9 +166,13 @@ def _over_all(study: Study, known: Sequence[BestOf], what: str) -> list[Inline]:
     firsts = Counter(level_name(study, each.best) for each in known)
     parts: list[Inline] = [f"The {what}, by the mean ({_seeds_label(known[0].n)}): "]
     for i, (name, count) in enumerate(firsts.most_common()):
-        parts += [", " if i else "", Strong(name), f" in {count:,} of {counted(len(known), 'setting')}"]
+        parts += [
+            ", " if i else "",
+            Strong(name),
+            f" in {count:,}" + ("" if i else f" of {counted(len(known), 'setting')}"),
+        ]
     alone = sum(len(each.possible) == 1 for each in known)
-    parts.append(f". In {f'{alone:,}' if alone else 'none'} of them it is told apart from all others. ")
+    parts.append(f". In {counted(alone, 'setting') if alone else 'no setting'} it is told apart from all others. ")
     tested: Counter[str] = Counter()
     beaten: Counter[str] = Counter()
     for each in known:
