@@ -25,6 +25,8 @@ __all__ = ["Figure", "Line", "LinePanel", "Row", "RowPanel", "level_name", "stud
 
 # A curve of more points is drawn with every so-manieth.
 _MOST_POINTS = 60
+# A longer name is cut in its middle: names often differ at the end.
+_LONGEST_LABEL = 36
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,11 @@ def level_name(study: Study, variant: str) -> str:
     return study.variants[variant].levels.get(factor, variant) if factor else variant
 
 
+def _short(name: str) -> str:
+    half = _LONGEST_LABEL // 2
+    return name if len(name) <= _LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
+
+
 def styles(study: Study) -> dict[str, int]:
     """Number of the style of each level of the compared factor, or of each variant; what most are compared with is
     0."""
@@ -225,7 +232,7 @@ def _by_level(study: Study, found: MetricStatistics, name: str, what: str, file:
             f"{title}, one by one",
             pair.format(first),
             apart,
-            [(first, 0)],
+            [(_short(first), 0)],
             is_main=False,
         ),
     ]
@@ -247,7 +254,7 @@ def _line(study: Study, found: MetricStatistics, levels: Mapping[str, str], numb
         if summary.n and all(variant.levels.get(key) == level for key, level in levels.items()):
             points.append((as_number(variant.levels[number]), summary.mean, summary.interval))
     points.sort(key=lambda point: point[0])
-    label = levels[compared_factor(study)]
+    label = _short(levels[compared_factor(study)])
     return Line(label, style, *([list(each) for each in zip(*points)] or [[], [], []]))
 
 
@@ -280,7 +287,7 @@ def _by_variant(
     for context, members in [*sets.items(), *([("", rest)] if rest else [])]:
         rows = [
             Row(
-                level_name(study, variant),
+                _short(level_name(study, variant)),
                 style[level_name(study, variant)],
                 found.summaries[variant].mean,
                 inner=found.summaries[variant].interval,
@@ -311,9 +318,9 @@ def _differences(study: Study, found: MetricStatistics, name: str, metric: Metri
         if each.difference is None:
             continue
         level = level_name(study, each.variant)
-        label = level if len(against[each.group]) == 1 else f"{level} minus {level_name(study, each.baseline)}"
+        to = "" if len(against[each.group]) == 1 else f" minus {level_name(study, each.baseline)}"
         mark = {"higher": "↑", "lower": "↓"}.get(each.verdict, "")
-        row = Row(label, style[level], each.difference, each.interval, each.t_interval, note=mark)
+        row = Row(_short(level + to), style[level], each.difference, each.interval, each.t_interval, note=mark)
         groups.setdefault(each.group, []).append(row)
     values = [value for rows in groups.values() for row in rows for value in row_values(row)]
     ends = (min(0.0, *values), max(0.0, *values)) if values else None
@@ -339,9 +346,9 @@ def _curves(study: Study, outcomes: Sequence[Outcome], name: str, what: str, fil
         for variant in members:
             points = _mean_curve(outcomes, variant, name)
             if points:
-                label = level_name(study, variant)
-                used[label] = style[label]
-                lines.append(Line(label, style[label], *([list(each) for each in zip(*points)])))
+                level = level_name(study, variant)
+                used[_short(level)] = style[level]
+                lines.append(Line(_short(level), style[level], *([list(each) for each in zip(*points)])))
         if lines:
             panels.append(LinePanel(context, "iteration", what, lines, y_range=_late_range(lines)))
     caption = (

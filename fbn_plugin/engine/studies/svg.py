@@ -193,7 +193,7 @@ def _title(text: str, width: float) -> tuple[list[str], float]:
 
 
 def _lines(panel: LinePanel) -> str:
-    width, height = (820, 420) if panel.is_direct else (340, 250)
+    width, height = (820, max(420, 90 + 16 * len(panel.lines))) if panel.is_direct else (340, 250)
     labels = max((_LETTER * len(line.label) for line in panel.lines), default=0) + 34 if panel.is_direct else 24
     parts, top = _title(panel.title, width)
     low, high = padded(*(panel.y_range or line_ends(panel.lines)))

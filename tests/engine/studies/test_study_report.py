@@ -17,7 +17,7 @@ from fbn_plugin.engine.studies import statistics
 from fbn_plugin.engine.studies.document import Code, Heading, Mono, Paragraph, Strong, Table, html_page, markdown
 from fbn_plugin.engine.studies.figures import study_figures
 from fbn_plugin.engine.studies.findings import best_blocks, comparison_blocks, mean_blocks
-from fbn_plugin.engine.studies.outcomes import Comparison, Variant, read_outcomes
+from fbn_plugin.engine.studies.outcomes import Comparison, Variant, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.report import render_docs, report_markdown, report_page, write_docs, write_report
 from fbn_plugin.engine.studies.statistics import study_statistics
 from fbn_plugin.engine.studies.svg import _spread, figure_file, nice_ticks, tick_text
@@ -33,7 +33,7 @@ def small_product(**changes):
 
 
 def svgs(page: str) -> list[ElementTree.Element]:
-    return [ElementTree.fromstring(each) for each in re.findall(r"(?s)<svg (?!x=).*?\n</svg>(?=</div>)", page)]
+    return [ElementTree.fromstring(each) for each in re.findall(r"(?s)<svg (?!x=).*?\n</svg>(?=</div>|<svg width)", page)]
 
 
 @pytest.mark.parametrize("make", [small_product, plain_study])
@@ -198,6 +198,26 @@ def test_pictures_show_the_summaries():
         assert float(root.get("width")) < 1100 and "nan" not in ElementTree.tostring(root, "unicode")
 
 
+@pytest.mark.parametrize(
+    "study",
+    [
+        small_product(seeds=3),
+        plain_study(variants=("BN", "a" * 60 + "b" * 60, *(f"a norm of a long name {i}" for i in range(24))), seeds=3),
+    ],
+)
+def test_all_that_is_drawn_lies_within_its_picture(study):
+    for svg in svgs(report_page(study, draw(study, iterations=3))):
+        _, _, width, height = map(float, svg.get("viewBox").split())
+        for inner in svg.findall("svg"):  # which cuts off what lies outside
+            svg.remove(inner)
+        for each in svg.iter():
+            places = [(each.get("x"), each.get("y"))] if each.get("x") else [(each.get("cx"), each.get("cy"))]
+            places = [place for place in places if place[0]] + re.findall(r"(-?[\d.]+) (-?[\d.]+)", each.get("d", ""))
+            assert all(0 <= float(x) <= width and 0 <= float(y) <= height for x, y in places), each.attrib
+            reach = 5.2 * len(each.text or "") * {"end": 1, "middle": 0.5}.get(each.get("text-anchor"), 0)
+            assert each.get("x") is None or float(each.get("x")) - reach > -8, each.text
+
+
 def test_styles_differ_where_there_are_more_variants_than_colours():
     study = plain_study(variants=tuple(f"norm {i}" for i in range(19)), seeds=3)
     page = report_page(study, draw(study, iterations=2))
@@ -216,9 +236,8 @@ def test_long_curves_keep_their_end():
 def test_the_docs_page_is_made_from_files(tmp_path):
     names = []
     for i, study in enumerate((small_product(), plain_study())):
-        (tmp_path / str(i)).mkdir()
-        write_report(study, draw(study, iterations=2), tmp_path / str(i))
-        names.append(tmp_path / str(i) / "study.json")
+        names.append(tmp_path / f"{i}.json")
+        write_outcomes(names[-1], study, draw(study, iterations=2))
     page = tmp_path / "which-norm.md"
     files = write_docs(names, page, "Which norm")
     text = page.read_text()
