@@ -180,6 +180,10 @@ def level_name(study: Study, variant: str) -> str:
     return study.variants[variant].levels.get(factor, variant) if factor else variant
 
 
+def _level(study: Study) -> str:
+    return f"{100 * (1 - study.alpha):.4g} %"
+
+
 def _short(name: str) -> str:
     half = _LONGEST_LABEL // 2
     return name if len(name) <= _LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
@@ -219,8 +223,8 @@ def _by_level(study: Study, found: MetricStatistics, name: str, what: str, file:
         for line in rest if reference.style == 0 else []:
             title = f"{line.label}{', ' * bool(where)}{where}"
             apart.append(LinePanel(title, lines=[reference, line], y_range=ends, **setting))
-    caption = "Mean over the seeds; bars: interval of the mean by the bootstrap. "
-    pair = "Each line beside that of {}: mean over the seeds, and in the band its interval by the bootstrap."
+    caption = f"Mean over the seeds; bars: its {_level(study)} interval by the bootstrap. "
+    pair = f"Each line beside that of {{}}: mean over the seeds; band: its {_level(study)} interval by the bootstrap."
     first = next(iter(style))
     file, title = f"{file}-by-{_slug(number)}", f"{what} over {number}"
     return [
@@ -297,7 +301,7 @@ def _by_variant(
         ]
         if rows := [row for row in rows if row.points]:
             panels.append(RowPanel(context, what, rows))
-    caption = "Small points: single runs. Large ones: their mean, with its interval by the bootstrap."
+    caption = f"Small points: single runs. Large ones: their mean, with its {_level(study)} interval by the bootstrap."
     return Figure(f"{file}-by-variant", name, "means", f"{what} of each variant", caption, panels)
 
 
@@ -329,8 +333,8 @@ def _differences(study: Study, found: MetricStatistics, name: str, metric: Metri
         one = level_name(study, next(iter(against[group]))) if len(against[group]) == 1 else "its baseline"
         panels.append(RowPanel(group, quantity(name, metric, one), rows, True, ends))
     caption = (
-        "Mean of the differences, seed by seed. Thick: interval by the bootstrap, which is too short for few seeds; "
-        "thin: that of the t-test. ↑ ↓: told apart after Holm's adjustment over all comparisons of the metric."
+        f"Mean of the differences, seed by seed, and its {_level(study)} intervals. Thick: by the bootstrap, which is "
+        "too short for few seeds; thin: that of the t-test. ↑ ↓: told apart after Holm's adjustment over all comparisons of the metric."
     )
     title = f"{metric.label or name}: differences to the baseline"
     return Figure(f"{file}-differences", name, "differences", title, caption, panels)

@@ -71,6 +71,10 @@ def _p_pair(raw: float | None, adjusted: float | None) -> str:
     return "-" if raw is None else f"{_p(raw)} ({_p(adjusted)})"
 
 
+def _effect(value: float) -> str:
+    return f"{value:+.2f}" if abs(value) < 1000 else f"{value:+.1e}"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
@@ -319,7 +323,7 @@ def _comparison_row(study: Study, each: PairedComparison, numbers: _Numbers) -> 
         _p_pair(each.p, each.p_holm),
         _p_pair(each.p_better, each.p_better_holm),
         _p_pair(each.p_signed_rank, each.p_signed_rank_holm),
-        "-" if each.d_z is None else f"{each.d_z:+.2f} ({each.g_z:+.2f})",
+        "-" if each.d_z is None else f"{_effect(each.d_z)} ({_effect(each.g_z)})",
         "-" if each.seeds_needed is None else f"{each.seeds_needed:,}",
     ]
 

@@ -33,7 +33,8 @@ def small_product(**changes):
 
 
 def svgs(page: str) -> list[ElementTree.Element]:
-    return [ElementTree.fromstring(each) for each in re.findall(r"(?s)<svg (?!x=).*?\n</svg>(?=</div>|<svg width)", page)]
+    found = re.findall(r"(?s)<svg (?!x=).*?\n</svg>(?=</div>|<svg width)", page)
+    return [ElementTree.fromstring(each) for each in found]
 
 
 @pytest.mark.parametrize("make", [small_product, plain_study])
