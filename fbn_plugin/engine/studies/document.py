@@ -120,7 +120,8 @@ class Legend:
 
 Block = Heading | Paragraph | Table | Code | Picture | Legend
 
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~$])")
+# What Markdown would read as more than text; underscores within a word, and "<" before a space or a digit, it does not.
+_SPECIAL = re.compile(r"([\\`*\[\]|#~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<!\w)_|_(?!\w))")
 
 
 def _markdown_text(part: Inline) -> str:

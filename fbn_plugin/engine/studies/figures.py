@@ -334,7 +334,8 @@ def _differences(study: Study, found: MetricStatistics, name: str, metric: Metri
         panels.append(RowPanel(group, quantity(name, metric, one), rows, True, ends))
     caption = (
         f"Mean of the differences, seed by seed, and its {_level(study)} intervals. Thick: by the bootstrap, which is "
-        "too short for few seeds; thin: that of the t-test. ↑ ↓: told apart after Holm's adjustment over all comparisons of the metric."
+        "too short for few seeds; thin: that of the t-test. ↑ ↓: told apart after Holm's adjustment over all "
+        "comparisons of the metric."
     )
     title = f"{metric.label or name}: differences to the baseline"
     return Figure(f"{file}-differences", name, "differences", title, caption, panels)

@@ -171,7 +171,7 @@ def test_names_are_escaped_in_all_forms():
     assert len(tables) >= 4
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
-    assert r"a\|b \<i\>\*c\*\</i\>" in text
+    assert r"a\|b \<i>\*c\*\</i> & \`d\`" in text
 
 
 def test_pictures_show_the_summaries():
@@ -271,17 +271,17 @@ def test_a_factor_without_numbers_and_variants_without_comparisons():
 def test_markdown_and_html_of_blocks():
     blocks = [
         Heading(2, "A # b"),
-        Paragraph(("x ", Strong("y*"), Mono("k`"), "."), "note"),
+        Paragraph(("x ", Strong("y*"), Mono("k`"), " d_z < 1 _e_ &lt;"), "note"),
         Table([["name", "n"], [Mono("a|b"), "1"]]),
         Code(["one", "two"], "Lines"),
     ]
     assert markdown(blocks) == (
-        "## A \\# b\n\nx **y\\***`` k` ``.\n\n| name   |   n |\n|--------|----:|\n| `a\\|b` |   1 |\n"
-        "\nLines:\n\n```\none\ntwo\n```\n"
+        "## A \\# b\n\nx **y\\***`` k` `` d_z < 1 \\_e\\_ \\&lt;\n\n"
+        "| name   |   n |\n|--------|----:|\n| `a\\|b` |   1 |\n\nLines:\n\n```\none\ntwo\n```\n"
     )
     page = html_page("T $title", blocks)
     assert "<title>T $title</title>" in page and "<h2>A # b</h2>" in page
-    assert '<p class="note">x <strong>y*</strong><code>k`</code>.</p>' in page
+    assert '<p class="note">x <strong>y*</strong><code>k`</code> d_z &lt; 1 _e_ &amp;lt;</p>' in page
     assert '<td class="text"><code>a|b</code></td><td>1</td>' in page
     assert "<details><summary>Lines</summary><pre>one\ntwo</pre></details>" in page
 
