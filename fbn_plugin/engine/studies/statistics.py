@@ -1,8 +1,8 @@
 """What the figures of a study say: of each variant mean, spread and interval, and of each comparison, seed by seed,
-whether the difference can be told from chance. P2, "Revised BN initialization", compares 15 seeds by one-sided paired
-t-tests at 0.05; the rest is textbook: Wilcoxon's signed ranks with Pratt's zeros, Holm's step-down procedure, Cohen's
-d_z, Efron's BCa bootstrap, the power of the t-test by the noncentral t distribution, and subset selection by Hsu's
-"multiple comparisons with the best", by Bonferroni's inequality.
+whether the difference can be told from chance. P2 (Davis and Frank, "Revisiting Batch Norm Initialization", 2022)
+compares 15 seeds by one-sided paired t-tests at 0.05; the rest is textbook: Wilcoxon's signed ranks with Pratt's zeros,
+Holm's step-down procedure, Cohen's d_z, Efron's BCa bootstrap, the power of the t-test by the noncentral t
+distribution, and subset selection by Hsu's "multiple comparisons with the best", by Bonferroni's inequality.
 """
 
 import itertools
@@ -41,7 +41,7 @@ __all__ = [
     "t_interval",
 ]
 
-# The paper's number. A comparison of fewer pairs is labelled underpowered.
+# P2's number of seeds. A comparison of fewer pairs is labelled underpowered.
 SEEDS_OF_P2 = 15
 POWER = 0.8
 RESAMPLES = 9_999
@@ -108,7 +108,7 @@ class PairedComparison:
         d_z, g_z: Cohen's effect size of pairs, difference / sd, and Hedges' correction of it for small n.
         seeds_needed: for a power of 0.8 in the two-sided test at alpha, if the true effect were ``d_z``.
         verdict: ``"higher"``, ``"lower"`` or ``"not told apart"``.
-        is_underpowered: fewer pairs than the paper's 15.
+        is_underpowered: fewer pairs than P2's 15.
         note: why there is no test; "" where there is one.
     """
 
