@@ -12,7 +12,9 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +40,7 @@ _TOP, _LEFT, _HFLIP, _VFLIP, _FIRST_ATTEMPT = range(5)  # columns of the table; 
 _ROWS = 1024  # positions that are drawn for at once
 _AT_ONCE = 2**18  # pixels of batches that are made together
 
+Item = TypeVar("Item")
 Crop = transforms.RandomCrop | RandomResizedCropAndInterpolation
 
 
@@ -309,13 +312,30 @@ def training_stream(
         batches: lists of (index, position), see ``loaders.training_batches``.
         device: where images are normalized.
     """
+    made = _made_together(images, batches)
+    for (pixels, targets), sizes in made if device.type == "cpu" else _one_ahead(made):
+        several = _on_device(images, pixels, targets, device)
+        yield from zip(*(each.split(sizes) for each in several))
+
+
+def _made_together(
+    images: ImagesInMemory, batches: Iterable[Sequence[tuple[int, int]]]
+) -> Iterator[tuple[tuple[Tensor, Tensor], list[int]]]:
+    """Several batches as one, and their sizes."""
     batches = iter(batches)
-    while True:
-        first = next(batches)
-        some = max(1, _AT_ONCE // (len(first) * math.prod(images.augmentation.size)))
-        together = [first, *itertools.islice(batches, some - 1)]
-        made = _on_device(images, *zip(*itertools.chain(*together)), device)
-        yield from zip(*(each.split([len(batch) for batch in together]) for each in made))
+    for first in batches:
+        number = max(1, _AT_ONCE // (len(first) * math.prod(images.augmentation.size)))
+        several = [first, *itertools.islice(batches, number - 1)]
+        yield images.batch(*zip(*itertools.chain(*several))), [len(batch) for batch in several]
+
+
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same, each made by a thread while the one before it is in use: a GPU leaves the CPU the time."""
+    with ThreadPoolExecutor(1, "images") as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
 
 
 class MemoryLoader:
@@ -338,13 +358,11 @@ class MemoryLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in self.batch_sampler:
-            yield _on_device(self.dataset, indices, [0] * len(indices), self.device)
+            yield _on_device(self.dataset, *self.dataset.batch(indices, [0] * len(indices)), self.device)
 
 
-def _on_device(
-    images: ImagesInMemory, indices: Sequence[int], positions: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    pixels, targets = images.batch(indices, positions)
+def _on_device(images: ImagesInMemory, pixels: Tensor, targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     if device.type == "cuda":
-        pixels, targets = (each.pin_memory().to(device, non_blocking=True) for each in (pixels, targets))
+        pixels, targets = pixels.pin_memory(), targets.pin_memory()
+    pixels, targets = (each.to(device, non_blocking=True) for each in (pixels, targets))
     return images.augmentation.normalize(pixels), targets
