@@ -21,6 +21,7 @@ from fbn_plugin.engine.classification.evaluation import evaluate
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.recalibration import recalibrate
 from fbn_plugin.engine.classification.step import (
     TrainingStep,
     build_average,
@@ -202,6 +203,8 @@ class ClassificationTrainer:
     def _train(self) -> dict[str, float]:
         cfg, data = self.cfg, self.data
         self._open_output_dir()
+        if cfg.MODEL.RECALIBRATE and not self.start_iter:
+            self._recalibrate()
         saver = PeriodicCheckpointer(
             self.checkpointer,
             cfg.SOLVER.CHECKPOINT_PERIOD or self.iters_per_epoch,
@@ -229,6 +232,16 @@ class ClassificationTrainer:
                 # After the evaluation, so that a run that is killed has not missed it.
                 saver.step(iteration, log_window=log.window)
         return result
+
+    def _recalibrate(self) -> None:
+        """Fit the norms of pretrained weights to training images, before the first iteration."""
+        batches = build_train_loader(self.cfg, self.data.train, self.device)
+        try:
+            recalibrate(self.cfg, self.model, len(self.data.classes), batches, self._evaluate)
+        except stopping.EvaluationLeft:
+            stopping.leave()
+        if self.average is not None:
+            self.average.set(self.model)
 
     def _is_evaluated_after(self, finished: int) -> bool:
         return is_evaluated_after(finished, self.max_iter, self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch)
