@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import convert_norm, update_population_stats
 from fbn_plugin.engine.classification.checkpoint import ClassifierCheckpointer
@@ -22,13 +20,27 @@ from fbn_plugin.engine.classification.model import build_model
 from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.layers.description import family
 
-__all__ = ["recalibrate"]
+__all__ = ["check_statistics", "recalibrate"]
 
 logger = logging.getLogger(__name__)
+
+
+def check_statistics(cfg: CfgNode) -> None:
+    """Refuse MODEL.RECALIBRATE with a file of weights that has no running statistics.
+
+    Raises:
+        ValueError: with the file.
+    """
+    path = cfg.MODEL.WEIGHTS
+    if path and os.path.isfile(path) and not any(name.endswith("running_mean") for name in load_file(path)["model"]):
+        what = f"0 with MODEL.WEIGHTS {path}, which has no running statistics of batch norms"
+        raise refusal("MODEL.RECALIBRATE", what, cfg.MODEL.RECALIBRATE)
 
 
 def recalibrate(
@@ -58,7 +70,7 @@ def recalibrate(
         given, and of ``"recalibrated"``.
 
     Raises:
-        UserError: MODEL.WEIGHTS has no running statistics, or the fit is not finite.
+        UserError: the fit is not finite, or no value reaches a norm.
     """
     source = _with_own_norms(cfg, model, num_classes)
     results = {"own": measure(source), "converted": measure(model)}
@@ -86,15 +98,7 @@ def _with_own_norms(cfg: CfgNode, model: nn.Module, num_classes: int) -> nn.Modu
     own.MODEL.NORM = ""
     source = build_model(own, num_classes)
     if cfg.MODEL.WEIGHTS:
-        norms = [norm for norm in source.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
-        for norm in norms:
-            norm.running_mean.fill_(math.nan)
         ClassifierCheckpointer(source, "", cfg.MODEL.RESET_CLASSIFIER).load(cfg.MODEL.WEIGHTS, [], strict=False)
-        if not norms or any(norm.running_mean.isnan().any() for norm in norms):
-            what = (
-                f"0 with MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}, which has no running statistics of {cfg.MODEL.NAME}'s norms"
-            )
-            raise UserError(f"MODEL.RECALIBRATE must be {what}, got {cfg.MODEL.RECALIBRATE}")
     entries = source.state_dict()  # a new classifier is the model's
     given = {name: value for name, value in model.state_dict().items() if name in entries}
     source.load_state_dict({name: v for name, v in given.items() if v.shape == entries[name].shape}, strict=False)

@@ -21,7 +21,7 @@ from fbn_plugin.engine.classification.evaluation import evaluate
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
-from fbn_plugin.engine.classification.recalibration import recalibrate
+from fbn_plugin.engine.classification.recalibration import check_statistics, recalibrate
 from fbn_plugin.engine.classification.step import (
     TrainingStep,
     build_average,
@@ -119,6 +119,8 @@ class ClassificationTrainer:
         else:
             with named("MODEL.WEIGHTS"):
                 self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
+            if cfg.MODEL.RECALIBRATE and not eval_only:
+                check_statistics(cfg)
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
 
     def _load_weights(self, path: str, eval_only: bool) -> None:
