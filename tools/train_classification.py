@@ -8,7 +8,7 @@
 `KEY VALUE` pairs at the end override the file, as in detectron2; `classification_config` in
 fbn_plugin/engine/classification/config.py lists the keys. OUTPUT_DIR receives `metrics.json`, TensorBoard files,
 `log.txt`, `config.yaml`, `run_info.json`, `results.json` and checkpoints (`model_final.pth`, and `model_best.pth` with
-SOLVER.BEST_CHECKPOINT_METRIC).
+SOLVER.BEST_CHECKPOINT_METRIC); with --eval-only `evaluation.json`.
 """
 
 import sys
@@ -17,6 +17,11 @@ from collections.abc import Sequence
 import interruption  # noqa: F401
 
 from fbn_plugin.engine.run.cli import RUN_ERRORS, import_modules, parse_config_arguments, stoppable, user_errors
+
+
+def command_line(argv: Sequence[str] | None) -> list[str]:
+    """The command as it was typed, for the record."""
+    return sys.argv if argv is None or list(argv) == sys.argv[1:] else [__file__, *argv]
 
 
 @stoppable()
@@ -35,9 +40,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         cfg = load_config(classification_config(), args.config_file, args.overrides)
     with stoppable(None if args.eval_only else cfg.OUTPUT_DIR):
         with user_errors():
-            trainer = ClassificationTrainer(cfg, args.resume, args.eval_only, args.log_period)
+            trainer = ClassificationTrainer(cfg, args.resume, args.eval_only, args.log_period, command_line(argv))
         with user_errors(*RUN_ERRORS):
-            result = trainer.evaluate() if args.eval_only else trainer.train()
+            if args.eval_only:
+                trainer.write_evaluation(result := trainer.evaluate())
+            else:
+                result = trainer.train()
         if distributed.is_main():
             print(trainer.describe(result))
         distributed.finish()

@@ -1,4 +1,4 @@
-"""How many images are in what: in one update of the weights, in one step of one process, and in the moments of a norm."""
+"""How many images are in what: an update of the weights, a step of one process, and the moments of a norm."""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ import copy
 
 from timm.optim import list_optimizers
 
+from fbn_plugin.engine.classification import augmentation, datasets
 from fbn_plugin.engine.classification.data import build_train_transform
+from fbn_plugin.engine.classification.memory_data import batch_augmentation
 from fbn_plugin.engine.classification.model import check_model_options
 from fbn_plugin.engine.classification.optimization import WITH_MIN_LR, optimizer_arguments
 from fbn_plugin.engine.run.config import Arguments, CfgNode
@@ -27,6 +29,7 @@ from fbn_plugin.engine.run.rules import (
     multiple_of,
     one_of,
     or_zero,
+    refusal,
 )
 
 __all__ = ["LINEAR_RULE", "MAY_CHANGE", "check_config", "classification_config"]
@@ -47,7 +50,9 @@ MAY_CHANGE = (
     "SOLVER.STEPS",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.BEST_CHECKPOINT_METRIC",
-    "TEST.*",
+    "TEST.EVAL_ITERATIONS",
+    "TEST.EVAL_PERIOD",
+    "TEST.IMS_PER_BATCH",
     "OUTPUT_DIR",
 )
 
@@ -85,18 +90,31 @@ _INPUT = {
     "INTERPOLATION": "bilinear",
     "CROP_PCT": 0.875,  # evaluation: resize the short side to SIZE / CROP_PCT, take the centre
     # Training: "random_resized" crops of SCALE (share of the area) and RATIO; "padded": SIZE, PADDING zeros on each
-    # side, a random crop; "none": resize and centre crop, and no augmentation at all.
+    # side, a random crop; "scaled": the short side to a length in SHORT_SIDE, a random crop; "resized_center" and
+    # "resized_random": resize by SCALE and RATIO for half of the images, then crop or pad; "none": resize and centre
+    # crop, and no augmentation at all.
     "TRAIN_CROP": "random_resized",
     "SCALE": (0.08, 1.0),
     "RATIO": (3 / 4, 4 / 3),
     "PADDING": 4,
+    "SHORT_SIDE": (256, 480),  # of "scaled", in pixels
     "HFLIP": 0.5,  # probability
+    "VFLIP": 0.0,  # probability
     "COLOR_JITTER": 0.0,
+    "COLOR_SHIFT": 0.0,  # deviation of a shift along the main directions of ImageNet's colours; Krizhevsky et al.: 0.1
     "AUTO_AUGMENT": "",  # timm's policy string, such as "rand-m9-mstd0.5"
+    # timm's random erasing, with this probability for an image, of up to COUNT rectangles: by "const", the mean,
+    # "rand", a colour, or "pixel", noise.
+    "ERASING": {"PROB": 0.0, "MODE": "const", "COUNT": 1},
+    "REPEATED_AUGMENTATIONS": 1,  # so many times in a row, and so in a batch, comes an image, each augmented otherwise
     # Above 0: PIXEL_MEAN and PIXEL_STD give way to a norm that learns, with a scale of 0.58 times this number.
     "NORM_GAMMA_INIT": 0.0,
     "MIXUP": 0.0,  # alpha
     "CUTMIX": 0.0,  # alpha
+    "MIXUP_PROB": 1.0,  # of mixing at all
+    "MIXUP_SWITCH_PROB": 0.5,  # of CutMix, where both are on
+    "MIXUP_MODE": "batch",  # one mix for the "batch", for each "pair" of images, or for each image, "elem"
+    "MIXUP_OFF_EPOCH": 0,  # no more mixing from this epoch on, counted from 0; 0: always
 }
 
 _SOLVER = {
@@ -135,7 +153,8 @@ _SOLVER = {
     },
     "LABEL_SMOOTHING": 0.0,
     "CHECKPOINT_PERIOD": 0,  # iterations; 0: an epoch
-    "BEST_CHECKPOINT_METRIC": "",  # "top1" or "top5": each evaluation that beats the best so far writes model_best.pth
+    # "top1", "top5" or "loss", of the averaged weights "ema/top1" and so on: the best evaluation writes model_best.pth
+    "BEST_CHECKPOINT_METRIC": "",
     "AMP": {"ENABLED": False, "DTYPE": ""},  # "float16" or "bfloat16"; "": float16 on a GPU, bfloat16 on a CPU
     # "norm" of all gradients together, "value" of each element, "agc": of each unit, relative to its weights.
     "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
@@ -151,15 +170,30 @@ def classification_config() -> CfgNode:
             "DATASETS": {
                 "NAME": "image_folder",  # how the images are stored, see image_data.load_image_data
                 "ROOT": "imagenet",  # folder, as it is or below $DETECTRON2_DATASETS
+                # Above 0: this share of each class of the training images is validated on, and the set's own validation
+                # images are the test set, which the chosen weights are measured by once, at the end.
+                "VAL_SHARE": 0.0,
+                "TRAIN_IMAGES": 0,  # train on so many, each class in its share; 0: all
+                "VAL_IMAGES": 0,  # the same of the images to validate on
+                "SPLIT_SEED": 0,  # which images these three take; -1: SEED
+                "BROKEN_IMAGES": "refuse",  # or "skip"
             },
             "DATALOADER": {
                 "NUM_WORKERS": 4,
+                # "auto": small sets are decoded once, and crops and flips drawn by the batch, without workers, where
+                # INPUT has no other augmentation; "always": large ones too; "never".
+                "IN_MEMORY": "auto",
                 # Above 0: every batch holds so many images of each class (Hajaj and Gillies 2018: 1), in each process.
                 "IMAGES_PER_CLASS": 0,
             },
             "SOLVER": copy.deepcopy(_SOLVER),
             "TEST": {
                 "EVAL_PERIOD": 1,  # epochs; 0: only at the end
+                "EVAL_ITERATIONS": (),  # further numbers of iterations after which to evaluate
+                "MAX_IMAGES": 0,  # evaluate on so many, each class in its share; 0: all
+                # Normalize by "population" statistics, by those of each "batch" of IMS_PER_BATCH, or of "balanced"
+                # batches with DATALOADER.IMAGES_PER_CLASS (or 1) of each class: conditional, as test labels make them.
+                "MOMENTS": "population",
                 "IMS_PER_BATCH": 256,
             },
             "CUDNN_BENCHMARK": False,
@@ -177,7 +211,10 @@ _MOST_PIXELS = 2**13  # of a side of an image
 
 _RULES = {
     **COMMON_RULES,
+    **augmentation.RULES,
+    **datasets.RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
+    "DATALOADER.IN_MEMORY": one_of("auto", "always", "never"),
     "FLOAT32_PRECISION": one_of("", "highest", "high", "medium"),
     "INPUT.COLOR_JITTER": at_least(0, 10),
     "INPUT.CROP_PCT": between(0.1, 1),
@@ -194,7 +231,6 @@ _RULES = {
         "two shares of the image's area, the smaller first", lambda given: len(given) == 2 and 0 < given[0] <= given[1]
     ),
     "INPUT.SIZE": at_least(1, _MOST_PIXELS),
-    "INPUT.TRAIN_CROP": one_of("none", "padded", "random_resized"),
     "MODEL.DROP_PATH_RATE": from_to_below(0, 1),
     "MODEL.DROP_RATE": from_to_below(0, 1),
     "MODEL.EMA.DECAY": from_to_below(0, 1),
@@ -225,6 +261,8 @@ _RULES = {
     "SOLVER.REFERENCE_WORLD_SIZE": at_least(0, 2**20),
     "SOLVER.STEPS": increasing("epochs"),
     "TEST.IMS_PER_BATCH": at_least(1, 2**20),
+    "TEST.MAX_IMAGES": at_least(0, 2**31),
+    "TEST.MOMENTS": one_of("population", "batch", "balanced"),
 }
 
 
@@ -239,7 +277,10 @@ def check_config(cfg: CfgNode) -> None:
     check_norms({"MODEL.NORM": cfg.MODEL.NORM})
     check_model_options(cfg)
     optimizer_arguments(cfg)
-    build_train_transform(cfg, prefetch=False)
+    transform = build_train_transform(cfg, prefetch=False)
+    if cfg.DATALOADER.IN_MEMORY == "always" and batch_augmentation(transform) is None:
+        accepted = "'auto' or 'never' with INPUT.COLOR_JITTER and what else is not a crop or a flip"
+        raise refusal("DATALOADER.IN_MEMORY", accepted, cfg.DATALOADER.IN_MEMORY)
 
 
 def _recalibration_rules(cfg: CfgNode) -> dict[str, Rule]:
@@ -261,6 +302,7 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
         ),
         "SOLVER.OPTIMIZER": one_of(*(name for name in list_optimizers() if name not in _SECOND_ORDER)),
         "SOLVER.WARMUP_EPOCHS": Rule(f"from 0 to less than MAX_EPOCH, {epochs}", lambda given: 0 <= given < epochs),
+        **augmentation.augmentation_rules(cfg),
     }
     left = epochs - cfg.SOLVER.WARMUP_EPOCHS
     rules["SOLVER.COOLDOWN_EPOCHS"] = Rule(

@@ -9,11 +9,11 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
-from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
+from fbn_plugin.engine.classification.augmentation import build_mixup
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed
@@ -97,7 +97,7 @@ class TrainingStep:
     ):
         self.cfg, self.model, self.device = cfg, model, device
         self.optimizer, self.scheduler, self.scaler, self.average = optimizer, scheduler, scaler, average
-        self.mixup = _build_mixup(cfg, num_classes)
+        self.mixup = build_mixup(cfg, num_classes)
         self.loss = build_loss(cfg, num_classes)
         self._parallel = distributed.data_parallel(model, device)
         self._forward_pass = torch.compile(self._parallel) if cfg.MODEL.COMPILE else self._parallel
@@ -192,11 +192,3 @@ def _clipped_parameters(cfg: CfgNode, model: nn.Module) -> list[nn.Parameter]:
         head = head_layer.parameters()
     left_out = set(map(id, head))
     return [parameter for parameter in model.parameters() if id(parameter) not in left_out]
-
-
-def _build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix, which smooth the labels too, or None where neither is on."""
-    if not (cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX):
-        return None
-    smoothing = cfg.SOLVER.LABEL_SMOOTHING
-    return Mixup(cfg.INPUT.MIXUP, cfg.INPUT.CUTMIX, label_smoothing=smoothing, num_classes=num_classes)

@@ -5,23 +5,25 @@ norm is a spec string.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from fbn_plugin.engine.classification.augmentation import switch_mixup
 from fbn_plugin.engine.classification.batch import BatchSizes, check_batch, check_norm_batch
 from fbn_plugin.engine.classification.checkpoint import ClassifierCheckpointer
 from fbn_plugin.engine.classification.config import LINEAR_RULE, MAY_CHANGE, check_config, classification_config
-from fbn_plugin.engine.classification.data import build_train_loader, build_val_loader
-from fbn_plugin.engine.classification.evaluation import evaluate
+from fbn_plugin.engine.classification.data import build_train_loader
+from fbn_plugin.engine.classification.datasets import build_data, say_broken
+from fbn_plugin.engine.classification.evaluation import Evaluator
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
 from fbn_plugin.engine.classification.recalibration import check_statistics, recalibrate
+from fbn_plugin.engine.classification.results import write_results
 from fbn_plugin.engine.classification.step import (
     TrainingStep,
     build_average,
@@ -29,22 +31,23 @@ from fbn_plugin.engine.classification.step import (
     check_precision,
     place_model,
 )
-from fbn_plugin.engine.data.image_data import load_image_data
+from fbn_plugin.engine.data.image_data import Images
 from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.backends import set_backends
-from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
-from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config
+from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, best_weights, check_metric
+from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config, with_value
 from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
+from fbn_plugin.engine.run.output_dir import holds_training
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, lacks_final, save_before_leaving
 from fbn_plugin.engine.run.rules import named
-from fbn_plugin.engine.run.run_info import hardware, package_versions, write_run_info
-from fbn_plugin.engine.run.schedule import is_evaluated_after, recorded_evaluation
+from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
+from fbn_plugin.engine.run.schedule import eval_iterations, is_evaluated_after, recorded_evaluation
 from fbn_plugin.engine.run.seeding import same_on_all_processes
 from fbn_plugin.engine.run.states import check_states
 
@@ -63,43 +66,56 @@ class ClassificationTrainer:
             workers, and when to save and evaluate may change.
         eval_only: only evaluate: MODEL.WEIGHTS, which must fit the whole model, or with `resume` the last checkpoint.
         log_period: iterations between two lines of `metrics.json`.
+        command: the command line, for `results.json`.
 
     Raises:
         ValueError, OSError: bad values in the config, missing or damaged files.
     """
 
-    def __init__(self, cfg: CfgNode, resume: bool | str = False, eval_only: bool = False, log_period: int = 20):
-        self.log_period = log_period
+    def __init__(
+        self,
+        cfg: CfgNode,
+        resume: bool | str = False,
+        eval_only: bool = False,
+        log_period: int = 20,
+        command: Sequence[str] = (),
+    ):
+        self.log_period, self.eval_only, self.command = log_period, eval_only, command
         self.device = distributed.init(cfg.MODEL.DEVICE)
         check_config(cfg)
         check_precision(cfg, self.device)
         self.said: list[str] = []  # for the log
         self.cfg = cfg = scale_to_processes(cfg, distributed.world_size(), self.said.append, LINEAR_RULE)
         solver = cfg.SOLVER
-        if not eval_only:  # which writes nothing
-            hold(cfg.OUTPUT_DIR)
+        hold(cfg.OUTPUT_DIR)
         continues = check_run(
             *(cfg, {"MODEL.NORM": cfg.MODEL.NORM}, self.device, distributed.world_size(), resume, eval_only),
             lambda: saved_config(cfg.OUTPUT_DIR, classification_config()),
             MAY_CHANGE,
         )
-        self.data = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
+        self.data = build_data(cfg)
+        for note in self.data.notes if eval_only else ():  # a training logs them into its folder
+            logger.warning("%s", note)
+        self.evaluator = self._evaluator(self.data.val)
         if not eval_only:
             check_batch(cfg, self.data.train, len(self.data.classes))
             if solver.BEST_CHECKPOINT_METRIC:
-                names = [f"top{k}" for k in self._top_k()]
+                names = self.evaluator.names
                 names += [f"ema/{name}" for name in names] if cfg.MODEL.EMA.ENABLED else []
                 check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
             if solver.LR_SCHEDULER_NAME == "plateau":
-                names = [*(f"top{k}" for k in self._top_k()), "loss"]
-                check_metric("SOLVER.PLATEAU_METRIC", solver.PLATEAU_METRIC, names)
+                check_metric("SOLVER.PLATEAU_METRIC", solver.PLATEAU_METRIC, self.evaluator.names)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
+        self.notes: list[str] = []  # for the log
+        chosen = eval_iterations(cfg.TEST.EVAL_ITERATIONS, self.max_iter, self.notes.append)
+        self.cfg = cfg = with_value(cfg, "TEST.EVAL_ITERATIONS", chosen)
         with same_on_all_processes(cfg.SEED):
             self.model = place_model(cfg, build_model(cfg, len(self.data.classes)), self.device)
         check_image_size(cfg, self.model, self.device, None if eval_only else BatchSizes.of(cfg))
+        self.evaluator.check(self.model)
         build_loss(cfg, len(self.data.classes))  # which refuses what does not fit, before anything is written
         if not eval_only:
             check_norm_batch(cfg, self.model)
@@ -113,21 +129,23 @@ class ClassificationTrainer:
         states |= {"scheduler": self.scheduler} if isinstance(self.scheduler, PlateauSchedule) else {}
         self.checkpointer = ClassifierCheckpointer(self.model, cfg.OUTPUT_DIR, cfg.MODEL.RESET_CLASSIFIER, **states)
         self.start_iter, self.log_window, self.lacks_final = 0, {}, False
-        self.notes: list[str] = []  # warnings for the log
+        self.weights, self.iteration = cfg.MODEL.WEIGHTS, None  # which, and the last one, from 0, behind them
         if continues:
             self._continue(resume, eval_only)
         else:
             with named("MODEL.WEIGHTS"):
-                self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
+                content = self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
+            given = content.get("iteration")  # other trainings' files may have anything there
+            self.iteration = given if type(given) is int and given >= 0 else None
             if cfg.MODEL.RECALIBRATE and not eval_only:
                 check_statistics(cfg)
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
 
-    def _load_weights(self, path: str, eval_only: bool) -> None:
+    def _load_weights(self, path: str, eval_only: bool) -> dict[str, Any]:
         """Load what a run starts from, or is evaluated: with MODEL.EMA the average too, where the file has one."""
         rest = self.checkpointer.load(path, checkpointables=[], strict=eval_only)
         if self.average is None:
-            return
+            return rest
         if eval_only and "ema" in rest:
             check_states(path, rest, {"ema": self.average.module})
             self.average.module.load_state_dict(rest["ema"])
@@ -135,12 +153,15 @@ class ClassificationTrainer:
             self.average = None
         else:
             self.average.set(self.model)
+        return rest
 
     def _continue(self, resume: bool | str, eval_only: bool) -> None:
         """Load the last checkpoint."""
-        last, self.notes = checkpoint_to_resume(self.cfg.OUTPUT_DIR, resume)
+        last, notes = checkpoint_to_resume(self.cfg.OUTPUT_DIR, resume)
+        self.notes += notes
         state = self.checkpointer.load(last)
         check_state(last, state)
+        self.weights, self.iteration = last, state["iteration"]
         self.start_iter, self.log_window = state["iteration"] + 1, state.get("log_window", {})
         if not eval_only:
             solver = self.cfg.SOLVER
@@ -150,32 +171,43 @@ class ClassificationTrainer:
             self.lacks_final = lacks_final(last, self.start_iter, self.max_iter)
 
     def evaluate(self) -> dict[str, float]:
-        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set; with MODEL.EMA
-        those of the averaged weights too, as `ema/top1` and so on."""
-        result = self._evaluate(self.model)
+        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set, as TEST says;
+        with MODEL.EMA those of the averaged weights too, as `ema/top1` and so on; with `eval_only` those of the test
+        set too, if there is one, as `test/top1` and so on."""
+        result = self.evaluator(self.model)
         if self.average is not None:
-            result |= {f"ema/{name}": value for name, value in self._evaluate(self.average.module).items()}
+            result |= {f"ema/{name}": value for name, value in self.evaluator(self.average.module).items()}
+        if self.eval_only and self.data.test is not None:
+            result |= {f"test/{name}": value for name, value in self._evaluator(self.data.test)(self.model).items()}
         return result
 
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        distributed.broadcast_buffers(model)
-        loader = build_val_loader(self.cfg, self.data.val, self.device)
-        return evaluate(model, loader, self.device, self._top_k())
+    def _evaluator(self, images: Images) -> Evaluator:
+        return Evaluator(self.cfg, images, len(self.data.classes), self.device)
 
-    def _top_k(self) -> tuple[int, ...]:
-        return (1, 5) if len(self.data.classes) > 5 else (1,)
+    @lets_go
+    def write_evaluation(self, result: dict[str, float]) -> None:
+        """Write `evaluation.json` into OUTPUT_DIR: the figures, how they were measured, of which weights and of which
+        iteration (from 0, as in `metrics.json`; null where the weights do not tell)."""
+        cfg = self.cfg
+        open_output_dir(cfg.OUTPUT_DIR)
+        if not holds_training(cfg.OUTPUT_DIR):
+            distributed.on_main(self._write_settings)
+        path = os.path.join(cfg.OUTPUT_DIR, "evaluation.json")
+        weights = self.weights or f"timm's own of {cfg.MODEL.NAME}"
+        record = path, self.iteration, weights, [self.data.title], result, hardware(self.device)
+        distributed.on_main(lambda: write_evaluation(*record, details=self.evaluator.details))
 
     def describe(self, result: dict[str, float]) -> str:
         """One line that says what `result` was measured with and on."""
         cfg = self.cfg
         model = cfg.MODEL.NAME + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
-        top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
-        images = counted(len(self.data.val), "validation image")
-        average = f"; averaged weights: top-1 {result['ema/top1']:.2f} %" if "ema/top1" in result else ""
-        return (
-            f"{model} on {self.data.title}: top-1 {result['top1']:.2f} %{top5}, loss {result['loss']:.4f} "
-            f"({images}){average}"
-        )
+        line = f"{model} on {self.data.title}: {_figures(result)} ({self.evaluator.note})"
+        if "test/top1" in result:
+            weights = f", weights of epoch {result['test/epoch']:.4g}" if "test/epoch" in result else ""
+            line += f"; test {_figures(result, 'test/')} ({counted(len(self.data.test), 'image')}{weights})"
+        if "ema/top1" in result:
+            line += f"; averaged weights: {_figures(result, 'ema/')}"
+        return line
 
     @lets_go
     def train(self) -> dict[str, float]:
@@ -193,13 +225,10 @@ class ClassificationTrainer:
         """
         with stopping.deferred():
             result = self._train()
-        if distributed.is_main():
-            if self.average is not None:
+            if distributed.is_main() and self.average is not None:
                 weights = {"model": self.average.module.state_dict()}
                 path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
                 atomic_write(path, write=lambda file: torch.save(weights, file))
-            record = json.dumps({**self._provenance(), **result}, indent=2)
-            atomic_write(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), record.encode())
         return result
 
     def _train(self) -> dict[str, float]:
@@ -222,6 +251,7 @@ class ClassificationTrainer:
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
                 timer()
+                switch_mixup(step.mixup, cfg, iteration // self.iters_per_epoch)
                 losses, data_time = step(iteration, batches)
                 lr = self.optimizer.param_groups[0]["lr"]
                 log.step(iteration, **losses, lr=lr, time=timer(), data_time=data_time)
@@ -233,27 +263,34 @@ class ClassificationTrainer:
                     stopping.leave()
                 # After the evaluation, so that a run that is killed has not missed it.
                 saver.step(iteration, log_window=log.window)
+            say_broken(data.train)
+            result |= self._test(log)
+        if distributed.is_main():
+            length = self.max_iter, self.iters_per_epoch
+            write_results(cfg, data, self.model, result, self.evaluator, *length, self.device, self.command)
         return result
 
     def _recalibrate(self) -> None:
         """Fit the norms of pretrained weights to training images, before the first iteration."""
         batches = build_train_loader(self.cfg, self.data.train, self.device)
         try:
-            recalibrate(self.cfg, self.model, len(self.data.classes), batches, self._evaluate)
+            recalibrate(self.cfg, self.model, len(self.data.classes), batches, self.evaluator)
         except stopping.EvaluationLeft:
             stopping.leave()
         if self.average is not None:
             self.average.set(self.model)
 
     def _is_evaluated_after(self, finished: int) -> bool:
-        return is_evaluated_after(finished, self.max_iter, self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch)
+        period = self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch
+        return is_evaluated_after(finished, self.max_iter, period, self.cfg.TEST.EVAL_ITERATIONS)
 
     def _catch_up(self, saver: PeriodicCheckpointer, log: TrainingLog) -> dict[str, float]:
         """What the run owes where it goes on: the evaluation, as ``metrics.json`` has it, or made up for, where the run
         was asked to stop in it or it is newly wanted there; and ``model_final.pth``."""
         last, result = self.start_iter - 1, {}
         if self._is_evaluated_after(last + 1):
-            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, lambda name: name.startswith("val/"))
+            names = {f"val/{name}" for name in self.evaluator.names}
+            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, names.__contains__)
             result = {name.removeprefix("val/"): value for name, value in recorded.items()}
             try:
                 result = result or self._evaluate_and_log(log, last)
@@ -264,20 +301,39 @@ class ClassificationTrainer:
             saver.save("model_final", iteration=last, log_window=log.window)
         return result
 
+    def _test(self, log: TrainingLog) -> dict[str, float]:
+        """The figures of the test set, once for a run, by the weights that were best in validation or else the last:
+        ``test/top1`` and so on, and ``test/epoch``, that of the weights. Empty where there is no such set."""
+        if self.data.test is None:
+            return {}
+        if recorded := recorded_evaluation(self.cfg.OUTPUT_DIR, self.max_iter, lambda name: name.startswith("test/")):
+            return recorded
+        try:
+            with best_weights(self.model, self.best.path if self.best.metric else "") as iteration:
+                result = self._evaluator(self.data.test)(self.model)
+        except stopping.EvaluationLeft:
+            stopping.leave()
+        finished = self.max_iter if iteration is None else iteration + 1
+        result = {"epoch": finished / self.iters_per_epoch, **result}
+        result = {f"test/{name}": value for name, value in result.items()}
+        log.write(self.max_iter - 1, result)
+        return result
+
     def _open_output_dir(self) -> None:
         """Make OUTPUT_DIR, and write there what is known before training."""
         cfg, data = self.cfg, self.data
         open_output_dir(cfg.OUTPUT_DIR)
         distributed.on_main(self._write_settings)
         setup_logging(cfg.OUTPUT_DIR)
-        for note in self.notes:
+        for note in (*data.notes, *self.notes):
             logger.warning("%s", note)
         for line in (*self.said, BatchSizes.of(cfg).describe(self.model)):
             logger.info("%s", line)
         log_norms(self.model)
+        test = "" if data.test is None else f"{counted(len(data.test), 'test image')}, "
         logger.info(
             f"{data.title}: {counted(len(data.train), 'training image')}, "
-            f"{counted(len(data.val), 'validation image')}, {len(data.classes)} classes; "
+            f"{counted(len(data.val), 'validation image')}, {test}{len(data.classes)} classes; "
             f"{counted(self.iters_per_epoch, 'iteration')} an epoch"
         )
 
@@ -291,18 +347,23 @@ class ClassificationTrainer:
             distributed.world_size(),
             cfg.SOLVER.IMS_PER_BATCH,
             {data.title: len(data.train)},
-            {data.title: len(data.val)},
+            {data.title: self.evaluator.size},
             BatchSizes.of(cfg).record(self.model),
         )
 
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
+        timer = Timer()
         result = self.evaluate()
+        seconds = timer()
         self._schedule_by(result, iteration + 1)
         averaged = self.cfg.SOLVER.BEST_CHECKPOINT_METRIC.startswith("ema/")
         best = self.average.module if averaged else self.model
         self.best.update(best, iteration, result)  # first: an evaluation in the log is not done again
         epoch = (iteration + 1) / self.iters_per_epoch
-        log.write(iteration, {"epoch": epoch, **{f"val/{name}": value for name, value in result.items()}})
+        figures = {f"val/{name}": value for name, value in result.items()}
+        if self.evaluator.conditional:
+            figures["val/conditional"] = 1
+        log.write(iteration, {"epoch": epoch, **figures, "evaluation_seconds": seconds})
         logger.info("epoch %.4g: %s", epoch, self.describe(result))
         return result
 
@@ -312,18 +373,7 @@ class ClassificationTrainer:
         if isinstance(self.scheduler, PlateauSchedule) and regular:
             self.scheduler.evaluated(finished, result)
 
-    def _provenance(self) -> dict[str, Any]:
-        cfg = self.cfg
-        return {
-            "dataset": self.data.title,
-            "train_images": len(self.data.train),
-            "val_images": len(self.data.val),
-            "model": cfg.MODEL.NAME,
-            "norm": cfg.MODEL.NORM or "the model's own",
-            "epochs": self.max_iter / self.iters_per_epoch,
-            "iterations": self.max_iter,
-            **BatchSizes.of(cfg).record(self.model),
-            "seed": cfg.SEED,
-            "hardware": f"{distributed.world_size()} x {hardware(self.device)}",
-            "versions": package_versions(),
-        }
+
+def _figures(result: Mapping[str, float], group: str = "") -> str:
+    names = {"top1": "top-1 {:.2f} %", "top5": "top-5 {:.2f} %", "loss": "loss {:.4f}"}
+    return ", ".join(text.format(result[group + name]) for name, text in names.items() if group + name in result)

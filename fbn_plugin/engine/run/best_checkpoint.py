@@ -1,10 +1,11 @@
 """The checkpoint of the best evaluation so far, ``model_best.pth``: the model with the metric that it was kept for."""
 
+import contextlib
 import difflib
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,9 +16,27 @@ from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.rules import refusal
 
-__all__ = ["BestCheckpoint", "check_metric", "is_given"]
+__all__ = ["BestCheckpoint", "best_weights", "check_metric", "is_better", "is_given"]
 
 logger = logging.getLogger(__name__)
+
+
+def is_better(metric: str, value: float, other: float) -> bool:
+    """Whether a value of a metric is better than another: of a loss the lower one, of all else the higher one. NaN is
+    better than nothing, and anything else is better than NaN.
+
+    Examples::
+
+        >>> is_better("top1", 80.0, 70.0), is_better("loss", 0.8, 0.7)
+        (True, False)
+    """
+    if math.isnan(value) or math.isnan(other):
+        return not math.isnan(value)
+    return value < other if _is_loss(metric) else value > other
+
+
+def _is_loss(metric: str) -> bool:
+    return metric.rpartition("/")[2] == "loss"
 
 
 def is_given(metric: str, names: Sequence[str]) -> bool:
@@ -63,7 +82,7 @@ class BestCheckpoint:
     def __init__(self, output_dir: str | os.PathLike, metric: str, resume: bool = False):
         self.path = os.path.join(output_dir, "model_best.pth")
         self.metric = metric
-        self.value = -math.inf
+        self.value = self._worst = math.inf if _is_loss(metric) else -math.inf
         if resume and metric:
             distributed.on_main(self._read)
 
@@ -78,7 +97,7 @@ class BestCheckpoint:
         for name, value in kept:
             if not isinstance(name, str) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise UserError(f"{self.path} is no best checkpoint of a run: it has no metric with a value of it")
-        self.value = dict(kept).get(self.metric, -math.inf)
+        self.value = dict(kept).get(self.metric, self._worst)
 
     def update(self, model: nn.Module, iteration: int, metrics: Mapping[str, float]) -> None:
         """Write the model if the metric is the best so far; NaN is not. Rank 0 decides and writes, the others wait.
@@ -95,9 +114,37 @@ class BestCheckpoint:
         value = metrics[self.metric]
         if math.isnan(value):
             logger.warning("%s is no number, as the set has no such objects: no best model by it", self.metric)
-        if not value > self.value:
+        if not is_better(self.metric, value, self.value):
             return
         self.value = value
         content = {"model": model.state_dict(), "iteration": iteration, "metric": self.metric, "value": value}
         atomic_write(self.path, write=lambda file: torch.save(content, file))
         logger.info("saved %s: %s %.3f, the best so far", self.path, self.metric, value)
+
+
+@contextlib.contextmanager
+def best_weights(model: nn.Module, path: str | os.PathLike) -> Iterator[int | None]:
+    """Lend a model the weights of ``model_best.pth`` for the length of a block.
+
+    Args:
+        model: on every process; it has its own weights back behind the block.
+        path: of the file, which rank 0 reads; where there is none, the model is left as it is.
+
+    Yields:
+        the last iteration (from 0) behind the weights; None of the model's own.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    content: dict = {}
+    distributed.on_main(lambda: content.update(load_file(path) if os.path.isfile(path) else {}))
+    content = distributed.broadcast_object(content)
+    if not content:
+        yield None
+        return
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(content["model"])
+    try:
+        yield content["iteration"]
+    finally:
+        model.load_state_dict(own)

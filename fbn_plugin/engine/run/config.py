@@ -34,6 +34,7 @@ __all__ = [
     "refuse_changes",
     "save_config",
     "saved_config",
+    "with_value",
 ]
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,15 @@ def save_config(cfg: CfgNode, path: str | os.PathLike) -> None:
     the file without this package.
     """
     atomic_write(path, without_defaults(cfg).dump().encode())
+
+
+def with_value(cfg: CfgNode, key: str, value: Any) -> CfgNode:
+    """A frozen copy of ``cfg`` in which ``key`` has another value, taken as it is."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    _set(cfg, key, value)
+    cfg.freeze()
+    return cfg
 
 
 def saved_config(output_dir: str | os.PathLike, defaults: CfgNode) -> CfgNode:

@@ -100,7 +100,10 @@ def _launched(name: str, default: int) -> int:
     Raises:
         ValueError: it is none, or there are fewer processes.
     """
-    given, processes = os.environ.get(name, str(default)), os.environ.get("WORLD_SIZE", "")
+    given, processes = os.environ.get(name), os.environ.get("WORLD_SIZE", "")
+    if given is None and not processes:
+        return default
+    given = str(default) if given is None else given
     for variable, number in (("WORLD_SIZE", processes or "1"), (name, given)):
         if not re.fullmatch(r"\d{1,9}", number) or (variable == "WORLD_SIZE" and int(number) < 1):
             raise refusal(variable, "a number as torchrun sets it in the environment", number)

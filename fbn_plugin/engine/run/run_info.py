@@ -100,6 +100,7 @@ def write_evaluation(
     metrics: Mapping[str, float | None],
     hardware: str | None = None,
     results: str | os.PathLike | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an evaluation as JSON in one step: each argument under its name, ``datasets`` under ``"dataset"``.
 
@@ -109,9 +110,10 @@ def write_evaluation(
         weights: the checkpoint; None where no model was run.
         datasets: names of the sets.
         metrics: ``{"bbox/AP": 31.2, ...}`` in percent, with more than one set ``"<name of the set>/bbox/AP"``, as in
-            ``metrics.json``; NaN becomes null.
+            ``metrics.json``; of a classifier ``{"top1": 76.1, ..., "loss": 0.96}``. NaN becomes null.
         hardware: what the model ran on, see :func:`hardware`.
         results: the file of detections that were scored, where no model was run.
+        details: further entries, such as how it was measured.
     """
     content = {
         "iteration": iteration,
@@ -119,6 +121,7 @@ def write_evaluation(
         "results": None if results is None else os.fspath(results),
         "hardware": hardware,
         "dataset": list(datasets),
+        **(details or {}),
         "metrics": {name: None if value is None or math.isnan(value) else value for name, value in metrics.items()},
     }
     atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())

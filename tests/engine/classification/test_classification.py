@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from fbn_plugin import SyncFilteredBatchNorm
-from fbn_plugin.engine.classification import model, trainer
+from fbn_plugin.engine.classification import model
 from fbn_plugin.engine.classification.config import check_config, classification_config
 from fbn_plugin.engine.classification.data import (
     build_train_loader,
@@ -410,7 +410,7 @@ def test_stopping_early_keeps_the_schedule(tmp_path):
 def rates(tmp_path, monkeypatch, **overrides) -> list[float]:
     seen = []
     monkeypatch.setattr(TrainingLog, "step", lambda self, iteration, **values: seen.append(values["lr"]))
-    monkeypatch.setattr(trainer, "evaluate", lambda *args: {"top1": 0.0, "loss": 0.0})
+    monkeypatch.setattr(ClassificationTrainer, "evaluate", lambda self: {"top1": 0.0, "top5": 0.0, "loss": 0.0})
     linear = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 10))
     monkeypatch.setattr(model, "create_model", lambda *args, **kwargs: linear)
     ClassificationTrainer(config(tmp_path, SOLVER__IMS_PER_BATCH=400, SOLVER__BASE_LR=0.8, **overrides)).train()
@@ -560,7 +560,7 @@ def test_weights_that_do_not_fit_at_all_are_refused(tmp_path):
         ClassificationTrainer(config(MODEL__WEIGHTS=tmp_path / "foreign.pth"))
     source = timm.create_model("test_resnet", num_classes=3, in_chans=1)
     torch.save(source.state_dict(), tmp_path / "other_head.pth")
-    trainer = ClassificationTrainer(config(MODEL__WEIGHTS=tmp_path / "other_head.pth"))
+    trainer = ClassificationTrainer(config(MODEL__WEIGHTS=tmp_path / "other_head.pth", MODEL__RESET_CLASSIFIER=True))
     assert torch.equal(trainer.model.conv1[0].weight, source.conv1[0].weight)
 
 
@@ -607,8 +607,8 @@ def test_the_best_model_is_kept(tmp_path):
         config(tmp_path / "new", MODEL__WEIGHTS=tmp_path / "model_best.pth"), eval_only=True
     )
     assert trainer.evaluate()["top1"] == saved["value"]
-    with pytest.raises(ValueError, match="BEST_CHECKPOINT_METRIC must be one of top1, top5, got 'loss'"):
-        ClassificationTrainer(config(SOLVER__BEST_CHECKPOINT_METRIC="loss"))
+    with pytest.raises(ValueError, match="BEST_CHECKPOINT_METRIC must be one of top1, top5, loss, got 'top2'"):
+        ClassificationTrainer(config(SOLVER__BEST_CHECKPOINT_METRIC="top2"))
 
 
 def test_pretrained_weights_reach_the_filtered_model(tmp_path):

@@ -32,6 +32,17 @@ def test_the_best_model_is_kept_over_an_interruption(tmp_path):
     assert BestCheckpoint(tmp_path, "bbox/AP").value == -math.inf
 
 
+def test_of_a_loss_the_lowest_is_the_best(tmp_path):
+    best = BestCheckpoint(tmp_path, "loss")
+    for iteration, value in enumerate((5.0, math.nan, 3.0, 4.0)):
+        best.update(nn.Linear(1, 1), iteration, {"loss": value, "top1": 10.0 * iteration})
+    assert load_file(tmp_path / "model_best.pth")["iteration"] == 2
+    resumed = BestCheckpoint(tmp_path, "loss", resume=True)
+    resumed.update(nn.Linear(1, 1), 8, {"loss": 3.5})
+    assert load_file(tmp_path / "model_best.pth")["value"] == 3.0
+    assert BestCheckpoint(tmp_path, "top1", resume=True).value == -math.inf  # another metric starts anew
+
+
 def test_a_model_that_detects_nothing_is_the_best_before_there_is_another(tmp_path, caplog):
     """An AP of 0; one of no objects is no number, and there is no best by that."""
     BestCheckpoint(tmp_path, "bbox/APl").update(nn.Linear(1, 1), 0, {"bbox/AP": 0.0, "bbox/APl": math.nan})
