@@ -66,6 +66,8 @@ _MODEL = {
     "NORM": "",  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
     "PRETRAINED": False,  # start from timm's weights
     "WEIGHTS": "",  # start from, or with --eval-only evaluate, this checkpoint (timm's, too) or state dict
+    # Batches of training images that the norms of pretrained weights are fitted to before training; 0: none.
+    "RECALIBRATE": 0,
     "RESET_CLASSIFIER": False,  # leave the classifier of WEIGHTS out: it is of other classes
     "REVISED_INIT": False,  # convolutions and linear layers start as Davis and Frank (2022) have them
     "DROP_RATE": 0.0,  # dropout before the classifier
@@ -232,6 +234,7 @@ _RULES = {
     "MODEL.DROP_PATH_RATE": from_to_below(0, 1),
     "MODEL.DROP_RATE": from_to_below(0, 1),
     "MODEL.EMA.DECAY": from_to_below(0, 1),
+    "MODEL.RECALIBRATE": at_least(0, 2**20),
     "MODEL.PIXEL_MEAN": each(between(-(10**6), 10**6)),
     "MODEL.PIXEL_STD": each(between(1e-6, 10**6)),
     "SEED": Rule("0 or more, and below 2**63", lambda given: 0 <= given < 2**63),
@@ -280,6 +283,16 @@ def check_config(cfg: CfgNode) -> None:
         raise refusal("DATALOADER.IN_MEMORY", accepted, cfg.DATALOADER.IN_MEMORY)
 
 
+def _recalibration_rules(cfg: CfgNode) -> dict[str, Rule]:
+    if not (cfg.MODEL.PRETRAINED or cfg.MODEL.WEIGHTS):
+        return {"MODEL.RECALIBRATE": exactly(0, "without MODEL.PRETRAINED or WEIGHTS, whose norms it is for")}
+    frozen = str(cfg.MODEL.NORM).startswith("FrozenBN")
+    return {
+        "INPUT.NORM_GAMMA_INIT": exactly(0.0, "with MODEL.RECALIBRATE, as pretrained models have no input norm"),
+        "MODEL.NORM": Rule("another norm than FrozenBN with MODEL.RECALIBRATE", lambda given: not frozen),
+    }
+
+
 def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
     """Rules that follow from other values of the config."""
     epochs = cfg.SOLVER.MAX_EPOCH
@@ -301,6 +314,8 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
         rules["TEST.EVAL_PERIOD"] = at_least(1, MOST_ITERATIONS)
         rules["SOLVER.GAMMA"] = Rule("above 0 and below 1 with plateau", lambda given: 0 < given < 1)
         rules["SOLVER.WARMUP_PREFIX"] = exactly(False, "with plateau, which has no end")
+    if cfg.MODEL.RECALIBRATE:
+        rules |= _recalibration_rules(cfg)
     if cfg.MODEL.REVISED_INIT:
         rules["MODEL.PRETRAINED"] = exactly(False, "with REVISED_INIT, which would replace the weights")
     if cfg.SOLVER.SCALE_LR_DIVISOR:

@@ -22,6 +22,7 @@ from fbn_plugin.engine.classification.evaluation import Evaluator
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.recalibration import check_statistics, recalibrate
 from fbn_plugin.engine.classification.results import write_results
 from fbn_plugin.engine.classification.step import (
     TrainingStep,
@@ -135,6 +136,8 @@ class ClassificationTrainer:
                 content = self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
             given = content.get("iteration")  # other trainings' files may have anything there
             self.iteration = given if type(given) is int and given >= 0 else None
+            if cfg.MODEL.RECALIBRATE and not eval_only:
+                check_statistics(cfg)
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
 
     def _load_weights(self, path: str, eval_only: bool) -> dict[str, Any]:
@@ -237,6 +240,8 @@ class ClassificationTrainer:
     def _train(self) -> dict[str, float]:
         cfg, data = self.cfg, self.data
         self._open_output_dir()
+        if cfg.MODEL.RECALIBRATE and not self.start_iter:
+            self._recalibrate()
         saver = PeriodicCheckpointer(
             self.checkpointer,
             cfg.SOLVER.CHECKPOINT_PERIOD or self.iters_per_epoch,
@@ -270,6 +275,16 @@ class ClassificationTrainer:
             length = self.max_iter, self.iters_per_epoch
             write_results(cfg, data, self.model, result, self.evaluator, *length, self.device, self.command)
         return result
+
+    def _recalibrate(self) -> None:
+        """Fit the norms of pretrained weights to training images, before the first iteration."""
+        batches = build_train_loader(self.cfg, self.data.train, self.device)
+        try:
+            recalibrate(self.cfg, self.model, len(self.data.classes), batches, self.evaluator)
+        except stopping.EvaluationLeft:
+            stopping.leave()
+        if self.average is not None:
+            self.average.set(self.model)
 
     def _is_evaluated_after(self, finished: int) -> bool:
         period = self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch
