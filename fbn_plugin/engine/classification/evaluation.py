@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data.loader import PrefetchLoader
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -159,6 +159,10 @@ class Evaluator:
         num_classes: of the model.
         device: of this process.
 
+    Attributes:
+        images: in the order of the batches, and with those that come again as company.
+        targets: class indices of what is measured (N), each image once.
+
     Raises:
         ValueError: TEST.MAX_IMAGES or TEST.MOMENTS do not go with the images.
     """
@@ -169,7 +173,7 @@ class Evaluator:
         most = cfg.TEST.MAX_IMAGES
         if most and most < len(images):
             images = _part(images, subset_by_class(images.targets, most, _SEED))
-        self.size, self._order = len(images), None
+        self.targets, self.size, self._order = images.targets, len(images), None
         if self.moments != "population":
             processes = distributed.world_size()
             share = max(1, cfg.TEST.IMS_PER_BATCH // processes), cfg.DATALOADER.IMAGES_PER_CLASS or 1
@@ -177,7 +181,7 @@ class Evaluator:
                 self._order = order = order_batches(images.targets, self.moments, *share, processes)
             images = _part(images, order.indices)
             self.cfg = with_value(cfg, "TEST.IMS_PER_BATCH", order.batch_size * processes)
-        self._images = images
+        self.images = images
 
     @property
     def names(self) -> list[str]:
@@ -204,6 +208,15 @@ class Evaluator:
             parts.append(f"moments of {kind} of {counted(self._order.batch_size, 'image')}")
         return "; ".join([*parts, *[CONDITIONAL] * self.conditional])
 
+    def in_order(self, values: Tensor) -> Tensor:
+        """One value for each of ``images`` (M, ...) as one for each of ``targets`` (N, ...): what comes again is left
+        out."""
+        if self._order is None:
+            return values
+        ordered = values.new_empty(self.size, *values.shape[1:])
+        ordered[self._order.indices[self._order.counts]] = values[: len(self._order.counts)][self._order.counts]
+        return ordered
+
     def check(self, model: nn.Module) -> None:
         """ValueError where a model has a batch norm whose moments of a batch are not known."""
         if self.moments != "population":
@@ -217,7 +230,7 @@ class Evaluator:
             EvaluationLeft: a process is asked to stop.
         """
         distributed.broadcast_buffers(model)
-        loader = build_val_loader(self.cfg, self._images, self.device)
+        loader = build_val_loader(self.cfg, self.images, self.device)
         counts = None if self._order is None else self._order.counts
         with moments_of(model, self.moments):
             return evaluate(model, loader, self.device, self.top_k, counts)

@@ -210,8 +210,8 @@ class ClassificationTrainer:
         was asked to stop in it or it is newly wanted there; and ``model_final.pth``."""
         last, result = self.start_iter - 1, {}
         if self._is_evaluated_after(last + 1):
-            names = {f"val/{name}" for name in self.evaluator.names}
-            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, names.__contains__)
+            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, lambda name: name.startswith("val/"))
+            recorded.pop("val/conditional", None)
             result = {name.removeprefix("val/"): value for name, value in recorded.items()}
             try:
                 result = result or self._evaluate_and_log(log, last)

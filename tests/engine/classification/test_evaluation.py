@@ -64,7 +64,7 @@ def test_figures_by_the_moments_of_batches(moments):
     result = evaluator(model.eval())
     assert not model.training and model.norm.num_batches_tracked == 0 and model.norm.running_mean.abs().max() == 0
 
-    order, images = evaluator._order, evaluator._images
+    order, images = evaluator._order, evaluator.images
     x, labels = map(torch.cat, zip(*build_val_loader(cfg, images, CPU)))
     with torch.no_grad():
         logits = torch.cat([model.train()(part) for part in x.split(order.batch_size)])
