@@ -11,6 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "fbn_plugin" / "__init__.p
 CLASSIFICATION = ["timm>=1.0.21", "torchvision>=0.21", "scikit-learn", "tensorboard", "tqdm", "matplotlib"]
 DETECTION = ["torchvision>=0.21", "pycocotools", "iopath", "tensorboard", "tqdm", "matplotlib"]
 DEMO = [*DETECTION, "scikit-learn"]
+STUDIES = ["scipy>=1.15", "matplotlib"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "ruff", "onnx", "onnxscript", "onnxruntime"]
 # Other frameworks that norms get into. mmengine asks for a function that Python 3.14 dropped.
 PEERS = ['mmengine; python_version < "3.14"', "mmcv-lite", "transformers", "ultralytics"]
@@ -46,7 +47,8 @@ setup(
         "classification": CLASSIFICATION,
         "detection": DETECTION,
         "demo": DEMO,
+        "studies": STUDIES,
         "docs": DOCS,
-        "test": [*TEST, *CLASSIFICATION, *DEMO, *PEERS],
+        "test": [*TEST, *CLASSIFICATION, *DEMO, *STUDIES, *PEERS],
     },
 )

@@ -63,6 +63,9 @@ NEEDED = {
         "timm.models.adapt_model_from_string",
         "timm.models.create_model",
         "timm.utils.model.reparameterize_model",
+        # replaced in frameworks/timm_optimizers.py
+        "timm.optim.param_groups_weight_decay",
+        "timm.optim.param_groups_layer_decay",
     ),
     "detectron2": (  # replaced in frameworks/detectron2.py
         "detectron2.layers.batch_norm.get_norm",
@@ -71,6 +74,7 @@ NEEDED = {
         "detectron2.config.get_cfg",
         "detectron2.config.CfgNode.dump",
         "detectron2.engine.defaults.default_setup",
+        "detectron2.solver.build.get_default_optimizer_params",
         "detectron2.data.detection_utils.read_image",  # replaced in engine/detectron2/data.py, while an image is read
     ),
     "transformers": ("transformers.modeling_utils.PreTrainedModel.post_init",),  # replaced in frameworks/huggingface.py

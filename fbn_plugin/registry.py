@@ -22,6 +22,7 @@ from torch import nn
 from fbn_plugin import layers
 from fbn_plugin.layers.batch_norm import check_gamma_init
 from fbn_plugin.layers.description import NormDescription, describe_class, describe_type, spatial_dims
+from fbn_plugin.layers.random_start import separate_stream
 from fbn_plugin.ops.checks import check_filter
 
 _BOUNDS = {"eps": (0, 1), "momentum": (0, 1), "num_groups": (1, math.inf)}
@@ -387,7 +388,8 @@ class NormFactory(functools.partial):
     def __call__(self, *args, **kwargs) -> nn.Module:
         if "num_features" in kwargs:  # some models name the argument as nn.BatchNorm2d does
             kwargs["num_channels"] = kwargs.pop("num_features")
-        norm = super().__call__(*args, **kwargs)
+        with separate_stream():  # so that the layers that are built next start alike, whatever the norm
+            norm = super().__call__(*args, **kwargs)
         _introduce(type(norm), self.spec.name)
         found, wanted = spatial_dims(type(norm)), kwargs.get("dims", self.keywords["dims"])
         if found not in (None, wanted):

@@ -73,7 +73,7 @@ def results(folder: Path) -> dict[str, Any]:
     """All that two runs must have in common, but for times."""
     found: dict[str, Any] = {
         "metrics.json": [
-            json.dumps({key: value for key, value in sorted(row.items()) if "time" not in key and "eta_" not in key})
+            json.dumps({key: value for key, value in sorted(row.items()) if "time" not in key and "_second" not in key})
             for row in map(json.loads, (folder / "metrics.json").read_text().splitlines())
         ]
     }

@@ -38,7 +38,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-file", metavar="FILE", type=Path, help="config of files of weights that lie alone")
     parser.add_argument("--crops", type=int, choices=(1, 10, 144), default=1, help="views that are averaged over")
     parser.add_argument("--moments", choices=("population", "batch", "balanced"), help="default: the run's")
-    parser.add_argument("--max-images", type=int, metavar="N", help="so many, each class in its share; 0: all")
+    parser.add_argument("--val-images", type=int, metavar="N", help="so many, each class in its share; 0: all")
     parser.add_argument("--ensemble", action="store_true", help="add the mean of all checkpoints' probabilities")
     parser.add_argument(
         "--name", metavar="NAME", action="append", help="short name, one for each PATH; default: the folders'"
@@ -52,7 +52,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
     """Config overrides that the flags stand for, behind which the user's own come."""
-    given = {"TEST.MOMENTS": args.moments, "TEST.MAX_IMAGES": args.max_images}
+    given = {"TEST.MOMENTS": args.moments, "DATASETS.VAL_IMAGES": args.val_images}
     return [part for key, value in given.items() if value is not None for part in (key, str(value))] + args.opts
 
 

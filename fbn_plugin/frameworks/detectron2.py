@@ -9,11 +9,14 @@ names.
 Not reached: DensePose's DeepLab head compares with ``"GN"`` and builds no norm for any other name, ``"BN"`` included;
 its HRNet has plain batch norms, and asks no config.
 
+``get_default_optimizer_params`` gives the weight decay of norms to a closed set of classes: it is told of all others.
+
 ``get_cfg()`` has the keys of ``detectron2_keys.py`` besides, so that every YAML of this package's merges into it. Where
 they are at their default, ``dump()`` leaves them out: what a script writes is detectron2's own config again.
 """
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +25,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm, batch_norm
 from detectron2.modeling.backbone import resnet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.solver.build import reduce_param_groups
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -42,6 +46,7 @@ from fbn_plugin.surgery.fold import register_layer
 from fbn_plugin.surgery.fuse import fused, register_fuser
 from fbn_plugin.surgery.input_norm import Builder, normalize_images, register_prepender
 from fbn_plugin.training.gamma_initialization import apply_gamma_init
+from fbn_plugin.training.parameter_groups import named_without_decay, norm_parameters
 
 DETECTRON2_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
@@ -49,11 +54,13 @@ _GET_NORM = "detectron2.layers.batch_norm.get_norm"
 _CONVERT_FROZEN = "detectron2.layers.FrozenBatchNorm2d.convert_frozen_batchnorm.__func__"
 _GET_CFG = "detectron2.config.get_cfg"
 _DEFAULT_SETUP = "detectron2.engine.defaults.default_setup"
+_OPTIMIZER_PARAMS = "detectron2.solver.build.get_default_optimizer_params"
 
 _detectron2_get_norm = replacement.original(_GET_NORM)
 _detectron2_convert_frozen = replacement.original(_CONVERT_FROZEN)
 _detectron2_get_cfg = replacement.original(_GET_CFG)
 _detectron2_default_setup = replacement.original(_DEFAULT_SETUP)
+_detectron2_optimizer_params = replacement.original(_OPTIMIZER_PARAMS)
 _detectron2_retinanet_init = RetinaNetHead.__init__
 _detectron2_dump = CfgNode.dump
 _logger = logging.getLogger(__name__)
@@ -178,11 +185,32 @@ def _default_setup(cfg: Any, args: Any) -> None:
         )
 
 
+def _get_default_optimizer_params(*args, **kwargs) -> list[dict[str, Any]]:
+    """detectron2's, with ``weight_decay_norm`` for the parameters of every norm, and none for what norms name in
+    ``no_weight_decay()``."""
+    groups = _detectron2_optimizer_params(*args, **kwargs)
+    given = inspect.signature(_detectron2_optimizer_params).bind(*args, **kwargs).arguments
+    model, decay = given["model"], given.get("weight_decay_norm")
+    norms, named = norm_parameters(model), named_without_decay(model, norms_only=True)
+    own = {name for name, settings in (given.get("overrides") or {}).items() if "weight_decay" in settings}
+    own |= {"bias"} if given.get("weight_decay_bias") is not None else set()
+    changes = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter in named:
+            changes.append({"params": [parameter], "weight_decay": 0.0})
+        elif parameter in norms and decay is not None and name.rpartition(".")[2] not in own:
+            changes.append({"params": [parameter], "weight_decay": decay})
+    return reduce_param_groups([*groups, *changes])
+
+
 _REPLACED = {
     _GET_NORM: get_norm,
     _CONVERT_FROZEN: _convert_frozen_batchnorm,
     _GET_CFG: _get_cfg,
     _DEFAULT_SETUP: _default_setup,
+    _OPTIMIZER_PARAMS: _get_default_optimizer_params,
 }
 
 

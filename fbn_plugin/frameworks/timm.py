@@ -34,7 +34,7 @@ from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import internals, layers
-from fbn_plugin.frameworks import replacement
+from fbn_plugin.frameworks import replacement, timm_optimizers
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import (
     FROZEN,
@@ -67,7 +67,6 @@ from fbn_plugin.surgery.fold import register_layer
 from fbn_plugin.surgery.fuse import fuse_children, fused, register_fuser
 from fbn_plugin.surgery.input_norm import Builder, prepend_to_call, register_prepender
 from fbn_plugin.training.gamma_initialization import apply_gamma_init
-from fbn_plugin.training.parameter_groups import param_groups as divided_groups
 
 # timm's names of norms, and of norms with their activation, with the class of each.
 _NORM_MAP = internals.optional("timm.layers.create_norm._NORM_MAP", {})
@@ -415,6 +414,7 @@ _REPLACED = {
     "timm.models.adapt_model_from_string": False,
     "timm.models.create_model": False,
     "timm.utils.model.reparameterize_model": False,
+    **dict.fromkeys(timm_optimizers.REPLACED, False),
 }
 _THEIRS = {name.rpartition(".")[2]: replacement.original(name) for name in _REPLACED}
 _OURS = {
@@ -427,6 +427,7 @@ _OURS = {
     "reparameterize_model": reparameterize_model,
     "adapt_model_from_string": adapt_model_from_string,
     "create_model": create_model,
+    **{name.rpartition(".")[2]: groups for name, groups in timm_optimizers.REPLACED.items()},
 }
 
 
@@ -489,16 +490,6 @@ _TIMM_NORMS = {*_NORM_MAP.values(), *_NORM_ACT_MAP.values(), GlobalResponseNorm}
 _UNKNOWN = [c for c in _TIMM_NORMS if isinstance(c, type) and describe_type(c) is None]
 for _cls in _UNKNOWN:  # torchvision's frozen norm is one of timm's, too
     describe_class(FROZEN if _cls.__name__ == "FrozenBatchNorm2d" else NormDescription(), _cls)
-
-
-def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divisor: float = 100.0) -> list[dict]:
-    """:func:`fbn_plugin.param_groups` for timm's schedulers, which know two absolute rates, ``warmup_lr`` and
-    ``min_lr``: all groups have the rate ``lr``, and a share ``lr_scale`` that timm's schedulers multiply theirs with.
-
-    Without a scheduler of timm's the share has no effect.
-    """
-    groups = divided_groups(model, lr, weight_decay, scale_lr_divisor)
-    return [{**group, "lr": lr, "lr_scale": group["lr"] / lr} for group in groups]
 
 
 def _prepend_input_norm(model: nn.Module, build: Builder) -> None:

@@ -19,6 +19,7 @@ from torch.jit import is_scripting
 from fbn_plugin.layers.batch_norm import OptionalBiasMixin
 from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.graph import Proxy, call_node
+from fbn_plugin.layers.random_start import separate_stream
 from fbn_plugin.ops import eager
 from fbn_plugin.ops.checks import check_eps_of_moments
 from fbn_plugin.ops.derivatives import by_formula
@@ -250,7 +251,9 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
     * Scale and shift are batch normalization's. The kernels add their entries for each channel: 28 of the default's.
 
     Weight decay would draw the kernels towards the plain mean: :meth:`no_weight_decay` names them. timm's optimizers
-    ask the model alone for such a method, and decay whatever has more than one dimension.
+    ask the model alone for such a method, and decay whatever has more than one dimension; after
+    :func:`fbn_plugin.register` they leave the kernels alone. The kernels' random numbers are drawn from a stream of
+    their own, which leaves the global one where it is.
 
     Examples::
 
@@ -306,8 +309,9 @@ class ConvNorm2d(OptionalBiasMixin, nn.BatchNorm2d):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        for kernel in self.kernels:  # none yet when the base class calls
-            nn.init.uniform_(kernel, -self.init_spread, self.init_spread)
+        with separate_stream():
+            for kernel in self.kernels:  # none yet when the base class calls
+                nn.init.uniform_(kernel, -self.init_spread, self.init_spread)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay is to leave alone, as timm asks for them."""
@@ -470,10 +474,15 @@ class LearnedStatsNorm2d(nn.Module):
         self.num_features = num_features
         self.eps = check_eps_of_moments(eps)
         self.affine = affine
-        self.mean_network = _statistic_network(first_layer, **placement)
-        self.std_network = _statistic_network(first_layer, **placement)
+        with separate_stream():
+            self.mean_network = _statistic_network(first_layer, **placement)
+            self.std_network = _statistic_network(first_layer, **placement)
         self.weight = nn.Parameter(torch.ones(num_features, **placement)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features, **placement)) if affine and bias else None
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay is to leave alone: those of the networks."""
+        return {name for name, _ in self.named_parameters() if "." in name}
 
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():

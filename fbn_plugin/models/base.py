@@ -1,10 +1,12 @@
 """What the networks share: one layer with its norm and activation, and the face of a timm classifier."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fbn_plugin.layers.random_start import separate_stream
 from fbn_plugin.registry import NormFactory, NormSpec, norm_factory, parse_spec
 
 NormLayer = str | Callable[..., nn.Module] | None
@@ -21,7 +23,8 @@ def unit(
 ) -> nn.Sequential:
     """A convolution, or a dense layer if ``kernel_size`` is None, then its norm, then its activation.
 
-    The layer has a bias only where no norm follows, which would take it away (Batch normalization, section 3.2).
+    The layer has a bias only where no norm follows, which would take it away (Batch normalization, section 3.2). Its
+    weight is drawn alike with and without a norm.
 
     Args:
         in_size, out_size: number of channels, or of units.
@@ -45,11 +48,16 @@ def unit(
         spec = parse_spec(str(NormSpec(spec.name, {**spec.options, **options})))  # which checks the options
         norm = norm_factory(spec, dims=1 if dense else 2)(out_size)
     else:
-        norm = norm_layer(out_size, **options) if norm_layer else None
+        with separate_stream():
+            norm = norm_layer(out_size, **options) if norm_layer else None
     if dense:
-        layer = nn.Linear(in_size, out_size, bias=norm is None)
+        layer = nn.Linear(in_size, out_size, bias=False)
     else:
-        layer = nn.Conv2d(in_size, out_size, kernel_size, bias=norm is None, **conv_options)
+        layer = nn.Conv2d(in_size, out_size, kernel_size, bias=False, **conv_options)
+    if norm is None:
+        with separate_stream():  # as PyTorch draws it
+            bound = layer.weight[0].numel() ** -0.5
+            layer.bias = nn.Parameter(nn.init.uniform_(layer.weight.new_empty(out_size), -bound, bound))
     parts = {"fc" if dense else "conv": layer, "norm": norm, "act": act_layer and act_layer()}
     return nn.Sequential(OrderedDict((name, module) for name, module in parts.items() if module is not None))
 
@@ -106,6 +114,17 @@ class ImageClassifier(nn.Module):
             (name, module) for name, module in self.named_modules() if name and hasattr(module, "no_weight_decay")
         )
         return {f"{prefix}.{name}" for prefix, module in modules for name in module.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
+        """What tells timm, for the layer decay of its optimizers, the layer of a parameter's name: a number that grows from
+        the input on."""
+        order = {name: number for number, (name, _) in enumerate(self.features.named_children())}
+
+        def layer(name: str) -> float:
+            first, _, rest = name.partition(".")
+            return order[rest.partition(".")[0]] if first == "features" else math.inf
+
+        return layer
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) to what the pooling takes."""

@@ -20,6 +20,7 @@ from fbn_plugin.layers.description import (
     family,
     outer_batch_norm,
 )
+from fbn_plugin.layers.random_start import separate_stream
 from fbn_plugin.ops.plain import SMALLEST_EPS
 from fbn_plugin.registry import NormFactory, NormSpec, norm_factory, norm_options
 from fbn_plugin.surgery.choose import as_tuple, check_sources, choose_norms, why_left
@@ -348,15 +349,7 @@ def convert_norm(
         raise TypeError(f"convert_norm takes a model, an nn.Module, and a spec, got {type(model).__name__}")
     load_adapters()
     choice = choose_norms(model, check_sources(sources), include, as_tuple("exclude", exclude), thaw)
-    factories = {dims: norm_factory(spec, dims) for dims in (1, 2, 3)}
-    replaced, changed = {}, []
-    for module, name in choice.chosen.items():
-        factory = factories[_dims(module)]
-        try:
-            new = replaced[module] = _convert(module, factory)
-        except ValueError as error:
-            raise ValueError(f"cannot convert {name or 'the module'!r} to {spec}: {error}") from error
-        changed.append(NormChange(name, type(module).__name__, type(new).__name__, _note(module, new, factory.spec)))
+    replaced, changed = _build_new(choice.chosen, spec)
     remarks = choice.remarks(str(spec), by_default=sources is None)
     model, held = _replace(model, replaced, recalibrate)
     if dead := [name for old, name in choice.chosen.items() if _is_constant_on_rows(old, replaced[old])]:
@@ -367,6 +360,22 @@ def convert_norm(
         report.changed += changed
         report.left += choice.left
     return model
+
+
+def _build_new(chosen: dict[nn.Module, str], spec: str) -> tuple[dict[nn.Module, nn.Module], list[NormChange]]:
+    """The new norm of each old one, and what a report says of it."""
+    factories = {dims: norm_factory(spec, dims) for dims in (1, 2, 3)}
+    replaced, changed = {}, []
+    with separate_stream():  # one for all, so that they differ
+        for module, name in chosen.items():
+            factory = factories[_dims(module)]
+            try:
+                new = replaced[module] = _convert(module, factory)
+            except ValueError as error:
+                raise ValueError(f"cannot convert {name or 'the module'!r} to {spec}: {error}") from error
+            note = _note(module, new, factory.spec)
+            changed.append(NormChange(name, type(module).__name__, type(new).__name__, note))
+    return replaced, changed
 
 
 def _replace(
@@ -402,7 +411,8 @@ def replace_norms(model: nn.Module, build: Callable[[int], nn.Module], sources: 
     choice = choose_norms(model, check_sources(sources), None, (), thaw=False)
     replaced = {}
     for old in choice.chosen:
-        new = build(_num_channels(old))
+        with separate_stream():
+            new = build(_num_channels(old))
         if type(new) is not type(old):
             reference = next((tensor for tensor in (*old.parameters(), *old.buffers())), None)
             new = new if reference is None else new.to(reference.device, reference.dtype)

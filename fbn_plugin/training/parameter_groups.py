@@ -15,9 +15,10 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divi
     """Groups of ``model``'s trainable parameters for any optimizer, each parameter once.
 
     The scale (``weight``) of a batch normalization, and of any other norm with a ``gamma_init``, learns at
-    ``lr / scale_lr_divisor``. No decay is put on the parameters of norms, on biases, and on what a module names in
-    ``no_weight_decay()`` (timm's convention: names or wildcards, relative to the module). The second parameter of
-    ScaledBN-A2, lambda, learns at the full rate: the paper slows the scale alone.
+    ``lr / scale_lr_divisor``. No decay is put on the parameters of norms (ConvNorm's kernels and LearnedNorm's networks
+    are such), on biases, and on what a module names in ``no_weight_decay()`` (timm's convention: names or wildcards,
+    relative to the module). The second parameter of ScaledBN-A2, lambda, learns at the full rate: the paper slows the
+    scale alone.
 
     The ratio outlasts whatever multiplies the rate of each group: torch's schedulers and detectron2's. timm's warm up
     from, and end at, one rate for all groups, so for them there is
@@ -49,34 +50,46 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float, scale_lr_divi
             raise ValueError(f"{name} must be above 0 and finite, got {value!r}")
     if not 0 <= weight_decay < math.inf:
         raise ValueError(f"weight_decay must be 0 or more and finite, got {weight_decay!r}")
-    named = _named_without_decay(model)
-    weights, no_decay, scales = [], [], []
-    seen = set()
-    for module in model.modules():
-        norm = describe(module)
-        has_scale = hasattr(module, "gamma_init") or (norm is not None and norm.has_batch_scale)
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen or not parameter.requires_grad:
-                continue
-            seen.add(parameter)
-            if has_scale and name == "weight":
-                scales.append(parameter)
-            elif norm is not None or "bias" in name.split("_") or parameter in named:
-                no_decay.append(parameter)
-            else:
-                weights.append(parameter)
-    groups = (
-        {"params": weights, "lr": lr, "weight_decay": weight_decay},
-        {"params": no_decay, "lr": lr, "weight_decay": 0.0},
-        {"params": scales, "lr": lr / scale_lr_divisor, "weight_decay": 0.0},
-    )
-    return [group for group in groups if group["params"]]
+    scales, norms, named = (given(model) for given in (batch_scales, norm_parameters, named_without_decay))
+    members: tuple[list, list, list] = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter in norms or parameter in named or "bias" in name.rpartition(".")[2].split("_")
+        members[2 if parameter in scales else int(plain)].append(parameter)
+    settings = (lr, weight_decay), (lr, 0.0), (lr / scale_lr_divisor, 0.0)
+    return [
+        {"params": params, "lr": rate, "weight_decay": decay}
+        for params, (rate, decay) in zip(members, settings)
+        if params
+    ]
 
 
-def _named_without_decay(model: nn.Module) -> set[nn.Parameter]:
+def batch_scales(model: nn.Module) -> set[nn.Parameter]:
+    """The scales of batch normalizations, and of any other norm with a ``gamma_init``."""
     found = set()
     for module in model.modules():
-        if hasattr(module, "no_weight_decay"):
+        norm = describe(module)
+        if hasattr(module, "gamma_init") or (norm is not None and norm.has_batch_scale):
+            found.add(dict(module.named_parameters(recurse=False)).get("weight"))
+    return found - {None}
+
+
+def norm_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of all norms, those of networks that are part of a norm included."""
+    found = set()
+    for module in model.modules():
+        norm = describe(module)
+        if norm is not None:
+            found.update(module.parameters(recurse=norm.owns_children))
+    return found
+
+
+def named_without_decay(model: nn.Module, norms_only: bool = False) -> set[nn.Parameter]:
+    """The parameters that modules, or norms alone, name in ``no_weight_decay()``."""
+    found = set()
+    for module in model.modules():
+        if hasattr(module, "no_weight_decay") and not (norms_only and describe(module) is None):
             patterns = module.no_weight_decay()
             for name, parameter in module.named_parameters(remove_duplicate=False):
                 if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):

@@ -42,7 +42,7 @@ from detectron2.modeling.backbone.vit import ResBottleneckBlock as ViTBottleneck
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead, MaskRCNNConvUpsampleHead
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import build_lr_scheduler, build_optimizer, get_default_optimizer_params
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
@@ -54,6 +54,7 @@ from fbn_plugin import NORMS, FilteredBatchNorm2d, FilteredGroupNorm
 from fbn_plugin.engine.detectron2 import model as engine
 from fbn_plugin.engine.detectron2.config import add_config, load_config
 from fbn_plugin.frameworks import detectron2 as adapter
+from fbn_plugin.layers.description import describe
 
 pytestmark = pytest.mark.detectron2
 
@@ -712,16 +713,29 @@ def test_unfreezing_gives_batch_norm_and_conversion_the_filter_back():
     assert type(fbn_plugin.convert_norm(thawed, "FBN")[0]) is FilteredBatchNorm2d
 
 
-@pytest.mark.parametrize("norm", [SPEC, "ConvNorm(kernel_sizes=(2, 2))"])
+@pytest.mark.parametrize("norm", [SPEC, "ConvNorm(kernel_sizes=(2, 2))", "LearnedNorm(affine=True)", "FRN"])
 def test_weight_decay_norm(norm):
+    """Of every norm, but for what it names itself: kernels and networks."""
     cfg = tiny_config(
         norm=norm, **{"SOLVER.WEIGHT_DECAY": 0.1, "SOLVER.WEIGHT_DECAY_NORM": 0.025, "MODEL.BACKBONE.FREEZE_AT": 0}
     )
     model = build_model(cfg)
     decay = {p: group["weight_decay"] for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
-    in_norms = {p for norm in norms(model).values() for p in norm.parameters()}
-    assert in_norms
-    assert all(decay[p] == (0.025 if p in in_norms else 0.1) for p in model.parameters())
+    found = [module for module in model.modules() if describe(module) is not None]
+    in_norms = {p for norm in found for p in norm.parameters()}
+    own = {p for norm in found for name, p in norm.named_parameters() if re.match("kernel|.*network", name)}
+    assert in_norms and bool(own) == norm.startswith(("ConvNorm", "Learned"))
+    assert all(decay[p] == (0 if p in own else 0.025 if p in in_norms else 0.1) for p in model.parameters())
+
+
+def test_detectron2s_own_settings_of_biases_stay():
+    model = build_model(tiny_config(norm="FRN", **{"MODEL.BACKBONE.FREEZE_AT": 0}))
+    settings = {"base_lr": 0.1, "weight_decay": 0.1, "weight_decay_norm": 0.025, "weight_decay_bias": 0.5}
+    groups = get_default_optimizer_params(model, overrides={"tau": {"weight_decay": 0.7}}, bias_lr_factor=2, **settings)
+    given = {p: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    biases = {given[p] for name, p in model.named_parameters() if name.endswith("bias")}
+    scales = {given[norm.weight] for norm in model.modules() if describe(norm) is not None}
+    assert (biases, scales) == ({(0.2, 0.5)}, {(0.1, 0.025)}) and len(given) == len(list(model.parameters()))
 
 
 def randomize(model):

@@ -29,11 +29,11 @@ def main(monkeypatch):
 
 def test_everything_is_written_and_says_how_it_was_measured(tmp_path, main, runs, capsys):
     out = tmp_path / "out"
-    options = ["--moments", "balanced", "--max-images", 60, "--ensemble", "--output", out]
+    options = ["--moments", "balanced", "--val-images", 60, "--ensemble", "--output", out]
     figures = main(runs / "seed1", runs / "seed2/model_final.pth", *options, "--opts", "DATALOADER.IMAGES_PER_CLASS", 2)
     assert list(figures) == ["seed1", "seed2/model_final.pth", "ensemble of 2"]
     said = capsys.readouterr().out
-    assert "60 of 360 validation images; moments of balanced batches of 20 images; conditional: the test labels" in said
+    assert "60 validation images; moments of balanced batches of 20 images; conditional: the test labels" in said
     record = json.loads((out / "evaluation.json").read_text())
     assert (record["moments"], record["conditional"], record["crops"], record["val_images"]) == (
         "balanced",
@@ -58,8 +58,8 @@ def test_everything_is_written_and_says_how_it_was_measured(tmp_path, main, runs
         (["seed1", "--ensemble"], "--ensemble is of two checkpoints or more"),
         (["seed1", "--name", "a", "--name", "b"], "--name must be given once for each PATH, 1 times, got 2"),
         (["seed1", "seed1"], "is there more than once"),
-        (["seed1", "--max-images", "5000"], None),
-        (["seed1", "--max-images", "-1"], "TEST.MAX_IMAGES must be 0 or more"),
+        (["seed1", "--val-images", "0"], None),
+        (["seed1", "--val-images", "-1"], "DATASETS.VAL_IMAGES must be 0 or more"),
         (["seed1", "--crops", "10"], "INPUT.CROP_PCT must be less than 1 for 10 crops"),
         (["seed1", "--opts", "MODEL.NORM", "FBM"], "MODEL.NORM must be the spec of a norm"),
         (["seed1", "--opts", "MODEL.NAME", "test_resnet"], "model_final.pth"),

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fbn_plugin.engine.classification.datasets import build_data
 from fbn_plugin.engine.classification.measures import Measures, measure
 from fbn_plugin.engine.classification.predictions import Checkpoint, Predictions, average, predict
-from fbn_plugin.engine.data.image_data import load_image_data
 from fbn_plugin.engine.files.disk import atomic_write, writing
 from fbn_plugin.engine.run.run_info import hardware, package_versions
 from fbn_plugin.engine.run.source import source_commit
 
 __all__ = ["Comparison", "check_same_set", "evaluate_checkpoints", "write_comparison"]
-
-_SET_KEYS = ("NAME", "ROOT")
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def check_same_set(checkpoints: Sequence[Checkpoint]) -> None:
     """
     first = checkpoints[0]
     for other in checkpoints[1:]:
-        for group, keys in (("DATASETS", first.cfg.DATASETS), ("TEST", ("MOMENTS", "MAX_IMAGES"))):
+        for group, keys in (("DATASETS", first.cfg.DATASETS), ("TEST", ("MOMENTS",))):
             for key in keys:
                 own, expected = other.cfg[group][key], first.cfg[group][key]
                 if own != expected:
@@ -101,7 +99,7 @@ def evaluate_checkpoints(checkpoints: Sequence[Checkpoint], crops: int = 1, ense
     for each in checkpoints:
         cfg = each.cfg
         if cfg.INPUT.FORMAT not in sets:
-            sets[cfg.INPUT.FORMAT] = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
+            sets[cfg.INPUT.FORMAT] = build_data(cfg)
         data = sets[cfg.INPUT.FORMAT]
         found.append(predict(each, crops, data))
         classes = data.classes

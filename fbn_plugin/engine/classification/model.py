@@ -1,6 +1,9 @@
 """timm's models with another norm in the place of their batch normalization."""
 
 import difflib
+import inspect
+import re
+from typing import Any
 
 import timm
 import torch
@@ -8,12 +11,29 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import apply_gamma_init, convert_norm, prepend_input_norm, revised_init
+from fbn_plugin.engine.classification.batch import BatchSizes
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.frameworks import timm_models
+from fbn_plugin.layers.description import describe, family
 
-__all__ = ["build_model", "check_image_size", "create_model"]
+__all__ = ["build_model", "check_image_size", "check_model_options", "create_model"]
+
+# Arguments of a model that have a key of their own, or are not for this tool.
+_OWN_KEYS = {
+    "drop_path_rate": "MODEL.DROP_PATH_RATE",
+    "drop_rate": "MODEL.DROP_RATE",
+    "in_chans": "INPUT.FORMAT",
+    "norm_layer": "MODEL.NORM",
+    "num_classes": "DATASETS.ROOT",
+    "pretrained": "MODEL.PRETRAINED",
+    "checkpoint_path": "MODEL.WEIGHTS",
+}
+_NOT_OPTIONS = (
+    *("cache_dir", "cfg", "exportable", "feature_cfg", "features_only", "no_jit", "out_indices", "pretrained_cfg"),
+    *("model_name", "pretrained_cfg_overlay", "pretrained_filter_fn", "pretrained_strict", "scriptable"),
+)
 
 
 def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
@@ -39,8 +59,8 @@ def _timm_model(name: str, **kwargs) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
     except RuntimeError as error:  # timm: unknown name, unknown tag, or no such pretrained weights
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest and nearest[0] != name else ""
+        nearest = [each for each in difflib.get_close_matches(name, timm.list_models(), n=3) if each != name]
+        hint = f"; did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
         raise ValueError(f"timm cannot build {name!r}: {str(error).rstrip('.')}{hint}") from error
 
 
@@ -59,8 +79,15 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     """The model that a config describes, on the CPU; errors as :func:`create_model`."""
     name, pretrained = cfg.MODEL.NAME, cfg.MODEL.PRETRAINED
     options = {"in_chans": len(cfg.INPUT.FORMAT), "pretrained": pretrained, "drop_rate": cfg.MODEL.DROP_RATE}
-    with named("MODEL.PRETRAINED" if pretrained and name in timm.list_models() else "MODEL.NAME"):
-        model = _timm_model(name, num_classes=num_classes, **options)
+    further = dict(cfg.MODEL.OPTIONS)
+    if cfg.MODEL.DROP_PATH_RATE:
+        further["drop_path_rate"] = cfg.MODEL.DROP_PATH_RATE
+    try:
+        model = _timm_model(name, num_classes=num_classes, **options, **further)
+    except Exception as error:  # of an option a model may say anything
+        _refuse_options(cfg, further, error)
+        with named("MODEL.PRETRAINED" if pretrained and name in timm.list_models() else "MODEL.NAME"):
+            raise
     if cfg.MODEL.NORM:
         with named("MODEL.NORM"):
             model = _with_norm(model, name, cfg.MODEL.NORM, pretrained)
@@ -71,20 +98,67 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     return model
 
 
+def check_model_options(cfg: CfgNode) -> None:
+    """Refuse arguments in MODEL.OPTIONS that other keys are for.
+
+    Raises:
+        ValueError: the first of them, with the key.
+    """
+    for argument in cfg.MODEL.OPTIONS:
+        if argument in _OWN_KEYS:
+            raise ValueError(f"MODEL.OPTIONS must be without {argument}, for which there is {_OWN_KEYS[argument]}")
+        if argument in _NOT_OPTIONS:
+            raise ValueError(f"MODEL.OPTIONS must be arguments that describe the network, got {argument!r}")
+
+
+def _refuse_options(cfg: CfgNode, options: dict[str, Any], error: Exception) -> None:
+    """Say which of the options a model does not take; nothing where it cannot be built without them either."""
+    name = cfg.MODEL.NAME
+    if not options:
+        return
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, in_chans=len(cfg.INPUT.FORMAT))
+    except Exception:
+        return
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unexpected is None or unexpected[1] not in options:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        key = "MODEL.OPTIONS" if cfg.MODEL.OPTIONS else "MODEL.DROP_PATH_RATE"
+        raise refusal(key, f"what {name} takes ({reason})", options) from None
+    if unexpected[1] == "drop_path_rate":
+        raise refusal("MODEL.DROP_PATH_RATE", f"0 with {name}, which has no such argument", options[unexpected[1]])
+    parameters = inspect.signature(type(model)).parameters.values()
+    accepted = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    accepted = [each for each in accepted if each not in (*_OWN_KEYS, *_NOT_OPTIONS)]
+    raise ValueError(
+        f"MODEL.OPTIONS must be arguments of {name}, got {unexpected[1]!r}: accepted are {', '.join(accepted)}"
+    ) from None
+
+
 @torch.no_grad()
-def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device) -> None:
-    """Refuse an INPUT.SIZE that a model cannot take, which it would say in its first iteration, by two empty
-    images: of one alone, a norm by the batch has one value a channel on a map of one pixel.
+def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device, sizes: BatchSizes | None = None) -> None:
+    """Refuse an INPUT.SIZE that a model cannot take, which it would say in its first iteration, by two empty images;
+    and a batch of which a norm would have one value a channel: it has no variance, and PyTorch refuses it.
 
     Args:
         cfg: config.
         model: on ``device``; it is left in the mode that it is in.
         device: where it is.
+        sizes: of the batches that it will be trained on; None: it will not be.
 
     Raises:
-        ValueError: with what the model says.
+        ValueError: with what the model says, or the norm's name.
     """
     training = model.training
+    values: dict[str, int] = {}  # of each norm by the batch, values a channel of the two images
+    hooks = [
+        norm.register_forward_pre_hook(
+            lambda module, args, name=name: values.update({name: args[0].numel() // args[0].shape[1]})
+        )
+        for name, norm in model.named_modules()
+        if family(norm) == "BN"
+    ]
     try:
         model.eval()(torch.zeros(2, len(cfg.INPUT.FORMAT), cfg.INPUT.SIZE, cfg.INPUT.SIZE, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -92,3 +166,11 @@ def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device) -> No
         raise refusal("INPUT.SIZE", f"one that {cfg.MODEL.NAME} takes ({reason})", cfg.INPUT.SIZE) from None
     finally:
         model.train(training)
+        for hook in hooks:
+            hook.remove()
+    for name, two in values.items() if sizes is not None else ():
+        norm = model.get_submodule(name)
+        images = sizes.step * (sizes.processes if describe(norm).synchronized else 1)
+        if images * two == 2:
+            what = f"more than 1 image for each process and step: of one {name}, a {type(norm).__name__}, has one "
+            raise refusal("SOLVER.IMS_PER_BATCH", what + "value a channel, which has no variance", sizes.update)

@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from fbn_plugin.engine.classification.config import check_config, classification_config
 from fbn_plugin.engine.classification.crops import Views, normalized
+from fbn_plugin.engine.classification.datasets import build_data
 from fbn_plugin.engine.classification.evaluation import Evaluator, moments_of
 from fbn_plugin.engine.classification.model import build_model, check_image_size
-from fbn_plugin.engine.data.image_data import ImageData, load_image_data
+from fbn_plugin.engine.data.image_data import ImageData
 from fbn_plugin.engine.data.loaders import data_loader
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
@@ -55,12 +56,14 @@ class Predictions:
         labels: the true classes (N).
         iteration: the last one, from 0, that the weights have behind them; None where they do not tell.
         note: how many images, and by which moments.
+        title: of the set.
     """
 
     probabilities: Tensor
     labels: Tensor
     iteration: int | None = None
     note: str = ""
+    title: str = ""
 
 
 def find_checkpoint(
@@ -97,7 +100,7 @@ def find_checkpoint(
 
 
 def predict(checkpoint: Checkpoint, crops: int = 1, data: ImageData | None = None) -> Predictions:
-    """Run a checkpoint's model over its validation set; TEST.MAX_IMAGES, MOMENTS and IMS_PER_BATCH are the config's.
+    """Run a checkpoint's model over its validation set; DATASETS, TEST.MOMENTS and IMS_PER_BATCH are the config's.
 
     With moments of batches, each view's moments are those of the same view of the batch's images, and the same images
     are together in all views.
@@ -111,7 +114,7 @@ def predict(checkpoint: Checkpoint, crops: int = 1, data: ImageData | None = Non
         FileNotFoundError, ValueError: the weights are not of this model, or the images are not there.
     """
     cfg = checkpoint.cfg
-    data = data or load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
+    data = data or build_data(cfg)
     device = distributed.init(cfg.MODEL.DEVICE)
     model = build_model(cfg, len(data.classes)).to(device)
     check_image_size(cfg, model, device)
@@ -121,7 +124,7 @@ def predict(checkpoint: Checkpoint, crops: int = 1, data: ImageData | None = Non
     plan.check(model)
     probabilities = _probabilities(model, plan, crops, device, checkpoint.name)
     labels = torch.tensor([int(label) for label in plan.targets])
-    return Predictions(probabilities, labels, iteration if type(iteration) is int else None, plan.note)
+    return Predictions(probabilities, labels, iteration if type(iteration) is int else None, plan.note, data.title)
 
 
 @torch.no_grad()
@@ -162,4 +165,4 @@ def average(members: Sequence[Predictions], names: Sequence[str]) -> Predictions
         if not same or other.note != first.note:
             raise refusal("--ensemble", f"of runs on the same images, as {names[0]} is", name)
     total = sum(member.probabilities for member in members)
-    return Predictions(total / len(members), first.labels, None, first.note)
+    return Predictions(total / len(members), first.labels, None, first.note, first.title)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fbn_plugin.engine.classification.batch import BatchSizes
 from fbn_plugin.engine.classification.evaluation import Evaluator
 from fbn_plugin.engine.data.image_data import ImageData
 from fbn_plugin.engine.files.disk import atomic_write
@@ -110,6 +111,7 @@ def write_results(
         "dataset": data.title,
         "train_images": len(data.train),
         **evaluator.details,
+        **({} if data.test is None else {"test_images": len(data.test)}),
         "classes": len(data.classes),
         "model": cfg.MODEL.NAME,
         "norm": cfg.MODEL.NORM or "the model's own",
@@ -122,7 +124,8 @@ def write_results(
         "schedule": solver.LR_SCHEDULER_NAME,
         "epochs": max_iter / iters_per_epoch,
         "iterations": max_iter,
-        **_batch(cfg),
+        **BatchSizes.of(cfg).record(model),
+        "processes": distributed.world_size(),
         "seed": cfg.SEED,
         **durations(rows, solver.IMS_PER_BATCH),
         "best": best_evaluation(rows, solver.BEST_CHECKPOINT_METRIC or "top1", iters_per_epoch),
@@ -134,15 +137,3 @@ def write_results(
         **{name: None if math.isnan(value) else value for name, value in result.items()},
     }
     atomic_write(os.path.join(cfg.OUTPUT_DIR, RESULTS_FILE), (json.dumps(record, indent=2) + "\n").encode())
-
-
-def _batch(cfg: CfgNode) -> dict[str, int]:
-    """Of how many images an update, a step and a step of one process are."""
-    images, processes = cfg.SOLVER.IMS_PER_BATCH, distributed.world_size()
-    steps = cfg.SOLVER.get("ACCUMULATION_STEPS", 1)
-    return {
-        "images_per_batch": images,
-        "images_per_process": images // processes // steps,
-        "processes": processes,
-        "accumulation_steps": steps,
-    }

@@ -6,37 +6,48 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from timm.data import Mixup
-from torch import Tensor, nn
 
-from fbn_plugin.engine.classification.config import MAY_CHANGE, check_config, classification_config
+from fbn_plugin.engine.classification.augmentation import switch_mixup
+from fbn_plugin.engine.classification.batch import BatchSizes, check_batch, check_norm_batch
+from fbn_plugin.engine.classification.checkpoint import ClassifierCheckpointer
+from fbn_plugin.engine.classification.config import LINEAR_RULE, MAY_CHANGE, check_config, classification_config
 from fbn_plugin.engine.classification.data import build_train_loader
+from fbn_plugin.engine.classification.datasets import build_data, say_broken
 from fbn_plugin.engine.classification.evaluation import Evaluator
+from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.model import build_model, check_image_size
-from fbn_plugin.engine.classification.optimization import build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
 from fbn_plugin.engine.classification.results import write_results
-from fbn_plugin.engine.data.image_data import ImageData, load_image_data
-from fbn_plugin.engine.data.sampling import BalancedSampler
+from fbn_plugin.engine.classification.step import (
+    TrainingStep,
+    build_average,
+    build_scaler,
+    check_precision,
+    place_model,
+)
+from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
-from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
-from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
-from fbn_plugin.engine.run.cli import UserError
+from fbn_plugin.engine.run.backends import set_backends
+from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, best_weights, check_metric
 from fbn_plugin.engine.run.config import CfgNode, save_config, saved_config, with_value
+from fbn_plugin.engine.run.linear_rule import scale_to_processes
 from fbn_plugin.engine.run.lock import hold, lets_go, open_output_dir
 from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
 from fbn_plugin.engine.run.output_dir import holds_training
-from fbn_plugin.engine.run.refusals import check_enough_iterations, check_finite, check_run, check_state
+from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
 from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, lacks_final, save_before_leaving
-from fbn_plugin.engine.run.rules import named, refusal
+from fbn_plugin.engine.run.rules import named
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import eval_iterations, is_evaluated_after, recorded_evaluation
-from fbn_plugin.engine.run.seeding import same_on_all_processes, seed_iteration
+from fbn_plugin.engine.run.seeding import same_on_all_processes
+from fbn_plugin.engine.run.states import check_states
 
 __all__ = ["ClassificationTrainer"]
 
@@ -67,47 +78,81 @@ class ClassificationTrainer:
         log_period: int = 20,
         command: Sequence[str] = (),
     ):
-        self.cfg, solver = cfg, cfg.SOLVER
-        self.log_period, self.command = log_period, command
+        self.log_period, self.eval_only, self.command = log_period, eval_only, command
         self.device = distributed.init(cfg.MODEL.DEVICE)
         check_config(cfg)
+        check_precision(cfg, self.device)
+        self.said: list[str] = []  # for the log
+        self.notes: list[str] = []  # warnings for it
+        # As integers, which an empty default does not tell `load_config`.
+        cfg = with_value(cfg, "TEST.EVAL_ITERATIONS", eval_iterations(cfg.TEST.EVAL_ITERATIONS, math.inf))
+        self.cfg = cfg = scale_to_processes(cfg, distributed.world_size(), self.said.append, LINEAR_RULE)
+        solver = cfg.SOLVER
         hold(cfg.OUTPUT_DIR)
         continues = check_run(
             *(cfg, {"MODEL.NORM": cfg.MODEL.NORM}, self.device, distributed.world_size(), resume, eval_only),
             lambda: saved_config(cfg.OUTPUT_DIR, classification_config()),
             MAY_CHANGE,
         )
-        self.data = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT)
+        self.data = build_data(cfg)
+        for note in self.data.notes if eval_only else ():  # a training logs them into its folder
+            logger.warning("%s", note)
         self.evaluator = Evaluator(cfg, self.data.val, len(self.data.classes), self.device)
+        self.tester = self.data.test and Evaluator(
+            cfg, self.data.test, len(self.data.classes), self.device, "test image"
+        )
         if not eval_only:
-            _check_batch(cfg, self.data)
+            check_batch(cfg, self.data.train, len(self.data.classes))
             if solver.BEST_CHECKPOINT_METRIC:
-                check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, self.evaluator.names)
+                names = list(self.evaluator.names)
+                names += [f"ema/{name}" for name in names] if cfg.MODEL.EMA.ENABLED else []
+                check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
+            if solver.LR_SCHEDULER_NAME == "plateau":
+                check_metric("SOLVER.PLATEAU_METRIC", solver.PLATEAU_METRIC, self.evaluator.names)
         self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
-        self.notes: list[str] = []  # for the log
-        chosen = eval_iterations(cfg.TEST.EVAL_ITERATIONS, self.max_iter, self.notes.append)
-        self.cfg = cfg = with_value(cfg, "TEST.EVAL_ITERATIONS", chosen)
+        eval_iterations(cfg.TEST.EVAL_ITERATIONS, self.max_iter, self.notes.append)
         with same_on_all_processes(cfg.SEED):
-            self.model = build_model(cfg, len(self.data.classes)).to(self.device)
-        check_image_size(cfg, self.model, self.device)
+            self.model = place_model(cfg, build_model(cfg, len(self.data.classes)), self.device)
+        check_image_size(cfg, self.model, self.device, None if eval_only else BatchSizes.of(cfg))
         self.evaluator.check(self.model)
+        build_loss(cfg, len(self.data.classes))  # which refuses what does not fit, before anything is written
+        if not eval_only:
+            check_norm_batch(cfg, self.model)
+        set_backends(cfg, eval_only)
         self.optimizer = build_optimizer(cfg, self.model)
         self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
-        self.scaler = torch.amp.GradScaler(enabled=solver.AMP.ENABLED and self.device.type == "cuda")
-        self.checkpointer = AtomicCheckpointer(self.model, cfg.OUTPUT_DIR, optimizer=self.optimizer, scaler=self.scaler)
+        self.scaler = build_scaler(cfg, self.device)
+        self.average = build_average(cfg, self.model)
+        states = {"optimizer": self.optimizer, "scaler": self.scaler}
+        states |= {"ema": self.average.module} if self.average is not None else {}
+        states |= {"scheduler": self.scheduler} if isinstance(self.scheduler, PlateauSchedule) else {}
+        self.checkpointer = ClassifierCheckpointer(self.model, cfg.OUTPUT_DIR, cfg.MODEL.RESET_CLASSIFIER, **states)
         self.start_iter, self.log_window, self.lacks_final = 0, {}, False
         self.weights, self.iteration = cfg.MODEL.WEIGHTS, None  # which, and the last one, from 0, behind them
         if continues:
             self._continue(resume, eval_only)
         else:
             with named("MODEL.WEIGHTS"):
-                content = self.checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], strict=eval_only)
-            given = content.get("iteration")  # other trainings' files may have anything there
-            self.iteration = given if type(given) is int and given >= 0 else None
+                self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
+
+    def _load_weights(self, path: str, eval_only: bool) -> None:
+        """Load what a run starts from, or is evaluated: with MODEL.EMA the average too, where the file has one."""
+        rest = self.checkpointer.load(path, checkpointables=[], strict=eval_only)
+        given = rest.get("iteration")  # other trainings' files may have anything there
+        self.iteration = given if type(given) is int and given >= 0 else None
+        if self.average is None:
+            return
+        if eval_only and "ema" in rest:
+            check_states(path, rest, {"ema": self.average.module})
+            self.average.module.load_state_dict(rest["ema"])
+        elif eval_only:
+            self.average = None
+        else:
+            self.average.set(self.model)
 
     def _continue(self, resume: bool | str, eval_only: bool) -> None:
         """Load the last checkpoint."""
@@ -125,8 +170,16 @@ class ClassificationTrainer:
             self.lacks_final = lacks_final(last, self.start_iter, self.max_iter)
 
     def evaluate(self) -> dict[str, float]:
-        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set, as TEST says."""
-        return self.evaluator(self.model)
+        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set, by TEST.MOMENTS;
+        with MODEL.EMA those of the averaged weights too, as `ema/top1` and so on; with `eval_only` those of the test
+        set too, if there is one, as `test/top1` and so on."""
+        result = self.evaluator(self.model)
+        if self.average is not None:
+            averaged = self.evaluator(self.average.module)
+            result |= {f"ema/{name}": value for name, value in averaged.items()}
+        if self.eval_only and self.tester is not None:
+            result |= {f"test/{name}": value for name, value in self.tester(self.model).items()}
+        return result
 
     @lets_go
     def write_evaluation(self, result: dict[str, float]) -> None:
@@ -145,17 +198,22 @@ class ClassificationTrainer:
         """One line that says what `result` was measured with and on."""
         cfg = self.cfg
         model = cfg.MODEL.NAME + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
-        top5 = f", top-5 {result['top5']:.2f} %" if "top5" in result else ""
-        figures = f"top-1 {result['top1']:.2f} %{top5}, loss {result['loss']:.4f}"
-        return f"{model} on {self.data.title}: {figures} ({self.evaluator.note})"
+        line = f"{model} on {self.data.title}: {_figures(result)} ({self.evaluator.note})"
+        if "test/top1" in result:
+            weights = f", weights of epoch {result['test/epoch']:.4g}" if "test/epoch" in result else ""
+            line += f"; test {_figures(result, 'test/')} ({self.tester.note}{weights})"
+        if "ema/top1" in result:
+            line += f"; averaged weights: {_figures(result, 'ema/')}"
+        return line
 
     @lets_go
     def train(self) -> dict[str, float]:
         """Train from the start, or from where the checkpoint left off, to the end; return the final evaluation.
 
         Writes config.yaml, log.txt, metrics.json, TensorBoard files, checkpoints (with SOLVER.BEST_CHECKPOINT_METRIC
-        model_best.pth), run_info.json and results.json to OUTPUT_DIR. On the CPU a run that is interrupted and resumed
-        ends with the same bits as one that is not; on a GPU some backward passes add in no fixed order.
+        model_best.pth, with MODEL.EMA model_ema.pth), run_info.json and results.json to OUTPUT_DIR. On the CPU a run
+        that is interrupted and resumed ends with the same bits as one that is not; on a GPU some backward passes add in
+        no fixed order.
 
         Raises:
             FloatingPointError: the loss is not finite.
@@ -163,7 +221,16 @@ class ClassificationTrainer:
             WriteError: the disk is full.
         """
         with stopping.deferred():
-            return self._train()
+            result = self._train()
+        if distributed.is_main():
+            if self.average is not None:
+                weights = {"model": self.average.module.state_dict()}
+                path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
+                atomic_write(path, write=lambda file: torch.save(weights, file))
+            length = self.max_iter, self.iters_per_epoch
+            measured = result, self.evaluator, *length, self.device, self.command
+            write_results(self.cfg, self.data, self.model, *measured)
+        return result
 
     def _train(self) -> dict[str, float]:
         cfg, data = self.cfg, self.data
@@ -174,20 +241,19 @@ class ClassificationTrainer:
             self.max_iter,
             max_to_keep=2,
         )
-        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, self.log_period, self.log_window) as log:
+        period = self.log_period, self.log_window, cfg.SOLVER.IMS_PER_BATCH
+        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, *period, cfg.LOGGERS, cfg) as log:
             result = self._catch_up(saver, log)
-            model = distributed.data_parallel(self.model.train(), self.device)
-            mixup = _build_mixup(cfg, len(data.classes))
+            parts = self.optimizer, self.scheduler, self.scaler, self.average, self.device
+            step = TrainingStep(cfg, self.model.train(), len(data.classes), *parts)
             batches = build_train_loader(cfg, data.train, self.device, self.start_iter)
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
                 timer()
-                images, targets = (tensor.to(self.device) for tensor in next(batches))
-                data_time = timer()
-                seed_iteration(cfg.SEED, iteration)
-                losses = self._step(model, iteration, *(mixup(images, targets) if mixup else (images, targets)))
+                switch_mixup(step.mixup, cfg, iteration // self.iters_per_epoch)
+                losses, data_time = step(iteration, batches)
                 lr = self.optimizer.param_groups[0]["lr"]
-                log.step(iteration, **losses, lr=lr, time=data_time + timer(), data_time=data_time)
+                log.step(iteration, **losses, lr=lr, time=timer(), data_time=data_time)
                 if self._is_evaluated_after(iteration + 1) and not stopping.agreed():
                     with contextlib.suppress(stopping.EvaluationLeft):  # a resumed run makes up for it
                         result = self._evaluate_and_log(log, iteration)
@@ -196,10 +262,8 @@ class ClassificationTrainer:
                     stopping.leave()
                 # After the evaluation, so that a run that is killed has not missed it.
                 saver.step(iteration, log_window=log.window)
-        if distributed.is_main():
-            length = self.max_iter, self.iters_per_epoch
-            write_results(cfg, data, self.model, result, self.evaluator, *length, self.device, self.command)
-        return result
+            say_broken(data.train)
+            return result | self._test(log)
 
     def _is_evaluated_after(self, finished: int) -> bool:
         period = self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch
@@ -217,9 +281,34 @@ class ClassificationTrainer:
                 result = result or self._evaluate_and_log(log, last)
             except stopping.EvaluationLeft:
                 stopping.leave()
+            self._schedule_by(result, last + 1)
         if self.lacks_final:
             saver.save("model_final", iteration=last, log_window=log.window)
         return result
+
+    def _test(self, log: TrainingLog) -> dict[str, float]:
+        """The figures of the test set, once for a run, by the weights that were best in validation or else the last:
+        ``test/top1`` and so on, and ``test/epoch``, that of the weights. Empty where there is no such set."""
+        if self.tester is None:
+            return {}
+        recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, self.max_iter, lambda name: name.startswith("test/"))
+        if recorded:
+            recorded.pop("test/conditional", None)
+            return recorded
+        try:
+            with best_weights(self.model, self.best.path if self.best.metric else "") as iteration:
+                result = self.tester(self.model)
+        except stopping.EvaluationLeft:
+            stopping.leave()
+        finished = self.max_iter if iteration is None else iteration + 1
+        result = {"epoch": finished / self.iters_per_epoch, **result}
+        result = {f"test/{name}": value for name, value in result.items()}
+        log.write(self.max_iter - 1, result | self._marks("test"))
+        return result
+
+    def _marks(self, group: str) -> dict[str, float]:
+        """What stands beside figures that test labels have a part in."""
+        return {f"{group}/conditional": 1} if self.evaluator.conditional else {}
 
     def _open_output_dir(self) -> None:
         """Make OUTPUT_DIR, and write there what is known before training."""
@@ -227,12 +316,15 @@ class ClassificationTrainer:
         open_output_dir(cfg.OUTPUT_DIR)
         distributed.on_main(self._write_settings)
         setup_logging(cfg.OUTPUT_DIR)
-        for note in self.notes:
+        for note in (*data.notes, *self.notes):
             logger.warning("%s", note)
+        for line in (*self.said, BatchSizes.of(cfg).describe(self.model)):
+            logger.info("%s", line)
         log_norms(self.model)
+        test = "" if data.test is None else f"{counted(len(data.test), 'test image')}, "
         logger.info(
             f"{data.title}: {counted(len(data.train), 'training image')}, "
-            f"{counted(len(data.val), 'validation image')}, {len(data.classes)} classes; "
+            f"{counted(len(data.val), 'validation image')}, {test}{len(data.classes)} classes; "
             f"{counted(self.iters_per_epoch, 'iteration')} an epoch"
         )
 
@@ -246,59 +338,31 @@ class ClassificationTrainer:
             distributed.world_size(),
             cfg.SOLVER.IMS_PER_BATCH,
             {data.title: len(data.train)},
-            {data.title: self.evaluator.size},
+            {data.title: len(data.val)},
+            BatchSizes.of(cfg).record(self.model),
         )
-
-    def _step(self, model: nn.Module, iteration: int, images: Tensor, targets: Tensor) -> dict[str, float]:
-        """One update of the weights; the loss, as the mean over processes."""
-        self.scheduler.step_update(iteration)
-        amp_dtype = torch.float16 if self.device.type == "cuda" else torch.bfloat16
-        smoothing = 0.0 if targets.is_floating_point() else self.cfg.SOLVER.LABEL_SMOOTHING  # mixup has smoothed them
-        try:
-            with torch.autocast(self.device.type, amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
-                loss = nn.functional.cross_entropy(model(images), targets, label_smoothing=smoothing)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            images = counted(len(targets), "image")
-            raise UserError(f"SOLVER.IMS_PER_BATCH must be more than {images} for each process: {error}") from None
-        losses = distributed.reduce_mean({"total_loss": loss.item()}, self.device)
-        check_finite(losses, iteration)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return losses
 
     def _evaluate_and_log(self, log: TrainingLog, iteration: int) -> dict[str, float]:
         timer = Timer()
         result = self.evaluate()
         seconds = timer()
-        self.best.update(self.model, iteration, result)  # first: an evaluation in the log is not done again
+        self._schedule_by(result, iteration + 1)
+        averaged = self.cfg.SOLVER.BEST_CHECKPOINT_METRIC.startswith("ema/")
+        best = self.average.module if averaged else self.model
+        self.best.update(best, iteration, result)  # first: an evaluation in the log is not done again
         epoch = (iteration + 1) / self.iters_per_epoch
-        figures = {f"val/{name}": value for name, value in result.items()}
-        if self.evaluator.conditional:
-            figures["val/conditional"] = 1
+        figures = {f"val/{name}": value for name, value in result.items()} | self._marks("val")
         log.write(iteration, {"epoch": epoch, **figures, "evaluation_seconds": seconds})
         logger.info("epoch %.4g: %s", epoch, self.describe(result))
         return result
 
-
-def _check_batch(cfg: CfgNode, data: ImageData) -> None:
-    """Refuse a batch that the training images cannot fill, or not in equal shares of the classes."""
-    images, per_class, processes = cfg.SOLVER.IMS_PER_BATCH, cfg.DATALOADER.IMAGES_PER_CLASS, distributed.world_size()
-    if len(data.train) < images:
-        raise refusal("SOLVER.IMS_PER_BATCH", f"{len(data.train)}, the number of training images, or less", images)
-    if per_class:
-        balanced = BalancedSampler(data.train, per_class, cfg.SEED).batch_size * processes
-        if balanced != images:
-            share = f"DATALOADER.IMAGES_PER_CLASS {per_class} of {len(data.classes)} classes"
-            raise refusal("SOLVER.IMS_PER_BATCH", f"{balanced}, {share} in {counted(processes, 'process')}", images)
+    def _schedule_by(self, result: dict[str, float], finished: int) -> None:
+        """Let a schedule that follows evaluations take one into account, if it has not yet."""
+        regular = finished % (self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch or 1) == 0  # not one at MAX_ITER
+        if isinstance(self.scheduler, PlateauSchedule) and regular:
+            self.scheduler.evaluated(finished, result)
 
 
-def _build_mixup(cfg: CfgNode, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix, which smooth the labels too, or None where neither is on."""
-    if not (cfg.INPUT.MIXUP or cfg.INPUT.CUTMIX):
-        return None
-    smoothing = cfg.SOLVER.LABEL_SMOOTHING
-    return Mixup(cfg.INPUT.MIXUP, cfg.INPUT.CUTMIX, label_smoothing=smoothing, num_classes=num_classes)
+def _figures(result: Mapping[str, float], group: str = "") -> str:
+    names = {"top1": "top-1 {:.2f} %", "top5": "top-5 {:.2f} %", "loss": "loss {:.4f}"}
+    return ", ".join(text.format(result[group + name]) for name, text in names.items() if group + name in result)

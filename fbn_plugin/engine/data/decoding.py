@@ -5,6 +5,7 @@ EXIF orientation: CIPA DC-008 (Exif 2.3), 4.6.4, tag 274; in XMP: Adobe XMP Spec
 """
 
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -20,7 +21,15 @@ from PIL.JpegImagePlugin import JpegImageFile
 from fbn_plugin.engine.files.words import shown_path
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 
-__all__ = ["FORMATS", "decode_image", "enough_memory", "image_extensions", "read_image", "read_label_map"]
+__all__ = [
+    "FORMATS",
+    "BrokenImageError",
+    "decode_image",
+    "enough_memory",
+    "image_extensions",
+    "read_image",
+    "read_label_map",
+]
 
 # Pillow's names, the frequent ones first. No loader of another format is asked: that of EPS runs a program.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF")
@@ -57,6 +66,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+
+
+class BrokenImageError(UserError):
+    """What is wrong lies in the file's content, and not in the disk or the memory: it is so each time."""
 
 
 def read_image(path: str | os.PathLike, mode: str = "RGB") -> Image.Image:
@@ -106,7 +119,7 @@ def decode_image(file: BinaryIO, name: str | os.PathLike, mode: str = "RGB") -> 
         mode: PIL mode of the result.
 
     Raises:
-        UserError: no image of one of ``FORMATS``; damaged, without pixels, or of more than twice Pillow's
+        BrokenImageError: no image of one of ``FORMATS``; damaged, without pixels, or of more than twice Pillow's
             ``MAX_IMAGE_PIXELS``; 32-bit integers or floating-point numbers, of which nothing says what is white; grey
             of 16 bits of which the upper 4 are not used.
     """
@@ -168,12 +181,15 @@ def _pillow(who: str) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise _too_large(who, "") from None
     except Exception as error:
+        # Pillow's own have no number; a file is refused a place before its beginning by EINVAL.
+        of_disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+        kind = UserError if of_disk else BrokenImageError
         reason = " ".join(error_sentence(error).split())
         if reason == "not identified by this driver":  # of any format
             reason = "it has no pixels, or none of a known kind"
         elif not isinstance(error, OSError | ValueError | SyntaxError):  # a KeyError says the key alone
             reason = f"{type(error).__name__} {reason}"
-        raise UserError(f"{who} cannot be read: {reason.strip() or type(error).__name__}") from None
+        raise kind(f"{who} cannot be read: {reason.strip() or type(error).__name__}") from None
 
 
 def _load(file: BinaryIO, who: str) -> Image.Image:
@@ -210,15 +226,15 @@ def _format(beginning: bytes, who: str) -> str:
         if Image.OPEN[name][1](beginning[:16]) is True:
             return name
     if not beginning:
-        raise UserError(f"{who} cannot be read: it is empty")
+        raise BrokenImageError(f"{who} cannot be read: it is empty")
     others = (what for pattern, what in _OTHERS if re.match(pattern, beginning, re.DOTALL | re.IGNORECASE))
     what = next(others, f"of no known format, and begins with {beginning[:8]!r}")
-    raise UserError(f"{who} cannot be read: it is {what}; what is read is {', '.join(_readable())}")
+    raise BrokenImageError(f"{who} cannot be read: it is {what}; what is read is {', '.join(_readable())}")
 
 
-def _too_large(who: str, size: str) -> UserError:
+def _too_large(who: str, size: str) -> BrokenImageError:
     most = 2 * Image.MAX_IMAGE_PIXELS
-    return UserError(f"{who} has more than {most:,} pixels, twice PIL.Image.MAX_IMAGE_PIXELS{size}")
+    return BrokenImageError(f"{who} has more than {most:,} pixels, twice PIL.Image.MAX_IMAGE_PIXELS{size}")
 
 
 def _check_scans(file: BinaryIO, who: str) -> None:
@@ -231,7 +247,7 @@ def _check_scans(file: BinaryIO, who: str) -> None:
         last = block[-1:] if block[-1:] == b"\xff" else b""
     file.seek(place)
     if scans > _MOST_SCANS:
-        raise UserError(f"{who} is a JPEG of {scans} scans; {_MOST_SCANS} are read at most")
+        raise BrokenImageError(f"{who} is a JPEG of {scans} scans; {_MOST_SCANS} are read at most")
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -243,11 +259,13 @@ def _upper_bits(image: Image.Image, who: str) -> Image.Image:
     # What Pillow has in 32 bits is of 16 in the formats that have no more.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
-        raise UserError(f"{who} holds {kind}, of which nothing says which is white; write it with 8 or 16 bits a pixel")
+        raise BrokenImageError(
+            f"{who} holds {kind}, of which nothing says which is white; write it with 8 or 16 bits a pixel"
+        )
     values = np.asarray(image)
     highest = int(values.max())
     if 0 < highest < 4096:
-        raise UserError(
+        raise BrokenImageError(
             f"{who} has 16 bits a pixel and no value above {highest} of 65535, which is next to black; if it is of 12 "
             "bits or fewer, write it with 8, or its values over the whole range"
         )

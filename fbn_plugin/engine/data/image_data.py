@@ -5,6 +5,7 @@ bytes; CIFAR-10's original batches go through torchvision's reader and handwritt
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import logging
@@ -20,13 +21,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from fbn_plugin.engine.data.decoding import decode_image, enough_memory, read_image
-from fbn_plugin.engine.data.image_files import FoundImages, Member, images_in_archive, images_in_folder
+from fbn_plugin.engine.data.decoding import BrokenImageError, decode_image, enough_memory, read_image
+from fbn_plugin.engine.data.image_files import FoundImages, images_in_archive, images_in_folder
+from fbn_plugin.engine.data.metadata_files import images_by_metadata
+from fbn_plugin.engine.data.tar_files import Member
+from fbn_plugin.engine.data.webdataset_files import find_shards, images_in_shards
 from fbn_plugin.engine.files.words import counted, shown_path
-from fbn_plugin.engine.run.cli import error_sentence
+from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.rules import refusal
 
 logger = logging.getLogger(__name__)
@@ -36,18 +41,22 @@ CIFAR10_JPEG_FILE = "cifar10_jpeg.npz"
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training and a validation set over the same classes.
+    """A training and a validation set over the same classes, and a test set where there is a third.
 
     Args:
         title: what results on this data are to be labelled with, e.g. "CIFAR-10 (JPEG)".
         train, val: map-style datasets of (PIL image, class index) with a `transform` attribute, as timm's loaders want.
         classes: name of each class; its position is the class index.
+        test: what a run is measured by once, at its end, if `val` is what it is chosen by; None where `val` is both.
+        notes: sentences for the log on what was left out.
     """
 
     title: str
-    train: Dataset
-    val: Dataset
+    train: Images
+    val: Images
     classes: tuple[str, ...]
+    test: Images | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Images(Dataset):
@@ -58,14 +67,27 @@ class Images(Dataset):
             path of an image file, a member of a tar archive, or the bytes of an image file.
         mode: PIL mode that every image is converted to, "RGB" or "L".
         name: what errors call images that are bytes, before their number.
+        numbers: the number of each, of a part of a set; without, they are counted.
+
+    Attributes:
+        broken: flags of the images that were found broken and are replaced, see `replace_broken`, in memory that the
+            processes which load images share; None where a broken image is an error.
 
     Raises:
         UserError: on access, an image that cannot be read. (timm's own dataset would take the next one instead.)
     """
 
-    def __init__(self, samples: Sequence[tuple[Any, int]], mode: str = "RGB", name: str = "number"):
-        self.samples, self.mode, self.name = samples, mode, name
+    def __init__(
+        self,
+        samples: Sequence[tuple[Any, int]],
+        mode: str = "RGB",
+        name: str = "number",
+        numbers: Sequence[int] | None = None,
+    ):
+        self.samples, self.mode, self.name, self.numbers = samples, mode, name, numbers
         self.transform: Callable | None = None
+        self.broken: torch.Tensor | None = None
+        self._members: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -75,20 +97,74 @@ class Images(Dataset):
         """The class index of each image; none is decoded."""
         return [label for _, label in self.samples]
 
-    def __getitem__(self, index: int):
+    def stored(self, index: int) -> tuple[np.ndarray | None, int]:
+        """The pixels of an image, where they are an array of the mode asked for, and its class index."""
         image, label = self.samples[index]
-        name = image if isinstance(image, str | Member) else f"{self.name} {index}"
-        if isinstance(image, np.ndarray):
-            image = Image.fromarray(image).convert(self.mode)
-        elif isinstance(image, str):
-            image = read_image(image, self.mode)
-        else:
-            data = image if isinstance(image, bytes) else image.read()
-            image = decode_image(io.BytesIO(data), str(name), self.mode)
+        is_of_mode = isinstance(image, np.ndarray) and (image.ndim == 2) == (self.mode == "L")
+        return image if is_of_mode else None, int(label)
+
+    def __getitem__(self, index: int):
+        image, label, name = self._read(index)
         if self.transform is not None:
-            with enough_memory(str(name)):
+            with enough_memory(name):
                 image = self.transform(image)
-        return image, int(label)
+        return image, label
+
+    def name_of(self, index: int) -> str:
+        """What an image is called in a sentence."""
+        image = self.samples[index][0]
+        if isinstance(image, str):
+            return shown_path(image)
+        number = index if self.numbers is None else self.numbers[index]
+        return str(image) if isinstance(image, Member) else f"{self.name} {number}"
+
+    def size_of(self, index: int) -> int:
+        """Bytes of an image as it is stored.
+
+        Raises:
+            OSError: its file is not there any more.
+        """
+        image = self.samples[index][0]
+        if isinstance(image, str):
+            return os.stat(image).st_size
+        return image.size if isinstance(image, Member | np.ndarray) else len(image)
+
+    def part(self, indices: Sequence[int]) -> Images:
+        """The images of these numbers alone, called as they are here."""
+        numbers = [index if self.numbers is None else self.numbers[index] for index in indices]
+        return Images([self.samples[index] for index in indices], self.mode, self.name, numbers)
+
+    def replace_broken(self) -> None:
+        """From now on, let the place of an image whose file is damaged be taken by the next one of its class that is
+        not: the same one whichever process reads it, and however often. Each is named in the log, once."""
+        labels = np.asarray(self.targets)
+        self._members = {label: np.flatnonzero(labels == label) for label in np.unique(labels).tolist()}
+        self.broken = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
+
+    def _read(self, index: int) -> tuple[Image.Image, int, str]:
+        """An image without the transform, its class, and what it is called."""
+        label = int(self.samples[index][1])
+        if self.broken is None:
+            return self._decode(index), label, self.name_of(index)
+        members = self._members[label]
+        place = np.searchsorted(members, index)
+        for other in (*members[place:].tolist(), *members[:place].tolist()):
+            if not self.broken[other]:
+                try:
+                    return self._decode(other), label, self.name_of(other)
+                except BrokenImageError as error:
+                    self.broken[other] = 1
+                    logger.warning("%s; the next image of its class takes its place", error)
+        raise UserError(f"no image of the class of {self.name_of(index)} can be read, and none can take its place")
+
+    def _decode(self, index: int) -> Image.Image:
+        image = self.samples[index][0]
+        if isinstance(image, np.ndarray):
+            return Image.fromarray(image).convert(self.mode)
+        if isinstance(image, str):
+            return read_image(image, self.mode)
+        data = image if isinstance(image, bytes) else image.read()
+        return decode_image(io.BytesIO(data), self.name_of(index), self.mode)
 
 
 def read_idx(path: str | os.PathLike, ndim: int | None = None) -> np.ndarray:
@@ -149,26 +225,35 @@ def find_root(root: str) -> Path:
     raise FileNotFoundError(f"DATASETS.ROOT '{root}' does not exist, neither as {places[0]} nor as {places[1]}")
 
 
-def _of_classes(title: str, train: FoundImages, val: FoundImages, mode: str) -> ImageData:
-    """The two sets, with the classes of the first."""
+def _of_classes(
+    title: str, train: FoundImages, val: FoundImages, mode: str, test: FoundImages | None = None
+) -> ImageData:
+    """The sets, with the classes of the first."""
     classes = train.classes
     if train.empty:
         raise ValueError(
             f"{shown_path(train.place)} has folders without images, {_listed(train.empty)}: each folder there is a "
             "class"
         )
-    if unknown := [name for name in val.classes if name not in train.folders]:
+    train.check_numbers()
+    for part in (val, test):
+        if part is not None:
+            _check_classes(train, part)
+    parts = [part and Images(part.samples(classes), mode) for part in (train, val, test)]
+    return ImageData(title, parts[0], parts[1], tuple(classes), parts[2])
+
+
+def _check_classes(train: FoundImages, part: FoundImages) -> None:
+    """Refuse classes that the training set lacks, and say which of its own a set lacks."""
+    place, classes = shown_path(part.place), train.classes
+    if unknown := [name for name in part.classes if name not in train.folders]:
         raise ValueError(
-            f"{shown_path(val.place)} has classes that {shown_path(train.place)} lacks: {_listed(unknown)}; every "
-            "image must lie in a folder named as its class there"
+            f"{place} has classes that {shown_path(train.place)} lacks: {_listed(unknown)}; every image must be of a "
+            "class that is there"
         )
-    if missing := [name for name in classes if name not in val.folders]:
-        logger.warning(
-            "%s has no image of %s of %s: %s",
-            *(shown_path(val.place), counted(len(missing), "class"), f"{len(classes):,}", _listed(missing)),
-        )
-    parts = [Images(each.samples(classes), mode) for each in (train, val)]
-    return ImageData(title, *parts, tuple(classes))
+    if missing := [name for name in classes if name not in part.folders]:
+        count = counted(len(missing), "class")
+        logger.warning("%s has no image of %s of %s: %s", place, count, f"{len(classes):,}", _listed(missing))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -195,6 +280,24 @@ def _tar(root: str, mode: str) -> ImageData:
     return _of_classes(root.resolve().name, images_in_archive(train), images_in_archive(val), mode)
 
 
+def _webdataset(root: str, mode: str) -> ImageData:
+    root = find_root(root)
+    train, val = (find_shards(root, names) for names in (("train",), ("val", "validation", "test")))
+    parts = [images_in_shards(shards) for shards in (train, val)]
+    return _of_classes(root.resolve().name, *parts, mode)
+
+
+def _hf_folder(root: str, mode: str) -> ImageData:
+    root = find_root(root)
+    train = _pick(root, ["train", "training"], "training folder")
+    held_out = [name for name in ("validation", "valid", "val", "dev") if (root / name).exists()]
+    test = [name for name in ("test", "testing") if (root / name).exists()]
+    if not held_out + test:
+        raise FileNotFoundError(f"{root} has no validation folder (validation, valid, val, dev, test or testing)")
+    parts = [images_by_metadata(root / name) for name in (train.name, *held_out[:1], *test[:1])]
+    return _of_classes(root.resolve().name, *parts[:2], mode, *parts[2:])
+
+
 def _mnist(root: str, mode: str) -> ImageData:
     root = find_root(root)
     # torchvision keeps the files in MNIST/raw.
@@ -216,19 +319,19 @@ def _mnist(root: str, mode: str) -> ImageData:
     return ImageData("MNIST", *parts, classes)
 
 
-def _cifar10(root: str, mode: str) -> ImageData:
-    from torchvision.datasets import CIFAR10
+def _cifar(title: str, root: str, mode: str) -> ImageData:
+    from torchvision import datasets
 
-    root = find_root(root)
-    root = root.parent if root.name == CIFAR10.base_folder else root
+    root, kind = find_root(root), getattr(datasets, title.replace("-", ""))
+    root = root.parent if root.name == kind.base_folder else root
     try:
-        train, val = (CIFAR10(root, train=train) for train in (True, False))
+        train, val = (kind(root, train=train) for train in (True, False))
     except RuntimeError:
         raise FileNotFoundError(
-            f"{root / CIFAR10.base_folder} is missing, incomplete or damaged; expected are the original python batches."
+            f"{root / kind.base_folder} is missing, incomplete or damaged; expected are the original python batches."
         ) from None
     parts = [Images(list(zip(part.data, part.targets)), mode) for part in (train, val)]
-    return ImageData("CIFAR-10", *parts, tuple(train.classes))
+    return ImageData(title, *parts, tuple(train.classes))
 
 
 def _cifar10_jpeg(root: str, mode: str) -> ImageData:
@@ -325,8 +428,11 @@ def _digits(root: str, mode: str) -> ImageData:
 IMAGE_DATA: dict[str, Callable[[str, str], ImageData]] = {
     "image_folder": _image_folder,
     "tar": _tar,
+    "webdataset": _webdataset,
+    "hf_folder": _hf_folder,
     "mnist": _mnist,
-    "cifar10": _cifar10,
+    "cifar10": functools.partial(_cifar, "CIFAR-10"),
+    "cifar100": functools.partial(_cifar, "CIFAR-100"),
     "cifar10_jpeg": _cifar10_jpeg,
     "digits": _digits,
 }
@@ -339,8 +445,13 @@ def load_image_data(name: str, root: str = "", mode: str = "RGB") -> ImageData:
         name: how the set is stored:
             "image_folder": `root`/train/<class>/<image> and `root`/val/<class>/<image> (ImageNet's layout);
             "tar": `root`/train.tar and `root`/val.tar with members <class>/<image>;
+            "webdataset": shards `root`/train-00000.tar, ... and `root`/val-00000.tar, ... with members KEY.jpg and
+                KEY.cls, or KEY.json with a "label";
+            "hf_folder": `root`/train, `root`/validation, `root`/test with class folders, or with metadata.csv or
+                metadata.jsonl (Hugging Face's imagefolder); with only one of the last two, it is validated on;
             "mnist": the four IDX files, gzipped or not;
-            "cifar10": cifar-10-batches-py, the original python batches;
+            "cifar10", "cifar100": cifar-10-batches-py or cifar-100-python, the original python batches; of CIFAR-100
+                the 100 fine classes;
             "cifar10_jpeg": CIFAR-10 as JPEG bytes in cifar10_jpeg.npz, arrays {train,test}_{jpeg,offsets,labels} and
                 class_names; image i is jpeg[offsets[i]:offsets[i + 1]];
             "digits": 1797 8x8 images that come with scikit-learn, a fixed stratified 1437 + 360 split; needs no `root`.

@@ -6,72 +6,28 @@ through one open archive in all processes that a loader starts.
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 from fbn_plugin.engine.data.decoding import image_extensions
-from fbn_plugin.engine.files.words import counted, shown_path
-from fbn_plugin.engine.run.cli import error_sentence
+from fbn_plugin.engine.data.tar_files import Archive, Member, Part, read_members
+from fbn_plugin.engine.files.words import counted, shown, shown_path
 
-__all__ = ["Archive", "FoundImages", "Member", "images_in_archive", "images_in_folder"]
+__all__ = [
+    "FoundImages",
+    "checked_label",
+    "image_names",
+    "images_in_archive",
+    "images_in_folder",
+    "in_order",
+    "is_apart",
+]
 
 logger = logging.getLogger(__name__)
-
-
-def _seek_and_read(file: int, size: int, start: int) -> bytes:
-    os.lseek(file, start, os.SEEK_SET)
-    return os.read(file, size)
-
-
-# Leaves the file's position alone, which forked processes share. Windows has neither.
-_read_at = getattr(os, "pread", _seek_and_read)
-
-
-class Archive:
-    """A tar file, of which any number of processes may read at once."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = path
-        self._file: int | None = None
-
-    def read(self, start: int, size: int) -> bytes:
-        """Bytes from ``start`` on; fewer than ``size`` where the file ends."""
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        parts, end = [], start + size
-        while start < end and (part := _read_at(self._file, end - start, start)):
-            parts.append(part)
-            start += len(part)
-        return b"".join(parts)
-
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "_file": None}
-
-    def __del__(self):
-        if self._file is not None:
-            os.close(self._file)
-
-
-class Member(NamedTuple):
-    """A file in a tar archive, or in one within that: its name, and the bytes of the outer archive that it takes."""
-
-    archive: Archive
-    name: str
-    start: int
-    size: int
-
-    def read(self) -> bytes:
-        """The file's content."""
-        return self.archive.read(self.start, self.size)
-
-    def __str__(self) -> str:
-        return f"{shown_path(self.name)} in {shown_path(self.archive.path)}"
 
 
 class FoundImages:
@@ -79,16 +35,19 @@ class FoundImages:
 
     Args:
         place: the folder or the archive.
+        layout: how images are expected to lie there.
 
     Attributes:
         images: name (relative to ``place``), class and file of each.
         empty: folders beside the classes that hold no image.
         left_out: why files are left out -> their names.
         folders: class -> names of the folders that it consists of.
+        numbered: whether the classes are numbers that the set gives to its images, and not names.
     """
 
-    def __init__(self, place: str | os.PathLike):
-        self.place = place
+    def __init__(self, place: str | os.PathLike, layout: str = "<class>/<image> below it"):
+        self.place, self.layout = place, layout
+        self.numbered = False
         self.images: list[tuple[str, str, str | Member]] = []
         self.empty: list[str] = []
         self.left_out: defaultdict[str, list[str]] = defaultdict(list)
@@ -102,12 +61,43 @@ class FoundImages:
 
     @property
     def classes(self) -> list[str]:
-        return sorted(self.folders, key=_in_order)
+        return sorted(self.folders, key=in_order)
+
+    def add_labelled(self, images: Iterable[tuple[str, str | Member, int | str]]) -> None:
+        """Add names and files of images with the classes that the set gives them, numbers or names.
+
+        Raises:
+            ValueError: numbers here and names there.
+        """
+        kinds: dict[type, str] = {}
+        for name, file, label in images:
+            kinds.setdefault(type(label), name)
+            self.add(name, file, str(label))
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{shown_path(self.place)} has labels that are numbers and labels that are text: those of "
+                f"{shown_path(kinds[int])} and {shown_path(kinds[str])}"
+            )
+        self.numbered = int in kinds
+
+    def check_numbers(self) -> None:
+        """Refuse classes that are numbers with one missing among them: those behind it would be numbered anew.
+
+        Raises:
+            ValueError: as said.
+        """
+        classes = self.classes
+        if self.numbered and classes != list(map(str, range(len(classes)))):
+            missing = next(number for number, name in enumerate(classes) if str(number) != name)
+            raise ValueError(
+                f"{shown_path(self.place)} has {counted(len(classes), 'label')} from {classes[0]} to {classes[-1]}, "
+                f"and no image of label {missing}; they must be 0, 1, 2, ..."
+            )
 
     def samples(self, classes: Sequence[str]) -> list[tuple[str | Member, int]]:
         """Files with their class indices, in the order of their names."""
         number = {name: index for index, name in enumerate(classes)}
-        ordered = sorted(self.images, key=lambda image: _in_order(image[0]))
+        ordered = sorted(self.images, key=lambda image: in_order(image[0]))
         return [(file, number[label]) for _, label, file in ordered]
 
     def check(self) -> None:
@@ -117,7 +107,7 @@ class FoundImages:
             ValueError: no image, or one that is in no class; a class whose name is no text.
         """
         if not self.images:
-            raise ValueError(f"no images found in {shown_path(self.place)}; expected are <class>/<image> below it")
+            raise ValueError(f"no images found in {shown_path(self.place)}; expected are {self.layout}")
         if "" in self.folders:
             first = next(name for name, label, _ in self.images if not label)
             raise ValueError(
@@ -145,8 +135,33 @@ def images_in_folder(root: str | os.PathLike) -> FoundImages:
             pipe; see ``FoundImages.check`` too.
         OSError: a folder cannot be read.
     """
-    found, seen = FoundImages(root), {}
-    todo = [""]
+    found, folders = FoundImages(root), []
+    for name in image_names(found, folders):
+        found.add(name, os.path.join(root, name))
+    with_images = {name.split(os.sep)[0] for name, _, _ in found.images}
+    empty = (name for name in folders if name != "." and os.sep not in name and name not in with_images)
+    found.empty = sorted(empty, key=in_order)
+    found.check()
+    return found
+
+
+def checked_label(value: object, who: str) -> int | str:
+    """What a set gives as a class: a number from 0 on, or a text.
+
+    Raises:
+        ValueError: it is neither; ``who`` says where it stands.
+    """
+    number = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
+    if not number and not (isinstance(value, str) and value):
+        raise ValueError(
+            f"{who}: the label must be a number of a class, 0 or more, or its name, got {shown(value, 60)}"
+        )
+    return value
+
+
+def image_names(found: FoundImages, folders: list[str]) -> Iterator[str]:
+    """Names of the image files below ``found.place``; what is none is noted there, and the folders in ``folders``."""
+    root, seen, todo = found.place, {}, [""]
     while todo:
         folder = todo.pop()
         path = os.path.join(root, folder)
@@ -156,6 +171,7 @@ def images_in_folder(root: str | os.PathLike) -> FoundImages:
             raise ValueError(
                 f"{shown_path(path)} and {shown_path(same)} are one folder, whose images would be there twice"
             )
+        folders.append(os.path.relpath(path, root))
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 name = os.path.join(folder, entry.name)
@@ -165,13 +181,7 @@ def images_in_folder(root: str | os.PathLike) -> FoundImages:
                     todo.append(name)
                 elif _is_image(name, found):
                     _check_file(entry)
-                    found.add(name, os.path.join(root, name))
-    with_images = {name.split(os.sep)[0] for name, _, _ in found.images}
-    folders = (os.path.relpath(path, root) for path in seen.values())
-    empty = (name for name in folders if name != "." and os.sep not in name and name not in with_images)
-    found.empty = sorted(empty, key=_in_order)
-    found.check()
-    return found
+                    yield name
 
 
 def images_in_archive(path: str | os.PathLike) -> FoundImages:
@@ -185,11 +195,11 @@ def images_in_archive(path: str | os.PathLike) -> FoundImages:
         raise ValueError(f"{shown_path(path)} is not a file")
     found, members, archive = FoundImages(path), {}, Archive(path)
     with open(path, "rb") as file:
-        for member in _members(file, path):
-            if member.isreg() and member.name.lower().endswith(".tar") and not _is_apart(member, found):
+        for member in read_members(file, path):
+            if member.isreg() and member.name.lower().endswith(".tar") and not is_apart(member, found):
                 inner, _ = os.path.splitext(os.path.basename(member.name))
-                part = _Part(file, member.offset_data, member.size)
-                for each in _members(part, f"{path}/{member.name}"):
+                part = Part(file, member.offset_data, member.size)
+                for each in read_members(part, f"{path}/{member.name}"):
                     _enter(each, inner, member.offset_data, archive, members, found)
             else:
                 _enter(member, "", 0, archive, members, found)
@@ -203,7 +213,7 @@ def _enter(
     member: tarfile.TarInfo, inner: str, start: int, archive: Archive, members: dict, found: FoundImages
 ) -> None:
     """Add a member to those that are known by the name of the archive within that it is in, and its own."""
-    if member.isdir() or _is_apart(member, found):
+    if member.isdir() or is_apart(member, found):
         return
     if not member.isreg() or member.issparse():
         found.left_out["no plain file"].append(member.name)
@@ -214,53 +224,12 @@ def _enter(
         members[inner, name] = Member(archive, os.path.join(inner, name), start + member.offset_data, member.size)
 
 
-def _members(file: BinaryIO, name: str | os.PathLike) -> Iterator[tarfile.TarInfo]:
-    try:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                if not 0 <= member.size <= size - member.offset_data and member.isreg() and not member.issparse():
-                    raise tarfile.ReadError(f"{shown_path(member.name)} is cut short")
-                yield member
-                archive.members.clear()  # millions of them would stay
-            # tarfile takes a header that is cut or damaged for the end, which is a block of zeros.
-            file.seek(archive.offset)
-            if file.read(512) != bytes(512):
-                raise tarfile.ReadError("it has no end, perhaps it is cut short")
-    except Exception as error:  # whatever tarfile makes of bytes that are no archive
-        reason = " ".join(error_sentence(error).split()) or type(error).__name__
-        raise ValueError(f"no images found in {shown_path(name)}, which is not a whole tar archive: {reason}") from None
-
-
-class _Part(io.RawIOBase):
-    """A stretch of a file as a file."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int):
-        self._whole, self._start, self._size, self._position = file, start, size, 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._position)
-        self._whole.seek(self._start + self._position)
-        data = self._whole.read(left if size < 0 else min(size, left))
-        self._position += len(data)
-        return data
-
-
 def _is_hidden(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
 
 
-def _is_apart(member: tarfile.TarInfo, found: FoundImages) -> bool:
-    """Whether a member is hidden; ValueError if its name leads out of the archive."""
+def is_apart(member: tarfile.TarInfo, found: FoundImages) -> bool:
+    """Whether a member is hidden, which ``found`` is told; ValueError if its name leads out of the archive."""
     parts = member.name.split("/")
     if ".." in parts:
         raise ValueError(
@@ -284,7 +253,7 @@ def _check_file(entry: os.DirEntry) -> None:
         raise ValueError(f"image {shown_path(entry.path)} is {what}, not a file")
 
 
-def _in_order(name: str) -> tuple:
+def in_order(name: str) -> tuple:
     """Sort key: numbers in names by their value and without regard to case, as timm sorts, and then as they are."""
     parts = re.split(r"(\d{1,4000})", name.lower())  # int() takes so many
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

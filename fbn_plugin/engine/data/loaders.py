@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from fbn_plugin.engine.data.sampling import (
+    AlternatingBatchSampler,
     BalancedSampler,
     GroupedBatchSampler,
     InfiniteSampler,
@@ -19,7 +20,7 @@ from fbn_plugin.engine.data.sampling import (
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.stopping import blocked, end_with_parent
 
-__all__ = ["data_loader", "shield_workers", "training_loader"]
+__all__ = ["data_loader", "shield_workers", "training_batches", "training_loader"]
 
 
 class _ShieldedLoader(DataLoader):
@@ -61,6 +62,58 @@ def data_loader(dataset: Dataset, **options: Any) -> DataLoader:
     return shield_workers(DataLoader(dataset, generator=torch.Generator(), **options))
 
 
+def training_batches(
+    dataset: Dataset,
+    seed: int,
+    batch_size: int,
+    start: int = 0,
+    groups: Sequence[int] | None = None,
+    images_per_class: int = 0,
+    factors: np.ndarray | None = None,
+    steps: int = 1,
+    repeats: int = 1,
+) -> Sampler[list[tuple[int, int]]]:
+    """What this process's training batches are of, from the ``start``-th on, without end: lists of (index, position in
+    the stream). The same seed gives the same ones.
+
+    Args:
+        dataset: training samples; with ``images_per_class`` one that has labels, see ``BalancedBatchSampler``.
+        seed: of the order.
+        batch_size: samples of one process.
+        start: iterations to pass over, to resume there.
+        groups: the group of each sample; a batch is of one group.
+        images_per_class: above 0, a batch holds so many samples of each class, ``batch_size`` together.
+        factors: how often an epoch has each sample, see ``repeat_factors``; without, once.
+        steps: batches of an iteration: those of one process are the batches of ``steps`` processes, one behind the
+            other, so that the images of an iteration, and of each batch, are the same on ``steps`` times as many. Not
+            with ``groups`` or ``factors``.
+        repeats: how often a sample comes in a row, see ``InfiniteSampler``.
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    if steps > 1:
+        places = [(step * world + rank, steps * world) for step in range(steps)]
+        if images_per_class:
+            streams = [BalancedSampler(dataset, images_per_class, seed, *place, start) for place in places]
+        else:
+            streams = [
+                InfiniteSampler(len(dataset), seed, *place, start * batch_size, repeats=repeats) for place in places
+            ]
+        return AlternatingBatchSampler(streams, batch_size)
+
+    def stream(start: int) -> InfiniteSampler | RepeatFactorSampler:
+        if factors is not None:
+            return RepeatFactorSampler(factors, seed, rank, world, start)
+        return InfiniteSampler(len(dataset), seed, rank, world, start, repeats=repeats)
+
+    if groups is not None:
+        return GroupedBatchSampler(stream(0), groups, batch_size, skip=start)
+    if images_per_class:
+        sampler = BalancedSampler(dataset, images_per_class, seed, rank, world, start)
+    else:
+        sampler = stream(start * batch_size)
+    return BatchSampler(sampler, batch_size, drop_last=False)
+
+
 def training_loader(
     dataset: Dataset,
     seed: int,
@@ -69,6 +122,8 @@ def training_loader(
     groups: Sequence[int] | None = None,
     images_per_class: int = 0,
     factors: np.ndarray | None = None,
+    steps: int = 1,
+    repeats: int = 1,
     **options: Any,
 ) -> DataLoader:
     """This process's training batches, from the ``start``-th on, without end.
@@ -78,26 +133,8 @@ def training_loader(
     Args:
         dataset: training samples; its augmentation draws from the global generators.
         seed: of order and augmentation.
-        batch_size: samples of one process.
-        start: batches to pass over, to resume at that iteration.
-        groups: the group of each sample; a batch is of one group.
-        images_per_class: above 0, a batch holds so many samples of each class, ``batch_size`` together.
-        factors: how often an epoch has each sample, see ``repeat_factors``; without, once.
+        batch_size, start, groups, images_per_class, factors, steps, repeats: see ``training_batches``.
         options: as ``DataLoader`` has them.
     """
-    rank, world = distributed.rank(), distributed.world_size()
-
-    def stream(start: int) -> InfiniteSampler | RepeatFactorSampler:
-        if factors is not None:
-            return RepeatFactorSampler(factors, seed, rank, world, start)
-        return InfiniteSampler(len(dataset), seed, rank, world, start)
-
-    if groups is not None:
-        options["batch_sampler"] = GroupedBatchSampler(stream(0), groups, batch_size, skip=start)
-    elif images_per_class:
-        options["sampler"] = BalancedSampler(dataset, images_per_class, seed, rank, world, start)
-        options["batch_size"] = batch_size
-    else:
-        options["sampler"] = stream(start * batch_size)
-        options["batch_size"] = batch_size
-    return data_loader(SeededDataset(dataset, seed), **options)
+    batches = training_batches(dataset, seed, batch_size, start, groups, images_per_class, factors, steps, repeats)
+    return data_loader(SeededDataset(dataset, seed), batch_sampler=batches, **options)

@@ -4,18 +4,20 @@ Nothing depends on worker processes or on how often a run was interrupted: a res
 augmented the same way, as one that was never stopped.
 """
 
+import contextlib
 import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterator, Sequence
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from fbn_plugin.engine.run.seeding import seeded_rng
+from fbn_plugin.engine.run.seeding import generators_kept, seed_sample
 from fbn_plugin.training.balanced_batches import BalancedBatchSampler
 
 __all__ = [
+    "AlternatingBatchSampler",
     "BalancedSampler",
     "GroupedBatchSampler",
     "InfiniteSampler",
@@ -37,9 +39,21 @@ class InfiniteSampler(Sampler):
         start: the first of this rank's samples to give, counted from 0: ``iteration * batch_size`` resumes at
             ``iteration``.
         shuffle: False for 0, 1, 2, ... over and over.
+        repeats: how often each sample comes in a row, to be augmented otherwise each time (Hoffer et al., "Augment your
+            batch", 2020); the next permutation begins when all samples have come so often. timm's RepeatAugSampler has
+            the same rows, but leaves off a permutation after as many positions as there are samples.
     """
 
-    def __init__(self, size: int, seed: int, rank: int = 0, world_size: int = 1, start: int = 0, shuffle: bool = True):
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        shuffle: bool = True,
+        repeats: int = 1,
+    ):
         if size < 1:
             raise ValueError(f"a sampler needs at least one sample, got size {size}")
         self.size = size
@@ -48,15 +62,17 @@ class InfiniteSampler(Sampler):
         self.world_size = world_size
         self.start = start
         self.shuffle = shuffle
+        self.repeats = repeats
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, order = None, None
         for position in itertools.count(self.rank + self.start * self.world_size, self.world_size):
-            if position // self.size != epoch:
-                epoch = position // self.size
+            number = position // self.repeats
+            if number // self.size != epoch:
+                epoch = number // self.size
                 generator = np.random.default_rng([self.seed, epoch])
                 order = generator.permutation(self.size) if self.shuffle else np.arange(self.size)
-            yield int(order[position % self.size]), position
+            yield int(order[number % self.size]), position
 
 
 def repeat_factors(categories: Sequence[Collection[Hashable]], threshold: float, sqrt: bool = True) -> np.ndarray:
@@ -148,6 +164,23 @@ class BalancedSampler(Sampler):
             skip = 0
 
 
+class AlternatingBatchSampler(Sampler):
+    """Batches of several streams in turn: the first batch of each, the second of each, and so on.
+
+    Args:
+        samplers: endless ones.
+        batch_size: samples in a batch.
+    """
+
+    def __init__(self, samplers: Sequence[Sampler], batch_size: int):
+        self.samplers = samplers
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for stream in itertools.cycle([iter(sampler) for sampler in self.samplers]):
+            yield list(itertools.islice(stream, self.batch_size))
+
+
 class GroupedBatchSampler(Sampler):
     """Batches whose samples belong to one group (say, landscape or portrait images), in the order in which they fill
     up.
@@ -179,7 +212,11 @@ class GroupedBatchSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """A dataset indexed by InfiniteSampler's ``(index, position)``; its augmentation is drawn from (seed, position)."""
+    """A dataset indexed by InfiniteSampler's ``(index, position)``; its augmentation is drawn from (seed, position).
+
+    The global generators are as before after each sample, or batch of them; but not in a worker process of a loader,
+    where nobody else draws.
+    """
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
@@ -189,6 +226,13 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, item: tuple[int, int]):
-        index, position = item
-        with seeded_rng(self.seed, position):
-            return self.dataset[index]
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list:
+        """The samples of a batch, which DataLoader asks for at once: saving states takes longer than seeding."""
+        with generators_kept() if get_worker_info() is None else contextlib.nullcontext():
+            return [self._sample(*item) for item in items]
+
+    def _sample(self, index: int, position: int):
+        seed_sample(self.seed, position)
+        return self.dataset[index]

@@ -51,7 +51,7 @@ from fbn_plugin.engine.run.schedule import eval_iterations
 from fbn_plugin.frameworks.detectron2 import canonical_norm, check_norm
 from fbn_plugin.frameworks.detectron2_keys import add_keys
 
-__all__ = ["add_config", "load_config", "prepare"]
+__all__ = ["add_config", "load_checked_config", "load_config", "prepare"]
 
 # What a resumed run may have otherwise: what both engines let change, and a key that torchvision's does not have.
 _MAY_CHANGE = (*MAY_CHANGE, "VIS_PERIOD")
@@ -161,13 +161,8 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     Raises:
         ValueError, OSError: one sentence.
     """
-    cfg = load_config(args.config_file, args.opts)
-    check_types(cfg)
-    check_values(cfg, RULES)
-    check_values(cfg, {**input_rules(cfg), **dependent_rules(cfg)})
-    check_augmentation(cfg)
-    norms = {f"MODEL.{name}.NORM": group.NORM for name, group in cfg.MODEL.items() if "NORM" in _mapping(group)}
-    check_norms(norms, check_norm)
+    cfg = load_checked_config(args.config_file, args.opts)
+    norms = _norms(cfg)
     processes = args.num_gpus * args.num_machines
     _choose_device(cfg, args.num_gpus, processes, args.eval_only)
     if not args.eval_only:
@@ -194,6 +189,26 @@ def prepare(args: argparse.Namespace) -> CfgNode:
     make_output_dir(cfg.OUTPUT_DIR)
     cfg.freeze()
     return cfg
+
+
+def load_checked_config(config_file: str, overrides: list[str]) -> CfgNode:
+    """:func:`load_config`, with every value checked that can be checked without data.
+
+    Raises:
+        ValueError, OSError: one sentence.
+    """
+    cfg = load_config(config_file, overrides)
+    check_types(cfg)
+    check_values(cfg, RULES)
+    check_values(cfg, {**input_rules(cfg), **dependent_rules(cfg)})
+    check_augmentation(cfg)
+    check_norms(_norms(cfg), check_norm)
+    return cfg
+
+
+def _norms(cfg: CfgNode) -> dict[str, str]:
+    """Key -> spec of each norm."""
+    return {f"MODEL.{name}.NORM": group.NORM for name, group in cfg.MODEL.items() if "NORM" in _mapping(group)}
 
 
 def _mapping(group: Any) -> Mapping:

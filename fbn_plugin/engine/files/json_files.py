@@ -10,7 +10,7 @@ from typing import Any
 
 from fbn_plugin.engine.files.words import shown
 
-__all__ = ["has_mark", "read_json"]
+__all__ = ["has_mark", "parse_json", "read_json"]
 
 # Longer marks first, as that of UTF-32 begins with that of UTF-16.
 _MARKS = {
@@ -42,20 +42,32 @@ def read_json(path: str | os.PathLike, most: int | None = None) -> Any:
     if most is not None and status.st_size > most:
         raise ValueError(f"{path} is {status.st_size:,} bytes large, and must be at most {most:,}")
     with open(path, "rb") as file:
-        data = file.read()
-    for mark, name in _MARKS.items():
+        return parse_json(file.read(), os.fspath(path))
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """The content of JSON in UTF-8, as of :func:`read_json`.
+
+    Args:
+        data: the JSON.
+        name: what errors call it.
+
+    Raises:
+        ValueError: as of :func:`read_json`.
+    """
+    for mark, encoding in _MARKS.items():
         if data.startswith(mark):
-            raise ValueError(f"{path} is not valid JSON: it is text in {name}, and JSON is in UTF-8")
+            raise ValueError(f"{name} is not valid JSON: it is text in {encoding}, and JSON is in UTF-8")
     try:
         text = data.decode("utf-8-sig")
         del data  # files of gigabytes there are
         return json.loads(text, object_pairs_hook=_object)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON, perhaps cut short: {_reason(error)}") from None
+        raise ValueError(f"{name} is not valid JSON, perhaps cut short: {_reason(error)}") from None
     except RecursionError:
-        raise ValueError(f"{path} is not valid JSON: its lists or objects are nested too deeply") from None
+        raise ValueError(f"{name} is not valid JSON: its lists or objects are nested too deeply") from None
     except ValueError as error:  # _object's, and Python's on whole numbers of thousands of digits
-        raise ValueError(f"{path} is not valid JSON: {_reason(error)}") from None
+        raise ValueError(f"{name} is not valid JSON: {_reason(error)}") from None
 
 
 def has_mark(path: str | os.PathLike) -> bool:

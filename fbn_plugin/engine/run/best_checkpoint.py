@@ -1,10 +1,11 @@
 """The checkpoint of the best evaluation so far, ``model_best.pth``: the model with the metric that it was kept for."""
 
+import contextlib
 import difflib
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.rules import refusal
 
-__all__ = ["BestCheckpoint", "check_metric", "is_better", "is_given"]
+__all__ = ["BestCheckpoint", "best_weights", "check_metric", "is_better", "is_given"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,3 +120,31 @@ class BestCheckpoint:
         content = {"model": model.state_dict(), "iteration": iteration, "metric": self.metric, "value": value}
         atomic_write(self.path, write=lambda file: torch.save(content, file))
         logger.info("saved %s: %s %.3f, the best so far", self.path, self.metric, value)
+
+
+@contextlib.contextmanager
+def best_weights(model: nn.Module, path: str | os.PathLike) -> Iterator[int | None]:
+    """Lend a model the weights of ``model_best.pth`` for the length of a block.
+
+    Args:
+        model: on every process; it has its own weights back behind the block.
+        path: of the file, which rank 0 reads; where there is none, the model is left as it is.
+
+    Yields:
+        the last iteration (from 0) behind the weights; None of the model's own.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    content: dict = {}
+    distributed.on_main(lambda: content.update(load_file(path) if os.path.isfile(path) else {}))
+    content = distributed.broadcast_object(content)
+    if not content:
+        yield None
+        return
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(content["model"])
+    try:
+        yield content["iteration"]
+    finally:
+        model.load_state_dict(own)

@@ -1,8 +1,8 @@
 """Configuration from YAML files with ``_BASE_`` and ``KEY VALUE`` overrides, in detectron2's vocabulary.
 
-Built on fvcore's CfgNode, with four differences from its ``merge_from_file``: files are read by ``yaml_file.py``, an
-unknown key is answered with the nearest known one, an integer is taken where a number is expected, and keys that a tool
-knows but does not use are reported, not refused.
+Built on fvcore's CfgNode, with five differences from its ``merge_from_file``: files are read by ``yaml_file.py``, an
+unknown key is answered with the nearest known one, an integer is taken where a number is expected, keys that a tool
+knows but does not use are reported, not refused, and a group may be the user's own: arguments of somebody else's.
 """
 
 import difflib
@@ -25,8 +25,10 @@ from fbn_plugin.frameworks.detectron2_keys import without_defaults
 from fbn_plugin.registry import with_registered_name
 
 __all__ = [
+    "Arguments",
     "CfgNode",
     "check_texts",
+    "flatten",
     "load_config",
     "pairs",
     "read_config",
@@ -42,6 +44,22 @@ _LONGEST_KEY = 200
 _LONGEST_TEXT = 4096  # as long as a path can be on Linux
 
 
+class Arguments(CfgNode):
+    """A group whose keys are the names of arguments that something else takes, and its values literals: numbers, texts,
+    True, False, None, and tuples of these. What they must be is for whoever hands them on to say.
+
+    Examples::
+
+        >>> Arguments({"alpha": 0.999})
+        {'alpha': 0.999}
+    """
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    __str__ = __repr__
+
+
 def load_config(
     defaults: CfgNode,
     config_file: str | os.PathLike | None = None,
@@ -54,7 +72,8 @@ def load_config(
         defaults: every key that the tool reads, with its default; a value must have its default's type.
         config_file: YAML file; its ``_BASE_`` is a path (or a list of paths) relative to the file.
         overrides: ``["KEY", "VALUE", ...]`` as they come from the command line; values are Python literals or plain
-            strings. A NORM gets the name that is registered, in whatever case it is written.
+            strings. A NORM gets the name that is registered, in whatever case it is written. Of a group of
+            :class:`Arguments` one may be given, ``SOLVER.OPT_ARGS.alpha 0.9``, or all, ``SOLVER.OPT_ARGS "{...}"``.
         unused: keys (with shell wildcards: ``"MODEL.RETINANET.*"``) that are accepted but have no effect; those that
             occur are logged in one line.
 
@@ -64,10 +83,14 @@ def load_config(
     """
     cfg = defaults.clone()
     cfg.defrost()
-    known = dict(_flatten(defaults))
+    known = dict(flatten(defaults))
+    groups = [key for key, default in known.items() if isinstance(default, Arguments)]
     ignored = []
     for key, value in [*_read(config_file), *pairs(overrides)]:
-        if key in known:
+        group = next((each for each in groups if key == each or key.startswith(f"{each}.")), None)
+        if group is not None:
+            _set_arguments(cfg, group, key, value)
+        elif key in known:
             _set(cfg, key, _coerce(key, value, known[key]))
         elif value == {} and any(each.startswith(f"{key}.") for each in (*known, *unused)):
             continue  # a group of which nothing is set
@@ -120,9 +143,9 @@ def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change:
     Raises:
         ValueError: the first key that differs, with its old and new value.
     """
-    old = dict(_flatten(saved))
+    old = dict(flatten(saved))
     # First, as the linear rule changes other keys with it.
-    for key, new in sorted(_flatten(cfg), key=lambda item: item[0] != "SOLVER.REFERENCE_WORLD_SIZE"):
+    for key, new in sorted(flatten(cfg), key=lambda item: item[0] != "SOLVER.REFERENCE_WORLD_SIZE"):
         if _as_lists(new) == _as_lists(old[key]) or any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
             continue
         if key == "SOLVER.REFERENCE_WORLD_SIZE" and new and old[key]:  # the linear rule sets it to their number
@@ -137,13 +160,16 @@ def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change:
 
 
 def _as_lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_lists(each) for key, each in value.items()}
     return [_as_lists(each) for each in value] if isinstance(value, tuple | list) else value
 
 
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key of a nested mapping, written out with its dots, and its value."""
     for name, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping) and value and not isinstance(value, Arguments):
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + str(name), value
 
@@ -151,7 +177,7 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _read(config_file: str | os.PathLike | None) -> list[tuple[str, Any]]:
     if not config_file:
         return []
-    values = list(_flatten(read_yaml(config_file)))
+    values = list(flatten(read_yaml(config_file)))
     keys = [key for key, _ in values]
     if len(set(keys)) < len(keys):  # SOLVER.BASE_LR as one word, and in its group
         twice = Counter(keys).most_common(1)[0][0]
@@ -189,8 +215,43 @@ def _coerce(key: str, value: Any, default: Any) -> Any:
     try:
         return _cast(value, default)
     except ValueError:
+        if isinstance(default, int) and isinstance(value, str) and re.fullmatch(r"\s*[-+]?[\d_]+\s*", value):
+            raise ValueError(f"{key} must be a whole number of at most 64 bits, got {shown(value)}") from None
         kind = _type_name(default)
         raise ValueError(f"{key} must be of type {kind}, such as {default!r}, got {shown(value)}") from None
+
+
+def _set_arguments(cfg: CfgNode, group: str, key: str, value: Any) -> None:
+    """Set one of a group of arguments, or all."""
+    given = literal(value) if isinstance(value, str) else value
+    if key != group:
+        current = cfg
+        for part in group.split("."):
+            current = current[part]
+        given = {**current, key.removeprefix(f"{group}."): given}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{group} must be a mapping of names to values, such as {{'eps': 1e-8}}, got {shown(given)}")
+    arguments = Arguments()
+    for name, each in given.items():
+        if not isinstance(name, str) or not name.isidentifier() or len(name) > _LONGEST_KEY:
+            raise ValueError(f"{group} must have names of arguments as its keys, got {shown(name)}")
+        arguments[name] = _argument(f"{group}.{name}", each)
+    _set(cfg, group, arguments)
+
+
+def _argument(key: str, value: Any) -> Any:
+    """An argument's value, lists as tuples."""
+    if isinstance(value, str):
+        value = literal(value)  # YAML 1.1 reads 1e-4 as a string
+    check_texts(key, value)
+    if isinstance(value, list | tuple):
+        return tuple(_argument(key, each) for each in value)
+    whole = isinstance(value, int) and abs(value) < 2**63
+    number = whole or (isinstance(value, float) and math.isfinite(value))
+    if value is not None and not isinstance(value, str) and not number:
+        what = "a finite number, a text, True, False, None or a list of these"
+        raise ValueError(f"{key} must be {what}, got {shown(value)}")
+    return value
 
 
 def check_texts(key: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fbn_plugin.engine.files.words import counted
@@ -27,6 +27,7 @@ __all__ = [
     "on_main",
     "rank",
     "reduce_mean",
+    "start_mean",
     "world_size",
 ]
 
@@ -99,7 +100,10 @@ def _launched(name: str, default: int) -> int:
     Raises:
         ValueError: it is none, or there are fewer processes.
     """
-    given, processes = os.environ.get(name, str(default)), os.environ.get("WORLD_SIZE", "")
+    given, processes = os.environ.get(name), os.environ.get("WORLD_SIZE", "")
+    if given is None and not processes:
+        return default
+    given = str(default) if given is None else given
     for variable, number in (("WORLD_SIZE", processes or "1"), (name, given)):
         if not re.fullmatch(r"\d{1,9}", number) or (variable == "WORLD_SIZE" and int(number) < 1):
             raise refusal(variable, "a number as torchrun sets it in the environment", number)
@@ -201,3 +205,36 @@ def reduce_mean(values: dict[str, float], device: torch.device) -> dict[str, flo
     *means, stop = (sums / world_size()).tolist()
     stopping.agree(stop > 0)
     return dict(zip(values, means))
+
+
+def start_mean(values: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
+    """The mean over processes of single values that a device may still be computing, as :func:`reduce_mean`.
+
+    Asked for here, and waited for where the function that is returned is called: what the device is given in between
+    goes on, and is not waited for.
+
+    Args:
+        values: name -> tensor of one element; the names must be the same everywhere.
+    """
+    tensors = [value.detach() for value in values.values()]
+    device, several = tensors[0].device, world_size() > 1
+    if several:
+        tensors = [value.double() for value in tensors]
+        tensors.append(tensors[0].new_full((), stopping.asked()))
+    sums = torch.stack(tensors)
+    if several:
+        dist.all_reduce(sums)
+    there = None
+    if device.type == "cuda":
+        sums = sums.to("cpu", non_blocking=True)
+        there = torch.cuda.Event()
+        there.record()
+
+    def wait() -> dict[str, float]:
+        if there is not None:
+            there.synchronize()
+        means = (sums / world_size() if several else sums).tolist()
+        stopping.agree(means.pop() > 0 if several else stopping.asked())
+        return dict(zip(values, means))
+
+    return wait

@@ -65,6 +65,7 @@ def write_run_info(
     images_per_batch: int,
     train_images: Mapping[str, int],
     test_images: Mapping[str, int],
+    batch: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``run_info.json`` in one step, with what ``--import`` has imported.
 
@@ -75,12 +76,14 @@ def write_run_info(
         processes: how many processes share a batch.
         images_per_batch: of all processes together, after any scaling.
         train_images, test_images: name of each set -> number of its images.
+        batch: what else is to be said of the batch.
     """
     info = {
         "engine": engine,
         "hardware": hardware(device),
         "processes": processes,
         "images_per_batch": images_per_batch,
+        **(batch or {}),
         "train_images": dict(train_images),
         "test_images": dict(test_images),
         "imports": imported(),

@@ -1,6 +1,7 @@
 """Seeds: of a run, of an iteration, and of a block that must not disturb the generators around it."""
 
 import contextlib
+import functools
 import os
 import random
 from collections.abc import Iterator
@@ -10,7 +11,18 @@ import torch
 
 from fbn_plugin.engine.run import distributed
 
-__all__ = ["choose_seed", "same_on_all_processes", "seed_generators", "seed_iteration", "seeded_rng"]
+__all__ = [
+    "choose_seed",
+    "generators_kept",
+    "same_on_all_processes",
+    "seed_generators",
+    "seed_iteration",
+    "seed_sample",
+    "seeded_rng",
+]
+
+
+_BLOCK = 64  # iterations
 
 
 def choose_seed(seed: int) -> int:
@@ -33,24 +45,61 @@ def same_on_all_processes(seed: int) -> Iterator[None]:
     seed_generators(seed + distributed.rank())
 
 
-def seed_iteration(seed: int, iteration: int) -> None:
-    """Seed what one iteration draws on this process (dropout, mixup): no state has to outlive an interruption."""
-    for_torch, for_numpy = np.random.SeedSequence([seed, iteration, distributed.rank()]).generate_state(2)
-    torch.manual_seed(int(for_torch))
+def seed_iteration(seed: int, iteration: int, step: int = 0) -> None:
+    """Seed what one iteration draws on this process (dropout, mixup): no state has to outlive an interruption.
+
+    Args:
+        seed: of the run.
+        iteration: from 0.
+        step: of several in the iteration, from 0. Step s draws what as many more processes would draw.
+    """
+    block, number = divmod(iteration, _BLOCK)
+    place = step * distributed.world_size() + distributed.rank()
+    for_torch, for_numpy = _iteration_seeds(seed, place, block)[number]
+    if _has_accelerator():
+        torch.manual_seed(for_torch)
+    else:  # the same on a CPU, without a stack trace for a GPU that might come, which takes 0.1 ms
+        torch.default_generator.manual_seed(for_torch)
     np.random.seed(for_numpy)
 
 
-@contextlib.contextmanager
-def seeded_rng(*entropy: int) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and PyTorch (CPU) for the length of a block, then put them back."""
-    python_seed, numpy_seed, torch_seed = (int(x) for x in np.random.SeedSequence(entropy).generate_state(3))
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(python_seed)
+@functools.lru_cache(maxsize=128)  # accumulation has as many as it has steps
+def _iteration_seeds(seed: int, place: int, block: int) -> list[tuple[int, int]]:
+    """Those of PyTorch and NumPy for a block of iterations: one by one, with the caches full of a model's weights and
+    activations, they would take ten times as long."""
+    iterations = range(block * _BLOCK, (block + 1) * _BLOCK)
+    sequences = (np.random.SeedSequence([seed, iteration, place]) for iteration in iterations)
+    return [tuple(sequence.generate_state(2).tolist()) for sequence in sequences]
+
+
+@functools.cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
+
+
+def seed_sample(*entropy: int) -> None:
+    """Seed the global generators of Python, NumPy and PyTorch (CPU) for what one sample draws."""
+    python_seed, numpy_seed, torch_seed = np.random.SeedSequence(entropy).generate_state(3)
+    random.seed(int(python_seed))
     np.random.seed(numpy_seed)
-    torch.default_generator.manual_seed(torch_seed)
+    torch.default_generator.manual_seed(int(torch_seed))
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the global generators of Python, NumPy and PyTorch (CPU) back after a block that seeds them."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+
+
+@contextlib.contextmanager
+def seeded_rng(*entropy: int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and PyTorch (CPU) for the length of a block, then put them back."""
+    with generators_kept():
+        seed_sample(*entropy)
+        yield

@@ -28,8 +28,8 @@ from fbn_plugin.engine.data.coco_data import scaled_size
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.rules import get_value
 from fbn_plugin.engine.run.run_folder import NORM_KEYS
-from fbn_plugin.layers.description import describe
 from fbn_plugin.models.mask_rcnn import mask_rcnn_fpn
+from fbn_plugin.training.parameter_groups import named_without_decay, norm_parameters
 
 __all__ = ["DetectionTransform", "build_model", "build_optimizer", "build_scheduler"]
 
@@ -238,24 +238,22 @@ def _head_options(m: CfgNode) -> dict[str, Any]:
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     """SGD with detectron2's parameter groups: norms decay by WEIGHT_DECAY_NORM, biases by WEIGHT_DECAY_BIAS if that is
-    set, and biases learn BIAS_LR_FACTOR times as fast; or, with SCALE_LR_DIVISOR, with those of `param_groups`."""
+    set, and biases learn BIAS_LR_FACTOR times as fast; or, with SCALE_LR_DIVISOR, with those of `param_groups`. What
+    norms name in `no_weight_decay()` does not decay."""
     solver = cfg.SOLVER
     if solver.SCALE_LR_DIVISOR:
         parameters = param_groups(model, solver.BASE_LR, solver.WEIGHT_DECAY, solver.SCALE_LR_DIVISOR)
         return torch.optim.SGD(parameters, solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    seen = set()
-    for module in model.modules():
-        is_norm = describe(module) is not None
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or parameter in seen:
-                continue
-            seen.add(parameter)
-            lr, decay = solver.BASE_LR, solver.WEIGHT_DECAY_NORM if is_norm else solver.WEIGHT_DECAY
-            if name == "bias":
-                lr *= solver.BIAS_LR_FACTOR
-                decay = decay if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
-            groups.setdefault((lr, decay), []).append(parameter)
+    norms, named = norm_parameters(model), named_without_decay(model, norms_only=True)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        lr, decay = solver.BASE_LR, solver.WEIGHT_DECAY_NORM if parameter in norms else solver.WEIGHT_DECAY
+        if name.rpartition(".")[2] == "bias":
+            lr *= solver.BIAS_LR_FACTOR
+            decay = decay if solver.WEIGHT_DECAY_BIAS is None else solver.WEIGHT_DECAY_BIAS
+        groups.setdefault((lr, 0.0 if parameter in named else decay), []).append(parameter)
     parameters = [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
     return torch.optim.SGD(parameters, solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
 

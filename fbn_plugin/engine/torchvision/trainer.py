@@ -178,7 +178,8 @@ class DetectionTrainer:
         )
         self._write_run_info()
         meter = FilterMeter(self.model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)
-        with TrainingLog(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, self.start, self.log_period, self.log_window) as log:
+        period = self.log_period, self.log_window, cfg.SOLVER.IMS_PER_BATCH
+        with TrainingLog(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, self.start, *period) as log:
             metrics = self._catch_up(periodic, log)
             loader = iter(self.data.training_batches(self.seed, self.start))
             model.train()

@@ -56,7 +56,7 @@ def test_one_crop_is_the_runs_own_evaluation(runs):
 
 
 def test_probabilities_are_averaged_over_views(runs):
-    each = checkpoint(runs / "FBN", "TEST.MAX_IMAGES", 30, "TEST.IMS_PER_BATCH", 300)
+    each = checkpoint(runs / "FBN", "DATASETS.VAL_IMAGES", 30, "TEST.IMS_PER_BATCH", 300)
     found = predict(each, 144)
     data = load_image_data("digits", mode="L").val
     chosen, views = subset_by_class(data.targets, 30, 0), Views(each.cfg, 144)
@@ -102,11 +102,11 @@ def test_batch_moments_of_ten_crops(runs):
 
 
 def test_what_does_not_go_together(runs, tmp_path):
-    first = predict(checkpoint(runs / "FBN", "TEST.MAX_IMAGES", 50))
+    first = predict(checkpoint(runs / "FBN", "DATASETS.VAL_IMAGES", 50))
     with pytest.raises(ValueError, match="--ensemble must be of runs on the same images, as a is, got 'b'"):
         average([first, predict(checkpoint(runs / "BN"))], ["a", "b"])
-    other = checkpoint(runs / "BN", "TEST.MAX_IMAGES", 50)
-    with pytest.raises(ValueError, match="TEST.MAX_IMAGES must be the same in all that is compared, got 0 in "):
+    other = checkpoint(runs / "BN", "DATASETS.VAL_IMAGES", 50)
+    with pytest.raises(ValueError, match="DATASETS.VAL_IMAGES must be the same in all that is compared, got 0 in "):
         check_same_set([checkpoint(runs / "FBN"), other])
     with pytest.raises(FileNotFoundError, match="nowhere is not there"):
         find_checkpoint(tmp_path / "nowhere")

@@ -18,7 +18,7 @@ def test_what_a_run_was_made_of(tmp_path):
     norms = [module for module in trainer.model.modules() if isinstance(module, FilteredBatchNormMixin)]
     assert (record["norm"], record["norms"]) == ("FBN", {"FBN(t_sigma=5)": len(norms)})
     assert record["parameters"] == record["trained_parameters"] == sum(p.numel() for p in trainer.model.parameters())
-    assert (record["images_per_batch"], record["images_per_process"], record["processes"]) == (16, 16, 1)
+    assert (record["images_per_batch"], record["images_per_process_and_step"], record["processes"]) == (16, 16, 1)
     assert (record["optimizer"], record["learning_rate"], record["schedule"]) == ("momentum", 0.01, "cosine")
     assert record["command"] == "tools/train.py KEY 'a b'" and record["versions"]["torch"] in torch.__version__
     assert record["best"] == {"metric": "top1", "value": result["top1"], "iteration": 3, "epoch": 3 / 89}

@@ -143,6 +143,32 @@ def test_cifar10_batches(tmp_path, monkeypatch):
         load_image_data("cifar10", str(tmp_path))
 
 
+def test_cifar100_has_the_fine_classes(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR100
+
+    folder, sums = tmp_path / CIFAR100.base_folder, {}
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (4, 3, 32, 32), np.uint8)
+    contents = {
+        "train": {"data": images[:3].reshape(3, -1), "fine_labels": [0, 99, 5], "coarse_labels": [1, 1, 2]},
+        "test": {"data": images[3:].reshape(1, -1), "fine_labels": [7], "coarse_labels": [0]},
+        "meta": {"fine_label_names": [f"fine{i}" for i in range(100)], "coarse_label_names": ["coarse"]},
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(data := pickle.dumps(content))
+        sums[name] = hashlib.md5(data).hexdigest()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"]})
+    data = load_image_data("cifar100", str(tmp_path))
+    assert data.title == "CIFAR-100" and data.classes[99] == "fine99" and len(data.classes) == 100
+    assert [label for _, label in data.train] == [0, 99, 5] and [label for _, label in data.val] == [7]
+    assert np.array_equal(np.asarray(data.val[0][0]), images[3].transpose(1, 2, 0))
+    (folder / "meta").write_bytes(b"damaged")
+    with pytest.raises(FileNotFoundError, match="cifar-100-python is missing, incomplete or damaged"):
+        load_image_data("cifar100", str(tmp_path))
+
+
 def test_cifar10_jpeg_is_labelled_as_such(tmp_path):
     def pack(images):
         encoded = [image_bytes(image, "JPEG") for image in images]

@@ -14,7 +14,8 @@ import pytest
 from image_files import NO_FILES
 from timm.data.readers import create_reader
 
-from fbn_plugin.engine.data.image_files import Archive, Member, images_in_archive, images_in_folder
+from fbn_plugin.engine.data.image_files import images_in_archive, images_in_folder
+from fbn_plugin.engine.data.tar_files import Archive, Member
 
 
 def make_folder(root: Path, names: list[str]) -> Path:

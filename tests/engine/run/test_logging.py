@@ -30,6 +30,14 @@ def test_lines_hold_the_means_of_their_period(tmp_path):
     assert rows[0].keys() == {"iteration", "total_loss", "lr", "time", "data_time", "eta_seconds"}
 
 
+def test_images_per_second(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "fbn_plugin"), TrainingLog(tmp_path, 2, period=2, images=6) as log:
+        for iteration, seconds in enumerate((2.0, 4.0)):
+            log.step(iteration, total_loss=1.0, lr=0.1, time=seconds, data_time=0.5)
+    assert read_metrics(tmp_path / "metrics.json")[0]["images_per_second"] == 6 / 3
+    assert "data_time 0.500  images/s 2" in caplog.text
+
+
 def test_a_resumed_run_leaves_the_same_lines(tmp_path):
     (tmp_path / "whole").mkdir(), (tmp_path / "stopped").mkdir()
     run(tmp_path / "whole", 0, 6)

@@ -1,0 +1,386 @@
+"""What the pictures of a study show, as values: which lines and points in which panel. ``svg.py`` draws them for the
+page, ``plots.py`` as PNG."""
+
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study
+from fbn_plugin.engine.studies.statistics import (
+    Interval,
+    MetricStatistics,
+    PairedComparison,
+    as_number,
+    compared_factor,
+    compared_sets,
+    figures_of,
+    is_figure,
+    numeric_factor,
+)
+
+__all__ = ["Figure", "Line", "LinePanel", "Row", "RowPanel", "level_name", "study_figures"]
+
+# A curve of more points is drawn with every so-manieth.
+_MOST_POINTS = 60
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: values of y at x, each with an interval or without.
+
+    Attributes:
+        label: its name in the legend.
+        style: number of its colour and mark, the same in all pictures of a study.
+        is_band: the intervals are drawn as a band, not as a bar at each point.
+    """
+
+    label: str
+    style: int
+    x: list[float]
+    y: list[float]
+    intervals: list[Interval | None]
+    is_band: bool = True
+
+
+@dataclass(frozen=True)
+class LinePanel:
+    """Lines over x.
+
+    Attributes:
+        is_log: of the x axis.
+        ticks: of the x axis; empty where round numbers do.
+        y_range: what is shown, the rest is cut off; None shows all.
+        is_direct: each line's label stands at its end, beside the panel.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: list[Line]
+    is_log: bool = False
+    ticks: list[float] = field(default_factory=list)
+    y_range: Interval | None = None
+    is_direct: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of points: single values, their mean, and up to two intervals of it.
+
+    Attributes:
+        inner: drawn thick.
+        outer: drawn thin.
+        note: at the right end.
+    """
+
+    label: str
+    style: int
+    middle: float | None = None
+    inner: Interval | None = None
+    outer: Interval | None = None
+    points: list[float] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RowPanel:
+    """Rows over a shared x.
+
+    Attributes:
+        has_zero: a line stands at 0, and 0 is within the range.
+        x_range: what is shown; None shows all.
+    """
+
+    title: str
+    x_label: str
+    rows: list[Row]
+    has_zero: bool = False
+    x_range: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels that belong together.
+
+    Attributes:
+        name: of its file, without the ending.
+        metric: that it shows.
+        kind: ``"means"``, ``"differences"`` or ``"curves"``.
+        title: for readers.
+        caption: what its marks mean.
+        panels: all of one kind.
+        legend: names and styles of the lines; empty where they are named in the panels.
+        is_main: a short report shows it, too.
+    """
+
+    name: str
+    metric: str
+    kind: str
+    title: str
+    caption: str
+    panels: list[LinePanel] | list[RowPanel]
+    legend: list[tuple[str, int]] = field(default_factory=list)
+    is_main: bool = True
+
+
+def study_figures(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, MetricStatistics]) -> list[Figure]:
+    """All pictures of a study, of each metric in turn; those with nothing to show are left out.
+
+    Args:
+        found: of :func:`~fbn_plugin.engine.studies.statistics.study_statistics`.
+    """
+    figures = []
+    for name, metric in study.metrics.items():
+        what = quantity(name, metric)
+        file = "".join(each if each.isalnum() else "-" for each in name).strip("-") or "metric"
+        if numeric_factor(study):
+            figures += _by_level(study, found[name], name, what, file)
+        else:
+            figures.append(_by_variant(study, outcomes, found[name], name, what, file))
+        figures.append(_differences(study, found[name], name, metric, file))
+        figures.append(_curves(study, outcomes, name, what, file))
+    return [each for each in figures if each.panels]
+
+
+def quantity(name: str, metric: Metric, less: str = "") -> str:
+    """A metric as an axis names it, with its unit, or its difference to something."""
+    what = (metric.label or name) + (f" minus {less}" if less else "")
+    return f"{what} ({metric.unit})" if metric.unit else what
+
+
+def line_ends(lines: Iterable[Line]) -> Interval:
+    """The range of what lines show."""
+    values = [value for line in lines for value in line.y]
+    values += [end for line in lines for interval in line.intervals if interval for end in interval]
+    return min(values), max(values)
+
+
+def row_values(row: Row) -> list[float]:
+    """All that a row shows."""
+    return [*([] if row.middle is None else [row.middle]), *(row.inner or ()), *(row.outer or ()), *row.points]
+
+
+def x_span(panel: LinePanel) -> Interval:
+    """The range of a panel's x axis: without ticks from 0 on."""
+    values = [*panel.ticks, *(x for line in panel.lines for x in line.x)]
+    low, high = min(values) if panel.ticks else 0.0, max(values)
+    if low < high:
+        return low, high
+    return (low / 2, high * 2) if low > 0 else (low - 1, high + 1)
+
+
+def level_name(study: Study, variant: str) -> str:
+    """A variant's level of the compared factor, or its own name where the study has no factors."""
+    factor = compared_factor(study)
+    return study.variants[variant].levels.get(factor, variant) if factor else variant
+
+
+def styles(study: Study) -> dict[str, int]:
+    """Number of the style of each level of the compared factor, or of each variant; what most are compared with is
+    0."""
+    factor = compared_factor(study)
+    names = list(study.factors[factor]) if factor else list(study.variants)
+    baselines = [level_name(study, each.baseline) for each in study.comparisons]
+    if baselines:
+        first = max(dict.fromkeys(baselines), key=baselines.count)
+        names = [first, *(name for name in names if name != first)]
+    names += [level_name(study, name) for name in study.variants]
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
+
+
+def _by_level(study: Study, found: MetricStatistics, name: str, what: str, file: str) -> list[Figure]:
+    """The metric over the numeric factor: all lines together, and each with a band beside the reference."""
+    number, factor = numeric_factor(study), compared_factor(study)
+    style = styles(study)
+    together, apart = [], []
+    others = [each for each in study.factors if each not in (number, factor)]
+    for levels in itertools.product(*(study.factors[each] for each in others)):
+        shared = dict(zip(others, levels))
+        lines = [_line(study, found, shared | {factor: level}, number, style[level]) for level in style]
+        lines = [line for line in lines if line.x]
+        if not lines:
+            continue
+        ticks = sorted({x for line in lines for x in line.x})
+        setting = {"x_label": number, "y_label": what, "is_log": _is_log(ticks), "ticks": ticks}
+        where = ", ".join(f"{key} {level}" for key, level in shared.items())
+        together.append(LinePanel(where, lines=_dodged(lines, setting["is_log"], ticks), is_direct=True, **setting))
+        reference, rest = lines[0], lines[1:]
+        ends = line_ends(lines)
+        for line in rest if reference.style == 0 else []:
+            title = f"{line.label}{', ' * bool(where)}{where}"
+            apart.append(LinePanel(title, lines=[reference, line], y_range=ends, **setting))
+    caption = "Mean over the seeds; bars: interval of the mean by the bootstrap. "
+    pair = "Each line beside that of {}: mean over the seeds, and in the band its interval by the bootstrap."
+    first = next(iter(style))
+    file, title = f"{file}-by-{_slug(number)}", f"{what} over {number}"
+    return [
+        Figure(file, name, "means", title, caption + _moved(together), together),
+        Figure(
+            f"{file}-each",
+            name,
+            "means",
+            f"{title}, one by one",
+            pair.format(first),
+            apart,
+            [(first, 0)],
+            is_main=False,
+        ),
+    ]
+
+
+def _moved(panels: Sequence[LinePanel]) -> str:
+    return "Points at one level stand a little apart." if any(len(panel.lines) > 1 for panel in panels) else ""
+
+
+def _slug(text: str) -> str:
+    return "".join(each if each.isalnum() else "-" for each in text)
+
+
+def _line(study: Study, found: MetricStatistics, levels: Mapping[str, str], number: str, style: int) -> Line:
+    """The means of the variants of some levels over the numeric factor."""
+    points = []
+    for name, variant in study.variants.items():
+        summary = found.summaries[name]
+        if summary.n and all(variant.levels.get(key) == level for key, level in levels.items()):
+            points.append((as_number(variant.levels[number]), summary.mean, summary.interval))
+    points.sort(key=lambda point: point[0])
+    label = levels[compared_factor(study)]
+    return Line(label, style, *([list(each) for each in zip(*points)] or [[], [], []]))
+
+
+def _is_log(values: Sequence[float]) -> bool:
+    return values[0] > 0 and values[-1] / values[0] >= 8
+
+
+def _dodged(lines: Sequence[Line], is_log: bool, ticks: Sequence[float]) -> list[Line]:
+    """Lines whose points at one level stand a little apart, with bars."""
+    count = len(lines)
+    places = [(i - (count - 1) / 2) / max(count - 1, 1) for i in range(count)]  # -0.5 to 0.5
+    if is_log:
+        nearest = min((math.log(b / a) for a, b in itertools.pairwise(ticks)), default=1.0)
+        moved = [[x * math.exp(0.35 * nearest * place) for x in line.x] for line, place in zip(lines, places)]
+    else:
+        nearest = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
+        moved = [[x + 0.35 * nearest * place for x in line.x] for line, place in zip(lines, places)]
+    return [Line(line.label, line.style, x, line.y, line.intervals, False) for line, x in zip(lines, moved)]
+
+
+def _by_variant(
+    study: Study, outcomes: Sequence[Outcome], found: MetricStatistics, name: str, what: str, file: str
+) -> Figure:
+    """The figures of single runs, and their means, a row a variant."""
+    style = styles(study)
+    sets = compared_sets(study)
+    named = {variant for members in sets.values() for variant in members}
+    rest = [variant for variant in study.variants if variant not in named]
+    panels = []
+    for context, members in [*sets.items(), *([("", rest)] if rest else [])]:
+        rows = [
+            Row(
+                level_name(study, variant),
+                style[level_name(study, variant)],
+                found.summaries[variant].mean,
+                inner=found.summaries[variant].interval,
+                points=list(figures_of(outcomes, variant, name).values()),
+            )
+            for variant in members
+        ]
+        if rows := [row for row in rows if row.points]:
+            panels.append(RowPanel(context, what, rows))
+    caption = "Small points: single runs. Large ones: their mean, with its interval by the bootstrap."
+    return Figure(f"{file}-by-variant", name, "means", f"{what} of each variant", caption, panels)
+
+
+def in_order(study: Study, comparisons: Sequence[PairedComparison]) -> list[PairedComparison]:
+    """Comparisons in the order of the sets that the variants belong to, else in their own."""
+    places = {name: i for i, members in enumerate(compared_sets(study).values()) for name in members}
+    return sorted(comparisons, key=lambda each: places.get(each.variant, len(places)))
+
+
+def _differences(study: Study, found: MetricStatistics, name: str, metric: Metric, file: str) -> Figure:
+    """The differences to the baselines with their intervals, a panel a group."""
+    style = styles(study)
+    groups: dict[str, list[Row]] = {}
+    against: dict[str, set[str]] = {}
+    for each in found.comparisons:
+        against.setdefault(each.group, set()).add(each.baseline)
+    for each in in_order(study, found.comparisons):
+        if each.difference is None:
+            continue
+        level = level_name(study, each.variant)
+        label = level if len(against[each.group]) == 1 else f"{level} minus {level_name(study, each.baseline)}"
+        mark = {"higher": "↑", "lower": "↓"}.get(each.verdict, "")
+        row = Row(label, style[level], each.difference, each.interval, each.t_interval, note=mark)
+        groups.setdefault(each.group, []).append(row)
+    values = [value for rows in groups.values() for row in rows for value in row_values(row)]
+    ends = (min(0.0, *values), max(0.0, *values)) if values else None
+    panels = []
+    for group, rows in groups.items():
+        one = level_name(study, next(iter(against[group]))) if len(against[group]) == 1 else "its baseline"
+        panels.append(RowPanel(group, quantity(name, metric, one), rows, True, ends))
+    caption = (
+        "Mean of the differences, seed by seed. Thick: interval by the bootstrap, which is too short for few seeds; "
+        "thin: that of the t-test. ↑ ↓: told apart after Holm's adjustment over all comparisons of the metric."
+    )
+    title = f"{metric.label or name}: differences to the baseline"
+    return Figure(f"{file}-differences", name, "differences", title, caption, panels)
+
+
+def _curves(study: Study, outcomes: Sequence[Outcome], name: str, what: str, file: str) -> Figure:
+    """The metric along the runs, a panel for each set of variants that are compared."""
+    style = styles(study)
+    sets = compared_sets(study) or {"": list(study.variants)}
+    panels, used = [], {}
+    for context, members in sets.items():
+        lines = []
+        for variant in members:
+            points = _mean_curve(outcomes, variant, name)
+            if points:
+                label = level_name(study, variant)
+                used[label] = style[label]
+                lines.append(Line(label, style[label], *([list(each) for each in zip(*points)])))
+        if lines:
+            panels.append(LinePanel(context, "iteration", what, lines, y_range=_late_range(lines)))
+    caption = (
+        "Mean over the seeds whose run has ended; band: one standard deviation to each side. What is only reached in "
+        "the first quarter is cut off."
+    )
+    if len(panels) == 1:  # room for the names
+        panels, used = [dataclasses.replace(panels[0], is_direct=True)], {}
+    legend = sorted(used.items(), key=lambda pair: pair[1])
+    return Figure(f"{file}-curves", name, "curves", f"{what} along the training", caption, panels, legend, False)
+
+
+def _late_range(lines: Sequence[Line]) -> Interval:
+    """The range of what lines show behind the first quarter, where they are to be told apart."""
+    start = max(line.x[-1] for line in lines) / 4
+    late = []
+    for line in lines:
+        kept = [i for i, x in enumerate(line.x) if x >= start] or [len(line.x) - 1]
+        y, intervals = [line.y[i] for i in kept], [line.intervals[i] for i in kept]
+        late.append(Line(line.label, line.style, [], y, intervals))
+    return line_ends(late)
+
+
+def _mean_curve(outcomes: Sequence[Outcome], variant: str, name: str) -> list[tuple[float, float, Interval | None]]:
+    """Mean and band at the iterations at which all runs of a variant with a final figure were evaluated."""
+    curves = [
+        {at: value for at, value in each.curves.get(name, []) if is_figure(value)}
+        for each in outcomes
+        if each.variant == variant and each.state == "done" and is_figure(each.metrics.get(name))
+    ]
+    curves = [each for each in curves if each]
+    if not curves:
+        return []
+    shared = sorted(set.intersection(*map(set, curves)))
+    step = math.ceil(len(shared) / _MOST_POINTS) or 1
+    points = []
+    for at in shared[::-1][::step][::-1]:  # the last one is kept
+        values = sorted(each[at] for each in curves)
+        mean = statistics.fmean(values)
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        points.append((float(at), mean, None if sd is None else (mean - sd, mean + sd)))
+    return points

@@ -1,0 +1,296 @@
+"""The jobs of a study: a folder for each variant and seed, in which the tool trains, and ``job.json`` says how far it
+is. What a job gave is read from there.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fbn_plugin.engine.files.disk import atomic_write
+from fbn_plugin.engine.files.words import on_one_line, shown
+from fbn_plugin.engine.run.logging import is_figure, read_metrics
+from fbn_plugin.engine.run.output_dir import holds_run
+from fbn_plugin.engine.run.run_info import read_record, read_run_info
+from fbn_plugin.engine.studies.outcomes import Outcome
+from fbn_plugin.engine.studies.seeds import config_seed
+from fbn_plugin.engine.studies.study_file import StudyFile, flat
+
+__all__ = ["Job", "all_jobs", "begin", "check_settings", "collect", "finish", "is_held", "job_log", "record"]
+
+_RECORD = "job.json"
+_LOG = "job.log"
+_LONGEST_ERROR = 500
+
+# What two runs may have otherwise and give the same figures.
+_IRRELEVANT = (
+    "OUTPUT_DIR",
+    "MODEL.DEVICE",
+    "DATALOADER.NUM_WORKERS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "INPUT.MASK_FORMAT",  # which follows from the annotations
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A variant with a seed.
+
+    Attributes:
+        variant, seed: as the study has them.
+        config_seed: SEED.
+        folder: OUTPUT_DIR.
+        arguments: the tool's command line, without the tool.
+        command: the same for readers, from the project's root.
+    """
+
+    variant: str
+    seed: int
+    config_seed: int
+    folder: Path
+    arguments: list[str]
+    command: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.variant}, seed {self.seed}"
+
+
+def all_jobs(study: StudyFile, output: str | os.PathLike) -> list[Job]:
+    """The jobs in the order in which they run: all variants with the first seed, then with the next, so that a study
+    that is stopped early has whole seeds.
+
+    Args:
+        study: the study.
+        output: its folder.
+    """
+    return [_job(study, variant, seed, Path(output)) for seed in study.study.seeds for variant in study.study.variants]
+
+
+def _job(study: StudyFile, variant: str, seed: int, output: Path) -> Job:
+    place = Path("jobs", variant, f"seed-{seed}")
+    number = config_seed(seed, study.study.seed_rule)
+
+    def arguments(base: str, folder: str, imports: Sequence[str]) -> list[str]:
+        flags = [text for name in imports for text in ("--import", name)]
+        end = ["SEED", str(number), "OUTPUT_DIR", folder]
+        return [*flags, "--config-file", base, "--resume", "auto", *study.overrides[variant], *end]
+
+    base = study.study.variants[variant].base or study.study.base
+    names = [os.path.basename(name) if name.endswith(".py") else name for name in study.imports]
+    shown_arguments = arguments(base, str(place), names)
+    shown_arguments = [each for each in shown_arguments if each not in ("--resume", "auto")]
+    return Job(
+        variant,
+        seed,
+        number,
+        output / place,
+        arguments(os.path.abspath(study.bases[variant]), str(output / place), study.imports),
+        shlex.join(["python", f"tools/{study.engine.script}", *shown_arguments]),
+    )
+
+
+def job_log(job: Job) -> Path:
+    """What the job prints."""
+    return job.folder / _LOG
+
+
+def record(job: Job) -> dict[str, Any]:
+    """``job.json``: ``state`` (``"running"``, ``"done"``, ``"failed"`` or ``"stopped"``), ``error``, ``seconds`` and
+    ``attempts``; of a job that has not begun an empty one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = job.folder / _RECORD
+    if not path.is_file():
+        return {}
+    content = read_record(path)
+    known = {"state": str, "error": str | None, "seconds": float | int, "attempts": int}
+    for key, kind in known.items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f"{path} has no {key!r} of the right type; remove the file to have the job looked at anew")
+    return content
+
+
+def begin(job: Job) -> None:
+    """Note that the job runs.
+
+    Raises:
+        OSError: its folder cannot be written to.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    before = record(job)
+    _write(job, "running", None, before.get("seconds", 0.0), before.get("attempts", 0) + 1)
+
+
+def finish(job: Job, code: int, seconds: float, keep: str, stopped: bool = False) -> str | None:
+    """Note how the job ended, and remove the checkpoints of a finished one that are not to be kept.
+
+    Args:
+        job: that has begun.
+        code: exit code of its process; of one that a signal ended, minus its number.
+        seconds: that the process took.
+        keep: which checkpoints stay, ``"none"``, ``"final"`` or ``"all"``.
+        stopped: whether it was asked to stop, so that it goes on later whatever its code is.
+
+    Returns:
+        the error, where it failed.
+    """
+    before = record(job)
+    seconds += before.get("seconds", 0.0)
+    attempts = before.get("attempts", 1)
+    if code == 0:
+        _tidy(job.folder, keep)
+        _write(job, "done", None, seconds, attempts)
+        return None
+    if stopped:
+        _write(job, "stopped", None, seconds, attempts)
+        return None
+    error = _last_words(job, code)
+    _write(job, "failed", error, seconds, attempts)
+    return error
+
+
+def _write(job: Job, state: str, error: str | None, seconds: float, attempts: int) -> None:
+    content = {"state": state, "error": error, "seconds": round(seconds, 3), "attempts": attempts}
+    atomic_write(job.folder / _RECORD, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _tidy(folder: Path, keep: str) -> None:
+    """Remove what a finished run is not asked for again."""
+    if keep == "all":
+        return
+    spared = ("model_final.pth",) if keep == "final" else ()
+    for file in folder.iterdir():
+        is_weights = file.suffix == ".pth" and file.name not in spared
+        is_pointer = file.name == "last_checkpoint" and keep == "none"
+        is_board = file.name.startswith("events.out.tfevents.")  # metrics.json has its figures
+        if is_weights or is_pointer or is_board:
+            with contextlib.suppress(OSError):
+                file.unlink()
+    if keep == "none":
+        shutil.rmtree(folder / "inference", ignore_errors=True)
+
+
+def _last_words(job: Job, code: int) -> str:
+    """Why a job failed: the last line that tells of an error, else the last line."""
+    with contextlib.suppress(OSError), open(job_log(job), "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
+        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        words = said[-1] if said and code > 0 else lines[-1] if lines and code > 0 else ""
+        if words:
+            return on_one_line(words)[:_LONGEST_ERROR]
+    if code < 0:
+        reason = ", as for want of memory" if code == -9 else ""
+        return f"ended by signal {-code}{reason}"
+    return f"ended with exit code {code} and no words"
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a run folder, see ``run/lock.py``; nothing is locked by asking."""
+    if not hasattr(os, "lockf"):  # on Windows
+        return False
+    try:
+        file = os.open(folder / ".lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        os.lockf(file, os.F_TEST, 0)
+    except PermissionError:
+        return True
+    except OSError:  # no locks on this file system
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
+def collect(study: StudyFile, job: Job, is_running: bool = False) -> Outcome:
+    """What a job gave so far.
+
+    Args:
+        study: that it is of.
+        job: the job.
+        is_running: whether it is known to run; else its folder tells.
+
+    Raises:
+        ValueError: a file in its folder is damaged.
+    """
+    known = record(job)
+    state = known.get("state", "waiting")
+    if state not in ("done", "failed"):
+        state = "running" if is_running or is_held(job.folder) else "waiting"
+    curves = _curves(study, job) if known else {}
+    info = read_run_info(job.folder) if known else {}
+    error = known.get("error") if state == "failed" else None
+    return Outcome(
+        variant=job.variant,
+        seed=job.seed,
+        config_seed=job.config_seed,
+        state=state,
+        levels=study.study.variants[job.variant].levels,
+        metrics={name: curve[-1][1] for name, curve in curves.items()} if state == "done" else {},
+        curves=curves,
+        seconds=known.get("seconds"),
+        command=job.command,
+        error=error and _without_places(error, job.folder),
+        hardware=info.get("hardware"),
+        versions=info.get("versions", {}),
+    )
+
+
+def _curves(study: StudyFile, job: Job) -> dict[str, list[tuple[int, float]]]:
+    """Metric -> (finished iterations, figure) of each evaluation, in order."""
+    engine, last = study.engine, study.configs[job.variant].get(study.engine.last, math.inf)
+    found: dict[str, dict[int, float]] = {}
+    for row in read_metrics(job.folder / "metrics.json"):
+        for name in study.study.metrics:
+            if (value := row.get(engine.prefix + name, ...)) is not ...:
+                finished = min(row["iteration"] + 1, last)
+                found.setdefault(name, {})[finished] = math.nan if value is None else float(value)
+    for name, value in _results(job.folder).items():  # the last evaluation has the last word
+        if name in study.study.metrics and name in found and is_figure(value):
+            curve = found[name]
+            curve[max(curve)] = math.nan if value is None else float(value)
+    return {name: sorted(found[name].items()) for name in study.study.metrics if name in found}
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
+    return read_record(path) if path.is_file() else {}
+
+
+def _without_places(text: str, folder: Path) -> str:
+    """A sentence without the folders of the machine that it was said on."""
+    for place in (folder.parents[2], Path.cwd(), Path.home()):
+        for name in {str(place), os.path.abspath(place), os.path.realpath(place)} - {"/", ".", ""}:
+            text = text.replace(f"{name}{os.sep}", "")
+    return text
+
+
+def check_settings(study: StudyFile, jobs: Sequence[Job]) -> None:
+    """Refuse a study file that says something else than what its jobs were run with.
+
+    Raises:
+        ValueError: the first job whose ``config.yaml`` differs, with the key.
+    """
+    for job in jobs:
+        path = job.folder / "config.yaml"
+        if not path.is_file() or not (holds_run(job.folder) or record(job).get("state") == "done"):
+            continue
+        saved = flat(study.engine.load(str(path), []))
+        wanted = {**study.configs[job.variant], "SEED": job.config_seed}
+        for key, old in saved.items():
+            if key not in _IRRELEVANT and key in wanted and old != wanted[key]:
+                raise ValueError(
+                    f"{job.title} was run with {key} {shown(old)}, and the study file has {shown(wanted[key])}; put "
+                    f"the old value back, remove {job.folder}, or choose another --output"
+                )

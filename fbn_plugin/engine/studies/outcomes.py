@@ -1,0 +1,264 @@
+"""What a study is and what its jobs gave, as values, and the one JSON file of both: a report can be made from that file
+anywhere, without the run folders. It names no place of the machine that wrote it.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fbn_plugin.engine.files.disk import atomic_write
+from fbn_plugin.engine.files.json_files import read_json
+from fbn_plugin.engine.files.words import shown
+
+__all__ = ["STATES", "Comparison", "Metric", "Outcome", "Study", "Variant", "read_outcomes", "write_outcomes"]
+
+STATES = ("done", "failed", "running", "waiting")
+
+_FORMAT = 1
+_LARGEST = 200_000_000  # ten thousand jobs with long curves
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that a study looks at.
+
+    Attributes:
+        higher_is_better: which way it improves.
+        unit: such as ``"%"``; "" for none.
+        label: its name for readers.
+    """
+
+    higher_is_better: bool
+    unit: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One column of a study: the same settings, run with every seed.
+
+    Attributes:
+        levels: factor -> level where the variants are a product of factors; else empty.
+        settings: config key -> value, beside those of the whole study.
+        base: a config of its own, relative to the project's root; "" for the study's.
+    """
+
+    levels: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two variants whose seeds are compared in pairs.
+
+    Attributes:
+        variant: what is tested.
+        baseline: what it is tested against.
+        group: of comparisons that a reader sees together, such as ``"batch 4"``; "" for one group.
+    """
+
+    variant: str
+    baseline: str
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file, checked.
+
+    Attributes:
+        title, description: for readers.
+        tool: ``"classification"``, ``"torchvision"`` or ``"detectron2"``.
+        base: the config of all variants, relative to the project's root where it lies within.
+        settings: config key -> value of all jobs.
+        factors: factor -> its levels in order; empty where the variants were named one by one.
+        variants: name -> variant, in order.
+        seeds: as the study counts them, such as 1 to 15.
+        seed_rule: how SEED follows from them: ``"md5"`` or ``"plain"``.
+        metrics: name -> what it is; the first is the one that matters most.
+        comparisons: in order.
+        alpha: level of the tests.
+    """
+
+    title: str
+    description: str
+    tool: str
+    base: str
+    settings: dict[str, Any]
+    factors: dict[str, list[str]]
+    variants: dict[str, Variant]
+    seeds: list[int]
+    seed_rule: str
+    metrics: dict[str, Metric]
+    comparisons: list[Comparison]
+    alpha: float = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One job: a variant with a seed.
+
+    Attributes:
+        variant: its name.
+        levels: factor -> level; empty for variants that were named one by one.
+        seed: as the study counts them.
+        config_seed: SEED that the job was given.
+        state: one of :data:`STATES`.
+        metrics: metric -> final figure; NaN where the run has none, empty until it is done.
+        curves: metric -> (finished iterations, figure) of the evaluations along the run.
+        seconds: that the job took, all of its attempts; None where unknown.
+        command: that runs it, from the project's root.
+        error: its last words, where it failed.
+        hardware, versions: as ``run_info.json`` has them.
+    """
+
+    variant: str
+    seed: int
+    config_seed: int
+    state: str
+    levels: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    seconds: float | None = None
+    command: str = ""
+    error: str | None = None
+    hardware: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def write_outcomes(
+    path: str | os.PathLike,
+    study: Study,
+    outcomes: Sequence[Outcome],
+    statistics: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a study and its jobs in one step; a job is a line, so that differences between two files can be read.
+
+    Args:
+        path: the file.
+        study, outcomes: what it holds.
+        statistics: what was computed of them, for other readers than :func:`read_outcomes`.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    machines: list[dict[str, Any]] = []
+    rows = []
+    for outcome in outcomes:
+        row = dataclasses.asdict(outcome)
+        machine = {"hardware": row.pop("hardware"), "versions": row.pop("versions")}
+        if machine not in machines:
+            machines.append(machine)
+        rows.append({**row, "machine": machines.index(machine)})
+    parts = [
+        f'"format": {_FORMAT}',
+        f'"study": {json.dumps(_plain(dataclasses.asdict(study)), indent=1)}',
+        f'"machines": {json.dumps(machines, indent=1)}',
+        '"outcomes": [\n' + ",\n".join(json.dumps(_plain(row), allow_nan=False) for row in rows) + "\n]",
+    ]
+    if statistics is not None:
+        parts.append(f'"statistics": {json.dumps(statistics, indent=1, allow_nan=False)}')
+    atomic_write(path, ("{\n" + ",\n".join(parts) + "\n}\n").encode())
+
+
+def read_outcomes(path: str | os.PathLike) -> tuple[Study, list[Outcome]]:
+    """Read what :func:`write_outcomes` wrote.
+
+    Raises:
+        OSError, ValueError: the file is not there, or is no such file; one sentence.
+    """
+    content = read_json(path, _LARGEST)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path} is no file of a study's outcomes: it has no 'format' of {_FORMAT}")
+    try:
+        study = _built(Study, content.get("study"), "study")
+        machines = content.get("machines")
+        rows = content.get("outcomes")
+        if not isinstance(rows, list) or not isinstance(machines, list):
+            raise ValueError("it has no lists 'outcomes' and 'machines'")
+        outcomes = [_outcome(row, machines, f"outcomes[{i}]") for i, row in enumerate(rows)]
+        _check(study, outcomes)
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of a study's outcomes: {error}") from None
+    return study, outcomes
+
+
+def _outcome(row: Any, machines: list[Any], where: str) -> Outcome:
+    if not isinstance(row, dict) or type(row.get("machine")) is not int or not 0 <= row["machine"] < len(machines):
+        raise ValueError(f"{where} has no 'machine' that is one of the {len(machines)}")
+    machine = machines[row["machine"]]
+    if not isinstance(machine, dict):
+        raise ValueError(f"machines[{row['machine']}] must be a mapping, got {shown(machine, 80)}")
+    rest = {key: value for key, value in row.items() if key != "machine"}
+    return _built(Outcome, {**rest, **machine}, where)
+
+
+def _check(study: Study, outcomes: Sequence[Outcome]) -> None:
+    """What a report relies on: names that are there, and every job once."""
+    seen = set()
+    for outcome in outcomes:
+        name = f"variant {shown(outcome.variant, 80)} with seed {outcome.seed}"
+        if outcome.variant not in study.variants or outcome.seed not in study.seeds:
+            raise ValueError(f"{name} is none of the study's jobs")
+        if outcome.state not in STATES:
+            raise ValueError(f"{name}: state must be one of {', '.join(STATES)}, got {shown(outcome.state, 80)}")
+        if (outcome.variant, outcome.seed) in seen:
+            raise ValueError(f"{name} is there twice")
+        seen.add((outcome.variant, outcome.seed))
+    for comparison in study.comparisons:
+        for variant in (comparison.variant, comparison.baseline):
+            if variant not in study.variants:
+                raise ValueError(f"a comparison names {shown(variant, 80)}, which is none of the variants")
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: null for a number that is not finite, lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _built(kind: type, value: Any, where: str) -> Any:
+    """An instance of one of the dataclasses above from JSON."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be a mapping, got {shown(value, 80)}")
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(value.keys() - hints.keys()):
+        raise ValueError(f"{where} has {shown(unknown[0], 80)}, which is none of {', '.join(hints)}")
+    for each in dataclasses.fields(kind):
+        is_needed = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        if is_needed and each.name not in value:
+            raise ValueError(f"{where} has no {each.name!r}")
+    return kind(**{name: _typed(hints[name], each, f"{where}.{name}") for name, each in value.items()})
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """A value from JSON in the type that a dataclass says."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _built(hint, value, where)
+    if origin is types.UnionType:  # a type, or None
+        return None if value is None else _typed(arguments[0], value, where)
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(arguments[1], each, f"{where}[{shown(key, 40)}]") for key, each in value.items()}
+    if origin is list and isinstance(value, list):
+        return [_typed(arguments[0], each, f"{where}[{i}]") for i, each in enumerate(value)]
+    if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
+        return tuple(_typed(kind, each, where) for kind, each in zip(arguments, value))
+    if hint is float and (value is None or type(value) in (int, float)):
+        return math.nan if value is None else float(value)
+    if type(value) is hint:
+        return value
+    name = getattr(origin or hint, "__name__", str(hint))
+    raise ValueError(f"{where} must be of type {name}, got {shown(value, 80)}")

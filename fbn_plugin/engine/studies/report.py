@@ -1,0 +1,291 @@
+"""The report of a study: ``study.json`` with its jobs and statistics, ``report.md`` with pictures, and ``report.html``,
+one page that needs no other file; and the page of the documentation that is made from such JSON files."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fbn_plugin.engine.files.disk import atomic_write
+from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.studies.document import (
+    Block,
+    Code,
+    Heading,
+    Legend,
+    Mono,
+    Paragraph,
+    Picture,
+    Table,
+    html_page,
+    markdown,
+)
+from fbn_plugin.engine.studies.figures import Figure, quantity, study_figures
+from fbn_plugin.engine.studies.findings import (
+    best_blocks,
+    comparison_blocks,
+    mean_blocks,
+    run_blocks,
+    state_blocks,
+    variant_blocks,
+)
+from fbn_plugin.engine.studies.outcomes import Outcome, Study, read_outcomes, write_outcomes
+from fbn_plugin.engine.studies.plots import figure_png
+from fbn_plugin.engine.studies.statistics import MetricStatistics, statistics_block, study_statistics
+from fbn_plugin.engine.studies.svg import STYLE, figure_file, least_width, legend_svg, panel_svg, svg_size
+
+__all__ = ["DocsPage", "render_docs", "report_markdown", "report_page", "write_docs", "write_report"]
+
+
+@dataclass(frozen=True)
+class DocsPage:
+    """A page of the documentation.
+
+    Attributes:
+        text: Markdown.
+        pictures: name of the file beside it -> SVG.
+    """
+
+    text: str
+    pictures: dict[str, bytes]
+
+
+def write_report(study: Study, outcomes: Sequence[Outcome], folder: str | os.PathLike) -> list[Path]:
+    """Write ``study.json``, ``report.md``, ``report.html`` and a PNG for each picture, each file in one step.
+
+    The same study and outcomes give the same bytes, but for the PNG, which Matplotlib draws.
+
+    Args:
+        folder: made if it is not there.
+
+    Returns:
+        The files.
+
+    Raises:
+        ModuleNotFoundError: SciPy or Matplotlib is not installed.
+        WriteError: a file cannot be written.
+    """
+    outcomes = _in_order(study, outcomes)
+    found = study_statistics(study, outcomes)
+    figures = study_figures(study, outcomes, found)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {f"{each.name}.png": figure_png(each) for each in figures}
+    files["report.md"] = report_markdown(study, outcomes, found).encode()
+    files["report.html"] = report_page(study, outcomes, found).encode()
+    write_outcomes(folder / "study.json", study, outcomes, statistics_block(study, outcomes))
+    for name, content in files.items():
+        atomic_write(folder / name, content)
+    return [folder / "study.json", *(folder / name for name in files)]
+
+
+def report_markdown(
+    study: Study, outcomes: Sequence[Outcome], found: Mapping[str, MetricStatistics] | None = None
+) -> str:
+    """The report as Markdown, with its pictures as PNG files beside it.
+
+    Args:
+        found: of ``study_statistics``, where it is known.
+    """
+    return markdown(_report_blocks(study, outcomes, found or study_statistics(study, outcomes)))
+
+
+def report_page(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, MetricStatistics] | None = None) -> str:
+    """The report as one HTML page, light or dark, that loads nothing.
+
+    Args:
+        found: of ``study_statistics``, where it is known.
+    """
+    return html_page(study.title, _report_blocks(study, outcomes, found or study_statistics(study, outcomes)), STYLE)
+
+
+def _in_order(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Jobs by variant and seed, in whatever order they ended."""
+    places = {name: i for i, name in enumerate(study.variants)}
+    return sorted(outcomes, key=lambda each: (places[each.variant], each.seed))
+
+
+def _report_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, MetricStatistics]) -> list[Block]:
+    outcomes = _in_order(study, outcomes)
+    blocks: list[Block] = [Heading(1, study.title), *_description(study), *state_blocks(study, outcomes, found)]
+    figures = study_figures(study, outcomes, found)
+    for name, metric in study.metrics.items():
+        mine = [each for each in figures if each.metric == name]
+        blocks += [Heading(2, quantity(name, metric)), *best_blocks(study, name, found[name])]
+        blocks += _pictures([each for each in mine if each.kind == "means"])
+        blocks += [Heading(3, "Means"), *mean_blocks(study, name, found[name])]
+        if study.comparisons:
+            blocks += [Heading(3, "Comparisons"), *_pictures([each for each in mine if each.kind == "differences"])]
+            blocks += comparison_blocks(study, name, found[name])
+        blocks += [block for each in mine if each.kind == "curves" for block in _curve_blocks(each)]
+        if study.factors:
+            blocks += [Heading(3, "Every variant"), *variant_blocks(study, name, found[name])]
+    if failed := run_blocks(study, outcomes, found):
+        blocks += [Heading(2, "Runs without a figure"), *failed]
+    return [*blocks, *_provenance(study, outcomes, 2), *_commands(outcomes)]
+
+
+def _description(study: Study) -> list[Block]:
+    return [Paragraph((" ".join(each.split()),)) for each in study.description.split("\n\n") if each.strip()]
+
+
+def _curve_blocks(figure: Figure) -> list[Block]:
+    return [Heading(3, "Along the training"), *_pictures([figure])]
+
+
+def _pictures(figures: Sequence[Figure], ending: str = "png", prefix: str = "") -> list[Block]:
+    blocks: list[Block] = []
+    for each in figures:
+        svg = tuple(map(panel_svg, each.panels))
+        widths = tuple((least_width(panel), svg_size(one)[0]) for panel, one in zip(each.panels, svg))
+        blocks += [Legend(tuple(legend_svg(*entry) for entry in each.legend))] if each.legend else []
+        blocks.append(Picture(f"{prefix}{each.name}.{ending}", each.title, svg, widths))
+        blocks.append(Paragraph((each.caption,), "note"))
+    return blocks
+
+
+def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int) -> list[Block]:
+    """What was run, on what, and how long it took."""
+    facts: list[list] = [["setting", "value"]]
+    facts += [["tool", Mono(f"tools/{_SCRIPTS.get(study.tool, study.tool)}")]]
+    facts += [["base config", Mono(study.base)]] if study.base else []
+    facts += [[Mono(key), Mono(_value(value))] for key, value in study.settings.items()]
+    facts += [["seeds", f"{_ranges(study.seeds)} ({_SEED_RULES.get(study.seed_rule, study.seed_rule)})"]]
+    blocks: list[Block] = [Heading(rank, "Settings"), Table(facts, (0, 1))]
+    own = [f"{name}: {_settings(each.base, each.settings)}" for name, each in study.variants.items()]
+    blocks += [Code(own, f"What each of the {len(own)} variants sets")]
+    machines = Counter((each.hardware, tuple(sorted(each.versions.items()))) for each in outcomes if each.hardware)
+    rows: list[list] = [["hardware", "versions", "jobs"]]
+    for (hardware, versions), count in machines.items():
+        rows.append([hardware, ", ".join(f"{name} {version}" for name, version in versions), f"{count:,}"])
+    if machines:
+        blocks += [Heading(rank, "Made with"), Table(rows, (0, 1))]
+    seconds = [each.seconds for each in outcomes if each.seconds is not None]
+    if seconds:
+        text = f"All jobs together took {_duration(sum(seconds))}, one {_duration(min(seconds))}"
+        blocks.append(Paragraph((f"{text} to {_duration(max(seconds))}.",)))
+    return blocks
+
+
+_SCRIPTS = {
+    "classification": "train_classification.py",
+    "torchvision": "train_detection.py",
+    "detectron2": "train_net.py",
+}
+_SEED_RULES = {
+    "md5": "SEED is the last 32 bits of the MD5 digest of the number",
+    "plain": "SEED is the number itself",
+}
+
+
+def _value(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _settings(base: str, settings: Mapping[str, object]) -> str:
+    parts = [base] if base else []
+    return ", ".join([*parts, *(f"{key} {_value(value)}" for key, value in settings.items())]) or "as the base"
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """``1-5, 7``."""
+    parts: list[list[int]] = []
+    for seed in sorted(set(seeds)):
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(f"{each[0]}-{each[-1]}" if len(each) > 1 else str(each[0]) for each in parts)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _commands(outcomes: Sequence[Outcome]) -> list[Block]:
+    lines = [each.command for each in outcomes if each.command]
+    if not lines:
+        return []
+    return [
+        Heading(2, "Commands"),
+        Code(lines, f"{counted(len(lines), 'job')}, a line each, from the project's folder"),
+    ]
+
+
+def render_docs(
+    studies: Mapping[str, tuple[Study, Sequence[Outcome]]], title: str, command: str = "", stem: str = "study"
+) -> DocsPage:
+    """A page of the documentation from studies that are done: what is best where, means, comparisons.
+
+    Args:
+        studies: name of each JSON file, as a reader finds it from the project's root -> what is in it.
+        title: of the page.
+        command: that makes the page, for the reader.
+        stem: what the pictures' names begin with.
+    """
+    made = f"This page is made from {' and '.join(f'`{name}`' for name in studies)}"
+    made += f" by `{command}`" if command else ""
+    parts = [markdown([Heading(1, title)]), f"{made}: whoever wants another page changes the figures.\n"]
+    pictures: dict[str, bytes] = {}
+    for i, (name, (study, outcomes)) in enumerate(studies.items(), 1):
+        outcomes = _in_order(study, outcomes)
+        found = study_statistics(study, outcomes)
+        prefix = f"{stem}-{i}-" if len(studies) > 1 else f"{stem}-"
+        figures = [each for each in study_figures(study, outcomes, found) if each.is_main]
+        pictures |= {f"{prefix}{each.name}.svg": figure_file(each) for each in figures}
+        parts.append(markdown(_docs_blocks(study, outcomes, found, figures, prefix, name)))
+    return DocsPage("\n".join(parts), pictures)
+
+
+def _docs_blocks(
+    study: Study,
+    outcomes: Sequence[Outcome],
+    found: Mapping[str, MetricStatistics],
+    figures: Sequence[Figure],
+    prefix: str,
+    source: str,
+) -> list[Block]:
+    """One study of the page."""
+    blocks: list[Block] = [Heading(2, study.title), *_description(study), *state_blocks(study, outcomes, found)]
+    for name, metric in study.metrics.items():
+        mine = [each for each in figures if each.metric == name]
+        blocks += [Heading(3, quantity(name, metric)), *best_blocks(study, name, found[name])]
+        blocks += _pictures([each for each in mine if each.kind == "means"], "svg", prefix)
+        blocks += mean_blocks(study, name, found[name])
+        blocks += _pictures([each for each in mine if each.kind == "differences"], "svg", prefix)
+        blocks += comparison_blocks(study, name, found[name])
+    if failed := run_blocks(study, outcomes, found):
+        blocks += [Heading(3, "Runs without a figure"), *failed]
+    blocks += _provenance(study, outcomes, 3)
+    example = next((each for each in outcomes if each.command), None)
+    if example:
+        text = f" has the command of every job. That of {example.variant} with seed {example.seed}:"
+        blocks += [Paragraph((Mono(source), text)), Code([example.command])]
+    return blocks
+
+
+def write_docs(
+    files: Sequence[str | os.PathLike], page: str | os.PathLike, title: str, command: str = ""
+) -> list[Path]:
+    """Write a page of the documentation and its pictures beside it.
+
+    Args:
+        files: JSON files of studies, named as the page is to name them.
+        page: the Markdown file.
+        title, command: see :func:`render_docs`.
+
+    Raises:
+        OSError, ValueError: a file is not there, or is none of a study.
+        WriteError: a file cannot be written.
+    """
+    page = Path(page)
+    studies = {os.fspath(file): read_outcomes(file) for file in files}
+    made = render_docs(studies, title, command, page.stem)
+    for name, content in made.pictures.items():
+        atomic_write(page.with_name(name), content)
+    atomic_write(page, made.text.encode())
+    return [page, *(page.with_name(name) for name in made.pictures)]

@@ -1,0 +1,144 @@
+"""Models from a config: arguments of their builders, and what is refused before a run, or of a file of weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fbn_plugin.engine.classification.config import check_config, classification_config
+from fbn_plugin.engine.classification.model import build_model
+from fbn_plugin.engine.classification.trainer import ClassificationTrainer
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.config import load_config
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def config(output_dir="unused", **overrides):
+    """A run of LeNet-5 on handwritten digits."""
+    values = {"OUTPUT_DIR": output_dir, "MODEL.NAME": "lenet5", "MODEL.NORM": "FBN", "INPUT.SIZE": 28}
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    flat = [str(part) for pair in values.items() for part in pair]
+    return load_config(classification_config(), CONFIGS / "Digits/test_resnet_FBN.yaml", flat)
+
+
+def norms(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if hasattr(module, "t_sigma")]
+
+
+# --- arguments of the model ------------------------------------------------------------------------------------------
+
+
+def test_options_of_models():
+    assert norms(build_model(config(MODEL__OPTIONS__norm_after="fc1"), 10)) == ["features.fc1.norm"]
+    model = build_model(config(MODEL__OPTIONS="{'norm_after': ['conv1', 'fc1']}"), 10)
+    assert norms(model) == ["features.conv1.norm", "features.fc1.norm"]
+    resnet = {"MODEL__NAME": "resnet10t", "MODEL__OPTIONS__drop_block_rate": 0.1, "MODEL__DROP_PATH_RATE": 0.2}
+    model = build_model(config(**resnet), 10)
+    assert any(type(module).__name__ == "DropBlock2d" for module in model.modules())
+    rates = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
+    assert rates and max(rates) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            {"MODEL__OPTIONS__norm_aftr": "fc1"},
+            "MODEL.OPTIONS must be arguments of lenet5, got 'norm_aftr': accepted are norm_after, act_layer",
+        ),
+        (
+            {"MODEL__NAME": "resnet18", "MODEL__OPTIONS__norm_after": "fc1"},
+            "MODEL.OPTIONS must be arguments of resnet18, got 'norm_after': accepted are .*drop_block_rate",
+        ),
+        (
+            {"MODEL__OPTIONS__norm_after": "fc9"},
+            "MODEL.OPTIONS must be what lenet5 takes .norm_after takes .* got .*fc9",
+        ),
+        (
+            {"MODEL__OPTIONS__norm_layer": "BN"},
+            "MODEL.OPTIONS must be without norm_layer, for which there is MODEL.NORM",
+        ),
+        (
+            {"MODEL__OPTIONS__features_only": True},
+            "MODEL.OPTIONS must be arguments that describe .* got 'features_only'",
+        ),
+        ({"MODEL__DROP_PATH_RATE": 0.1}, "MODEL.DROP_PATH_RATE must be 0 with lenet5, .* no such argument, got 0.1"),
+        ({"MODEL__DROP_PATH_RATE": 1.0}, "MODEL.DROP_PATH_RATE must be from 0 to less than 1"),
+        ({"MODEL__NAME": "resnet51"}, "did you mean 'resnet\\w+' or 'resnet\\w+' or 'resnet\\w+'"),
+    ],
+)
+def test_options_that_are_refused(overrides, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        cfg = config(**overrides)
+        check_config(cfg)
+        build_model(cfg, 10)
+
+
+# --- one value a channel ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "norm"),
+    [
+        ({"MODEL__NAME": "test_resnet", "MODEL__NORM": "FBN", "INPUT__SIZE": 32}, "layer4.0.*FilteredBatchNorm2d"),
+        ({"MODEL__NAME": "lenet5", "MODEL__NORM": "BN"}, "features.fc2.norm, a BatchNorm1d"),
+    ],
+)
+def test_batch_norms_of_one_value(tmp_path, monkeypatch, overrides, norm):
+    cfg = config(tmp_path / "out", **overrides, SOLVER__IMS_PER_BATCH=1)
+    with pytest.raises(ValueError, match=f"SOLVER.IMS_PER_BATCH must be more than 1 image for .*{norm}, .*, got 1"):
+        ClassificationTrainer(cfg)
+    assert not (tmp_path / "out").exists()
+    ClassificationTrainer(config(tmp_path, **overrides, SOLVER__IMS_PER_BATCH=2))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=f"more than 1 image for each process and step: .*{norm}, .*, got 2"):
+        ClassificationTrainer(config(tmp_path, **overrides, SOLVER__IMS_PER_BATCH=2))
+
+
+def test_one_image_is_enough_elsewhere(tmp_path):
+    larger = {"MODEL__NAME": "test_resnet", "INPUT__SIZE": 64}  # the last map has 2 x 2 pixels
+    for overrides in (larger, {"MODEL__NORM": "GN"}, {"MODEL__NAME": "lenet5_convs"}):
+        ClassificationTrainer(config(tmp_path, **overrides, SOLVER__IMS_PER_BATCH=1))
+
+
+# --- weights of other classes ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seven_classes(tmp_path) -> Path:
+    torch.manual_seed(0)
+    torch.save(build_model(config(), 7).state_dict(), tmp_path / "seven.pth")
+    return tmp_path / "seven.pth"
+
+
+def test_weights_of_other_classes_are_refused(seven_classes):
+    file = "MODEL.WEIGHTS: checkpoint .*seven.pth has 7 classes, and the data set has 10: "
+    with pytest.raises(ValueError, match=f"{file}MODEL.RESET_CLASSIFIER True trains a new classifier on its other"):
+        ClassificationTrainer(config(MODEL__WEIGHTS=seven_classes))
+    with pytest.raises(ValueError, match=f"{file}evaluate it on a data set of 7 classes"):
+        ClassificationTrainer(config(MODEL__WEIGHTS=seven_classes), eval_only=True)
+
+
+def test_a_new_classifier_for_them(seven_classes):
+    own = ClassificationTrainer(config()).model.state_dict()
+    trainer = ClassificationTrainer(config(MODEL__WEIGHTS=seven_classes, MODEL__RESET_CLASSIFIER=True))
+    given, file = trainer.model.state_dict(), torch.load(seven_classes)
+    assert all(torch.equal(given[name], own[name] if "classifier" in name else file[name]) for name in given)
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**70), "9" * 4000])
+def test_seeds_of_more_than_64_bits(seed):
+    with pytest.raises(ValueError, match="^SEED must be a whole number of at most 64 bits, got '-?\\d+"):
+        check_config(config(SEED=seed))
+
+
+@pytest.mark.parametrize("seed", [2**63, -1])
+def test_seeds_in_a_file(tmp_path, seed):
+    (tmp_path / "seed.yaml").write_text(f"SEED: {seed}\n")
+    with pytest.raises(ValueError, match=rf"^SEED must be 0 or more, and below 2\*\*63, got {seed}$"):
+        check_config(load_config(classification_config(), tmp_path / "seed.yaml"))

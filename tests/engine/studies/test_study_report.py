@@ -1,0 +1,281 @@
+"""The report of a study: what it writes stands alone, says the same for the same figures, and survives what is missing
+or odd."""
+
+import dataclasses
+import json
+import math
+import re
+import sys
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+from synthetic_study import LOSS, TOP1, changed, draw, plain_study, product_study
+
+pytest.importorskip("scipy", reason="scipy is not installed")
+from fbn_plugin.engine.studies import statistics
+from fbn_plugin.engine.studies.document import Code, Heading, Mono, Paragraph, Strong, Table, html_page, markdown
+from fbn_plugin.engine.studies.figures import study_figures
+from fbn_plugin.engine.studies.findings import best_blocks, comparison_blocks, mean_blocks
+from fbn_plugin.engine.studies.outcomes import Comparison, Variant, read_outcomes
+from fbn_plugin.engine.studies.report import render_docs, report_markdown, report_page, write_docs, write_report
+from fbn_plugin.engine.studies.statistics import study_statistics
+from fbn_plugin.engine.studies.svg import _spread, figure_file, nice_ticks, tick_text
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 199)
+
+
+def small_product(**changes):
+    return product_study(norms=("BN", "FBN, T=3", "GN"), batches=("2", "16"), sets=("CIFAR-10",), **changes)
+
+
+def svgs(page: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(each) for each in re.findall(r"(?s)<svg (?!x=).*?\n</svg>(?=</div>)", page)]
+
+
+@pytest.mark.parametrize("make", [small_product, plain_study])
+def test_the_files_say_the_same_twice_and_the_page_needs_no_other(make, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    study = make()
+    outcomes = draw(study)
+    files = write_report(study, outcomes, tmp_path / "a")
+    write_report(study, outcomes[::-1], tmp_path / "b")
+    assert sorted(tmp_path.joinpath("a").iterdir()) == sorted(files)
+    for name in ("report.md", "report.html", "study.json"):
+        assert tmp_path.joinpath("a", name).read_bytes() == tmp_path.joinpath("b", name).read_bytes()
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert not re.search(r"https?://|<script|<link|<img|@import|url\(", page)
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", (tmp_path / "a" / "report.md").read_text())
+    assert {tmp_path / "a" / each for each in pictures} == {each for each in files if each.suffix == ".png"}
+    for each in pictures:
+        image = Image.open(tmp_path / "a" / each)
+        assert min(image.size) > 100 and image.convert("L").getextrema()[0] < 100, "something is drawn"
+
+
+def test_json_is_read_back_and_makes_the_same_page(tmp_path):
+    study = small_product(seeds=3)
+    outcomes = changed(draw(study, iterations=2), "BN, batch 2", 1, metrics={"top1": math.nan})
+    write_report(study, outcomes, tmp_path)
+    content = json.loads((tmp_path / "study.json").read_text())
+    block = content["statistics"]["metrics"]["top1"]
+    assert block["summaries"]["BN, batch 2"]["n"] == 2 and len(block["comparisons"]) == 4
+    read = read_outcomes(tmp_path / "study.json")
+    assert report_page(*read).encode() == (tmp_path / "report.html").read_bytes()
+    assert report_markdown(*read).encode() == (tmp_path / "report.md").read_bytes()
+
+
+def test_page_and_markdown_want_no_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    study = small_product(seeds=3)
+    outcomes = draw(study, iterations=2)
+    assert "<svg" in report_page(study, outcomes)
+    assert render_docs({"a.json": (study, outcomes)}, "T").pictures
+
+
+def test_numbers_in_the_report_are_those_of_the_statistics():
+    study = small_product(seeds=15)
+    found = study_statistics(study, outcomes := draw(study, iterations=2))["top1"]
+    text = report_markdown(study, outcomes)
+    for summary in found.summaries.values():
+        assert f"{summary.mean:.2f} ± {summary.sd:.2f}" in text
+    for each in found.comparisons:
+        assert f"{each.difference:+.2f} ± {each.sd:.2f}" in text and f"{each.verdict} (n = 15)" in text
+        assert f"{each.interval[0]:+.2f} to {each.interval[1]:+.2f}" in text and f"{each.d_z:+.2f}" in text
+    assert "nderpowered" not in text.replace("Fewer than 15 pairs are labelled underpowered", "")
+
+
+def test_fewer_seeds_are_labelled_wherever_something_is_said():
+    study = small_product(seeds=5)
+    outcomes = draw(study, iterations=2)
+    found = study_statistics(study, outcomes)["top1"]
+    for blocks in (best_blocks(study, "top1", found), comparison_blocks(study, "top1", found)):
+        assert "n = 5, underpowered" in markdown(blocks)
+    assert markdown(comparison_blocks(study, "top1", found)).count("(n = 5, underpowered)") == 4
+    assert "**Underpowered**: 5 seeds" in report_markdown(study, outcomes)
+
+
+def means_of(table: dict):
+    return lambda levels, name: table[levels.get("norm", name), levels.get("batch")]
+
+
+def test_the_best_is_named_with_those_that_it_is_not_told_apart_from():
+    study = small_product(seeds=15)
+    means = {("BN", "2"): 60, ("FBN, T=3", "2"): 70, ("GN", "2"): 70.01}
+    means |= {("BN", "16"): 75, ("FBN, T=3", "16"): 72, ("GN", "16"): 65}
+    outcomes = draw(study, 1, sd=0.3, mean=means_of(means), iterations=1)
+    found = study_statistics(study, outcomes)["top1"]
+    text = markdown(best_blocks(study, "top1", found))
+    rows = {
+        row[1].strip(): [cell.strip() for cell in row[2:-1]]
+        for row in (line.split("|") for line in text.splitlines())
+        if len(row) > 3
+    }
+    assert rows["batch 16"][0] == "**BN**" and rows["batch 16"][2:] == ["-", "FBN, T=3; GN"]
+    assert {rows["batch 2"][0].strip("*"), rows["batch 2"][2]} == {"FBN, T=3", "GN"} and rows["batch 2"][3] == "BN"
+    assert "**BN** in 1 of 2 settings" in text and "In 1 of them it is told apart from all others" in text
+    assert "Nowhere beaten: none" in text and "Beaten everywhere: none" in text
+    table = markdown(mean_blocks(study, "top1", found))
+    assert re.search(r"\*\*7[45]\.\d+ ± 0\.\d+ °\*\*", table) and re.search(r"6[45]\.\d+ ± 0\.\d+ ↓ +\|", table)
+
+
+def test_of_a_loss_the_lowest_is_named():
+    study = dataclasses.replace(small_product(seeds=15), metrics={"loss": LOSS})
+    text = report_markdown(study, draw(study, iterations=1))
+    assert "lowest validation loss" in text and "highest" not in text
+
+
+def test_runs_without_a_figure_are_named_and_their_variant_is_not_called_best():
+    study = plain_study(seeds=4)
+    outcomes = draw(study, mean=lambda levels, name: 90.0 if name == "GN" else 50.0, iterations=1)
+    outcomes = changed(outcomes, "GN", 2, state="failed", metrics={}, error="exit code 1: loss | is `nan`")
+    outcomes = changed(outcomes, "BN", 3, metrics={"segm/AP": math.inf})
+    outcomes = changed(outcomes, "FBN, T=3", 4, state="waiting", metrics={})
+    text = report_markdown(study, outcomes)
+    assert "1 failed, 1 diverged, 1 still to end" in text
+    assert re.search(r"\| GN +\| +2 \| `` exit code 1: loss \\\| is `nan` ``", text)
+    assert re.search(r"\| BN +\| +3 \| `no finite mask AP", text)
+    assert "**FBN, T=5** has the highest" in text and "Left out: BN; FBN, T=3; GN" in text
+    assert report_page(study, outcomes)
+
+
+@pytest.mark.parametrize("seeds", [0, 1, 2])
+@pytest.mark.parametrize("make", [small_product, plain_study])
+def test_hardly_any_runs_are_a_report(make, seeds):
+    study = make(seeds=3)
+    outcomes = [each for each in draw(study, iterations=seeds) if each.seed <= seeds]
+    for text in (report_page(study, outcomes), report_markdown(study, outcomes)):
+        assert "still to end" in text and "named the best" in text and not re.search(r"\bnan\b|\binf\b|None", text)
+    assert render_docs({"a.json": (study, outcomes)}, "T").text
+
+
+def test_figures_of_any_size_and_equal_ones_are_drawn():
+    study = plain_study(seeds=3)
+    for scale in (0.0, 1e-12, 1e12):
+        outcomes = draw(study, mean=lambda levels, name: scale, sd=0.0, iterations=3)  # noqa: B023
+        page = report_page(study, outcomes)
+        assert "nan" not in page and len(svgs(page)) >= 3
+
+
+def test_names_are_escaped_in_all_forms():
+    name = "a|b <i>*c*</i> & `d`\n_e_"
+    study = plain_study(variants=("BN", name), seeds=3)
+    study = dataclasses.replace(study, title=name, comparisons=[Comparison(name, "BN", "<g>|")])
+    outcomes = draw(study, iterations=2)
+    page, text = report_page(study, outcomes), report_markdown(study, outcomes)
+    assert "<i>" not in page and "a|b &lt;i&gt;*c*&lt;/i&gt; &amp; `d`\\n_e_" in page and len(svgs(page)) >= 3
+    tables = re.findall(r"(?m)(?:^\|.*\n)+", text)
+    assert len(tables) >= 4
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    assert r"a\|b \<i\>\*c\*\</i\>" in text
+
+
+def test_pictures_show_the_summaries():
+    study = small_product(seeds=5, metrics={"a": TOP1, "b": LOSS})
+    found = study_statistics(study, outcomes := draw(study))
+    figures = {(each.metric, each.name): each for each in study_figures(study, outcomes, found)}
+    assert {name for _, name in figures} == {
+        f"{metric}-{kind}" for metric in "ab" for kind in ("by-batch", "by-batch-each", "differences", "curves")
+    }
+    (panel,) = figures["a", "a-by-batch"].panels
+    for line in panel.lines:
+        variants = [f"{line.label}, batch {batch}" for batch in ("2", "16")]
+        assert line.y == [found["a"].summaries[each].mean for each in variants]
+        assert line.intervals == [found["a"].summaries[each].interval for each in variants]
+    assert panel.is_log and panel.ticks == [2, 16] and panel.y_label == "top-1 accuracy (%)"
+    rows = [row for panel in figures["b", "b-differences"].panels for row in panel.rows]
+    assert [row.middle for row in rows] == [each.difference for each in found["b"].comparisons]
+    curves = figures["a", "a-curves"]
+    assert [panel.title for panel in curves.panels] == ["batch 2", "batch 16"]
+    assert curves.panels[0].lines[0].x[-1] == 10_000 and len(curves.legend) == 3
+    last = curves.panels[0].lines[0]
+    assert last.y[-1] == pytest.approx(found["a"].summaries["BN, batch 2"].mean)
+    for each in figures.values():
+        root = ElementTree.fromstring(figure_file(each))
+        assert float(root.get("width")) < 1100 and "nan" not in ElementTree.tostring(root, "unicode")
+
+
+def test_styles_differ_where_there_are_more_variants_than_colours():
+    study = plain_study(variants=tuple(f"norm {i}" for i in range(19)), seeds=3)
+    page = report_page(study, draw(study, iterations=2))
+    kinds = re.findall(r'<g class="(s\d(?: d\d)?)"><path class="line"[^>]*/>(?:<circle|<path class="mark")', page)
+    assert len(svgs(page)) >= 3 and len(set(re.findall(r'class="(s\d d\d)"', page))) >= 11, kinds
+
+
+def test_long_curves_keep_their_end():
+    study = plain_study(variants=("BN", "FBN"), seeds=3)
+    found = study_statistics(study, outcomes := draw(study, iterations=1_000))
+    curves = next(each for each in study_figures(study, outcomes, found) if each.kind == "curves")
+    for line in curves.panels[0].lines:
+        assert len(line.x) <= 60 and line.x[-1] == 500_000
+
+
+def test_the_docs_page_is_made_from_files(tmp_path):
+    names = []
+    for i, study in enumerate((small_product(), plain_study())):
+        (tmp_path / str(i)).mkdir()
+        write_report(study, draw(study, iterations=2), tmp_path / str(i))
+        names.append(tmp_path / str(i) / "study.json")
+    page = tmp_path / "which-norm.md"
+    files = write_docs(names, page, "Which norm", "python tools/study.py report")
+    text = page.read_text()
+    assert text.startswith("# Which norm\n") and "python tools/study.py report" in text
+    assert "## Small batches" in text and "## Table I, reduced" in text and text.count("train_torchvision.py") == 1
+    pictures = re.findall(r"!\[.+?\]\((.+?)\)", text)
+    assert sorted(tmp_path / each for each in pictures) == sorted(files[1:]) and len(set(pictures)) == 4
+    before = {each: each.read_bytes() for each in files}
+    assert write_docs(names, page, "Which norm", "python tools/study.py report") == files
+    assert before == {each: each.read_bytes() for each in files}
+
+
+def test_a_factor_without_numbers_and_variants_without_comparisons():
+    study = small_product(seeds=3)
+    renamed = {
+        name: Variant({"norm": each.levels["norm"], "size": f"size {each.levels['batch']}"})
+        for name, each in study.variants.items()
+    }
+    study = dataclasses.replace(
+        study, factors={"norm": study.factors["norm"], "size": ["size 2", "size 16"]}, variants=renamed, comparisons=[]
+    )
+    text = report_markdown(study, draw(study, iterations=2, mean=lambda levels, name: 50.0))
+    assert "top1-by-variant.png" in text and "### Comparisons" not in text and "size size 2" in text
+
+
+# ---- the parts
+
+
+def test_markdown_and_html_of_blocks():
+    blocks = [
+        Heading(2, "A # b"),
+        Paragraph(("x ", Strong("y*"), Mono("k`"), "."), "note"),
+        Table([["name", "n"], [Mono("a|b"), "1"]]),
+        Code(["one", "two"], "Lines"),
+    ]
+    assert markdown(blocks) == (
+        "## A \\# b\n\nx **y\\***`` k` ``.\n\n| name   |   n |\n|--------|----:|\n| `a\\|b` |   1 |\n"
+        "\n```\none\ntwo\n```\n"
+    )
+    page = html_page("T $title", blocks)
+    assert "<title>T $title</title>" in page and "<h2>A # b</h2>" in page
+    assert '<p class="note">x <strong>y*</strong><code>k`</code>.</p>' in page
+    assert '<td class="text"><code>a|b</code></td><td>1</td>' in page
+    assert "<details><summary>Lines</summary><pre>one\ntwo</pre></details>" in page
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (-3, 7, [-2, 0, 2, 4, 6]), (64.2, 72.9, [66, 68, 70, 72]), (5, 5, [5])],
+)
+def test_ticks_are_round(low, high, ticks):
+    assert nice_ticks(low, high) == ticks
+    assert [tick_text(each, [0.1, 0.25]) for each in (0.1, 0.25)] == ["0.10", "0.25"]
+
+
+def test_labels_are_spread():
+    assert _spread([10, 11, 50], 10, 0, 100) == pytest.approx([5.5, 15.5, 50])
+    assert _spread([1, 2, 3], 10, 0, 100) == pytest.approx([0, 10, 20])
+    assert _spread([99, 100], 10, 0, 100) == pytest.approx([90, 100])

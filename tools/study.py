@@ -1,0 +1,154 @@
+"""Studies: variants of a config times seeds from one file, run as independent jobs, with the statistics done.
+
+    python tools/study.py run configs/studies/digits.yaml --jobs 2
+    python tools/study.py status configs/studies/digits.yaml
+    python tools/study.py report configs/studies/digits.yaml
+    python tools/study.py report --from docs/digits/study.json --to docs/digits
+    python tools/study.py run configs/studies/digits.yaml --executor slurm --executor-option slurm_partition=gpu
+
+The file names a base config, variants, seeds, and what is compared with what: see docs/studies.md. Each job trains in
+a folder of its own below --output (output/NAME OF THE FILE by default). `run` goes on where it was stopped: what is
+done is not run again, and a job that was stopped continues from its checkpoint. It ends with 1 where a job failed.
+`report` writes study.json, from which alone it can be written again, Markdown, HTML and plots.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import interruption  # noqa: F401
+
+from fbn_plugin.engine.run.cli import RUN_ERRORS, stoppable, user_errors
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with the default of ``--output``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | status | report")
+    run = commands.add_parser("run", help="run the jobs that are not done")
+    status = commands.add_parser("status", help="say how far the study is")
+    for each in (run, status):
+        each.add_argument("file", metavar="FILE", type=Path, help="the study file")
+        each.add_argument("--output", metavar="FOLDER", type=Path, help="default: output/NAME OF THE FILE")
+        each.add_argument("--jobs", metavar="N", type=int, help="jobs at a time; default: GPUs, or cores / --threads")
+        each.add_argument("--threads", metavar="N", type=int, default=1, help="threads of a job (1)")
+    run.add_argument("--retry", action="store_true", help="try jobs that failed again, too")
+    run.add_argument(
+        "--start",
+        choices=("fork", "new"),
+        help="how a job becomes a process: forked from one that has imported everything (default on Linux without "
+        "GPUs), or started anew",
+    )
+    run.add_argument(
+        "--executor", choices=("slurm", "local", "debug"), help="submit the jobs by submitit, not start them here"
+    )
+    run.add_argument(
+        "--executor-option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="of submitit's update_parameters, such as slurm_partition=gpu or timeout_min=240; may be repeated",
+    )
+    report = commands.add_parser("report", help="write tables, tests and plots")
+    report.add_argument("file", metavar="FILE", type=Path, nargs="?", help="the study file")
+    report.add_argument("--output", metavar="FOLDER", type=Path, help="of the study; default: output/NAME OF THE FILE")
+    report.add_argument("--from", dest="source", metavar="JSON", type=Path, help="a study.json, in place of FILE")
+    report.add_argument("--to", metavar="FOLDER", type=Path, help="of the report; default: report in that of the study")
+    args = parser.parse_args(argv)
+    if args.command == "report" and (args.file is None) == (args.source is None):
+        parser.error("report wants a study file, or --from with a study.json")
+    if args.file is not None:
+        args.output = args.output or Path("output", args.file.stem)
+    return args
+
+
+def read_options(given: Sequence[str]) -> dict[str, object]:
+    """``KEY=VALUE`` pairs; ValueError where one is none."""
+    from fbn_plugin.engine.files.literals import literal
+
+    options = {}
+    for pair in given:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"--executor-option must be KEY=VALUE, got {pair!r}")
+        options[key] = literal(value)
+    return options
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is not done; the exit code."""
+    with user_errors():
+        from fbn_plugin.engine.studies.cluster import run_on_cluster
+        from fbn_plugin.engine.studies.running import resources, run_study
+        from fbn_plugin.engine.studies.study_file import read_study
+
+        study = read_study(args.file, ROOT)
+        shared = resources(study, args.jobs, args.threads)
+        options = read_options(args.executor_option)
+        script = ROOT / "tools" / study.engine.script
+    with user_errors(*RUN_ERRORS, ValueError):
+        if args.executor:
+            outcomes = run_on_cluster(study, args.output, script, shared, args.executor, options, args.retry, say)
+        else:
+            forks = {"fork": True, "new": False}.get(args.start)
+            outcomes = run_study(study, args.output, script, shared, args.retry, forks, say)
+    states = [each.state for each in outcomes]
+    failed = states.count("failed")
+    rest = f", {failed} failed: see status; run --retry tries them again" if failed else ""
+    print(f"{states.count('done')} of {len(states)} jobs done{rest}")
+    return int(states.count("done") < len(states))
+
+
+def say(line: str) -> None:
+    """Print a line at once, as whoever waits for hours reads it."""
+    print(line, flush=True)
+
+
+def status(args: argparse.Namespace) -> int:
+    """Print how far the study is."""
+    with user_errors():
+        from fbn_plugin.engine.studies.running import outcomes_of, resources
+        from fbn_plugin.engine.studies.status import status_text
+        from fbn_plugin.engine.studies.study_file import read_study
+
+        study = read_study(args.file, ROOT)
+        shared = resources(study, args.jobs, args.threads)
+        text = status_text(study.study, outcomes_of(study, args.output), shared.at_once)
+    print(text)
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the report."""
+    with user_errors():
+        from fbn_plugin.engine.studies.outcomes import read_outcomes, write_outcomes
+        from fbn_plugin.engine.studies.report import write_report
+        from fbn_plugin.engine.studies.running import outcomes_of
+        from fbn_plugin.engine.studies.study_file import read_study
+
+        if args.source:
+            study, outcomes = read_outcomes(args.source)
+            folder = args.to or args.source.parent
+        else:
+            file = read_study(args.file, ROOT)
+            study, outcomes = file.study, outcomes_of(file, args.output)
+            folder = args.to or args.output / "report"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_outcomes(folder / "study.json", study, outcomes)
+        write_report(study, outcomes, folder)
+    print(f"written to {folder}")
+    return 0
+
+
+@stoppable()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    args = parse_args(argv)
+    return {"run": run, "status": status, "report": report}[args.command](args)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
