@@ -1,10 +1,10 @@
 """Studies: variants of a config times seeds from one file, run as independent jobs, with the statistics done.
 
-    python tools/study.py run configs/studies/digits.yaml --jobs 2
-    python tools/study.py status configs/studies/digits.yaml
-    python tools/study.py report configs/studies/digits.yaml
+    python tools/study.py run configs/experiments/small_batches_cifar10.yaml --jobs 2
+    python tools/study.py status configs/experiments/small_batches_cifar10.yaml
+    python tools/study.py report configs/experiments/small_batches_cifar10.yaml
     python tools/study.py report --from docs/digits/study.json --to docs/digits
-    python tools/study.py run configs/studies/digits.yaml --executor slurm --executor-option slurm_partition=gpu
+    python tools/study.py run configs/experiments/small_batches_cifar10.yaml --executor slurm --executor-option slurm_partition=gpu
 
 The file names a base config, variants, seeds, and what is compared with what: see docs/studies.md. Each job trains in
 a folder of its own below --output (output/NAME OF THE FILE by default). `run` goes on where it was stopped: what is

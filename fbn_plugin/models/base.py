@@ -116,8 +116,8 @@ class ImageClassifier(nn.Module):
         return {f"{prefix}.{name}" for prefix, module in modules for name in module.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """What tells timm, for the layer decay of its optimizers, the layer of a parameter's name: a number that grows from
-        the input on."""
+        """What tells timm, for the layer decay of its optimizers, the layer of a parameter's name: a number that grows
+        from the input on."""
         order = {name: number for number, (name, _) in enumerate(self.features.named_children())}
 
         def layer(name: str) -> float:

@@ -84,7 +84,7 @@ def test_a_bad_config_ends_in_one_line(tmp_path):
         (["SOLVER.BASE_LT", "1"], "unknown config key 'SOLVER.BASE_LT'; did you mean 'SOLVER.BASE_LR'?"),
         (["SOLVER.BASE_LR"], "'SOLVER.BASE_LR' has no partner"),
         (["DATASETS.NAME", "tar", "DATASETS.ROOT", "nowhere"], "DATASETS.ROOT 'nowhere' does not exist"),
-        (["MODEL.NAME", "resnet5"], "did you mean 'resnet50'?"),
+        (["MODEL.NAME", "resnet5"], "did you mean 'resnet50' or"),
         (["SOLVER.BASE_LR", "0"], "SOLVER.BASE_LR must be above 0"),
         (["SOLVER.IMS_PER_BATCH", "2000"], "SOLVER.IMS_PER_BATCH must be 1437, "),
         (["INPUT.MIXUP", "-1"], "INPUT.MIXUP must be 0, or from 0.001 to 1000, got -1"),

@@ -154,7 +154,8 @@ _SOLVER = {
     },
     "LABEL_SMOOTHING": 0.0,
     "CHECKPOINT_PERIOD": 0,  # iterations; 0: an epoch
-    "BEST_CHECKPOINT_METRIC": "",  # "top1", "top5" or "loss": the best evaluation so far writes model_best.pth
+    # "top1", "top5" or "loss", of the averaged weights "ema/top1" and so on: the best evaluation writes model_best.pth
+    "BEST_CHECKPOINT_METRIC": "",
     "AMP": {"ENABLED": False, "DTYPE": ""},  # "float16" or "bfloat16"; "": float16 on a GPU, bfloat16 on a CPU
     # "norm" of all gradients together, "value" of each element, "agc": of each unit, relative to its weights.
     "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},

@@ -222,14 +222,14 @@ class ClassificationTrainer:
         """
         with stopping.deferred():
             result = self._train()
-        if distributed.is_main():
-            if self.average is not None:
-                weights = {"model": self.average.module.state_dict()}
-                path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
-                atomic_write(path, write=lambda file: torch.save(weights, file))
-            length = self.max_iter, self.iters_per_epoch
-            measured = result, self.evaluator, *length, self.device, self.command
-            write_results(self.cfg, self.data, self.model, *measured)
+            if distributed.is_main():
+                if self.average is not None:
+                    weights = {"model": self.average.module.state_dict()}
+                    path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
+                    atomic_write(path, write=lambda file: torch.save(weights, file))
+                length = self.max_iter, self.iters_per_epoch
+                measured = result, self.evaluator, *length, self.device, self.command
+                write_results(self.cfg, self.data, self.model, *measured)
         return result
 
     def _train(self) -> dict[str, float]:

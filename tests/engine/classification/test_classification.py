@@ -560,7 +560,7 @@ def test_weights_that_do_not_fit_at_all_are_refused(tmp_path):
         ClassificationTrainer(config(MODEL__WEIGHTS=tmp_path / "foreign.pth"))
     source = timm.create_model("test_resnet", num_classes=3, in_chans=1)
     torch.save(source.state_dict(), tmp_path / "other_head.pth")
-    trainer = ClassificationTrainer(config(MODEL__WEIGHTS=tmp_path / "other_head.pth"))
+    trainer = ClassificationTrainer(config(MODEL__WEIGHTS=tmp_path / "other_head.pth", MODEL__RESET_CLASSIFIER=True))
     assert torch.equal(trainer.model.conv1[0].weight, source.conv1[0].weight)
 
 
