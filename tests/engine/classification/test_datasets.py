@@ -145,7 +145,7 @@ def test_without_a_metric_the_last_weights_are_tested(tmp_path):
     result = trainer.train()
     assert result["test/epoch"] == 2 / 5 and {"top1", "ema/top1", "test/top1", "test/ema/top1"} <= set(result)
     assert "(20 of 142 validation images); test" in (line := trainer.describe(result)) and "(360 images, " in line
-    assert trainer._tester()(trainer.model)["loss"] == result["test/loss"]
+    assert trainer.tester(trainer.model)["loss"] == result["test/loss"]
 
 
 # --- files that are broken -------------------------------------------------------------------------------------------
