@@ -8,7 +8,7 @@ from setuptools import Extension, find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "fbn_plugin" / "__init__.py").read_text(), re.MULTILINE)[1]
 
-CLASSIFICATION = ["timm>=1.0.21", "torchvision>=0.21", "scikit-learn", "tensorboard", "tqdm"]
+CLASSIFICATION = ["timm>=1.0.21", "torchvision>=0.21", "scikit-learn", "tensorboard", "tqdm", "matplotlib"]
 DETECTION = ["torchvision>=0.21", "pycocotools", "iopath", "tensorboard", "tqdm", "matplotlib"]
 DEMO = [*DETECTION, "scikit-learn"]
 STUDIES = ["scipy>=1.15", "matplotlib"]

@@ -13,6 +13,7 @@ from fbn_plugin.engine.classification.model import check_model_options
 from fbn_plugin.engine.classification.optimization import WITH_MIN_LR, optimizer_arguments
 from fbn_plugin.engine.run.config import Arguments, CfgNode
 from fbn_plugin.engine.run.linear_rule import ScaledKeys
+from fbn_plugin.engine.run.loggers import check_loggers
 from fbn_plugin.engine.run.rules import (
     COMMON_RULES,
     MOST_ITERATIONS,
@@ -50,6 +51,7 @@ MAY_CHANGE = (
     "SOLVER.STEPS",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.BEST_CHECKPOINT_METRIC",
+    "LOGGERS",
     "TEST.EVAL_ITERATIONS",
     "TEST.EVAL_PERIOD",
     "TEST.IMS_PER_BATCH",
@@ -58,7 +60,8 @@ MAY_CHANGE = (
 
 # What SOLVER.REFERENCE_WORLD_SIZE scales, besides the batch: epochs stay.
 LINEAR_RULE = ScaledKeys(
-    rates=("SOLVER.BASE_LR", "SOLVER.MIN_LR"), iterations=("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
+    rates=("SOLVER.BASE_LR", "SOLVER.MIN_LR"),
+    iterations=("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_ITERATIONS"),
 )
 
 _MODEL = {
@@ -188,7 +191,6 @@ def classification_config() -> CfgNode:
             "TEST": {
                 "EVAL_PERIOD": 1,  # epochs; 0: only at the end
                 "EVAL_ITERATIONS": (),  # further numbers of iterations after which to evaluate
-                "MAX_IMAGES": 0,  # evaluate on so many, each class in its share; 0: all
                 # Normalize by "population" statistics, by those of each "batch" of IMS_PER_BATCH, or of "balanced"
                 # batches with DATALOADER.IMAGES_PER_CLASS (or 1) of each class: conditional, as test labels make them.
                 "MOMENTS": "population",
@@ -196,6 +198,7 @@ def classification_config() -> CfgNode:
             },
             "CUDNN_BENCHMARK": False,
             "FLOAT32_PRECISION": "",  # of torch.set_float32_matmul_precision, and of cuDNN; "": PyTorch's own
+            "LOGGERS": ("tensorboard",),  # besides metrics.json: "csv", "tensorboard", "wandb"
             "SEED": 0,
             "OUTPUT_DIR": "./output",
         }
@@ -258,7 +261,6 @@ _RULES = {
     "SOLVER.REFERENCE_WORLD_SIZE": at_least(0, 2**20),
     "SOLVER.STEPS": increasing("epochs"),
     "TEST.IMS_PER_BATCH": at_least(1, 2**20),
-    "TEST.MAX_IMAGES": at_least(0, 2**31),
     "TEST.MOMENTS": one_of("population", "batch", "balanced"),
 }
 
@@ -272,6 +274,7 @@ def check_config(cfg: CfgNode) -> None:
     check_values(cfg, _RULES)
     check_values(cfg, _dependent_rules(cfg))
     check_norms({"MODEL.NORM": cfg.MODEL.NORM})
+    check_loggers(cfg.LOGGERS)
     check_model_options(cfg)
     optimizer_arguments(cfg)
     transform = build_train_transform(cfg, prefetch=False)
