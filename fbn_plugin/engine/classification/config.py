@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "CUDNN_BENCHMARK",
     "FLOAT32_PRECISION",
     "DATALOADER.NUM_WORKERS",
+    "DATASETS.BROKEN_IMAGES",  # so that a run which has met one may go on; what is sound is the same
     "SOLVER.MAX_EPOCH",
     "SOLVER.MAX_ITER",
     "SOLVER.BASE_LR",
