@@ -74,6 +74,18 @@ class Augmentation:
         """How many random numbers a sample takes."""
         return _FIRST_ATTEMPT + 2 * _ATTEMPTS * self.resizes
 
+    def prepare(self, image: Image.Image) -> np.ndarray | Image.Image:
+        """An image before its random crop: uint8 (C, H, W), or Pillow's where crops are resized."""
+        for step in self.fixed:
+            image = step(image)
+        return image if self.resizes else _channels_first(np.asarray(image))
+
+    def leaves(self, shape: tuple[int, int]) -> bool:
+        """Whether images of a shape, (height, width), are kept as arrays that have the same pixels."""
+        sizes = (step.size for step in self.fixed)
+        unchanged = (min(shape) == size if isinstance(size, int) else shape == tuple(size) for size in sizes)
+        return not self.resizes and all(unchanged)
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (N, C, H, W) as float32, with the very operations of ``ToTensor`` and ``Normalize``."""
         mean, std = (each if each.device == images.device else each.to(images.device) for each in (self.mean, self.std))
@@ -132,34 +144,26 @@ class ImagesInMemory:
     def __init__(self, dataset: Images, augmentation: Augmentation, seed: int = 0):
         self.augmentation = augmentation
         self._dataset = copy.copy(dataset)  # whose transform is this one's own
-        self._dataset.transform = self._prepare
+        self._dataset.transform = augmentation.prepare
         self._samples: list[tuple[np.ndarray | Image.Image, int] | None] = [None] * len(dataset)
         self._draws = _Draws(seed, augmentation.draws)
-
-    def _prepare(self, image: Image.Image) -> np.ndarray | Image.Image:
-        for step in self.augmentation.fixed:
-            image = step(image)
-        return image if self.augmentation.resizes else _channels_first(np.asarray(image))
+        self._left_alone: dict[tuple[int, int], bool] = {}
 
     def _load(self, index: int) -> tuple[np.ndarray | Image.Image, int]:
-        if not self.augmentation.resizes:
-            pixels, label = self._dataset.stored(index)
-            if pixels is not None and self._left_alone(pixels.shape[:2]):
+        pixels, label = self._dataset.stored(index)
+        if pixels is not None:
+            shape = pixels.shape[:2]
+            if shape not in self._left_alone:
+                self._left_alone[shape] = self.augmentation.leaves(shape)
+            if self._left_alone[shape]:
                 return _channels_first(pixels), label  # without the way through Pillow, which changes nothing
         return self._dataset[index]
-
-    def _left_alone(self, shape: tuple[int, int]) -> bool:
-        """Whether what is fixed gives images of a shape, (height, width), as they are."""
-        for step in self.augmentation.fixed:
-            if min(shape) != step.size if isinstance(step.size, int) else shape != tuple(step.size):
-                return False
-        return True
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray | Image.Image, int]:
-        """One image before its random crop, with its class: uint8 (C, H, W), or Pillow's where crops are resized."""
+        """One image, see ``Augmentation.prepare``, with its class."""
         sample = self._samples[index]
         if sample is None:
             sample = self._samples[index] = self._load(index)
@@ -228,7 +232,7 @@ class _Draws:
 
 
 def _channels_first(pixels: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None]
 
 
 def _windows(
