@@ -49,6 +49,19 @@ def test_runs_once_and_says_how_far_it_is(tmp_path, main, capsys):
     table = capsys.readouterr().out
     assert table.startswith("Two norms\n") and table.endswith("\n2 of 2 jobs done\n")
 
+    assert main("report", *place) == 0
+    page = (tmp_path / "out/report/report.html").read_text()
+    assert "one pair tells nothing of chance" in page and (tmp_path / "out/report/top1-differences.png").is_file()
+    kept = tmp_path / "kept.json"
+    kept.write_bytes((tmp_path / "out/report/study.json").read_bytes())
+    assert main("report", "--from", kept, "--to", tmp_path / "again") == 0
+    assert (tmp_path / "again/report.html").read_text() == page and str(tmp_path) not in page
+    assert main("report", "--from", kept, "--markdown", tmp_path / "page.md", "--title", "A title") == 0
+    text = (tmp_path / "page.md").read_text()
+    assert (
+        text.startswith("# A title\n") and "## Two norms" in text and (tmp_path / "page-top1-by-variant.svg").is_file()
+    )
+
     (tmp_path / "two.yaml").write_text((tmp_path / "two.yaml").read_text().replace("MAX_ITER: 2", "MAX_ITER: 3"))
     with pytest.raises(SystemExit) as stop:
         main("run", *place)
@@ -73,3 +86,19 @@ def test_bad_input_is_named(tmp_path, main, capsys, monkeypatch, arguments, sent
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and sentence in error and error.count("\n") == 1
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "a study file, or --from"),
+        (["two.yaml", "--from", "a.json"], "a study file, or --from"),
+        (["two.yaml", "--markdown", "a.md"], "neither a study file nor --to"),
+        (["--from", "a.json", "--to", "b", "--markdown", "a.md"], "neither a study file nor --to"),
+        (["--from", "a.json", "--from", "b.json"], "--markdown names"),
+    ],
+)
+def test_report_is_of_one_study_or_a_page_of_several(main, capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as stop:
+        main("report", *arguments)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err

@@ -140,15 +140,15 @@ def _pictures(figures: Sequence[Figure], ending: str = "png", prefix: str = "") 
     blocks: list[Block] = []
     for each in figures:
         svg = tuple(map(panel_svg, each.panels))
-        widths = tuple((least_width(panel), svg_size(one)[0]) for panel, one in zip(each.panels, svg))
+        widths = tuple(svg_size(one)[0] for one in svg)
         blocks += [Legend(tuple(legend_svg(*entry) for entry in each.legend))] if each.legend else []
-        blocks.append(Picture(f"{prefix}{each.name}.{ending}", each.title, svg, widths))
+        blocks.append(Picture(f"{prefix}{each.name}.{ending}", each.title, svg, least_width(each.panels[0]), widths))
         blocks.append(Paragraph((each.caption,), "note"))
     return blocks
 
 
-def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int) -> list[Block]:
-    """What was run, on what, and how long it took."""
+def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int, most_variants: int | None = None) -> list[Block]:
+    """What was run, on what, and how long it took; of so many variants also what each one sets."""
     facts: list[list] = [["setting", "value"]]
     facts += [["tool", Mono(f"tools/{_SCRIPTS.get(study.tool, study.tool)}")]]
     facts += [["base config", Mono(study.base)]] if study.base else []
@@ -156,7 +156,8 @@ def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int) -> list[Bl
     facts += [["seeds", f"{_ranges(study.seeds)} ({_SEED_RULES.get(study.seed_rule, study.seed_rule)})"]]
     blocks: list[Block] = [Heading(rank, "Settings"), Table(facts, (0, 1))]
     own = [f"{name}: {_settings(each.base, each.settings)}" for name, each in study.variants.items()]
-    blocks += [Code(own, f"What each of the {len(own)} variants sets")]
+    if most_variants is None or len(own) <= most_variants:
+        blocks += [Code(own, f"What {counted(len(own), 'variant')} set")]
     machines = Counter((each.hardware, tuple(sorted(each.versions.items()))) for each in outcomes if each.hardware)
     rows: list[list] = [["hardware", "versions", "jobs"]]
     for (hardware, versions), count in machines.items():
@@ -175,6 +176,8 @@ _SCRIPTS = {
     "torchvision": "train_detection.py",
     "detectron2": "train_net.py",
 }
+# A page of the documentation lists the settings of no more; the JSON has them.
+_MOST_VARIANTS = 20
 _SEED_RULES = {
     "md5": "SEED is the last 32 bits of the MD5 digest of the number",
     "plain": "SEED is the number itself",
@@ -233,7 +236,7 @@ def render_docs(
     command = f"python tools/study.py report{named} --markdown {shlex.quote(os.fspath(page))}{asked}"
     head = [
         Heading(1, title),
-        Paragraph(("This page and its pictures are made from the runs of which the figures are kept, by",)),
+        Paragraph(("Nothing on this page is written by hand. Page and pictures are made from the kept figures by",)),
         Code([command]),
     ]
     parts, pictures, stem = [markdown(head)], {}, Path(page).stem
@@ -266,7 +269,7 @@ def _docs_blocks(
         blocks += comparison_blocks(study, name, found[name])
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(3, "Runs without a figure"), *failed]
-    blocks += _provenance(study, outcomes, 3)
+    blocks += _provenance(study, outcomes, 3, _MOST_VARIANTS)
     example = next((each for each in outcomes if each.command), None)
     if example:
         text = f" has the command of every job. That of {example.variant} with seed {example.seed}:"
