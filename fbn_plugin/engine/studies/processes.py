@@ -64,7 +64,7 @@ class NewProcesses:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **environment},
                     start_new_session=True,
-                    preexec_fn=self._prepare,
+                    preexec_fn=self._prepare if os.name == "posix" else None,
                 )
             )
 

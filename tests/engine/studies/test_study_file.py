@@ -89,7 +89,11 @@ def test_variants_by_name_with_configs_of_their_own(tmp_path):
             "baseline names 'GN', which is none of BN, FBN",
         ),
         ("FACTORS: {a: {x: {SEED_: 1}}, b: {y: {SEED_: 2}}}\nSEEDS: 1", "factors 'a' and 'b' both set SEED_"),
-        (f"{TWO}SEEDS: 0-9999\nIMPORT: [nowhere.py]", "nowhere.py: the file is not there"),
+        (f"{TWO}SEEDS: 1\nIMPORT: [my_norms.py]", "unknown key 'IMPORT'"),  # nothing in a file runs
+        (
+            "VARIANTS: " + str({str(i): {"SOLVER.GAMMA": i / 100} for i in range(1, 12)}) + "\nSEEDS: 0-9999",
+            "11 variants with 10,000 seeds are more than 100,000 jobs",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(tmp_path, text, sentence):
