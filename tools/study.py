@@ -20,7 +20,7 @@ from pathlib import Path
 
 import interruption  # noqa: F401
 
-from fbn_plugin.engine.run.cli import RUN_ERRORS, stoppable, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, add_import, import_modules, stoppable, user_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,6 +70,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     report.add_argument("--title", metavar="TEXT", help="of that page; default: that of the first study")
     report.add_argument("--to", metavar="FOLDER", type=Path, help="of the report; default: report in that of the study")
+    for each in (run, status, report):
+        add_import(each)
     args = parser.parse_args(argv)
     if args.command == "report":
         if (args.file is None) == (not args.sources):
@@ -103,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
         from fbn_plugin.engine.studies.running import resources, run_study
         from fbn_plugin.engine.studies.study_file import read_study
 
-        study = read_study(args.file, ROOT)
+        import_modules(args.imports)
+        study = read_study(args.file, ROOT, args.imports)
         shared = resources(study, args.jobs, args.threads)
         options = read_options(args.executor_option)
         script = ROOT / "tools" / study.engine.script
@@ -132,7 +135,8 @@ def status(args: argparse.Namespace) -> int:
         from fbn_plugin.engine.studies.status import status_text
         from fbn_plugin.engine.studies.study_file import read_study
 
-        study = read_study(args.file, ROOT)
+        import_modules(args.imports)
+        study = read_study(args.file, ROOT, args.imports)
         shared = resources(study, args.jobs, args.threads)
         text = status_text(study.study, outcomes_of(study, args.output), shared.at_once)
     print(text)
@@ -155,7 +159,8 @@ def report(args: argparse.Namespace) -> int:
             study, outcomes = read_outcomes(args.sources[0])
             folder = args.to or args.sources[0].parent
         else:
-            file = read_study(args.file, ROOT)
+            import_modules(args.imports)
+            file = read_study(args.file, ROOT, args.imports)
             study, outcomes = file.study, outcomes_of(file, args.output)
             folder = args.to or args.output / "report"
         write_report(study, outcomes, folder)

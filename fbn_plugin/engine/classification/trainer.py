@@ -99,10 +99,8 @@ class ClassificationTrainer:
         for note in self.data.notes if eval_only else ():  # a training logs them into its folder
             logger.warning("%s", note)
         self.evaluator = Evaluator(cfg, self.data.val, len(self.data.classes), self.device)
-        # The whole test set, whatever TEST.MAX_IMAGES says of validation.
-        whole = with_value(cfg, "TEST.MAX_IMAGES", 0)
         self.tester = self.data.test and Evaluator(
-            whole, self.data.test, len(self.data.classes), self.device, "test image"
+            cfg, self.data.test, len(self.data.classes), self.device, "test image"
         )
         if not eval_only:
             check_batch(cfg, self.data.train, len(self.data.classes))

@@ -21,7 +21,21 @@ from fbn_plugin.engine.studies.statistics import (
     numeric_factor,
 )
 
-__all__ = ["Figure", "Line", "LinePanel", "Row", "RowPanel", "level_name", "study_figures"]
+__all__ = [
+    "Figure",
+    "Line",
+    "LinePanel",
+    "Row",
+    "RowPanel",
+    "in_order",
+    "level_name",
+    "line_ends",
+    "quantity",
+    "row_values",
+    "study_figures",
+    "styles",
+    "x_span",
+]
 
 # A curve of more points is drawn with every so-manieth.
 _MOST_POINTS = 60

@@ -31,6 +31,7 @@ __all__ = [
     "compared_sets",
     "figures_of",
     "holm",
+    "is_figure",
     "numeric_factor",
     "paired_t",
     "seeds_needed",
@@ -175,10 +176,13 @@ def study_statistics(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Met
         outcomes: its jobs; one that is missing counts as unfinished.
     """
     found = {}
+    jobs: dict[str, list[Outcome]] = {variant: [] for variant in study.variants}
+    for outcome in outcomes:
+        jobs[outcome.variant].append(outcome)
     for name, metric in study.metrics.items():
-        figures = {variant: figures_of(outcomes, variant, name) for variant in study.variants}
+        figures = {variant: figures_of(jobs[variant], variant, name) for variant in study.variants}
         summaries = {
-            variant: _with_states(summarize(figures[variant], study.alpha), study, outcomes, variant, name)
+            variant: _with_states(summarize(figures[variant], study.alpha), study, jobs[variant], name)
             for variant in study.variants
         }
         comparisons = [
@@ -223,9 +227,9 @@ def is_figure(value: float | None) -> bool:
     return value is not None and math.isfinite(value) and abs(value) <= _LARGEST
 
 
-def _with_states(summary: Summary, study: Study, outcomes: Sequence[Outcome], variant: str, metric: str) -> Summary:
-    """A summary that says what became of the seeds without a figure."""
-    by_seed = {each.seed: each for each in outcomes if each.variant == variant}
+def _with_states(summary: Summary, study: Study, jobs: Sequence[Outcome], metric: str) -> Summary:
+    """A variant's summary that says what became of the seeds without a figure."""
+    by_seed = {each.seed: each for each in jobs}
     for seed in sorted(set(study.seeds)):
         outcome = by_seed.get(seed)
         if outcome is None or outcome.state in ("running", "waiting"):

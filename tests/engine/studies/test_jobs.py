@@ -41,9 +41,8 @@ def test_whole_seeds_come_first(tmp_path):
 
 
 def test_a_command_is_the_jobs_own_without_places(tmp_path):
-    (tmp_path / "my_norms.py").write_text("")
-    text = "IMPORT: [my_norms.py]\nVARIANTS: {a b: {MODEL.NORM: FBN(t_sigma=3), INPUT.SCALE: [0.5, 1]}}\nSEEDS: 1\n"
-    file = read_study(write_study(tmp_path, text), ROOT)
+    text = "VARIANTS: {a b: {MODEL.NORM: FBN(t_sigma=3), INPUT.SCALE: [0.5, 1]}}\nSEEDS: 1\n"
+    file = read_study(write_study(tmp_path, text), ROOT, [str(tmp_path / "my_norms.py")])
     job = all_jobs(file, tmp_path / "out")[0]
     assert shlex.split(job.command) == [
         *("python", "tools/train_classification.py", "--import", "my_norms.py"),

@@ -89,7 +89,11 @@ def test_variants_by_name_with_configs_of_their_own(tmp_path):
             "baseline names 'GN', which is none of BN, FBN",
         ),
         ("FACTORS: {a: {x: {SEED_: 1}}, b: {y: {SEED_: 2}}}\nSEEDS: 1", "factors 'a' and 'b' both set SEED_"),
-        (f"{TWO}SEEDS: 0-9999\nIMPORT: [nowhere.py]", "nowhere.py: the file is not there"),
+        (f"{TWO}SEEDS: 1\nIMPORT: [my_norms.py]", "unknown key 'IMPORT'"),  # nothing in a file runs
+        (
+            "VARIANTS: " + str({str(i): {"SOLVER.GAMMA": i / 100} for i in range(1, 12)}) + "\nSEEDS: 0-9999",
+            "11 variants with 10,000 seeds are more than 100,000 jobs",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(tmp_path, text, sentence):
@@ -129,3 +133,9 @@ METRICS: [segm/AP, my_set/bbox/AP50]
     path.write_text(path.read_text().replace("RESNETS.NORM: FBN", "RESNET.NORM: FBN"))
     with pytest.raises(ValueError, match="variant 'FBN': unknown config key 'MODEL.RESNET.NORM'; did you mean"):
         read_study(path, ROOT)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_this_project_can_be_read(path):
+    study = read_study(path, ROOT).study
+    assert study.comparisons and study.description and len(study.seeds) >= 5
