@@ -129,3 +129,9 @@ METRICS: [segm/AP, my_set/bbox/AP50]
     path.write_text(path.read_text().replace("RESNETS.NORM: FBN", "RESNET.NORM: FBN"))
     with pytest.raises(ValueError, match="variant 'FBN': unknown config key 'MODEL.RESNET.NORM'; did you mean"):
         read_study(path, ROOT)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_studies_of_this_project_can_be_read(path):
+    study = read_study(path, ROOT).study
+    assert study.comparisons and study.description and len(study.seeds) >= 5
