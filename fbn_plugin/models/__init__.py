@@ -14,8 +14,9 @@ from fbn_plugin.models.inception import Inception
 from fbn_plugin.models.lenet import LAYERS, LeNet5
 from fbn_plugin.models.mlp import SigmoidMLP
 from fbn_plugin.models.pooled_resnet import PooledResNet
+from fbn_plugin.models.vgg import VGG16
 
-__all__ = ["NETWORKS", "AlexNet", "AllCNN", "Inception", "LeNet5", "Network", "PooledResNet", "SigmoidMLP"]
+__all__ = ["NETWORKS", "VGG16", "AlexNet", "AllCNN", "Inception", "LeNet5", "Network", "PooledResNet", "SigmoidMLP"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ IMAGENET = {"size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.
 # "_plain" is without norms, which timm's create_model cannot be told by norm_layer=None ("" does).
 _PLAIN = {"norm_layer": None}
 _GOOGLENET = {"lrn": True, "drop_rate": 0.4}
+_SMALL_VGG = {"map_size": 1, "dense_size": 512}
 
 NETWORKS = {
     "lenet5": Network(LeNet5, **MNIST),
@@ -69,4 +71,8 @@ NETWORKS = {
         **IMAGENET,
         arguments={"depths": (3, 4, 6, 3), "widths": (96, 192, 384, 768), "stem": (5, 2)},
     ),
+    "vgg16_all": Network(VGG16, **IMAGENET, num_classes=1000),
+    "vgg16_all_plain": Network(VGG16, **IMAGENET, num_classes=1000, arguments=_PLAIN),
+    "vgg16_all_cifar": Network(VGG16, **CIFAR, arguments=_SMALL_VGG),
+    "vgg16_all_cifar_plain": Network(VGG16, **CIFAR, arguments={**_PLAIN, **_SMALL_VGG}),
 }

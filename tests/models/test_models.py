@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import NORMS, FilteredBatchNorm1d, FilteredBatchNorm2d, norm_factory, parse_spec
-from fbn_plugin.models import NETWORKS, AlexNet, AllCNN, LeNet5, PooledResNet, SigmoidMLP
+from fbn_plugin.models import NETWORKS, VGG16, AlexNet, AllCNN, LeNet5, PooledResNet, SigmoidMLP
 from fbn_plugin.models.inception import MODULES
 
 # Figure 5 of Batch normalization as printed: name, output size, #1x1, #3x3 reduce, #3x3, double #3x3 reduce, double
@@ -99,6 +99,10 @@ CHAINS = {
         *[(192, 192, 1), (192, 10, 1)],
     ],
     "mlp_3x100": [(784, 100, 1), (100, 100, 1), (100, 100, 1), (100, 10, 1)],
+    "vgg16_all": [
+        *[(3, 64, 9), (64, 64, 9), (64, 128, 9), (128, 128, 9), (128, 256, 9), (256, 256, 9), (256, 256, 9)],
+        *[(256, 512, 9), *[(512, 512, 9)] * 5, (512 * 7 * 7, 4096, 1), (4096, 4096, 1), (4096, 1000, 1)],
+    ],
 }
 
 
@@ -113,6 +117,7 @@ def test_chains_of_layers_have_the_parameters_of_their_tables(name):
 def test_well_known_numbers_of_parameters():
     assert count(build("lenet5_plain", "meta")) == 61_706
     assert count(build("alexnet_cifar_plain", "meta", num_classes=1000)) == 62_378_344
+    assert count(build("vgg16_all_plain", "meta")) == 138_357_544
 
 
 @pytest.mark.parametrize(
@@ -196,6 +201,21 @@ def test_alexnet_maps():
     assert seen == [(96, 55), (96, 27), (256, 27), (256, 13), (384, 13), (384, 13), (256, 13), (256, 6)]
 
 
+@pytest.mark.parametrize(
+    ("name", "sides"), [("vgg16_all", [112, 56, 28, 14, 7, 7]), ("vgg16_all_cifar", [16, 8, 4, 2, 1, 1])]
+)
+def test_vgg_maps(name, sides):
+    seen = map_sizes(build(name, "meta"), images(name, device="meta"), r"features\.(pool\d|average)")
+    assert seen == list(zip((64, 128, 256, 512, 512, 512), sides))
+
+
+def test_vgg_takes_larger_images_by_averaging():
+    model, x = VGG16(dense_size=8, map_size=1, num_classes=2).eval(), torch.randn(2, 3, 64, 64)
+    maps = model.features[: list(dict(model.features.named_children())).index("average")](x)
+    torch.testing.assert_close(model.features.average(maps)[..., 0, 0], maps.mean((2, 3)))
+    assert model(x).shape == (2, 2)
+
+
 # --- where the norms are ---------------------------------------------------------------------------------------------
 
 
@@ -213,7 +233,9 @@ def test_lenet5_has_its_norm_between_the_last_two_dense_layers_by_default():
     assert not norms_of(LeNet5(norm_after=()))
 
 
-@pytest.mark.parametrize("name", ["alexnet_cifar", "all_cnn_c", "mlp_3x100", "lenet5_all", "bn_inception_sigmoid"])
+@pytest.mark.parametrize(
+    "name", ["alexnet_cifar", "all_cnn_c", "mlp_3x100", "lenet5_all", "bn_inception_sigmoid", "vgg16_all"]
+)
 def test_every_layer_but_the_logits_has_norm_then_activation_and_no_bias(name):
     model = build(name, "meta")
     activation = nn.Sigmoid if "sigmoid" in name or "mlp" in name else nn.ReLU
@@ -310,7 +332,7 @@ def test_logits_of_the_papers_images(name):
     assert model(x).shape == head.shape
 
 
-RUNS = ["lenet5_all", "alexnet_cifar", "all_cnn_c", "mlp_3x100", "bn_inception", "pooled_resnet20"]
+RUNS = ["lenet5_all", "alexnet_cifar", "all_cnn_c", "mlp_3x100", "bn_inception", "pooled_resnet20", "vgg16_all_cifar"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -342,10 +364,10 @@ def test_images_of_28_pixels_are_put_in_the_middle_of_32():
 
 
 def test_dropout():
-    for name, before in (("alexnet_cifar", ("drop6", "drop7")), ("lenet5", ())):
+    for name, inside in (("alexnet_cifar", ("drop6", "drop7")), ("lenet5", ()), ("vgg16_all", ("drop6",))):
         model = build(name, "meta", drop_rate=0.25)
-        assert [getattr(model.features, drop).p for drop in before] == [0.25] * len(before)
-        assert model.drop.p == (0.0 if before else 0.25)
+        assert [getattr(model.features, drop).p for drop in inside] == [0.25] * len(inside)
+        assert model.drop.p == (0.0 if name == "alexnet_cifar" else 0.25)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +393,7 @@ def test_bad_arguments():
 # --- initial weights -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["all_cnn_c_plain", "pooled_resnet20"])
+@pytest.mark.parametrize("name", ["all_cnn_c_plain", "pooled_resnet20", "vgg16_all_cifar_plain"])
 def test_rectified_networks_start_with_the_variance_that_keeps_their_signal(name):
     model = build(name)
     *convolutions, last = layers_of(model)

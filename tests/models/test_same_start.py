@@ -70,6 +70,7 @@ def test_networks_that_differ_in_their_norms_alone():
     for first, *others in (
         ("all_cnn_c", "all_cnn_c_dwck", "all_cnn_c_plain"),
         ("lenet5", "lenet5_all", "lenet5_plain"),
+        ("vgg16_all_cifar", "vgg16_all_cifar_plain"),
     ):
         for other in others:
             assert_same_start(lambda name=other: timm.create_model(name), lambda name=first: timm.create_model(name))
