@@ -31,7 +31,8 @@ CLASSIFIERS, DETECTORS = CONFIGS / "Digits" / "lenet5_convs", CONFIGS / "Demo" /
 NAMES = [name for name, _ in NORMS]
 
 # A file is named NETWORK_NORM.yaml, NORM being the registry's name as it stands there, "RBN-" with its minus.
-FILES = sorted(CONFIGS.glob("*/[!B]*_*.yaml"))
+# Studies, which are of another kind, have a TOOL.
+FILES = sorted(path for path in CONFIGS.glob("*/[!B]*_*.yaml") if "\nTOOL:" not in path.read_text())
 
 # The detectors at full size.
 COCO = [path for path in FILES if path.parent.name == "Misc" or path.parent.name.startswith("COCO-")]
