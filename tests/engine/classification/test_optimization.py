@@ -7,8 +7,8 @@ import torch
 from timm.optim import get_optimizer_class
 from torch import nn
 
-from fbn_plugin.engine.classification import model as model_module
 from fbn_plugin.engine.classification import evaluation
+from fbn_plugin.engine.classification import model as model_module
 from fbn_plugin.engine.classification.config import check_config, classification_config
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
 from fbn_plugin.engine.classification.trainer import ClassificationTrainer
