@@ -148,9 +148,7 @@ class PlateauSchedule:
         with warnings.catch_warnings():
             # timm warns that a run which is resumed loses the state that is kept here.
             warnings.filterwarnings("ignore", "PlateauLRScheduler is deprecated", FutureWarning)
-            warnings.filterwarnings(
-                "ignore", "The verbose parameter is deprecated", UserWarning
-            )  # of timm 1.0.21's use
+            warnings.filterwarnings("ignore", "The verbose parameter is deprecated", UserWarning)  # in timm 1.0.21
             self._timm = PlateauLRScheduler(
                 optimizer,
                 decay_rate=solver.GAMMA,
