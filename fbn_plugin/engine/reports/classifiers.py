@@ -49,7 +49,8 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], title: str) ->
     rows = cells.sum(axis=1, keepdims=True)
     shares = 100 * np.divide(cells, rows, out=np.zeros(cells.shape), where=rows > 0)
     side = min(11.0, 4.5 + 0.28 * min(count, _NAMED))
-    figure, axes = new_figure(side + 0.8, side)
+    figure, axes = new_figure(side + 1.6, side + 0.6)
+    figure.set_layout_engine("compressed")  # the axes are square, and what stands beside them is to be whole
     # The root shows a share of a few percent, too.
     image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     if count <= _ANNOTATED:
