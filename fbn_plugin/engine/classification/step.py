@@ -6,6 +6,7 @@ timm's.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -26,6 +27,7 @@ from fbn_plugin.engine.run.seeding import seed_iteration
 
 __all__ = ["TrainingStep", "build_average", "build_scaler", "check_precision", "place_model"]
 
+_NO_COMPILER = re.compile(r"(No working C\+\+ compiler found|Failed to find C compiler).*")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -120,7 +122,7 @@ class TrainingStep:
 
         Raises:
             FloatingPointError: the loss is not finite. The weights are those before the update.
-            UserError: a norm gets one value a channel.
+            UserError: a norm gets one value a channel, or MODEL.COMPILE finds no compiler.
         """
         steps = self._steps
         self.scheduler.step_update(iteration)
@@ -171,6 +173,10 @@ class TrainingStep:
             images = counted(len(targets), "image")
             what = f"SOLVER.IMS_PER_BATCH must be more than {images} for each process and step"
             raise UserError(f"{what}: {error}") from None
+        except RuntimeError as error:  # PyTorch's classes for it are not public
+            if not (said := _NO_COMPILER.search(str(error))):
+                raise
+            raise UserError(f"MODEL.COMPILE must be False here: {said[0]}") from None
 
     def _backward(self, loss: Tensor) -> None:
         # With MODEL.GRAD_CHECKPOINTING the backward pass computes activations again, and batch norms would move their
