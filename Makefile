@@ -23,7 +23,8 @@ CHECKED := tests/test_internals.py tests/test_modules.py tests/test_public.py te
 	tests/training/test_gamma_initialization.py tests/training/test_evaluation_modes.py tests/models/test_models.py \
 	tests/frameworks/test_pytorch.py tests/frameworks/test_torchvision.py tests/frameworks/test_timm_models.py \
 	tests/engine/files tests/engine/run tests/engine/data/test_sampling.py tests/engine/data/test_coco_eval.py \
-	tests/engine/data/test_image_data.py tests/engine/reports/test_report.py \
+	tests/engine/data/test_image_data.py tests/engine/reports/test_report.py tests/engine/studies/test_seeds.py \
+	tests/engine/studies/test_study_file.py tests/engine/studies/test_jobs.py \
 	tests/engine/benchmark/test_benchmark_targets.py tests/engine/torchvision/test_detectron2_weights.py \
 	tests/engine/classification/test_classification.py tests/engine/detectron2/test_values.py \
 	tests/sweeps/test_images.py tests/tools/test_check_peer_tests.py

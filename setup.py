@@ -8,10 +8,11 @@ from setuptools import Extension, find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "fbn_plugin" / "__init__.py").read_text(), re.MULTILINE)[1]
 
-CLASSIFICATION = ["timm>=1.0.21", "torchvision>=0.21", "scikit-learn", "tensorboard", "tqdm"]
+CLASSIFICATION = ["timm>=1.0.21", "torchvision>=0.21", "scikit-learn", "tensorboard", "tqdm", "matplotlib"]
 DETECTION = ["torchvision>=0.21", "pycocotools", "iopath", "tensorboard", "tqdm", "matplotlib"]
 DEMO = [*DETECTION, "scikit-learn"]
 STUDIES = ["scipy>=1.15", "matplotlib"]
+CLUSTER = ["submitit>=1.5"]
 TEST = ["pytest", "pytest-xdist", "hypothesis", "ruff", "onnx", "onnxscript", "onnxruntime"]
 # Other frameworks that norms get into. mmengine asks for a function that Python 3.14 dropped.
 PEERS = ['mmengine; python_version < "3.14"', "mmcv-lite", "transformers", "ultralytics"]
@@ -48,7 +49,8 @@ setup(
         "detection": DETECTION,
         "demo": DEMO,
         "studies": STUDIES,
+        "cluster": CLUSTER,
         "docs": DOCS,
-        "test": [*TEST, *CLASSIFICATION, *DEMO, *STUDIES, *PEERS],
+        "test": [*TEST, *CLASSIFICATION, *DEMO, *STUDIES, *CLUSTER, *PEERS],
     },
 )

@@ -63,7 +63,8 @@ def test_the_api_page_has_every_public_name():
 def flatten(cfg, prefix: str = "") -> dict:
     keys = {}
     for name, value in cfg.items():
-        keys |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        group = isinstance(value, dict) and value  # an empty one is the user's to fill
+        keys |= flatten(value, f"{prefix}{name}.") if group else {prefix + name: value}
     return keys
 
 

@@ -1,21 +1,24 @@
-"""COCO AP of a run's weights, or of any file of detections: AP, AP50, AP75, APs, APm, APl of boxes and masks.
+"""What a run's weights reach: COCO AP of a detector, or of any file of detections: AP, AP50, AP75, APs, APm, APl of
+boxes and masks; top-1, top-5 and loss of a classifier.
 
     python tools/evaluate.py runs/fbn
     python tools/evaluate.py runs/fbn --weights model_0049999.pth --output ap_50k.json
     python tools/evaluate.py runs/fbn --dataset my_data:test
     python tools/evaluate.py --results coco_instances_results.json --dataset coco_2017_val
 
-RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2) or tools/train_detection.py (torchvision); the engine that
-trained the run evaluates it. With --results no model is needed: detections in COCO's results format are scored,
-whoever made them. The figures are printed and written as JSON, to RUN_DIR/evaluation.json by default; of RUN_DIR
-nothing else is touched.
+RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2), tools/train_detection.py (torchvision) or
+tools/train_classification.py; the engine that trained the run evaluates it, of a classifier on the run's own set.
+tools/evaluate_classification.py tells more of classifiers. With --results no model is needed: detections in COCO's
+results format are scored, whoever made them. The figures are printed and written as JSON, to RUN_DIR/evaluation.json by
+default; of RUN_DIR nothing else is touched.
 """
 
 import argparse
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import interruption  # noqa: F401
 
@@ -59,6 +62,27 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("RUN_DIR is needed, or both --results and --dataset")
 
 
+def evaluate_classifier(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Evaluate a classification run; its figures by what they were measured on."""
+    from fbn_plugin.engine.classification.run_evaluation import evaluate_run
+    from fbn_plugin.engine.run.run_info import read_run_info
+
+    if args.dataset or args.results:
+        raise ValueError(f"{args.run_dir} is of a classifier: --dataset and --results are for detectors")
+    check_imports(args, read_run_info(args.run_dir))
+    figures, source = evaluate_run(Path(args.run_dir), args.weights, args.output)
+    rows = [[*figures], [f"{value:.4f}" if name == "loss" else f"{value:.2f}" for name, value in figures.items()]]
+    print(f"\n{source}\n\n{format_table(rows)}\n\nwritten to {args.output}")
+    return {source: figures}
+
+
+def check_imports(args: argparse.Namespace, info: Mapping[str, Any]) -> None:
+    """ValueError where a run was trained with modules that are not given."""
+    if (needed := info.get("imports")) and not args.imports:
+        options = " ".join(f"--import {name}" for name in needed)
+        raise ValueError(f"{args.run_dir} was trained with modules of its own: add {options}")
+
+
 @stoppable()
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Run the command line; return the figures of each data set."""
@@ -67,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     with user_errors():
         check_args(args)
         import_modules(args.imports)  # a data set, too, may be one that a module registers
+        from fbn_plugin.engine.run.run_folder import is_classification, read_run
+
+        if args.run_dir and is_classification(args.run_dir):
+            return evaluate_classifier(args)
 
         from fbn_plugin.engine.data.named_sets import resolve_dataset
         from fbn_plugin.engine.reports.evaluation import (
@@ -77,7 +105,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             read_detections,
             score_detections,
         )
-        from fbn_plugin.engine.run.run_folder import read_run
         from fbn_plugin.engine.run.run_info import hardware, write_evaluation
 
         run = read_run(args.run_dir) if args.run_dir else None
@@ -93,9 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
             metrics = {data.name: score_detections(data, read_detections(args.results, data), run)}
             source = args.results
         else:
-            if (needed := run.info.get("imports")) and not args.imports:
-                options = " ".join(f"--import {name}" for name in needed)
-                raise ValueError(f"{run.folder} was trained with modules of its own: add {options}")
+            check_imports(args, run.info)
             weights = run.weights(args.weights)
             device = hardware("cpu" if run.config.get("MODEL.DEVICE") == "cpu" else None)
             note = averages_note(run, weights)

@@ -6,19 +6,21 @@
     python tools/make_table.py runs/bn-seed* runs/fbn-seed* --all-metrics --json table.json
     python tools/make_table.py runs/* --label "FBN everywhere=runs/fbn-heads"
 
-RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2) or tools/train_detection.py (torchvision), with any norm:
-of a training, or of an --eval-only into a folder of its own.
+RUN_DIR is the OUTPUT_DIR of tools/train_net.py (detectron2), tools/train_detection.py (torchvision) or
+tools/train_classification.py, with any norm: of a training, or of an --eval-only into a folder of its own.
 Every evaluation of the runs is a row; on COCO 2017 the paper's are, too, run or not.
 Runs of the same norm become one column, mean ± standard deviation over their seeds; every framework and data set has a
 table of its own. Below each stands what was run, in which settings the runs differ, and how far they can be compared.
+Classification runs have tables of top-1, top-5 and loss, a norm and setting a row.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import interruption  # noqa: F401
 
@@ -45,6 +47,39 @@ def read_labels(given: Sequence[str], folders: Sequence[Path]) -> dict[Path, str
     return labels
 
 
+def detector_tables(
+    folders: Sequence[Path], labels: Mapping[Path, str], all_metrics: bool
+) -> tuple[str, dict[str, Any]]:
+    """Text and plain data of the tables of detection runs; of none, the paper's."""
+    from fbn_plugin.engine.reports.table import PAPER_SOURCE, build_tables, paper_table
+    from fbn_plugin.engine.run.run_folder import read_run
+
+    tables = build_tables([read_run(folder) for folder in folders], labels) or [paper_table()]
+    lines = []
+    for table in tables:
+        title = " and ".join(table.train_sets)
+        lines += [f"## {title} → {table.test_set}, {table.engine}" if table.engine else "## COCO", ""]
+        lines += [format_table(table.rows()), ""]
+        if all_metrics and table.engine:
+            lines += ["At the last evaluation:", "", format_table(table.all_metrics()), ""]
+        lines += [*(f"- {note}" for note in table.notes()), ""]
+    text = "\n".join([*lines, f"AP in percent. The paper: {PAPER_SOURCE}."])
+    return text, {"paper": PAPER_SOURCE, "tables": [table.as_json() for table in tables]}
+
+
+def classifier_tables(folders: Sequence[Path], labels: Mapping[Path, str]) -> tuple[str, list[dict[str, Any]]]:
+    """Text and plain data of the tables of classification runs."""
+    from fbn_plugin.engine.classification.run_folder import read_classification_run
+    from fbn_plugin.engine.reports.classification_table import build_classification_tables
+
+    tables = build_classification_tables([read_classification_run(folder) for folder in folders], labels)
+    lines = []
+    for table in tables:
+        lines += [f"## {table.title}", "", format_table(table.rows()), ""]
+        lines += [*(f"- {note}" for note in table.notes()), ""]
+    return "\n".join(lines), [table.as_json() for table in tables]
+
+
 @stoppable()
 def main(argv: Sequence[str] | None = None) -> str:
     """Run the command line; return the text that it prints."""
@@ -66,29 +101,23 @@ def main(argv: Sequence[str] | None = None) -> str:
         check_outputs(args.output, args.json)
         import_modules(args.imports)
         from fbn_plugin.engine.files.disk import atomic_write
-        from fbn_plugin.engine.reports.table import PAPER_SOURCE, build_tables, paper_table
-        from fbn_plugin.engine.run.run_folder import read_run
+        from fbn_plugin.engine.run.run_folder import is_classification
 
         resolved = [os.path.realpath(folder) for folder in args.run_dirs]
         for folder in args.run_dirs:
             if resolved.count(os.path.realpath(folder)) > 1:
                 raise ValueError(f"run folder {folder} is given more than once")
         labels = read_labels(args.label, args.run_dirs)
-        tables = build_tables([read_run(folder) for folder in args.run_dirs], labels) or [paper_table()]
-
-        lines = []
-        for table in tables:
-            title = " and ".join(table.train_sets)
-            lines += [f"## {title} → {table.test_set}, {table.engine}" if table.engine else "## COCO", ""]
-            lines += [format_table(table.rows()), ""]
-            if args.all_metrics and table.engine:
-                lines += ["At the last evaluation:", "", format_table(table.all_metrics()), ""]
-            lines += [*(f"- {note}" for note in table.notes()), ""]
-        text = "\n".join([*lines, f"AP in percent. The paper: {PAPER_SOURCE}."])
+        classifiers = [folder for folder in args.run_dirs if is_classification(folder)]
+        detectors = [folder for folder in args.run_dirs if folder not in classifiers]
+        text, tables = classifier_tables(classifiers, labels) if classifiers else ("", [])
+        content: dict[str, Any] = {"tables": tables}
+        if detectors or not classifiers:
+            more, content = detector_tables(detectors, labels, args.all_metrics)
+            text, content["tables"] = text + more, [*tables, *content["tables"]]
         if args.output:
             atomic_write(args.output, (text + "\n").encode())
         if args.json:
-            content = {"paper": PAPER_SOURCE, "tables": [table.as_json() for table in tables]}
             atomic_write(args.json, (json.dumps(content, indent=2) + "\n").encode())
     print(text)
     return text

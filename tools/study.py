@@ -1,10 +1,11 @@
 """Studies: variants of a config times seeds from one file, run as independent jobs, with the statistics done.
 
-    python tools/study.py run configs/experiments/small_batches_cifar10.yaml --jobs 2
-    python tools/study.py status configs/experiments/small_batches_cifar10.yaml
-    python tools/study.py report configs/experiments/small_batches_cifar10.yaml
-    python tools/study.py report --from docs/digits/study.json --to docs/digits
-    python tools/study.py run configs/experiments/small_batches_cifar10.yaml --executor slurm --executor-option slurm_partition=gpu
+    python tools/study.py run configs/experiments/digits.yaml --jobs 2
+    python tools/study.py status configs/experiments/digits.yaml
+    python tools/study.py report configs/experiments/digits.yaml
+    python tools/study.py report --from output/digits/report/study.json --to output/digits/again
+    python tools/study.py report --from benchmarks/digits.json --markdown docs/digits.md
+    python tools/study.py run configs/experiments/digits.yaml --executor slurm --executor-option slurm_partition=gpu
 
 The file names a base config, variants, seeds, and what is compared with what: see docs/studies.md. Each job trains in
 a folder of its own below --output (output/NAME OF THE FILE by default). `run` goes on where it was stopped: what is
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import interruption  # noqa: F401
 
-from fbn_plugin.engine.run.cli import RUN_ERRORS, stoppable, user_errors
+from fbn_plugin.engine.run.cli import RUN_ERRORS, add_import, import_modules, stoppable, user_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,11 +56,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     report = commands.add_parser("report", help="write tables, tests and plots")
     report.add_argument("file", metavar="FILE", type=Path, nargs="?", help="the study file")
     report.add_argument("--output", metavar="FOLDER", type=Path, help="of the study; default: output/NAME OF THE FILE")
-    report.add_argument("--from", dest="source", metavar="JSON", type=Path, help="a study.json, in place of FILE")
+    report.add_argument(
+        "--from",
+        dest="sources",
+        metavar="JSON",
+        type=Path,
+        action="append",
+        default=[],
+        help="a study.json, in place of FILE; with --markdown there may be several",
+    )
+    report.add_argument(
+        "--markdown", metavar="PAGE", type=Path, help="write one short page of what --from names, with SVG beside it"
+    )
+    report.add_argument("--title", metavar="TEXT", help="of that page; default: that of the first study")
     report.add_argument("--to", metavar="FOLDER", type=Path, help="of the report; default: report in that of the study")
+    for each in (run, status, report):
+        add_import(each)
     args = parser.parse_args(argv)
-    if args.command == "report" and (args.file is None) == (args.source is None):
-        parser.error("report wants a study file, or --from with a study.json")
+    if args.command == "report":
+        if (args.file is None) == (not args.sources):
+            parser.error("report wants a study file, or --from with a study.json")
+        if args.markdown and (args.file or args.to):
+            parser.error("--markdown makes a page of what --from names: it goes with neither a study file nor --to")
+        if len(args.sources) > 1 and not args.markdown:
+            parser.error("several --from make one page, which --markdown names")
     if args.file is not None:
         args.output = args.output or Path("output", args.file.stem)
     return args
@@ -85,7 +105,8 @@ def run(args: argparse.Namespace) -> int:
         from fbn_plugin.engine.studies.running import resources, run_study
         from fbn_plugin.engine.studies.study_file import read_study
 
-        study = read_study(args.file, ROOT)
+        import_modules(args.imports)
+        study = read_study(args.file, ROOT, args.imports)
         shared = resources(study, args.jobs, args.threads)
         options = read_options(args.executor_option)
         script = ROOT / "tools" / study.engine.script
@@ -114,7 +135,8 @@ def status(args: argparse.Namespace) -> int:
         from fbn_plugin.engine.studies.status import status_text
         from fbn_plugin.engine.studies.study_file import read_study
 
-        study = read_study(args.file, ROOT)
+        import_modules(args.imports)
+        study = read_study(args.file, ROOT, args.imports)
         shared = resources(study, args.jobs, args.threads)
         text = status_text(study.study, outcomes_of(study, args.output), shared.at_once)
     print(text)
@@ -124,20 +146,23 @@ def status(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """Write the report."""
     with user_errors():
-        from fbn_plugin.engine.studies.outcomes import read_outcomes, write_outcomes
-        from fbn_plugin.engine.studies.report import write_report
+        from fbn_plugin.engine.studies.outcomes import read_outcomes
+        from fbn_plugin.engine.studies.report import write_docs, write_report
         from fbn_plugin.engine.studies.running import outcomes_of
         from fbn_plugin.engine.studies.study_file import read_study
 
-        if args.source:
-            study, outcomes = read_outcomes(args.source)
-            folder = args.to or args.source.parent
+        if args.markdown:
+            write_docs(args.sources, args.markdown, args.title)
+            print(f"written to {args.markdown}")
+            return 0
+        if args.sources:
+            study, outcomes = read_outcomes(args.sources[0])
+            folder = args.to or args.sources[0].parent
         else:
-            file = read_study(args.file, ROOT)
+            import_modules(args.imports)
+            file = read_study(args.file, ROOT, args.imports)
             study, outcomes = file.study, outcomes_of(file, args.output)
             folder = args.to or args.output / "report"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_outcomes(folder / "study.json", study, outcomes)
         write_report(study, outcomes, folder)
     print(f"written to {folder}")
     return 0

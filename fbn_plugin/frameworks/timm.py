@@ -446,6 +446,9 @@ def unregister() -> None:
 register_layer(Conv2dSame)
 
 
+param_groups = timm_optimizers.param_groups
+
+
 class FusedBasicBlock(resnet.BasicBlock):
     """``BasicBlock`` whose last norm adds the shortcut and holds the activation."""
 

@@ -128,7 +128,8 @@ def _detectron2(file: str, overrides: list[str]) -> None:
 
 
 def _files(engine: str) -> list[Path]:
-    return [file for folder in CONFIGS[engine] for file in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
+    files = (file for folder in CONFIGS[engine] for file in sorted((ROOT / "configs" / folder).glob("*.yaml")))
+    return [file for file in files if "\nTOOL:" not in file.read_text()]  # which a study has
 
 
 def _text(file: Path) -> str:

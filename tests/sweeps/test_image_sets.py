@@ -24,6 +24,8 @@ COUNT = 240
 NAMES = {
     "tar": "train.tar",
     "nested": "train.tar",
+    "shard": "train-0.tar",
+    "csv": "train/metadata.csv",
     "npz": "cifar10_jpeg.npz",
     "idx": "train-images-idx3-ubyte",
     "gz": "train-labels-idx1-ubyte.gz",
@@ -59,6 +61,8 @@ def originals() -> dict[str, bytes]:
     return {
         "tar": _tar(files, tarfile.PAX_FORMAT),
         "nested": _tar(nested, tarfile.GNU_FORMAT),
+        "shard": _tar({"0.png": image, "0.cls": b"0", "1.png": image, "1.json": b'{"label": 1}'}, tarfile.PAX_FORMAT),
+        "csv": b"file_name,label\n0.png,ant\n1.png,bee\n",
         "npz": _npz(),
         "idx": b"\0\0\x08\3" + struct.pack(">III", 2, 6, 8) + bytes(range(96)),
         "gz": gzip.compress(b"\0\0\x08\1" + struct.pack(">I", 2) + b"\0\1", mtime=0),
@@ -102,7 +106,7 @@ def _with_changed_array(data: bytes, rng: random.Random) -> bytes:
 
 def mutated(kind: str, data: bytes, rng: random.Random) -> bytes:
     chance = rng.random()
-    if kind in ("tar", "nested") and chance < 0.6:
+    if kind in ("tar", "nested", "shard") and chance < 0.6:
         return _with_changed_header(data, rng)
     if kind == "npz" and chance < 0.6:
         return _with_changed_array(data, rng)
@@ -126,10 +130,17 @@ def _write(kind: str, data: bytes, folder: Path) -> ImageData:
         for split in ("train", "t10k"):
             (folder / f"{split}-images-idx3-ubyte").write_bytes(SOUND["idx"])
             (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(SOUND["gz"])
+    elif kind == "csv":
+        for split in ("train", "val"):
+            (folder / split).mkdir()
+            for name in ("0.png", "1.png"):
+                (folder / split / name).write_bytes(saved(COLOUR))
+        (folder / "val/metadata.csv").write_bytes(SOUND[kind])
     elif kind != "npz":
         (folder / "val.tar").write_bytes(SOUND[kind])
     (folder / NAMES[kind]).write_bytes(data)
-    name = {"idx": "mnist", "gz": "mnist", "npz": "cifar10_jpeg"}.get(kind, "tar")
+    names = {"idx": "mnist", "gz": "mnist", "npz": "cifar10_jpeg", "shard": "webdataset", "csv": "hf_folder"}
+    name = names.get(kind, "tar")
     return load_image_data(name, str(folder))
 
 

@@ -30,6 +30,7 @@ from fbn_plugin.engine.run.config import CfgNode, load_config
 Batch = tuple[Tensor, Tensor]
 
 _PREPARED = 32  # batches of the bare loop
+_SECONDS = 30.0
 _ROUND = 0.25  # seconds of each: enough iterations to share what is done for several at once
 
 
@@ -55,7 +56,7 @@ def bare_step(cfg: CfgNode, trained: trainer.ClassificationTrainer) -> Callable[
     return step
 
 
-def measure_loop(cfg: CfgNode, seconds: float = 30.0, min_rounds: int = 5) -> dict[str, dict]:
+def measure_loop(cfg: CfgNode, seconds: float, min_rounds: int = 5) -> dict[str, dict]:
     """Time a config's training loop and a bare one, in turns.
 
     Args:
@@ -106,7 +107,7 @@ def _seconds(step: Callable[[], None], number: int = 1) -> float:
 
 def main(argv: Sequence[str]) -> None:
     cfg = load_config(classification_config(), argv[0], argv[1:])
-    result = measure_loop(cfg)
+    result = measure_loop(cfg, _SECONDS)
     ratio, rounds = result["loop"]["ratio"], result["loop"]["rounds"]
     loop, bare = (result[name]["ms"] for name in ("loop", "bare"))
     threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ from fbn_plugin.engine.classification.model import check_model_options
 from fbn_plugin.engine.classification.optimization import WITH_MIN_LR, optimizer_arguments
 from fbn_plugin.engine.run.config import Arguments, CfgNode
 from fbn_plugin.engine.run.linear_rule import ScaledKeys
+from fbn_plugin.engine.run.loggers import check_loggers
 from fbn_plugin.engine.run.rules import (
     COMMON_RULES,
     MOST_ITERATIONS,
@@ -43,6 +44,7 @@ MAY_CHANGE = (
     "CUDNN_BENCHMARK",
     "FLOAT32_PRECISION",
     "DATALOADER.NUM_WORKERS",
+    "DATASETS.BROKEN_IMAGES",  # so that a run which has met one may go on; what is sound is the same
     "SOLVER.MAX_EPOCH",
     "SOLVER.MAX_ITER",
     "SOLVER.BASE_LR",
@@ -50,6 +52,7 @@ MAY_CHANGE = (
     "SOLVER.STEPS",
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.BEST_CHECKPOINT_METRIC",
+    "LOGGERS",
     "TEST.EVAL_ITERATIONS",
     "TEST.EVAL_PERIOD",
     "TEST.IMS_PER_BATCH",
@@ -58,7 +61,8 @@ MAY_CHANGE = (
 
 # What SOLVER.REFERENCE_WORLD_SIZE scales, besides the batch: epochs stay.
 LINEAR_RULE = ScaledKeys(
-    rates=("SOLVER.BASE_LR", "SOLVER.MIN_LR"), iterations=("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD")
+    rates=("SOLVER.BASE_LR", "SOLVER.MIN_LR"),
+    iterations=("SOLVER.MAX_ITER", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_ITERATIONS"),
 )
 
 _MODEL = {
@@ -66,6 +70,8 @@ _MODEL = {
     "NORM": "",  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
     "PRETRAINED": False,  # start from timm's weights
     "WEIGHTS": "",  # start from, or with --eval-only evaluate, this checkpoint (timm's, too) or state dict
+    # Batches of training images that the norms of pretrained weights are fitted to before training; 0: none.
+    "RECALIBRATE": 0,
     "RESET_CLASSIFIER": False,  # leave the classifier of WEIGHTS out: it is of other classes
     "REVISED_INIT": False,  # convolutions and linear layers start as Davis and Frank (2022) have them
     "DROP_RATE": 0.0,  # dropout before the classifier
@@ -188,7 +194,6 @@ def classification_config() -> CfgNode:
             "TEST": {
                 "EVAL_PERIOD": 1,  # epochs; 0: only at the end
                 "EVAL_ITERATIONS": (),  # further numbers of iterations after which to evaluate
-                "MAX_IMAGES": 0,  # evaluate on so many, each class in its share; 0: all
                 # Normalize by "population" statistics, by those of each "batch" of IMS_PER_BATCH, or of "balanced"
                 # batches with DATALOADER.IMAGES_PER_CLASS (or 1) of each class: conditional, as test labels make them.
                 "MOMENTS": "population",
@@ -196,6 +201,7 @@ def classification_config() -> CfgNode:
             },
             "CUDNN_BENCHMARK": False,
             "FLOAT32_PRECISION": "",  # of torch.set_float32_matmul_precision, and of cuDNN; "": PyTorch's own
+            "LOGGERS": ("tensorboard",),  # besides metrics.json: "csv", "tensorboard", "wandb"
             "SEED": 0,
             "OUTPUT_DIR": "./output",
         }
@@ -232,6 +238,7 @@ _RULES = {
     "MODEL.DROP_PATH_RATE": from_to_below(0, 1),
     "MODEL.DROP_RATE": from_to_below(0, 1),
     "MODEL.EMA.DECAY": from_to_below(0, 1),
+    "MODEL.RECALIBRATE": at_least(0, 2**20),
     "MODEL.PIXEL_MEAN": each(between(-(10**6), 10**6)),
     "MODEL.PIXEL_STD": each(between(1e-6, 10**6)),
     "SEED": Rule("0 or more, and below 2**63", lambda given: 0 <= given < 2**63),
@@ -258,7 +265,6 @@ _RULES = {
     "SOLVER.REFERENCE_WORLD_SIZE": at_least(0, 2**20),
     "SOLVER.STEPS": increasing("epochs"),
     "TEST.IMS_PER_BATCH": at_least(1, 2**20),
-    "TEST.MAX_IMAGES": at_least(0, 2**31),
     "TEST.MOMENTS": one_of("population", "batch", "balanced"),
 }
 
@@ -272,12 +278,23 @@ def check_config(cfg: CfgNode) -> None:
     check_values(cfg, _RULES)
     check_values(cfg, _dependent_rules(cfg))
     check_norms({"MODEL.NORM": cfg.MODEL.NORM})
+    check_loggers(cfg.LOGGERS)
     check_model_options(cfg)
     optimizer_arguments(cfg)
     transform = build_train_transform(cfg, prefetch=False)
     if cfg.DATALOADER.IN_MEMORY == "always" and batch_augmentation(transform) is None:
         accepted = "'auto' or 'never' with INPUT.COLOR_JITTER and what else is not a crop or a flip"
         raise refusal("DATALOADER.IN_MEMORY", accepted, cfg.DATALOADER.IN_MEMORY)
+
+
+def _recalibration_rules(cfg: CfgNode) -> dict[str, Rule]:
+    if not (cfg.MODEL.PRETRAINED or cfg.MODEL.WEIGHTS):
+        return {"MODEL.RECALIBRATE": exactly(0, "without MODEL.PRETRAINED or WEIGHTS, whose norms it is for")}
+    frozen = str(cfg.MODEL.NORM).startswith("FrozenBN")
+    return {
+        "INPUT.NORM_GAMMA_INIT": exactly(0.0, "with MODEL.RECALIBRATE, as pretrained models have no input norm"),
+        "MODEL.NORM": Rule("another norm than FrozenBN with MODEL.RECALIBRATE", lambda given: not frozen),
+    }
 
 
 def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
@@ -301,6 +318,8 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
         rules["TEST.EVAL_PERIOD"] = at_least(1, MOST_ITERATIONS)
         rules["SOLVER.GAMMA"] = Rule("above 0 and below 1 with plateau", lambda given: 0 < given < 1)
         rules["SOLVER.WARMUP_PREFIX"] = exactly(False, "with plateau, which has no end")
+    if cfg.MODEL.RECALIBRATE:
+        rules |= _recalibration_rules(cfg)
     if cfg.MODEL.REVISED_INIT:
         rules["MODEL.PRETRAINED"] = exactly(False, "with REVISED_INIT, which would replace the weights")
     if cfg.SOLVER.SCALE_LR_DIVISOR:

@@ -47,9 +47,9 @@ def build_data(cfg: CfgNode) -> ImageData:
     skip = keys.BROKEN_IMAGES == "skip"
     seed = cfg.SEED if keys.SPLIT_SEED < 0 else keys.SPLIT_SEED
     notes, parts = [], {"train": whole.train, "val": whole.val, "test": whole.test}
-    parts = {name: part and _without_empty(part, skip, notes) for name, part in parts.items()}
-    if lost := sorted(set(whole.train.targets) - set(parts["train"].targets)):
-        raise ValueError(f"all training images of class {whole.classes[lost[0]]!r} are empty files")
+    for part in parts.values() if not skip else ():
+        if part is not None:
+            _refuse_empty(part)
     if keys.VAL_SHARE:
         if whole.test is not None:
             what = f"0 with {whole.title}, which has a validation and a test set of its own"
@@ -97,20 +97,13 @@ def _subset(images: Images, key: str, count: int, least: int, seed: int) -> Imag
     return images.part(subset_by_class(images.targets, count, seed))
 
 
-def _without_empty(images: Images, skip: bool, notes: list[str]) -> Images:
-    """Refuse files without a byte, or leave them out and note it."""
-    empty = {index for index in range(len(images)) if images.size_of(index) == 0}
-    if not empty:
-        return images
-    names = _listed([images.name_of(index) for index in sorted(empty)])
-    if not skip:
+def _refuse_empty(images: Images) -> None:
+    empty = [index for index in range(len(images)) if images.size_of(index) == 0]
+    if empty:
+        names = _listed([images.name_of(index) for index in empty])
         files = "image file is" if len(empty) == 1 else "image files are"
-        hint = 'DATASETS.BROKEN_IMAGES "skip" leaves them out'
+        hint = 'DATASETS.BROKEN_IMAGES "skip" passes over them'
         raise ValueError(f"{len(empty):,} {files} empty, {names}; {hint}")
-    notes.append(f"{counted(len(empty), 'image file')} left out, without a byte: {names}")
-    if len(empty) == len(images):
-        raise ValueError(f"all {len(empty):,} image files are empty, such as {images.name_of(0)}")
-    return images.part([index for index in range(len(images)) if index not in empty])
 
 
 def _readable(images: Images, cfg: CfgNode, notes: list[str]) -> Images:

@@ -1,5 +1,5 @@
-"""What a trained classifier is measured by: accuracies and loss over a set of images or a part of it, on any number of
-processes, by the population's moments, a batch's own or a balanced batch's own.
+"""What a trained classifier is measured by: accuracies and loss over a set of images, on any number of processes, by
+the population's moments, a batch's own or a balanced batch's own.
 
 Moments of balanced batches: Hajaj and Gillies, "Batch Normalization and the impact of batch structure on the behavior
 of deep convolution networks" (2018). Test labels decide there which images come together, so the figures are
@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data.loader import PrefetchLoader
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fbn_plugin.engine.classification.data import build_val_loader
 from fbn_plugin.engine.data.image_data import Images
-from fbn_plugin.engine.data.splits import subset_by_class
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
 from fbn_plugin.engine.run.config import CfgNode, with_value
@@ -155,29 +154,38 @@ class Evaluator:
 
     Args:
         cfg: TEST says all of that.
-        images: the validation set.
+        images: a validation set, or a test set.
         num_classes: of the model.
         device: of this process.
+        kind: what the images are called.
+
+    Attributes:
+        images: in the order of the batches, and with those that come again as company.
+        targets: class indices of what is measured (N), each image once.
 
     Raises:
-        ValueError: TEST.MAX_IMAGES or TEST.MOMENTS do not go with the images.
+        ValueError: TEST.MOMENTS does not go with the images.
     """
 
-    def __init__(self, cfg: CfgNode, images: Images, num_classes: int, device: torch.device):
-        self.cfg, self.device, self.moments, self.whole = cfg, device, cfg.TEST.MOMENTS, len(images)
+    def __init__(
+        self,
+        cfg: CfgNode,
+        images: Images,
+        num_classes: int,
+        device: torch.device,
+        kind: str = "validation image",
+    ):
+        self.cfg, self.device, self.moments, self.kind = cfg, device, cfg.TEST.MOMENTS, kind
         self.top_k = (1, 5) if num_classes > 5 else (1,)
-        most = cfg.TEST.MAX_IMAGES
-        if most and most < len(images):
-            images = _part(images, subset_by_class(images.targets, most, _SEED))
-        self.size, self._order = len(images), None
+        self.targets, self.size, self._order = images.targets, len(images), None
         if self.moments != "population":
             processes = distributed.world_size()
             share = max(1, cfg.TEST.IMS_PER_BATCH // processes), cfg.DATALOADER.IMAGES_PER_CLASS or 1
             with named("TEST.MOMENTS"):
                 self._order = order = order_batches(images.targets, self.moments, *share, processes)
-            images = _part(images, order.indices)
+            images = images.part(order.indices.tolist())
             self.cfg = with_value(cfg, "TEST.IMS_PER_BATCH", order.batch_size * processes)
-        self._images = images
+        self.images = images
 
     @property
     def names(self) -> list[str]:
@@ -197,12 +205,20 @@ class Evaluator:
     @property
     def note(self) -> str:
         """In words: how many images, and where moments are not the population's, which."""
-        images = counted(self.whole, "validation image")
-        parts = [images if self.size == self.whole else f"{self.size:,} of {images}"]
+        parts = [counted(self.size, self.kind)]
         if self.moments != "population":
             kind = "balanced batches" if self.conditional else "batches"
             parts.append(f"moments of {kind} of {counted(self._order.batch_size, 'image')}")
         return "; ".join([*parts, *[CONDITIONAL] * self.conditional])
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """One value for each of ``images`` (M, ...) as one for each of ``targets`` (N, ...): what comes again is left
+        out."""
+        if self._order is None:
+            return values
+        ordered = values.new_empty(self.size, *values.shape[1:])
+        ordered[self._order.indices[self._order.counts]] = values[: len(self._order.counts)][self._order.counts]
+        return ordered
 
     def check(self, model: nn.Module) -> None:
         """ValueError where a model has a batch norm whose moments of a batch are not known."""
@@ -217,12 +233,7 @@ class Evaluator:
             EvaluationLeft: a process is asked to stop.
         """
         distributed.broadcast_buffers(model)
-        loader = build_val_loader(self.cfg, self._images, self.device)
+        loader = build_val_loader(self.cfg, self.images, self.device)
         counts = None if self._order is None else self._order.counts
         with moments_of(model, self.moments):
             return evaluate(model, loader, self.device, self.top_k, counts)
-
-
-def _part(images: Images, indices: Sequence[int]) -> Images:
-    """Images of these numbers, in this order."""
-    return Images([images.samples[index] for index in indices], images.mode, images.name)

@@ -12,7 +12,9 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +40,7 @@ _TOP, _LEFT, _HFLIP, _VFLIP, _FIRST_ATTEMPT = range(5)  # columns of the table; 
 _ROWS = 1024  # positions that are drawn for at once
 _AT_ONCE = 2**18  # pixels of batches that are made together
 
+Item = TypeVar("Item")
 Crop = transforms.RandomCrop | RandomResizedCropAndInterpolation
 
 
@@ -70,6 +73,18 @@ class Augmentation:
     def draws(self) -> int:
         """How many random numbers a sample takes."""
         return _FIRST_ATTEMPT + 2 * _ATTEMPTS * self.resizes
+
+    def prepare(self, image: Image.Image) -> np.ndarray | Image.Image:
+        """An image before its random crop: uint8 (C, H, W), or Pillow's where crops are resized."""
+        for step in self.fixed:
+            image = step(image)
+        return image if self.resizes else _channels_first(np.asarray(image))
+
+    def leaves(self, shape: tuple[int, int]) -> bool:
+        """Whether images of a shape, (height, width), are kept as arrays that have the same pixels."""
+        sizes = (step.size for step in self.fixed)
+        unchanged = (min(shape) == size if isinstance(size, int) else shape == tuple(size) for size in sizes)
+        return not self.resizes and all(unchanged)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (N, C, H, W) as float32, with the very operations of ``ToTensor`` and ``Normalize``."""
@@ -129,20 +144,18 @@ class ImagesInMemory:
     def __init__(self, dataset: Images, augmentation: Augmentation, seed: int = 0):
         self.augmentation = augmentation
         self._dataset = copy.copy(dataset)  # whose transform is this one's own
-        self._dataset.transform = self._prepare
+        self._dataset.transform = augmentation.prepare
         self._samples: list[tuple[np.ndarray | Image.Image, int] | None] = [None] * len(dataset)
         self._draws = _Draws(seed, augmentation.draws)
-        self._fill = _fill_resized if augmentation.resizes else _fill_window
-
-    def _prepare(self, image: Image.Image) -> np.ndarray | Image.Image:
-        for step in self.augmentation.fixed:
-            image = step(image)
-        return image if self.augmentation.resizes else _channels_first(np.asarray(image))
+        self._left_alone: dict[tuple[int, int], bool] = {}
 
     def _load(self, index: int) -> tuple[np.ndarray | Image.Image, int]:
-        if not self.augmentation.resizes:
-            pixels, label = self._dataset.stored(index)
-            if pixels is not None and all(_leaves(step, pixels.shape[:2]) for step in self.augmentation.fixed):
+        pixels, label = self._dataset.stored(index)
+        if pixels is not None:
+            shape = pixels.shape[:2]
+            if shape not in self._left_alone:
+                self._left_alone[shape] = self.augmentation.leaves(shape)
+            if self._left_alone[shape]:
                 return _channels_first(pixels), label  # without the way through Pillow, which changes nothing
         return self._dataset[index]
 
@@ -150,7 +163,7 @@ class ImagesInMemory:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray | Image.Image, int]:
-        """One image before its random crop, with its class: uint8 (C, H, W), or Pillow's where crops are resized."""
+        """One image, see ``Augmentation.prepare``, with its class."""
         sample = self._samples[index]
         if sample is None:
             sample = self._samples[index] = self._load(index)
@@ -163,17 +176,28 @@ class ImagesInMemory:
             indices: of the images.
             positions: in the training stream, which with the seed decide on crops and flips.
         """
-        samples = [self[index] for index in indices]
-        images = np.zeros((len(samples), _channels(samples[0][0]), *self.augmentation.size), np.uint8)
-        augmentation = self.augmentation
-        for (image, _), out, position in zip(samples, images, positions):
-            draws = self._draws.row(position)
-            if draws[_HFLIP] < augmentation.hflip:
-                out = out[:, :, ::-1]
-            if draws[_VFLIP] < augmentation.vflip:
-                out = out[:, ::-1]
-            self._fill(out, image, augmentation.crop, draws)
-        return torch.from_numpy(images), torch.tensor([label for _, label in samples])
+        kept, labels = zip(*[self._samples[index] or self[index] for index in indices])
+        draws = self._draws.rows(positions)
+        images = self._cropped(kept, draws)
+        for column, chance, axis in ((_HFLIP, self.augmentation.hflip, 3), (_VFLIP, self.augmentation.vflip, 2)):
+            if chance:
+                flipped = draws[:, column] < chance
+                images[flipped] = np.flip(images[flipped], axis)
+        return torch.from_numpy(images), torch.tensor(labels)
+
+    def _cropped(self, kept: Sequence[np.ndarray | Image.Image], draws: np.ndarray) -> np.ndarray:
+        """uint8 (N, C, H, W)."""
+        crop, size = self.augmentation.crop, self.augmentation.size
+        if self.augmentation.resizes:
+            return np.stack([_resized_part(image, crop, size, row) for image, row in zip(kept, draws.tolist())])
+        shapes = [image.shape for image in kept]
+        if len(set(shapes)) == 1:
+            return _windows(kept, crop, size, draws)
+        images = np.empty((len(kept), len(kept[0]), *size), np.uint8)
+        for shape in set(shapes):
+            places = [place for place, each in enumerate(shapes) if each == shape]
+            images[places] = _windows([kept[place] for place in places], crop, size, draws[places])
+        return images
 
 
 class _Draws:
@@ -186,52 +210,57 @@ class _Draws:
 
     def __init__(self, seed: int, columns: int):
         self.seed, self.columns = seed, columns
-        self._blocks: dict[int, list[list[float]]] = {}
+        self._blocks: dict[int, np.ndarray] = {}
 
-    def row(self, position: int) -> list[float]:
-        """The numbers for one position."""
-        number, place = divmod(position, _ROWS)
+    def rows(self, positions: Sequence[int]) -> np.ndarray:
+        """The numbers (N, columns) for each of N positions."""
+        numbers, places = np.divmod(positions, _ROWS)
+        rows = np.empty((len(places), self.columns))
+        for number in set(numbers.tolist()):
+            own = numbers == number
+            rows[own] = self._block(number)[places[own]]
+        return rows
+
+    def _block(self, number: int) -> np.ndarray:
         block = self._blocks.get(number)
         if block is None:
             if len(self._blocks) > 7:  # positions only grow, if not always in order
                 del self._blocks[min(self._blocks)]
             sequence = np.random.SeedSequence(self.seed, spawn_key=(number,))
-            drawn = np.random.default_rng(sequence).random((_ROWS, self.columns))
-            block = self._blocks[number] = drawn.tolist()  # which are read faster, one by one
-        return block[place]
-
-
-def _leaves(step: transforms.Resize | transforms.CenterCrop, shape: tuple[int, ...]) -> bool:
-    """Whether a step gives images of a shape, (height, width), as they are."""
-    return min(shape) == step.size if isinstance(step.size, int) else shape == tuple(step.size)
+            block = self._blocks[number] = np.random.default_rng(sequence).random((_ROWS, self.columns))
+        return block
 
 
 def _channels_first(pixels: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None])
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)) if pixels.ndim == 3 else pixels[None]
 
 
-def _fill_window(out: np.ndarray, image: np.ndarray, crop: transforms.RandomCrop | None, draws: list[float]) -> None:
-    """Write a window of the padded image."""
+def _windows(
+    images: Sequence[np.ndarray], crop: transforms.RandomCrop | None, size: tuple[int, int], draws: np.ndarray
+) -> np.ndarray:
+    """A window (C, H, W) of each padded image; all are of one shape."""
+    whole = np.concatenate(images).reshape(len(images), *images[0].shape)
     if crop is None:
-        out[...] = image
-        return
-    padding = crop.padding or 0
-    (_, height, width), (_, high, wide) = out.shape, image.shape
-    y = int(draws[_TOP] * (high + 2 * padding - height + 1)) - padding  # of the window in the image
-    x = int(draws[_LEFT] * (wide + 2 * padding - width + 1)) - padding
-    top, left = max(y, 0), max(x, 0)
-    bottom, right = max(top, min(y + height, high)), max(left, min(x + width, wide))
-    out[:, top - y : bottom - y, left - x : right - x] = image[:, top:bottom, left:right]
+        return whole
+    height, width = whole.shape[2:]
+    if padding := crop.padding or 0:
+        height, width = height + 2 * padding, width + 2 * padding
+        padded = np.zeros((*whole.shape[:2], height, width), np.uint8)
+        padded[:, :, padding:-padding, padding:-padding] = whole
+        whole = padded
+    tops = (draws[:, _TOP] * (height - size[0] + 1)).astype(int)
+    lefts = (draws[:, _LEFT] * (width - size[1] + 1)).astype(int)
+    every = np.lib.stride_tricks.sliding_window_view(whole, size, (2, 3))
+    return every[np.arange(len(whole)), :, tops, lefts]
 
 
-def _fill_resized(
-    out: np.ndarray, image: Image.Image, crop: RandomResizedCropAndInterpolation, draws: list[float]
-) -> None:
-    """Write a part of the image, resized."""
+def _resized_part(
+    image: Image.Image, crop: RandomResizedCropAndInterpolation, size: tuple[int, int], draws: Sequence[float]
+) -> np.ndarray:
+    """A part of the image, resized, (C, H, W)."""
     top, left, height, width = _resized_crop(image.height, image.width, crop.scale, crop.ratio, draws)
     part = image.crop((left, top, left + width, top + height))
-    pixels = np.asarray(part.resize(out.shape[:0:-1], pil_modes_mapping[crop.interpolation]))
-    out[...] = pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels
+    return _channels_first(np.asarray(part.resize(size[::-1], pil_modes_mapping[crop.interpolation])))
 
 
 def _resized_crop(
@@ -287,13 +316,30 @@ def training_stream(
         batches: lists of (index, position), see ``loaders.training_batches``.
         device: where images are normalized.
     """
+    made = _made_together(images, batches)
+    for (pixels, targets), sizes in made if device.type == "cpu" else _one_ahead(made):
+        several = _on_device(images, pixels, targets, device)
+        yield from zip(*(each.split(sizes) for each in several))
+
+
+def _made_together(
+    images: ImagesInMemory, batches: Iterable[Sequence[tuple[int, int]]]
+) -> Iterator[tuple[tuple[Tensor, Tensor], list[int]]]:
+    """Several batches as one, and their sizes."""
     batches = iter(batches)
-    while True:
-        first = next(batches)
-        some = max(1, _AT_ONCE // (len(first) * math.prod(images.augmentation.size)))
-        together = [first, *itertools.islice(batches, some - 1)]
-        made = _on_device(images, *zip(*itertools.chain(*together)), device)
-        yield from zip(*(each.split([len(batch) for batch in together]) for each in made))
+    for first in batches:
+        number = max(1, _AT_ONCE // (len(first) * math.prod(images.augmentation.size)))
+        several = [first, *itertools.islice(batches, number - 1)]
+        yield images.batch(*zip(*itertools.chain(*several))), [len(batch) for batch in several]
+
+
+def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same, each made by a thread while the one before it is in use: a GPU leaves the CPU the time."""
+    with ThreadPoolExecutor(1, "images") as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
 
 
 class MemoryLoader:
@@ -316,13 +362,11 @@ class MemoryLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for indices in self.batch_sampler:
-            yield _on_device(self.dataset, indices, [0] * len(indices), self.device)
+            yield _on_device(self.dataset, *self.dataset.batch(indices, [0] * len(indices)), self.device)
 
 
-def _on_device(
-    images: ImagesInMemory, indices: Sequence[int], positions: Sequence[int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    pixels, targets = images.batch(indices, positions)
+def _on_device(images: ImagesInMemory, pixels: Tensor, targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     if device.type == "cuda":
-        pixels, targets = (each.pin_memory().to(device, non_blocking=True) for each in (pixels, targets))
+        pixels, targets = pixels.pin_memory(), targets.pin_memory()
+    pixels, targets = (each.to(device, non_blocking=True) for each in (pixels, targets))
     return images.augmentation.normalize(pixels), targets

@@ -148,6 +148,7 @@ class PlateauSchedule:
         with warnings.catch_warnings():
             # timm warns that a run which is resumed loses the state that is kept here.
             warnings.filterwarnings("ignore", "PlateauLRScheduler is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "The verbose parameter is deprecated", UserWarning)  # in timm 1.0.21
             self._timm = PlateauLRScheduler(
                 optimizer,
                 decay_rate=solver.GAMMA,
@@ -163,7 +164,7 @@ class PlateauSchedule:
 
     def step_update(self, iteration: int) -> None:
         """The rates of an iteration of the warm-up; behind it they stay."""
-        if self._timm.warmup_t:  # else timm would begin at the rate of a warm-up
+        if 0 < self._timm.warmup_t >= iteration:  # without one timm would begin at its first rate
             self._timm.step(iteration)
 
     def evaluated(self, finished: int, result: Mapping[str, float]) -> None:
@@ -176,7 +177,7 @@ class PlateauSchedule:
         if finished > self._seen:
             self._seen = finished
             if finished > self._timm.warmup_t:
-                self._timm.step(finished, result[self.metric])
+                self._timm.lr_scheduler.step(result[self.metric])  # as timm's does, where the metric alone is handed on
 
     def state_dict(self) -> dict[str, Any]:
         return {"evaluated": self._seen, **{name: getattr(self._timm.lr_scheduler, name) for name in _PLATEAU_STATE}}

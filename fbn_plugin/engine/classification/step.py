@@ -6,6 +6,7 @@ timm's.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -26,6 +27,7 @@ from fbn_plugin.engine.run.seeding import seed_iteration
 
 __all__ = ["TrainingStep", "build_average", "build_scaler", "check_precision", "place_model"]
 
+_NO_COMPILER = re.compile(r"(No working C\+\+ compiler found|Failed to find C compiler).*")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -95,13 +97,16 @@ class TrainingStep:
         average: ModelEmaV3 | None,
         device: torch.device,
     ):
-        self.cfg, self.model, self.device = cfg, model, device
+        self.model, self.device = model, device
         self.optimizer, self.scheduler, self.scaler, self.average = optimizer, scheduler, scaler, average
         self.mixup = build_mixup(cfg, num_classes)
         self.loss = build_loss(cfg, num_classes)
         self._parallel = distributed.data_parallel(model, device)
         self._forward_pass = torch.compile(self._parallel) if cfg.MODEL.COMPILE else self._parallel
-        self._amp_dtype = _amp_dtype(cfg, device)
+        self._seed, self._steps = cfg.SEED, cfg.SOLVER.ACCUMULATION_STEPS
+        self._amp_dtype = _amp_dtype(cfg, device) if cfg.SOLVER.AMP.ENABLED else None
+        self._layout = torch.channels_last if cfg.MODEL.CHANNELS_LAST else None
+        self._clip = cfg.SOLVER.CLIP_GRADIENTS if cfg.SOLVER.CLIP_GRADIENTS.ENABLED else None
         self._buffers = [*model.buffers()] if cfg.MODEL.GRAD_CHECKPOINTING else []
         self._clipped = _clipped_parameters(cfg, model)
 
@@ -117,27 +122,29 @@ class TrainingStep:
 
         Raises:
             FloatingPointError: the loss is not finite. The weights are those before the update.
-            UserError: a norm gets one value a channel.
+            UserError: a norm gets one value a channel, or MODEL.COMPILE finds no compiler.
         """
-        steps = self.cfg.SOLVER.ACCUMULATION_STEPS
+        steps = self._steps
         self.scheduler.step_update(iteration)
         self.optimizer.zero_grad()
-        total, data_time, timer = 0.0, 0.0, Timer()
+        total, data_time, timer = None, 0.0, Timer()
         for number in range(steps):
             timer()
             batch = next(batches)
             data_time += timer()
-            seed_iteration(self.cfg.SEED, iteration, number)
+            seed_iteration(self._seed, iteration, number)
             images, targets = self._prepared(*batch)
-            last = number + 1 == steps
-            with contextlib.nullcontext() if last else self._no_exchange():
+            if number + 1 < steps:
+                with self._no_exchange():
+                    loss = self._loss(images, targets) / steps
+                    self._backward(loss)
+            else:
                 loss = self._loss(images, targets)
-                if steps > 1:
-                    loss = loss / steps
-                total = total + loss.detach()
-                if last:  # asked for before the backward pass, so that a GPU goes on while the value is waited for
-                    mean = distributed.start_mean({"total_loss": total})
-                self._backward(loss)
+                loss = loss if steps == 1 else loss / steps
+            total = loss.detach() if total is None else total + loss.detach()
+        # Asked for before the backward pass, so that a GPU goes on while the value is waited for.
+        mean = distributed.start_mean({"total_loss": total})
+        self._backward(loss)
         values = mean()
         check_finite(values, iteration)
         self._update(iteration)
@@ -145,8 +152,8 @@ class TrainingStep:
 
     def _prepared(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         images, targets = images.to(self.device), targets.to(self.device)
-        if self.cfg.MODEL.CHANNELS_LAST:
-            images = images.contiguous(memory_format=torch.channels_last)
+        if self._layout is not None:
+            images = images.contiguous(memory_format=self._layout)
         return self.mixup(images, targets) if self.mixup else (images, targets)
 
     def _no_exchange(self) -> contextlib.AbstractContextManager:
@@ -156,7 +163,9 @@ class TrainingStep:
     def _loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """The mean loss of the images of one step."""
         try:
-            with torch.autocast(self.device.type, self._amp_dtype, enabled=self.cfg.SOLVER.AMP.ENABLED):
+            if self._amp_dtype is None:
+                return self.loss(self._forward_pass(images), targets)
+            with torch.autocast(self.device.type, self._amp_dtype):
                 return self.loss(self._forward_pass(images), targets)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
@@ -164,21 +173,23 @@ class TrainingStep:
             images = counted(len(targets), "image")
             what = f"SOLVER.IMS_PER_BATCH must be more than {images} for each process and step"
             raise UserError(f"{what}: {error}") from None
+        except RuntimeError as error:  # PyTorch's classes for it are not public
+            if not (said := _NO_COMPILER.search(str(error))):
+                raise
+            raise UserError(f"MODEL.COMPILE must be False here: {said[0]}") from None
 
     def _backward(self, loss: Tensor) -> None:
         # With MODEL.GRAD_CHECKPOINTING the backward pass computes activations again, and batch norms would move their
         # running statistics a second time by the same images.
         before = [buffer.clone() for buffer in self._buffers]
         self.scaler.scale(loss).backward()
-        with torch.no_grad():
-            for buffer, value in zip(self._buffers, before):
-                buffer.copy_(value)
+        for buffer, value in zip(self._buffers, before):
+            buffer.copy_(value)
 
     def _update(self, iteration: int) -> None:
-        clip = self.cfg.SOLVER.CLIP_GRADIENTS
-        if clip.ENABLED:
+        if self._clip is not None:
             self.scaler.unscale_(self.optimizer)
-            dispatch_clip_grad(self._clipped, clip.CLIP_VALUE, clip.CLIP_TYPE, clip.NORM_TYPE)
+            dispatch_clip_grad(self._clipped, self._clip.CLIP_VALUE, self._clip.CLIP_TYPE, self._clip.NORM_TYPE)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:

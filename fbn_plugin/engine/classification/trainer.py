@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from fbn_plugin.engine.classification.evaluation import Evaluator
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
+from fbn_plugin.engine.classification.recalibration import check_statistics, recalibrate
 from fbn_plugin.engine.classification.results import write_results
 from fbn_plugin.engine.classification.step import (
     TrainingStep,
@@ -30,7 +31,6 @@ from fbn_plugin.engine.classification.step import (
     check_precision,
     place_model,
 )
-from fbn_plugin.engine.data.image_data import Images
 from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
@@ -84,6 +84,9 @@ class ClassificationTrainer:
         check_config(cfg)
         check_precision(cfg, self.device)
         self.said: list[str] = []  # for the log
+        self.notes: list[str] = []  # warnings for it
+        # As integers, which an empty default does not tell `load_config`.
+        cfg = with_value(cfg, "TEST.EVAL_ITERATIONS", eval_iterations(cfg.TEST.EVAL_ITERATIONS, math.inf))
         self.cfg = cfg = scale_to_processes(cfg, distributed.world_size(), self.said.append, LINEAR_RULE)
         solver = cfg.SOLVER
         hold(cfg.OUTPUT_DIR)
@@ -95,11 +98,14 @@ class ClassificationTrainer:
         self.data = build_data(cfg)
         for note in self.data.notes if eval_only else ():  # a training logs them into its folder
             logger.warning("%s", note)
-        self.evaluator = self._evaluator(self.data.val)
+        self.evaluator = Evaluator(cfg, self.data.val, len(self.data.classes), self.device)
+        self.tester = self.data.test and Evaluator(
+            cfg, self.data.test, len(self.data.classes), self.device, "test image"
+        )
         if not eval_only:
             check_batch(cfg, self.data.train, len(self.data.classes))
             if solver.BEST_CHECKPOINT_METRIC:
-                names = self.evaluator.names
+                names = list(self.evaluator.names)
                 names += [f"ema/{name}" for name in names] if cfg.MODEL.EMA.ENABLED else []
                 check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
             if solver.LR_SCHEDULER_NAME == "plateau":
@@ -108,9 +114,7 @@ class ClassificationTrainer:
         self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
         if solver.MAX_ITER:
             self.max_iter = min(self.max_iter, solver.MAX_ITER)
-        self.notes: list[str] = []  # for the log
-        chosen = eval_iterations(cfg.TEST.EVAL_ITERATIONS, self.max_iter, self.notes.append)
-        self.cfg = cfg = with_value(cfg, "TEST.EVAL_ITERATIONS", chosen)
+        eval_iterations(cfg.TEST.EVAL_ITERATIONS, self.max_iter, self.notes.append)
         with same_on_all_processes(cfg.SEED):
             self.model = place_model(cfg, build_model(cfg, len(self.data.classes)), self.device)
         check_image_size(cfg, self.model, self.device, None if eval_only else BatchSizes.of(cfg))
@@ -133,16 +137,18 @@ class ClassificationTrainer:
             self._continue(resume, eval_only)
         else:
             with named("MODEL.WEIGHTS"):
-                content = self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
-            given = content.get("iteration")  # other trainings' files may have anything there
-            self.iteration = given if type(given) is int and given >= 0 else None
+                self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
+            if cfg.MODEL.RECALIBRATE and not eval_only:
+                check_statistics(cfg)
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
 
-    def _load_weights(self, path: str, eval_only: bool) -> dict[str, Any]:
+    def _load_weights(self, path: str, eval_only: bool) -> None:
         """Load what a run starts from, or is evaluated: with MODEL.EMA the average too, where the file has one."""
         rest = self.checkpointer.load(path, checkpointables=[], strict=eval_only)
+        given = rest.get("iteration")  # other trainings' files may have anything there
+        self.iteration = given if type(given) is int and given >= 0 else None
         if self.average is None:
-            return rest
+            return
         if eval_only and "ema" in rest:
             check_states(path, rest, {"ema": self.average.module})
             self.average.module.load_state_dict(rest["ema"])
@@ -150,7 +156,6 @@ class ClassificationTrainer:
             self.average = None
         else:
             self.average.set(self.model)
-        return rest
 
     def _continue(self, resume: bool | str, eval_only: bool) -> None:
         """Load the last checkpoint."""
@@ -168,18 +173,20 @@ class ClassificationTrainer:
             self.lacks_final = lacks_final(last, self.start_iter, self.max_iter)
 
     def evaluate(self) -> dict[str, float]:
-        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set, as TEST says;
+        """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set, by TEST.MOMENTS;
         with MODEL.EMA those of the averaged weights too, as `ema/top1` and so on; with `eval_only` those of the test
         set too, if there is one, as `test/top1` and so on."""
-        result = self.evaluator(self.model)
-        if self.average is not None:
-            result |= {f"ema/{name}": value for name, value in self.evaluator(self.average.module).items()}
-        if self.eval_only and self.data.test is not None:
-            result |= {f"test/{name}": value for name, value in self._evaluator(self.data.test)(self.model).items()}
+        result = self._evaluate_all(self.evaluator)
+        if self.eval_only and self.tester is not None:
+            result |= {f"test/{name}": value for name, value in self._evaluate_all(self.tester).items()}
         return result
 
-    def _evaluator(self, images: Images) -> Evaluator:
-        return Evaluator(self.cfg, images, len(self.data.classes), self.device)
+    def _evaluate_all(self, evaluator: Evaluator) -> dict[str, float]:
+        """The figures of the weights, and of the averaged ones if there are any."""
+        result = evaluator(self.model)
+        if self.average is not None:
+            result |= {f"ema/{name}": value for name, value in evaluator(self.average.module).items()}
+        return result
 
     @lets_go
     def write_evaluation(self, result: dict[str, float]) -> None:
@@ -201,7 +208,7 @@ class ClassificationTrainer:
         line = f"{model} on {self.data.title}: {_figures(result)} ({self.evaluator.note})"
         if "test/top1" in result:
             weights = f", weights of epoch {result['test/epoch']:.4g}" if "test/epoch" in result else ""
-            line += f"; test {_figures(result, 'test/')} ({counted(len(self.data.test), 'image')}{weights})"
+            line += f"; test {_figures(result, 'test/')} ({self.tester.note}{weights})"
         if "ema/top1" in result:
             line += f"; averaged weights: {_figures(result, 'ema/')}"
         return line
@@ -222,15 +229,21 @@ class ClassificationTrainer:
         """
         with stopping.deferred():
             result = self._train()
-            if distributed.is_main() and self.average is not None:
-                weights = {"model": self.average.module.state_dict()}
-                path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
-                atomic_write(path, write=lambda file: torch.save(weights, file))
+            if distributed.is_main():
+                if self.average is not None:
+                    weights = {"model": self.average.module.state_dict()}
+                    path = os.path.join(self.cfg.OUTPUT_DIR, "model_ema.pth")
+                    atomic_write(path, write=lambda file: torch.save(weights, file))
+                length = self.max_iter, self.iters_per_epoch
+                measured = result, self.evaluator, *length, self.device, self.command
+                write_results(self.cfg, self.data, self.model, *measured)
         return result
 
     def _train(self) -> dict[str, float]:
         cfg, data = self.cfg, self.data
         self._open_output_dir()
+        if cfg.MODEL.RECALIBRATE and not self.start_iter:
+            self._recalibrate()
         saver = PeriodicCheckpointer(
             self.checkpointer,
             cfg.SOLVER.CHECKPOINT_PERIOD or self.iters_per_epoch,
@@ -238,7 +251,7 @@ class ClassificationTrainer:
             max_to_keep=2,
         )
         period = self.log_period, self.log_window, cfg.SOLVER.IMS_PER_BATCH
-        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, *period) as log:
+        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, *period, cfg.LOGGERS, cfg) as log:
             result = self._catch_up(saver, log)
             parts = self.optimizer, self.scheduler, self.scaler, self.average, self.device
             step = TrainingStep(cfg, self.model.train(), len(data.classes), *parts)
@@ -259,11 +272,17 @@ class ClassificationTrainer:
                 # After the evaluation, so that a run that is killed has not missed it.
                 saver.step(iteration, log_window=log.window)
             say_broken(data.train)
-            result |= self._test(log)
-        if distributed.is_main():
-            length = self.max_iter, self.iters_per_epoch
-            write_results(cfg, data, self.model, result, self.evaluator, *length, self.device, self.command)
-        return result
+            return result | self._test(log)
+
+    def _recalibrate(self) -> None:
+        """Fit the norms of pretrained weights to training images, before the first iteration."""
+        batches = build_train_loader(self.cfg, self.data.train, self.device)
+        try:
+            recalibrate(self.cfg, self.model, len(self.data.classes), batches, self.evaluator)
+        except stopping.EvaluationLeft:
+            stopping.leave()
+        if self.average is not None:
+            self.average.set(self.model)
 
     def _is_evaluated_after(self, finished: int) -> bool:
         period = self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch
@@ -274,8 +293,8 @@ class ClassificationTrainer:
         was asked to stop in it or it is newly wanted there; and ``model_final.pth``."""
         last, result = self.start_iter - 1, {}
         if self._is_evaluated_after(last + 1):
-            names = {f"val/{name}" for name in self.evaluator.names}
-            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, names.__contains__)
+            recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, last + 1, lambda name: name.startswith("val/"))
+            recorded.pop("val/conditional", None)
             result = {name.removeprefix("val/"): value for name, value in recorded.items()}
             try:
                 result = result or self._evaluate_and_log(log, last)
@@ -289,20 +308,26 @@ class ClassificationTrainer:
     def _test(self, log: TrainingLog) -> dict[str, float]:
         """The figures of the test set, once for a run, by the weights that were best in validation or else the last:
         ``test/top1`` and so on, and ``test/epoch``, that of the weights. Empty where there is no such set."""
-        if self.data.test is None:
+        if self.tester is None:
             return {}
-        if recorded := recorded_evaluation(self.cfg.OUTPUT_DIR, self.max_iter, lambda name: name.startswith("test/")):
+        recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, self.max_iter, lambda name: name.startswith("test/"))
+        if recorded:
+            recorded.pop("test/conditional", None)
             return recorded
         try:
             with best_weights(self.model, self.best.path if self.best.metric else "") as iteration:
-                result = self._evaluator(self.data.test)(self.model)
+                result = self._evaluate_all(self.tester) if iteration is None else self.tester(self.model)
         except stopping.EvaluationLeft:
             stopping.leave()
         finished = self.max_iter if iteration is None else iteration + 1
         result = {"epoch": finished / self.iters_per_epoch, **result}
         result = {f"test/{name}": value for name, value in result.items()}
-        log.write(self.max_iter - 1, result)
+        log.write(self.max_iter - 1, result | self._marks("test"))
         return result
+
+    def _marks(self, group: str) -> dict[str, float]:
+        """What stands beside figures that test labels have a part in."""
+        return {f"{group}/conditional": 1} if self.evaluator.conditional else {}
 
     def _open_output_dir(self) -> None:
         """Make OUTPUT_DIR, and write there what is known before training."""
@@ -332,7 +357,7 @@ class ClassificationTrainer:
             distributed.world_size(),
             cfg.SOLVER.IMS_PER_BATCH,
             {data.title: len(data.train)},
-            {data.title: self.evaluator.size},
+            {data.title: len(data.val)},
             BatchSizes.of(cfg).record(self.model),
         )
 
@@ -345,9 +370,7 @@ class ClassificationTrainer:
         best = self.average.module if averaged else self.model
         self.best.update(best, iteration, result)  # first: an evaluation in the log is not done again
         epoch = (iteration + 1) / self.iters_per_epoch
-        figures = {f"val/{name}": value for name, value in result.items()}
-        if self.evaluator.conditional:
-            figures["val/conditional"] = 1
+        figures = {f"val/{name}": value for name, value in result.items()} | self._marks("val")
         log.write(iteration, {"epoch": epoch, **figures, "evaluation_seconds": seconds})
         logger.info("epoch %.4g: %s", epoch, self.describe(result))
         return result

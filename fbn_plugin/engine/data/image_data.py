@@ -26,9 +26,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fbn_plugin.engine.data.decoding import BrokenImageError, decode_image, enough_memory, read_image
+from fbn_plugin.engine.data.huggingface_sets import SPLITS, common_classes, load_saved_set
 from fbn_plugin.engine.data.image_files import FoundImages, images_in_archive, images_in_folder
 from fbn_plugin.engine.data.metadata_files import images_by_metadata
-from fbn_plugin.engine.data.tar_files import Member
 from fbn_plugin.engine.data.webdataset_files import find_shards, images_in_shards
 from fbn_plugin.engine.files.words import counted, shown_path
 from fbn_plugin.engine.run.cli import UserError, error_sentence
@@ -64,7 +64,7 @@ class Images(Dataset):
 
     Args:
         samples: sequence of (image, class index), where an image is a uint8 array of shape (H, W) or (H, W, 3), the
-            path of an image file, a member of a tar archive, or the bytes of an image file.
+            path of an image file, the bytes of one, or what has a `read` that gives them: a member of a tar archive.
         mode: PIL mode that every image is converted to, "RGB" or "L".
         name: what errors call images that are bytes, before their number.
         numbers: the number of each, of a part of a set; without, they are counted.
@@ -116,10 +116,10 @@ class Images(Dataset):
         if isinstance(image, str):
             return shown_path(image)
         number = index if self.numbers is None else self.numbers[index]
-        return str(image) if isinstance(image, Member) else f"{self.name} {number}"
+        return f"{self.name} {number}" if isinstance(image, bytes | np.ndarray) else str(image)
 
     def size_of(self, index: int) -> int:
-        """Bytes of an image as it is stored.
+        """Bytes of an image as it is stored; 1 where only reading it tells.
 
         Raises:
             OSError: its file is not there any more.
@@ -127,7 +127,7 @@ class Images(Dataset):
         image = self.samples[index][0]
         if isinstance(image, str):
             return os.stat(image).st_size
-        return image.size if isinstance(image, Member | np.ndarray) else len(image)
+        return len(image) if isinstance(image, bytes) else getattr(image, "size", 1)
 
     def part(self, indices: Sequence[int]) -> Images:
         """The images of these numbers alone, called as they are here."""
@@ -289,13 +289,25 @@ def _webdataset(root: str, mode: str) -> ImageData:
 
 def _hf_folder(root: str, mode: str) -> ImageData:
     root = find_root(root)
-    train = _pick(root, ["train", "training"], "training folder")
-    held_out = [name for name in ("validation", "valid", "val", "dev") if (root / name).exists()]
-    test = [name for name in ("test", "testing") if (root / name).exists()]
-    if not held_out + test:
-        raise FileNotFoundError(f"{root} has no validation folder (validation, valid, val, dev, test or testing)")
-    parts = [images_by_metadata(root / name) for name in (train.name, *held_out[:1], *test[:1])]
+    there = {part: [name for name in names if (root / name).exists()] for part, names in SPLITS.items()}
+    train, val = (there.pop(part) for part in ("train", "val"))
+    if not train or not val + there["test"]:
+        wanted = SPLITS["val"] + SPLITS["test"] if train else SPLITS["train"]
+        raise FileNotFoundError(f"{root} has no {'validation' if train else 'training'} folder ({', '.join(wanted)})")
+    folders = train[:1] + val[:1] + there["test"][:1]
+    parts = [images_by_metadata(root / name) for name in folders]
     return _of_classes(root.resolve().name, *parts[:2], mode, *parts[2:])
+
+
+def _hf_datasets(root: str, mode: str) -> ImageData:
+    root = find_root(root)
+    saved = load_saved_set(root)
+    parts = [saved[name] for name in SPLITS if name in saved]
+    if "train" not in saved or len(parts) < 2:
+        raise ValueError(f"{shown_path(root)} must have a train part, and a validation or test part")
+    classes = common_classes(parts)
+    images = [Images(list(zip(part.images, part.labels)), mode) for part in parts]
+    return ImageData(root.resolve().name, *images[:2], classes, *images[2:])
 
 
 def _mnist(root: str, mode: str) -> ImageData:
@@ -430,6 +442,7 @@ IMAGE_DATA: dict[str, Callable[[str, str], ImageData]] = {
     "tar": _tar,
     "webdataset": _webdataset,
     "hf_folder": _hf_folder,
+    "hf_datasets": _hf_datasets,
     "mnist": _mnist,
     "cifar10": functools.partial(_cifar, "CIFAR-10"),
     "cifar100": functools.partial(_cifar, "CIFAR-100"),
@@ -449,6 +462,7 @@ def load_image_data(name: str, root: str = "", mode: str = "RGB") -> ImageData:
                 KEY.cls, or KEY.json with a "label";
             "hf_folder": `root`/train, `root`/validation, `root`/test with class folders, or with metadata.csv or
                 metadata.jsonl (Hugging Face's imagefolder); with only one of the last two, it is validated on;
+            "hf_datasets": what Hugging Face's datasets saved with save_to_disk, or Parquet files of theirs;
             "mnist": the four IDX files, gzipped or not;
             "cifar10", "cifar100": cifar-10-batches-py or cifar-100-python, the original python batches; of CIFAR-100
                 the 100 fine classes;

@@ -26,24 +26,36 @@ _read_at = getattr(os, "pread", _seek_and_read)
 
 
 class Archive:
-    """A tar file, of which any number of processes may read at once."""
+    """A tar file, of which any number of processes may read at once.
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = path
+    Args:
+        path: the file.
+        stays_open: whether it is kept open from the first reading on; a process may have some hundred open files.
+    """
+
+    def __init__(self, path: str | os.PathLike, stays_open: bool = True):
+        self.path, self.stays_open = path, stays_open
         self._file: int | None = None
 
     def read(self, start: int, size: int) -> bytes:
         """Bytes from ``start`` on; fewer than ``size`` where the file ends."""
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        parts, end = [], start + size
-        while start < end and (part := _read_at(self._file, end - start, start)):
-            parts.append(part)
-            start += len(part)
-        return b"".join(parts)
+        file = self._file
+        if file is None:
+            file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            parts, end = [], start + size
+            while start < end and (part := _read_at(file, end - start, start)):
+                parts.append(part)
+                start += len(part)
+            return b"".join(parts)
+        finally:
+            if self.stays_open and self._file is None:
+                self._file = file
+            elif file != self._file:
+                os.close(file)
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "_file": None}
+        return {**vars(self), "_file": None}
 
     def __del__(self):
         if self._file is not None:

@@ -19,6 +19,7 @@ from fbn_plugin.engine.files.words import counted, shown, shown_path
 
 __all__ = ["find_shards", "images_in_shards"]
 
+_MOST_OPEN = 64  # shards
 _MOST_BYTES = 2**20  # of the JSON of a sample
 _NUMBER = re.compile(r"(.*?)(\d{1,9})(?:-of-(\d{1,9}))?(\D*)")
 
@@ -82,13 +83,15 @@ def images_in_shards(shards: Sequence[Path]) -> FoundImages:
     numbered = _NUMBER.fullmatch(shards[0].stem) if len(shards) > 1 else None
     place = shards[0].with_name(f"{numbered[1]}*.tar") if numbered else shards[0]
     found = FoundImages(place, "KEY.jpg beside KEY.cls or KEY.json in its shards")
-    found.add_labelled(image for path in shards for image in _images(path, found))
+    stays_open = len(shards) <= _MOST_OPEN
+    found.add_labelled(image for path in shards for image in _images(Archive(path, stays_open), found))
     found.check()
     return found
 
 
-def _images(path: Path, found: FoundImages) -> Iterator[tuple[str, Member, int | str]]:
-    for key, parts in _samples(path, found).items():
+def _images(archive: Archive, found: FoundImages) -> Iterator[tuple[str, Member, int | str]]:
+    path = archive.path
+    for key, parts in _samples(archive, found).items():
         images = [name for name in parts if f".{name}" in image_extensions()]
         if len(images) > 1:
             raise ValueError(f"sample {_shown(key, path)} has two images, .{images[0]} and .{images[1]}")
@@ -98,9 +101,9 @@ def _images(path: Path, found: FoundImages) -> Iterator[tuple[str, Member, int |
             found.left_out["without an image"].append(key)
 
 
-def _samples(path: Path, found: FoundImages) -> dict[str, dict[str, Member]]:
+def _samples(archive: Archive, found: FoundImages) -> dict[str, dict[str, Member]]:
     """The members of a shard by their keys, and in each by what follows the first dot of their names."""
-    samples, archive = defaultdict(dict), Archive(path)
+    samples, path = defaultdict(dict), archive.path
     if not path.is_file():
         raise ValueError(f"{shown_path(path)} is not a file")
     with open(path, "rb") as file:

@@ -3,18 +3,28 @@ what a reader must know to compare them: data, length, hardware, seeds, and the 
 
 import functools
 import math
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fbn_plugin.engine.data.coco_eval import no_detections
 from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.reports.seeds import (
+    FILTERED,
+    differing,
+    either,
+    either_of,
+    hardware_of,
+    paired_difference,
+    registry_order,
+    seeds_of,
+    summary,
+    with_deviation,
+)
 from fbn_plugin.engine.run.detection_keys import detection_config
 from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.run_folder import NORM_KEYS, Run, norm_label
-from fbn_plugin.registry import NORMS
 
 __all__ = ["PAPER_AP", "PAPER_SOURCE", "Column", "Table", "build_tables", "paper_table"]
 
@@ -97,8 +107,6 @@ _NOT_COMPARED = (
     "SEED",
     "VERSION",
 )
-
-_FILTERED = {"FBN": "BN", "SyncFBN": "SyncBN", "FGN": "GN", "FLN": "LN", "FIN": "IN", "FFRN": "FRN"}
 
 
 def _at_two_images(run: Run, iterations: int) -> int:
@@ -308,14 +316,14 @@ class Table:
         lines = [
             f"{self.engine}; trained on {_images(runs, 'train_images', self.train_sets)}, evaluated on "
             f"{_images(runs, 'test_images', [self.test_set])}.",
-            f"{_each_of((run.max_iter for run in runs), 'iteration')} of "
-            f"{_each_of((run.images_per_batch for run in runs), 'image')} a batch; the table counts iterations of "
+            f"{either_of((run.max_iter for run in runs), 'iteration')} of "
+            f"{either_of((run.images_per_batch for run in runs), 'image')} a batch; the table counts iterations of "
             f"{_PAPER_IMAGES} images.",
-            f"Hardware: {_each(_hardware(run) for run in runs)}.",
+            f"Hardware: {either(hardware_of(run.info) for run in runs)}.",
         ]
         for column in self.columns:
             if column.runs:
-                lines.append(f"{column.label}: {_seeds(column)}.")
+                lines.append(f"{column.label}: {seeds_of(column.runs)}.")
         lines += [f"{remark}." for run in runs for remark in _remarks(run, self.test_set)]
         if any(len(column.runs) > 1 for column in self.columns):
             lines.append("Of several runs: mean ± sample standard deviation; n where not all runs have the figure.")
@@ -343,7 +351,7 @@ class Table:
         lines = []
         for filtered in self.columns:
             for plain in self.columns:
-                if filtered.base in _FILTERED and plain.base == _FILTERED[filtered.base]:
+                if filtered.base in FILTERED and plain.base == FILTERED[filtered.base]:
                     lines += _comparison(plain, filtered)
         return lines
 
@@ -355,7 +363,7 @@ class Table:
                 "iterations": iterations,
                 "column": column.label,
                 "metric": metric,
-                **_summary(values),
+                **summary(values),
                 "paper": self._printed(column, task, iterations).get(metric),
             }
             for task in _TASKS
@@ -436,7 +444,7 @@ def _columns(runs: Sequence[Run], test_set: str, labels: Mapping[Path, str]) -> 
     present = {column.norm for column in columns}
     if test_set == _PAPER_DATA[1] and present & set(_PAPER_NORMS):
         columns += [Column(norm, norm, [], [], []) for norm in _PAPER_NORMS if norm not in present]
-    return sorted(columns, key=_order)
+    return sorted(columns, key=lambda column: registry_order(column.base, column.label))
 
 
 def _same_setting(run: Run, other: Run) -> bool:
@@ -449,24 +457,8 @@ def paper_table() -> Table:
     return Table("", (), "coco_2017_val", [Column(norm, norm, [], [], []) for norm in _PAPER_NORMS])
 
 
-def _order(column: Column) -> tuple:
-    """The registry's order, a filtered norm behind its plain one; then what the registry does not know."""
-    names = [name for name, _ in NORMS]
-    plain = _FILTERED.get(column.base, column.base)
-    return names.index(plain) if plain in names else len(names), plain, column.base != plain, column.label
-
-
 def _values(figures: Sequence[Mapping[str, float | None]], key: str) -> list[float]:
     return [each[key] for each in figures if each.get(key) is not None]
-
-
-def _summary(values: Sequence[float]) -> dict[str, Any]:
-    return {
-        "n": len(values),
-        "mean": statistics.mean(values) if values else None,
-        "sd": statistics.stdev(values) if len(values) > 1 else None,
-        "values": list(values),
-    }
 
 
 def _cell(column: Column, iterations: int, key: str) -> str:
@@ -474,20 +466,8 @@ def _cell(column: Column, iterations: int, key: str) -> str:
     values = _values(figures, key)
     if not values:
         return "-" if figures else "not run"
-    text = f"{statistics.mean(values):.2f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.2f}"
+    text = with_deviation(values)
     return text if len(values) == len(column.runs) else f"{text} (n = {len(values)})"
-
-
-def _each(values) -> str:
-    return " or ".join(dict.fromkeys(map(str, values)))
-
-
-def _each_of(numbers: Iterable[int], what: str) -> str:
-    """Such as ``1 image``, ``2 or 16 images``."""
-    *others, last = dict.fromkeys(numbers)
-    return " or ".join([*(f"{each:,}" for each in others), counted(last, what)])
 
 
 def _remarks(run: Run, test_set: str) -> list[str]:
@@ -502,31 +482,13 @@ def _remarks(run: Run, test_set: str) -> list[str]:
     return found
 
 
-def _hardware(run: Run) -> str:
-    if "hardware" not in run.info:
-        return "not recorded"
-    processes = run.info.get("processes", 1)
-    return run.info["hardware"] if processes == 1 else f"{processes} processes, each on {run.info['hardware']}"
-
-
 def _images(runs: Sequence[Run], which: str, names: Sequence[str]) -> str:
     parts = []
     for name in names:
         counts = [run.info.get(which, {}).get(name) for run in runs]
         known = [f"{count:,}" for count in counts if count is not None]
-        parts.append(f"{name} ({_each(known) if known else 'number of'} images{'' if known else ' not recorded'})")
+        parts.append(f"{name} ({either(known) if known else 'number of'} images{'' if known else ' not recorded'})")
     return ", ".join(parts)
-
-
-def _seeds(column: Column) -> str:
-    known = [run.seed for run in column.runs if run.seed is not None]
-    parts = [f"seed{'s' * (len(set(known)) > 1)} {', '.join(map(str, dict.fromkeys(known)))}"] if known else []
-    if drawn := len(column.runs) - len(known):
-        parts.append(f"{drawn} of a seed that was drawn")
-    text = f"{counted(len(column.runs), 'run')}, {' and '.join(parts)}"
-    if twice := [str(seed) for seed in dict.fromkeys(known) if known.count(seed) > 1]:
-        text += f"; seed {', '.join(twice)} more than once, which are no independent runs"
-    return f"{text}; in {', '.join(str(run.folder) for run in column.runs)}"
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
@@ -537,9 +499,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
         # Where the backbone's norm stands elsewhere too, it is the one thing that is meant to differ.
         config.update({key: "the norm" for key in NORM_KEYS if norm_label(config.get(key, "")) == run.norm})
         configs.append(config)
-    keys = dict.fromkeys(key for config in configs for key in config)
-    found = {key: [repr(config[key]) if key in config else "not set" for config in configs] for key in keys}
-    return [f"{key} {_each(values)}" for key, values in found.items() if len(set(values)) > 1]
+    return [f"{key} {either(values)}" for key, values in differing(configs).items()]
 
 
 def _comparison(plain: Column, filtered: Column) -> list[str]:
@@ -555,7 +515,7 @@ def _comparison(plain: Column, filtered: Column) -> list[str]:
         pairs = [(first[seed].get(f"{task}/AP"), second[seed].get(f"{task}/AP")) for seed in seeds]
         pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
         if pairs:
-            parts.append(f"{task} AP {_difference(pairs)}")
+            parts.append(f"{task} AP {paired_difference(pairs)}")
     what = f"{filtered.label} minus {plain.label} after {counted(at, 'iteration')}, seed by seed (n = {len(seeds)})"
     if not parts:
         return []
@@ -563,21 +523,3 @@ def _comparison(plain: Column, filtered: Column) -> list[str]:
     if _differences([*plain.runs, *filtered.runs]):
         caution += "; their configs differ in more than the norm"
     return [f"{what}: {'; '.join(parts)}{caution}."]
-
-
-def _difference(pairs: Sequence[tuple[float, float]]) -> str:
-    """Mean ± standard deviation of second minus first and, of three pairs or more and with scipy, the p of a two-sided
-    paired t-test."""
-    differences = [second - first for first, second in pairs]
-    text = f"{statistics.mean(differences):+.2f}"
-    if len(pairs) == 1:
-        return text
-    deviation = statistics.stdev(differences)
-    text += f" ± {deviation:.2f}"
-    if len(pairs) < 3 or not deviation:
-        return text
-    try:
-        from scipy.stats import ttest_1samp
-    except ModuleNotFoundError:
-        return text
-    return f"{text}, p = {ttest_1samp(differences, 0).pvalue:.2g} (two-sided paired t-test)"

@@ -28,6 +28,7 @@ __all__ = [
     "Arguments",
     "CfgNode",
     "check_texts",
+    "flatten",
     "load_config",
     "pairs",
     "read_config",
@@ -82,7 +83,7 @@ def load_config(
     """
     cfg = defaults.clone()
     cfg.defrost()
-    known = dict(_flatten(defaults))
+    known = dict(flatten(defaults))
     groups = [key for key, default in known.items() if isinstance(default, Arguments)]
     ignored = []
     for key, value in [*_read(config_file), *pairs(overrides)]:
@@ -142,9 +143,9 @@ def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change:
     Raises:
         ValueError: the first key that differs, with its old and new value.
     """
-    old = dict(_flatten(saved))
+    old = dict(flatten(saved))
     # First, as the linear rule changes other keys with it.
-    for key, new in sorted(_flatten(cfg), key=lambda item: item[0] != "SOLVER.REFERENCE_WORLD_SIZE"):
+    for key, new in sorted(flatten(cfg), key=lambda item: item[0] != "SOLVER.REFERENCE_WORLD_SIZE"):
         if _as_lists(new) == _as_lists(old[key]) or any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
             continue
         if key == "SOLVER.REFERENCE_WORLD_SIZE" and new and old[key]:  # the linear rule sets it to their number
@@ -164,10 +165,11 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(each) for each in value] if isinstance(value, tuple | list) else value
 
 
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each key of a nested mapping, written out with its dots, and its value."""
     for name, value in node.items():
         if isinstance(value, Mapping) and value and not isinstance(value, Arguments):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + str(name), value
 
@@ -175,7 +177,7 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _read(config_file: str | os.PathLike | None) -> list[tuple[str, Any]]:
     if not config_file:
         return []
-    values = list(_flatten(read_yaml(config_file)))
+    values = list(flatten(read_yaml(config_file)))
     keys = [key for key, _ in values]
     if len(set(keys)) < len(keys):  # SOLVER.BASE_LR as one word, and in its group
         twice = Counter(keys).most_common(1)[0][0]

@@ -1,5 +1,5 @@
 """What a training run says: a progress bar (or a line now and then where there is no terminal), ``metrics.json`` with
-detectron2's field names, TensorBoard, and the log file.
+detectron2's field names, what ``loggers.py`` makes of it, and the log file.
 """
 
 import json
@@ -9,13 +9,14 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from fbn_plugin.engine.files.disk import AppendedFile, WriteError, atomic_write
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.loggers import open_loggers
 
 __all__ = ["LogFile", "Timer", "TrainingLog", "forget_metrics", "is_figure", "read_metrics", "setup_logging"]
 
@@ -143,12 +144,14 @@ class TrainingLog:
     ``metrics.json``, so that every iteration stands there once.
 
     Args:
-        output_dir: folder of ``metrics.json`` and the TensorBoard files.
+        output_dir: folder of ``metrics.json`` and of what the loggers write.
         max_iter: iterations of the whole run.
         start: first iteration of this run.
         period: iterations between two lines.
         window: of the run that is resumed, so that a line across the interruption has the mean of all its iterations.
         images: of an iteration, over all processes, to report ``images_per_second``.
+        loggers: where the lines go besides ``metrics.json``, of ``loggers.LOGGERS``.
+        config: the run's settings, for loggers that show them.
     """
 
     def __init__(
@@ -159,6 +162,8 @@ class TrainingLog:
         period: int = 20,
         window: Mapping[str, list[float]] | None = None,
         images: int | None = None,
+        loggers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
     ):
         self.max_iter = max_iter
         self.period = period
@@ -168,12 +173,10 @@ class TrainingLog:
         self._seconds: list[float] = []
         if not self.enabled:
             return
-        from fbn_plugin.engine.run.board import Board  # slow to import, and of no use to the other ranks
-
         path = os.path.join(output_dir, "metrics.json")
         forget_metrics(path, start)
         self._file = AppendedFile(path)
-        self._board = Board(os.fspath(output_dir), purge_step=start if start else None)
+        self._loggers = open_loggers(loggers, output_dir, start, read_metrics(path), config or {})
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(total=max_iter, initial=start, dynamic_ncols=True, smoothing=0.05, disable=not self._terminal)
         self._logger = logging.getLogger(__name__)
@@ -193,7 +196,8 @@ class TrainingLog:
         """Finish the bar and the files."""
         if self.enabled:
             self._bar.close()
-            self._board.close()
+            for logger in self._loggers:
+                logger.close()
             self._file.close()
 
     def step(self, iteration: int, **values: float) -> None:
@@ -236,9 +240,8 @@ class TrainingLog:
             return
         row = {"iteration": iteration, **{k: None if math.isnan(v) else v for k, v in values.items()}}
         self._file.write(f"{json.dumps(row)}\n".encode())
-        for name, value in values.items():
-            self._board.add_scalar(name, value, iteration)
-        self._board.flush()
+        for logger in self._loggers:
+            logger.write(row)
 
 
 class Timer:

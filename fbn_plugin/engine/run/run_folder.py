@@ -16,7 +16,7 @@ from fbn_plugin.engine.run.run_info import read_record, read_run_info
 from fbn_plugin.frameworks.detectron2_keys import KEYS
 from fbn_plugin.registry import NormSpec, norm_options, parse_spec
 
-__all__ = ["NORM_KEYS", "Run", "norm_label", "read_run", "run_titles"]
+__all__ = ["NORM_KEYS", "Run", "is_classification", "norm_label", "read_run", "run_titles"]
 
 # Where a config names a norm, the backbone's first.
 NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"))
@@ -196,6 +196,19 @@ class Run:
             raise FileNotFoundError(f"{self.folder} has no detections on {dataset}: {places[-1]} has no "
                                     "coco_instances_results.json")  # fmt: skip
         return found[0]
+
+
+def is_classification(folder: str | os.PathLike) -> bool:
+    """Whether a classification run is in a folder, by its ``run_info.json`` or else its ``config.yaml``.
+
+    Raises:
+        ValueError: a file there is none of a run's.
+    """
+    folder = Path(folder)
+    if engine := read_run_info(folder).get("engine"):
+        return engine == "classification"
+    path = folder / "config.yaml"
+    return path.is_file() and "MODEL.NAME" in read_config(path)
 
 
 def read_run(folder: str | os.PathLike) -> Run:

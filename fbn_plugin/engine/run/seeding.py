@@ -54,7 +54,8 @@ def seed_iteration(seed: int, iteration: int, step: int = 0) -> None:
         step: of several in the iteration, from 0. Step s draws what as many more processes would draw.
     """
     block, number = divmod(iteration, _BLOCK)
-    place = step * distributed.world_size() + distributed.rank()
+    world = distributed.world_size()
+    place = step * world + distributed.rank() if world > 1 else step
     for_torch, for_numpy = _iteration_seeds(seed, place, block)[number]
     if _has_accelerator():
         torch.manual_seed(for_torch)

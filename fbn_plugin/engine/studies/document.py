@@ -81,7 +81,7 @@ class Code:
 
     Attributes:
         lines: shown as they are.
-        summary: on the page the lines are folded away under it; "" shows them.
+        summary: what they are; on the page the lines are folded away under it. "" for what needs none.
     """
 
     lines: list[str]
@@ -96,13 +96,15 @@ class Picture:
         file: its name beside the Markdown.
         text: what it shows, for those who cannot see it.
         svg: for the page: elements ``<svg>``, set beside each other where there is room.
-        widths: of each element the pixels below which it is not shrunk, but scrolled, and its own.
+        least: pixels below which an element is not shrunk, but scrolled.
+        widths: of each element, in pixels; it is not made much larger.
     """
 
     file: str
     text: str
     svg: tuple[str, ...]
-    widths: tuple[tuple[int, int], ...]
+    least: int
+    widths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Legend:
 
 Block = Heading | Paragraph | Table | Code | Picture | Legend
 
-_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~$])")
+# What Markdown would read as more than text; underscores within a word, and "<" before a space or a digit, it does not.
+_SPECIAL = re.compile(r"([\\`*\[\]|#~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<!\w)_|_(?!\w))")
 
 
 def _markdown_text(part: Inline) -> str:
@@ -154,6 +157,7 @@ def markdown(blocks: Sequence[Block]) -> str:
         elif isinstance(block, Table):
             parts.append(_markdown_table(block))
         elif isinstance(block, Code):
+            parts += [_markdown_text(block.summary) + ":"] if block.summary else []
             parts.append("\n".join(["```", *map(on_one_line, block.lines), "```"]))
         elif isinstance(block, Picture):
             parts.append(f"![{_markdown_text(block.text)}]({block.file})")
@@ -195,12 +199,12 @@ def _html_block(block: Block) -> str:
         return f"<details><summary>{_html_text(block.summary)}</summary>{text}</details>" if block.summary else text
     if isinstance(block, Legend):
         return f'<div class="legend">{"".join(block.entries)}</div>'
-    parts = zip(block.svg, block.widths)
     panels = "\n".join(
-        f'<div class="panel" style="--least: {least}px; --most: {1.2 * own:.0f}px">{svg}</div>'
-        for svg, (least, own) in parts
+        f'<div class="panel" style="--most: {1.2 * width:.0f}px">{svg}</div>'
+        for svg, width in zip(block.svg, block.widths)
     )
-    return f'<div class="panels" role="group" aria-label="{html.escape(block.text)}">\n{panels}\n</div>'
+    label, least = html.escape(block.text), f"--least: {block.least}px"
+    return f'<div class="panels" style="{least}" role="group" aria-label="{label}">\n{panels}\n</div>'
 
 
 def html_page(title: str, blocks: Sequence[Block], style: str = "") -> str:
@@ -232,15 +236,16 @@ h1, h2, h3, h4 { line-height: 1.25; }
 h2 { margin-top: 2em; border-bottom: 1px solid var(--line); padding-bottom: .2em; }
 .wide { overflow-x: auto; margin: 1em 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: .35em .8em; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .35em .65em; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { vertical-align: bottom; } th.text, td.text { text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
 pre { background: var(--shade); padding: 1em; overflow-x: auto; font-size: 13px; } code { font-size: .9em; }
 details { margin: 1em 0; } summary { cursor: pointer; }
 .note { color: var(--soft); font-size: 14px; }
 .warning { background: var(--warn-shade); border-left: 4px solid var(--warn); padding: .6em 1em; }
-.panels { display: flex; flex-wrap: wrap; gap: 1em; margin: 1em 0; }
-.panel { overflow-x: auto; flex: 1 1 var(--least); max-width: min(100%, var(--most)); }
+.panels { display: grid; gap: 1em; margin: 1em 0; }
+.panels { grid-template-columns: repeat(auto-fill, minmax(min(var(--least), 100%), 1fr)); }
+.panel { overflow-x: auto; max-width: var(--most); }
 .panel > svg { display: block; width: 100%; min-width: var(--least); height: auto; }
 .legend { display: flex; flex-wrap: wrap; gap: .2em 1.2em; margin-top: 1em; }
 @media print { .panel, table { break-inside: avoid; } }

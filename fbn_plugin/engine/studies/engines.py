@@ -1,6 +1,7 @@
 """What a study knows of the tools that train: their script, how they check a config, what their evaluations give."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,11 @@ def _classification(config_file: str, overrides: Sequence[str]) -> CfgNode:
 def _torchvision(config_file: str, overrides: Sequence[str]) -> CfgNode:
     from fbn_plugin.engine.torchvision.config import load_detection_config
 
-    return _for_one_process(load_detection_config(config_file, overrides))
+    logging.disable()  # each job says itself which keys are not used
+    try:
+        return _for_one_process(load_detection_config(config_file, overrides))
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _detectron2(config_file: str, overrides: Sequence[str]) -> CfgNode:

@@ -21,10 +21,26 @@ from fbn_plugin.engine.studies.statistics import (
     numeric_factor,
 )
 
-__all__ = ["Figure", "Line", "LinePanel", "Row", "RowPanel", "level_name", "study_figures"]
+__all__ = [
+    "Figure",
+    "Line",
+    "LinePanel",
+    "Row",
+    "RowPanel",
+    "in_order",
+    "level_name",
+    "line_ends",
+    "quantity",
+    "row_values",
+    "study_figures",
+    "styles",
+    "x_span",
+]
 
 # A curve of more points is drawn with every so-manieth.
 _MOST_POINTS = 60
+# A longer name is cut in its middle: names often differ at the end.
+_LONGEST_LABEL = 36
 
 
 @dataclass(frozen=True)
@@ -178,6 +194,15 @@ def level_name(study: Study, variant: str) -> str:
     return study.variants[variant].levels.get(factor, variant) if factor else variant
 
 
+def _level(study: Study) -> str:
+    return f"{100 * (1 - study.alpha):.4g} %"
+
+
+def _short(name: str) -> str:
+    half = _LONGEST_LABEL // 2
+    return name if len(name) <= _LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
+
+
 def styles(study: Study) -> dict[str, int]:
     """Number of the style of each level of the compared factor, or of each variant; what most are compared with is
     0."""
@@ -212,8 +237,8 @@ def _by_level(study: Study, found: MetricStatistics, name: str, what: str, file:
         for line in rest if reference.style == 0 else []:
             title = f"{line.label}{', ' * bool(where)}{where}"
             apart.append(LinePanel(title, lines=[reference, line], y_range=ends, **setting))
-    caption = "Mean over the seeds; bars: interval of the mean by the bootstrap. "
-    pair = "Each line beside that of {}: mean over the seeds, and in the band its interval by the bootstrap."
+    caption = f"Mean over the seeds; bars: its {_level(study)} interval by the bootstrap. "
+    pair = f"Each line beside that of {{}}: mean over the seeds; band: its {_level(study)} interval by the bootstrap."
     first = next(iter(style))
     file, title = f"{file}-by-{_slug(number)}", f"{what} over {number}"
     return [
@@ -225,7 +250,7 @@ def _by_level(study: Study, found: MetricStatistics, name: str, what: str, file:
             f"{title}, one by one",
             pair.format(first),
             apart,
-            [(first, 0)],
+            [(_short(first), 0)],
             is_main=False,
         ),
     ]
@@ -247,7 +272,7 @@ def _line(study: Study, found: MetricStatistics, levels: Mapping[str, str], numb
         if summary.n and all(variant.levels.get(key) == level for key, level in levels.items()):
             points.append((as_number(variant.levels[number]), summary.mean, summary.interval))
     points.sort(key=lambda point: point[0])
-    label = levels[compared_factor(study)]
+    label = _short(levels[compared_factor(study)])
     return Line(label, style, *([list(each) for each in zip(*points)] or [[], [], []]))
 
 
@@ -280,7 +305,7 @@ def _by_variant(
     for context, members in [*sets.items(), *([("", rest)] if rest else [])]:
         rows = [
             Row(
-                level_name(study, variant),
+                _short(level_name(study, variant)),
                 style[level_name(study, variant)],
                 found.summaries[variant].mean,
                 inner=found.summaries[variant].interval,
@@ -290,7 +315,7 @@ def _by_variant(
         ]
         if rows := [row for row in rows if row.points]:
             panels.append(RowPanel(context, what, rows))
-    caption = "Small points: single runs. Large ones: their mean, with its interval by the bootstrap."
+    caption = f"Small points: single runs. Large ones: their mean, with its {_level(study)} interval by the bootstrap."
     return Figure(f"{file}-by-variant", name, "means", f"{what} of each variant", caption, panels)
 
 
@@ -311,9 +336,9 @@ def _differences(study: Study, found: MetricStatistics, name: str, metric: Metri
         if each.difference is None:
             continue
         level = level_name(study, each.variant)
-        label = level if len(against[each.group]) == 1 else f"{level} minus {level_name(study, each.baseline)}"
+        to = "" if len(against[each.group]) == 1 else f" minus {level_name(study, each.baseline)}"
         mark = {"higher": "↑", "lower": "↓"}.get(each.verdict, "")
-        row = Row(label, style[level], each.difference, each.interval, each.t_interval, note=mark)
+        row = Row(_short(level + to), style[level], each.difference, each.interval, each.t_interval, note=mark)
         groups.setdefault(each.group, []).append(row)
     values = [value for rows in groups.values() for row in rows for value in row_values(row)]
     ends = (min(0.0, *values), max(0.0, *values)) if values else None
@@ -322,8 +347,9 @@ def _differences(study: Study, found: MetricStatistics, name: str, metric: Metri
         one = level_name(study, next(iter(against[group]))) if len(against[group]) == 1 else "its baseline"
         panels.append(RowPanel(group, quantity(name, metric, one), rows, True, ends))
     caption = (
-        "Mean of the differences, seed by seed. Thick: interval by the bootstrap, which is too short for few seeds; "
-        "thin: that of the t-test. ↑ ↓: told apart after Holm's adjustment over all comparisons of the metric."
+        f"Mean of the differences, seed by seed, and its {_level(study)} intervals. Thick: by the bootstrap, which is "
+        "too short for few seeds; thin: that of the t-test. ↑ ↓: told apart after Holm's adjustment over all "
+        "comparisons of the metric."
     )
     title = f"{metric.label or name}: differences to the baseline"
     return Figure(f"{file}-differences", name, "differences", title, caption, panels)
@@ -339,9 +365,9 @@ def _curves(study: Study, outcomes: Sequence[Outcome], name: str, what: str, fil
         for variant in members:
             points = _mean_curve(outcomes, variant, name)
             if points:
-                label = level_name(study, variant)
-                used[label] = style[label]
-                lines.append(Line(label, style[label], *([list(each) for each in zip(*points)])))
+                level = level_name(study, variant)
+                used[_short(level)] = style[level]
+                lines.append(Line(_short(level), style[level], *([list(each) for each in zip(*points)])))
         if lines:
             panels.append(LinePanel(context, "iteration", what, lines, y_range=_late_range(lines)))
     caption = (

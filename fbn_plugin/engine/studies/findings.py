@@ -71,6 +71,10 @@ def _p_pair(raw: float | None, adjusted: float | None) -> str:
     return "-" if raw is None else f"{_p(raw)} ({_p(adjusted)})"
 
 
+def _effect(value: float) -> str:
+    return f"{value:+.2f}" if abs(value) < 1000 else f"{value:+.1e}"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
@@ -166,9 +170,13 @@ def _over_all(study: Study, known: Sequence[BestOf], what: str) -> list[Inline]:
     firsts = Counter(level_name(study, each.best) for each in known)
     parts: list[Inline] = [f"The {what}, by the mean ({_seeds_label(known[0].n)}): "]
     for i, (name, count) in enumerate(firsts.most_common()):
-        parts += [", " if i else "", Strong(name), f" in {count:,} of {counted(len(known), 'setting')}"]
+        parts += [
+            ", " if i else "",
+            Strong(name),
+            f" in {count:,}" + ("" if i else f" of {counted(len(known), 'setting')}"),
+        ]
     alone = sum(len(each.possible) == 1 for each in known)
-    parts.append(f". In {f'{alone:,}' if alone else 'none'} of them it is told apart from all others. ")
+    parts.append(f". In {counted(alone, 'setting') if alone else 'no setting'} it is told apart from all others. ")
     tested: Counter[str] = Counter()
     beaten: Counter[str] = Counter()
     for each in known:
@@ -190,7 +198,7 @@ def mean_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]
     if factor is None or across is None:
         return variant_blocks(study, name, found)
     blocks: list[Block] = []
-    sets = compared_sets(study)
+    sets, numbers = compared_sets(study), _Numbers(found)
     tables: dict[str, dict[str, list[str]]] = {}
     for members in sets.values():
         levels = study.variants[members[0]].levels
@@ -204,18 +212,18 @@ def mean_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]
                 for members in columns.values()
             ]
             if any(by_column):
-                rows.append([level, *(_cell(study, found, variant) for variant in by_column)])
+                rows.append([level, *(_cell(study, found, variant, numbers) for variant in by_column)])
         blocks += [Paragraph((f"{quantity(name, metric)}{', ' * bool(where)}{where}:",)), Table(rows)]
     blocks.append(Paragraph((_cell_note(study, metric),), "note"))
     return blocks
 
 
-def _cell(study: Study, found: MetricStatistics, variant: str | None) -> Inline:
+def _cell(study: Study, found: MetricStatistics, variant: str | None, numbers: _Numbers) -> Inline:
     """``71.23 ± 0.80 ↑ °``; what has the best mean of its column stands out."""
     if variant is None:
         return ""
     summary = found.summaries[variant]
-    text = _Numbers(found).spread(summary.mean, summary.sd)
+    text = numbers.spread(summary.mean, summary.sd)
     if summary.n < len(set(study.seeds)):
         text += f" (n = {summary.n})"
     first = next((each for each in found.comparisons if each.variant == variant), None)
@@ -277,20 +285,31 @@ def comparison_blocks(study: Study, name: str, found: MetricStatistics) -> list[
     groups: dict[str, list[PairedComparison]] = {}
     for each in in_order(study, found.comparisons):
         groups.setdefault(each.group, []).append(each)
-    metric, numbers, level = study.metrics[name], _Numbers(found), _percent(1 - study.alpha)
-    blocks: list[Block] = []
+    numbers, blocks = _Numbers(found), []
     for group, members in groups.items():
-        header: list[Inline] = [
-            group or "variant", "minus", "verdict", f"difference ± sd{f' ({metric.unit})' if metric.unit else ''}",
-            f"{level} bootstrap", "p two-sided (Holm)", "p better (Holm)", "p signed rank (Holm)", "d_z (g_z)",
-            "seeds needed",
-        ]  # fmt: skip
-        rows = [header, *(_comparison_row(study, each, numbers) for each in members)]
-        blocks.append(Table(rows, (0, 1, 2)))
+        blocks += _comparison_table(study, name, group, members, numbers)
     if blocks:
         tests = sum(each.p is not None for each in found.comparisons)
         blocks.append(Paragraph((_comparison_note(study, tests),), "note"))
     return blocks
+
+
+def _comparison_table(
+    study: Study, name: str, group: str, members: Sequence[PairedComparison], numbers: _Numbers
+) -> list[Block]:
+    """The comparisons of one group; a baseline that all of them share stands above the table."""
+    unit, level = study.metrics[name].unit, _percent(1 - study.alpha)
+    header: list[Inline] = ["variant", "minus", "verdict", f"difference ± sd{f' ({unit})' if unit else ''}"]
+    header += [f"{level} bootstrap", "p two-sided (Holm)", "p better (Holm)", "p signed rank (Holm)"]
+    header += ["d_z (g_z)", "seeds needed"]
+    rows = [header, *(_comparison_row(study, each, numbers) for each in members)]
+    what = study.metrics[name].label or name
+    baselines = {each.baseline for each in members}
+    if len(baselines) == 1:
+        rows = [[row[0], *row[2:]] for row in rows]
+        what += f" minus that of {level_name(study, baselines.pop())}"
+        return [Paragraph((f"{group}{', ' * bool(group)}{what}:",)), Table(rows, (0, 1))]
+    return [Paragraph((f"{group}{', ' * bool(group)}{what}:",)), Table(rows, (0, 1, 2))]
 
 
 def _comparison_row(study: Study, each: PairedComparison, numbers: _Numbers) -> list[Inline]:
@@ -304,7 +323,7 @@ def _comparison_row(study: Study, each: PairedComparison, numbers: _Numbers) -> 
         _p_pair(each.p, each.p_holm),
         _p_pair(each.p_better, each.p_better_holm),
         _p_pair(each.p_signed_rank, each.p_signed_rank_holm),
-        "-" if each.d_z is None else f"{each.d_z:+.2f} ({each.g_z:+.2f})",
+        "-" if each.d_z is None else f"{_effect(each.d_z)} ({_effect(each.g_z)})",
         "-" if each.seeds_needed is None else f"{each.seeds_needed:,}",
     ]
 

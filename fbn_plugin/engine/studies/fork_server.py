@@ -108,9 +108,10 @@ def main(arguments: list[str]) -> None:
     server = _Server(socket.socket(fileno=int(number)))
     server.send({"ready": len(os.listdir("/proc/self/task"))})
     request = server.serve()
-    if request is not None:
-        _become(request, script)
-        runpy.run_path(script, run_name="__main__")
+    if request is None:
+        os._exit(0)  # at once, as there is nothing to be tidied
+    _become(request, script)
+    runpy.run_path(script, run_name="__main__")
 
 
 if __name__ == "__main__":

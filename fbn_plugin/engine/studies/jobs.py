@@ -219,7 +219,7 @@ def collect(study: StudyFile, job: Job, is_running: bool = False) -> Outcome:
     Args:
         study: that it is of.
         job: the job.
-        is_running: whether it is known to run; else its folder tells.
+        is_running: whether it runs where ``job.json`` says so, as the study itself does; else its folder tells.
 
     Raises:
         ValueError: a file in its folder is damaged.
@@ -227,7 +227,8 @@ def collect(study: StudyFile, job: Job, is_running: bool = False) -> Outcome:
     known = record(job)
     state = known.get("state", "waiting")
     if state not in ("done", "failed"):
-        state = "running" if is_running or is_held(job.folder) else "waiting"
+        runs = (is_running and state == "running") or is_held(job.folder)
+        state = "running" if runs else "waiting"
     curves = _curves(study, job) if known else {}
     info = read_run_info(job.folder) if known else {}
     error = known.get("error") if state == "failed" else None

@@ -53,7 +53,7 @@ def _size(panel: LinePanel | RowPanel) -> tuple[float, float]:
     """Width and height in inches."""
     if isinstance(panel, RowPanel):
         return 5.0, 0.9 + 0.24 * len(panel.rows)
-    return (8.6, 4.6) if panel.is_direct else (3.6, 2.6)
+    return (8.6, max(4.6, 0.8 + 0.2 * len(panel.lines))) if panel.is_direct else (3.6, 2.6)
 
 
 def _style(style: int, marked: bool = True) -> dict:

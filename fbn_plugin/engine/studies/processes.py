@@ -20,6 +20,7 @@ from fbn_plugin.engine.run.stopping import STOPPED
 __all__ = ["Forks", "NewProcesses", "Process", "Start", "can_fork", "end_with_parent"]
 
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
+_PATIENCE = 5.0  # seconds in which a process without jobs ends
 
 
 class Process(Protocol):
@@ -63,7 +64,7 @@ class NewProcesses:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **environment},
                     start_new_session=True,
-                    preexec_fn=self._prepare,
+                    preexec_fn=self._prepare if os.name == "posix" else None,
                 )
             )
 
@@ -181,6 +182,8 @@ class Forks:
     def close(self) -> None:
         """Let the process end, and jobs that still run be asked to."""
         self._socket.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._server.wait(_PATIENCE)
 
 
 class _Fork:

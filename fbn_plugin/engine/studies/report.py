@@ -3,6 +3,7 @@ one page that needs no other file; and the page of the documentation that is mad
 
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -139,15 +140,15 @@ def _pictures(figures: Sequence[Figure], ending: str = "png", prefix: str = "") 
     blocks: list[Block] = []
     for each in figures:
         svg = tuple(map(panel_svg, each.panels))
-        widths = tuple((least_width(panel), svg_size(one)[0]) for panel, one in zip(each.panels, svg))
+        widths = tuple(svg_size(one)[0] for one in svg)
         blocks += [Legend(tuple(legend_svg(*entry) for entry in each.legend))] if each.legend else []
-        blocks.append(Picture(f"{prefix}{each.name}.{ending}", each.title, svg, widths))
+        blocks.append(Picture(f"{prefix}{each.name}.{ending}", each.title, svg, least_width(each.panels[0]), widths))
         blocks.append(Paragraph((each.caption,), "note"))
     return blocks
 
 
-def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int) -> list[Block]:
-    """What was run, on what, and how long it took."""
+def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int, most_variants: int | None = None) -> list[Block]:
+    """What was run, on what, and how long it took; of so many variants also what each one sets."""
     facts: list[list] = [["setting", "value"]]
     facts += [["tool", Mono(f"tools/{_SCRIPTS.get(study.tool, study.tool)}")]]
     facts += [["base config", Mono(study.base)]] if study.base else []
@@ -155,7 +156,8 @@ def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int) -> list[Bl
     facts += [["seeds", f"{_ranges(study.seeds)} ({_SEED_RULES.get(study.seed_rule, study.seed_rule)})"]]
     blocks: list[Block] = [Heading(rank, "Settings"), Table(facts, (0, 1))]
     own = [f"{name}: {_settings(each.base, each.settings)}" for name, each in study.variants.items()]
-    blocks += [Code(own, f"What each of the {len(own)} variants sets")]
+    if most_variants is None or len(own) <= most_variants:
+        blocks += [Code(own, f"What {counted(len(own), 'variant')} set")]
     machines = Counter((each.hardware, tuple(sorted(each.versions.items()))) for each in outcomes if each.hardware)
     rows: list[list] = [["hardware", "versions", "jobs"]]
     for (hardware, versions), count in machines.items():
@@ -174,6 +176,8 @@ _SCRIPTS = {
     "torchvision": "train_detection.py",
     "detectron2": "train_net.py",
 }
+# A page of the documentation lists the settings of no more; the JSON has them.
+_MOST_VARIANTS = 20
 _SEED_RULES = {
     "md5": "SEED is the last 32 bits of the MD5 digest of the number",
     "plain": "SEED is the number itself",
@@ -217,20 +221,25 @@ def _commands(outcomes: Sequence[Outcome]) -> list[Block]:
 
 
 def render_docs(
-    studies: Mapping[str, tuple[Study, Sequence[Outcome]]], title: str, command: str = "", stem: str = "study"
+    studies: Mapping[str, tuple[Study, Sequence[Outcome]]], page: str | os.PathLike, title: str | None = None
 ) -> DocsPage:
     """A page of the documentation from studies that are done: what is best where, means, comparisons.
 
     Args:
         studies: name of each JSON file, as a reader finds it from the project's root -> what is in it.
-        title: of the page.
-        command: that makes the page, for the reader.
-        stem: what the pictures' names begin with.
+        page: name of the page, from there, too; the pictures' begin with its stem.
+        title: of the page; None takes that of the first study.
     """
-    made = f"This page is made from {' and '.join(f'`{name}`' for name in studies)}"
-    made += f" by `{command}`" if command else ""
-    parts = [markdown([Heading(1, title)]), f"{made}: whoever wants another page changes the figures.\n"]
-    pictures: dict[str, bytes] = {}
+    title = title or next(study.title for study, _ in studies.values())
+    named = "".join(f" --from {shlex.quote(name)}" for name in studies)
+    asked = f" --title {shlex.quote(title)}" if title != next(study.title for study, _ in studies.values()) else ""
+    command = f"python tools/study.py report{named} --markdown {shlex.quote(os.fspath(page))}{asked}"
+    head = [
+        Heading(1, title),
+        Paragraph(("Nothing on this page is written by hand. Page and pictures are made from the kept figures by",)),
+        Code([command]),
+    ]
+    parts, pictures, stem = [markdown(head)], {}, Path(page).stem
     for i, (name, (study, outcomes)) in enumerate(studies.items(), 1):
         outcomes = _in_order(study, outcomes)
         found = study_statistics(study, outcomes)
@@ -260,7 +269,7 @@ def _docs_blocks(
         blocks += comparison_blocks(study, name, found[name])
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(3, "Runs without a figure"), *failed]
-    blocks += _provenance(study, outcomes, 3)
+    blocks += _provenance(study, outcomes, 3, _MOST_VARIANTS)
     example = next((each for each in outcomes if each.command), None)
     if example:
         text = f" has the command of every job. That of {example.variant} with seed {example.seed}:"
@@ -268,24 +277,21 @@ def _docs_blocks(
     return blocks
 
 
-def write_docs(
-    files: Sequence[str | os.PathLike], page: str | os.PathLike, title: str, command: str = ""
-) -> list[Path]:
-    """Write a page of the documentation and its pictures beside it.
+def write_docs(files: Sequence[str | os.PathLike], page: str | os.PathLike, title: str | None = None) -> list[Path]:
+    """Write :func:`render_docs`'s page, and its pictures beside it.
 
     Args:
         files: JSON files of studies, named as the page is to name them.
         page: the Markdown file.
-        title, command: see :func:`render_docs`.
+        title: of the page; None takes that of the first study.
 
     Raises:
         OSError, ValueError: a file is not there, or is none of a study.
         WriteError: a file cannot be written.
     """
-    page = Path(page)
-    studies = {os.fspath(file): read_outcomes(file) for file in files}
-    made = render_docs(studies, title, command, page.stem)
+    studies = {Path(file).as_posix(): read_outcomes(file) for file in files}
+    made = render_docs(studies, Path(page).as_posix(), title)
     for name, content in made.pictures.items():
-        atomic_write(page.with_name(name), content)
+        atomic_write(Path(page).with_name(name), content)
     atomic_write(page, made.text.encode())
-    return [page, *(page.with_name(name) for name in made.pictures)]
+    return [Path(page), *(Path(page).with_name(name) for name in made.pictures)]

@@ -4,6 +4,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from typing import Any
 
 from fbn_plugin.engine.files.words import counted, shown
@@ -26,7 +27,7 @@ def config_seed(seed: int, rule: str = "md5") -> int:
     Examples::
 
         >>> config_seed(1), config_seed(2), config_seed(2, "plain")
-        (1753782427, 1664374316, 2)
+        (1869972635, 3423897132, 2)
     """
     if rule == "plain":
         return seed
@@ -58,8 +59,8 @@ def parse_seeds(given: Any) -> list[int]:
         if last - first + 1 + len(seeds) > _MOST_SEEDS:
             raise ValueError(f"SEEDS must be at most {counted(_MOST_SEEDS, 'seed')}, got {shown(part)}")
         seeds += range(first, last + 1)
-    if twice := next((seed for i, seed in enumerate(seeds) if seed in seeds[:i]), None):
-        raise ValueError(f"SEEDS has {twice} twice")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"SEEDS has {Counter(seeds).most_common(1)[0][0]} twice")
     if not seeds:
         raise ValueError("SEEDS must be one seed or more, got []")
     return seeds

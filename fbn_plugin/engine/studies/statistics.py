@@ -1,8 +1,8 @@
 """What the figures of a study say: of each variant mean, spread and interval, and of each comparison, seed by seed,
-whether the difference can be told from chance. P2, "Revised BN initialization", compares 15 seeds by one-sided paired
-t-tests at 0.05; the rest is textbook: Wilcoxon's signed ranks with Pratt's zeros, Holm's step-down procedure, Cohen's
-d_z, Efron's BCa bootstrap, the power of the t-test by the noncentral t distribution, and subset selection by Hsu's
-"multiple comparisons with the best", by Bonferroni's inequality.
+whether the difference can be told from chance. P2 (Davis and Frank, "Revisiting Batch Norm Initialization", 2022)
+compares 15 seeds by one-sided paired t-tests at 0.05; the rest is textbook: Wilcoxon's signed ranks with Pratt's zeros,
+Holm's step-down procedure, Cohen's d_z, Efron's BCa bootstrap, the power of the t-test by the noncentral t
+distribution, and subset selection by Hsu's "multiple comparisons with the best", by Bonferroni's inequality.
 """
 
 import itertools
@@ -31,6 +31,7 @@ __all__ = [
     "compared_sets",
     "figures_of",
     "holm",
+    "is_figure",
     "numeric_factor",
     "paired_t",
     "seeds_needed",
@@ -41,7 +42,7 @@ __all__ = [
     "t_interval",
 ]
 
-# The paper's number. A comparison of fewer pairs is labelled underpowered.
+# P2's number of seeds. A comparison of fewer pairs is labelled underpowered.
 SEEDS_OF_P2 = 15
 POWER = 0.8
 RESAMPLES = 9_999
@@ -108,7 +109,7 @@ class PairedComparison:
         d_z, g_z: Cohen's effect size of pairs, difference / sd, and Hedges' correction of it for small n.
         seeds_needed: for a power of 0.8 in the two-sided test at alpha, if the true effect were ``d_z``.
         verdict: ``"higher"``, ``"lower"`` or ``"not told apart"``.
-        is_underpowered: fewer pairs than the paper's 15.
+        is_underpowered: fewer pairs than P2's 15.
         note: why there is no test; "" where there is one.
     """
 
@@ -175,10 +176,13 @@ def study_statistics(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Met
         outcomes: its jobs; one that is missing counts as unfinished.
     """
     found = {}
+    jobs: dict[str, list[Outcome]] = {variant: [] for variant in study.variants}
+    for outcome in outcomes:
+        jobs[outcome.variant].append(outcome)
     for name, metric in study.metrics.items():
-        figures = {variant: figures_of(outcomes, variant, name) for variant in study.variants}
+        figures = {variant: figures_of(jobs[variant], variant, name) for variant in study.variants}
         summaries = {
-            variant: _with_states(summarize(figures[variant], study.alpha), study, outcomes, variant, name)
+            variant: _with_states(summarize(figures[variant], study.alpha), study, jobs[variant], name)
             for variant in study.variants
         }
         comparisons = [
@@ -223,9 +227,9 @@ def is_figure(value: float | None) -> bool:
     return value is not None and math.isfinite(value) and abs(value) <= _LARGEST
 
 
-def _with_states(summary: Summary, study: Study, outcomes: Sequence[Outcome], variant: str, metric: str) -> Summary:
-    """A summary that says what became of the seeds without a figure."""
-    by_seed = {each.seed: each for each in outcomes if each.variant == variant}
+def _with_states(summary: Summary, study: Study, jobs: Sequence[Outcome], metric: str) -> Summary:
+    """A variant's summary that says what became of the seeds without a figure."""
+    by_seed = {each.seed: each for each in jobs}
     for seed in sorted(set(study.seeds)):
         outcome = by_seed.get(seed)
         if outcome is None or outcome.state in ("running", "waiting"):

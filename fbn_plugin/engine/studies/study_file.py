@@ -13,7 +13,7 @@ from typing import Any
 
 from fbn_plugin.engine.files.words import counted, shown
 from fbn_plugin.engine.files.yaml_file import read_yaml
-from fbn_plugin.engine.run.cli import error_sentence, import_modules
+from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.run_folder import norm_label
 from fbn_plugin.engine.studies.engines import ENGINES, Engine
 from fbn_plugin.engine.studies.outcomes import Comparison, Metric, Study, Variant
@@ -33,7 +33,6 @@ _KEYS = {
     "DESCRIPTION": str,
     "TOOL": str,
     "BASE": str,
-    "IMPORT": list,
     "SET": dict,
     "FACTORS": dict,
     "VARIANTS": dict,
@@ -56,7 +55,7 @@ class StudyFile:
         bases: variant -> its config file.
         overrides: variant -> ``[KEY, VALUE, ...]`` over it.
         configs: variant -> its whole config, each key with its dots; SEED and OUTPUT_DIR are the base's.
-        imports: modules and files that each job imports first.
+        imports: modules and files that each job imports first, see ``cli.import_modules``.
         keep: one of :data:`KEEP`.
     """
 
@@ -73,12 +72,14 @@ class StudyFile:
         return ENGINES[self.study.tool]
 
 
-def read_study(path: str | os.PathLike, root: str | os.PathLike = ".") -> StudyFile:
+def read_study(path: str | os.PathLike, root: str | os.PathLike = ".", imports: Sequence[str] = ()) -> StudyFile:
     """Read and check a study file.
 
     Args:
         path: the file.
         root: folder of the project; what lies in it is named relative to it.
+        imports: modules and files that each job imports first, and that this process has imported. The file itself
+            cannot name any, as nothing in a config runs.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names what is wrong, and the variant where it is one's.
@@ -86,7 +87,7 @@ def read_study(path: str | os.PathLike, root: str | os.PathLike = ".") -> StudyF
     path = Path(path)
     content = read_yaml(path)
     try:
-        return _Reading(path, content, Path(root)).result()
+        return _Reading(path, content, Path(root), imports).result()
     except (OSError, ValueError) as error:
         raise ValueError(f"study {path}: {error_sentence(error)}") from None
 
@@ -94,8 +95,8 @@ def read_study(path: str | os.PathLike, root: str | os.PathLike = ".") -> StudyF
 class _Reading:
     """One file."""
 
-    def __init__(self, path: Path, content: dict[str, Any], root: Path):
-        self.path, self.content, self.root = path, content, root
+    def __init__(self, path: Path, content: dict[str, Any], root: Path, imports: Sequence[str]):
+        self.path, self.content, self.root, self.imports = path, content, root, list(imports)
         for key, value in content.items():
             _check_key("key", key, _KEYS)
             kind = _KEYS[key]
@@ -111,8 +112,6 @@ class _Reading:
 
     def result(self) -> StudyFile:
         content = self.content
-        imports = [self._import(each) for each in content.get("IMPORT", [])]
-        import_modules(imports)
         settings = _settings("SET", content.get("SET", {}))
         factors, variants = self._variants()
         seeds = parse_seeds(content["SEEDS"])
@@ -145,18 +144,13 @@ class _Reading:
         overrides = {name: _overrides({**settings, **each.settings}) for name, each in variants.items()}
         configs = {name: self._config(name, bases[name], overrides[name]) for name in variants}
         _refuse_twins(configs)
-        return StudyFile(self.path, study, bases, overrides, configs, imports, self._one_of("KEEP", KEEP))
+        return StudyFile(self.path, study, bases, overrides, configs, self.imports, self._one_of("KEEP", KEEP))
 
     def _one_of(self, key: str, accepted: Sequence[str]) -> str:
         given = self.content.get(key, accepted[0])
         if given not in accepted:
             raise ValueError(f"{key} must be one of {', '.join(accepted)}, got {shown(given)}{_hint(given, accepted)}")
         return given
-
-    def _import(self, given: Any) -> str:
-        if not isinstance(given, str):
-            raise ValueError(f"IMPORT must be modules and files that end in .py, got {shown(given)}")
-        return str(self.path.parent / given) if given.endswith(".py") else given
 
     def _base(self, given: Any) -> Path:
         if not isinstance(given, str) or not given:

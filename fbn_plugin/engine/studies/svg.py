@@ -193,7 +193,7 @@ def _title(text: str, width: float) -> tuple[list[str], float]:
 
 
 def _lines(panel: LinePanel) -> str:
-    width, height = (820, 420) if panel.is_direct else (340, 250)
+    width, height = (820, max(420, 90 + 16 * len(panel.lines))) if panel.is_direct else (340, 250)
     labels = max((_LETTER * len(line.label) for line in panel.lines), default=0) + 34 if panel.is_direct else 24
     parts, top = _title(panel.title, width)
     low, high = padded(*(panel.y_range or line_ends(panel.lines)))
@@ -278,11 +278,11 @@ def _rows(panel: RowPanel) -> str:
     parts, top = _title(panel.title, width)
     left = 20 + _LETTER * max(len(row.label) for row in panel.rows)
     right, first = width - 26, top + 14
-    last = first + step * len(panel.rows)
+    last = first + step * len(panel.rows) + 4
     values = [value for row in panel.rows for value in row_values(row)]
     low, high = padded(*(panel.x_range or (min(values), max(values))), 0.03)
     at_x = _scale(low, high, left, right)
-    ticks = nice_ticks(low, high)
+    ticks = nice_ticks(low, high, 8)
     for tick in ticks:
         parts.append(_stroke("axis" if panel.has_zero and tick == 0 else "grid", at_x(tick), first, at_x(tick), last))
     parts.append(_stroke("axis", left, last, right, last))

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fbn_plugin import FilteredBatchNorm2d
 from fbn_plugin.engine.classification.data import build_val_loader
+from fbn_plugin.engine.classification.datasets import build_data
 from fbn_plugin.engine.classification.evaluation import CONDITIONAL, Evaluator, evaluate, order_batches
 from fbn_plugin.engine.classification.trainer import ClassificationTrainer
 from fbn_plugin.engine.data.image_data import load_image_data
@@ -58,13 +59,15 @@ class Tiny(nn.Module):
 @pytest.mark.parametrize("moments", ["batch", "balanced"])
 def test_figures_by_the_moments_of_batches(moments):
     """Against the model in training, batch by batch: there it has the batch's own moments, too."""
-    cfg = config(TEST__MOMENTS=moments, TEST__IMS_PER_BATCH=30, DATALOADER__IMAGES_PER_CLASS=2, TEST__MAX_IMAGES=130)
-    data, model = load_image_data("digits", mode="L").val, Tiny()
+    cfg = config(
+        TEST__MOMENTS=moments, TEST__IMS_PER_BATCH=30, DATALOADER__IMAGES_PER_CLASS=2, DATASETS__VAL_IMAGES=130
+    )
+    data, model = build_data(cfg).val, Tiny()
     evaluator = Evaluator(cfg, data, 10, CPU)
     result = evaluator(model.eval())
     assert not model.training and model.norm.num_batches_tracked == 0 and model.norm.running_mean.abs().max() == 0
 
-    order, images = evaluator._order, evaluator._images
+    order, images = evaluator._order, evaluator.images
     x, labels = map(torch.cat, zip(*build_val_loader(cfg, images, CPU)))
     with torch.no_grad():
         logits = torch.cat([model.train()(part) for part in x.split(order.batch_size)])
@@ -72,9 +75,9 @@ def test_figures_by_the_moments_of_batches(moments):
     assert len(labels) == 130 and order.batch_size == (30 if moments == "batch" else 20)
     assert result["top1"] == pytest.approx((logits.argmax(1) == labels).double().mean().item() * 100)
     assert result["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-4)
-    assert result != Evaluator(config(TEST__MAX_IMAGES=130), data, 10, CPU)(model)
+    assert result != Evaluator(config(), data, 10, CPU)(model)
     assert (CONDITIONAL in evaluator.note) is evaluator.conditional is (moments == "balanced")
-    assert evaluator.note.startswith("130 of 360 validation images; moments of ")
+    assert evaluator.note.startswith("130 validation images; moments of ")
 
 
 def test_shares_of_processes_add_up(monkeypatch):
@@ -109,21 +112,23 @@ class _Loader:
 
 
 def test_a_run_says_how_it_was_measured(tmp_path):
-    options = {"TEST__MOMENTS": "balanced", "TEST__MAX_IMAGES": 50, "TEST__EVAL_ITERATIONS": (2, 3)}
+    options = {"TEST__MOMENTS": "balanced", "DATASETS__VAL_IMAGES": 50, "TEST__EVAL_ITERATIONS": (2, 3)}
     _, result = train(tmp_path, SOLVER__MAX_ITER=4, **options)
     rows = [row for row in read_metrics(tmp_path / "metrics.json") if "val/top1" in row]
     assert [(row["iteration"], row["val/conditional"]) for row in rows] == [(1, 1), (2, 1), (3, 1)]
     record = json.loads((tmp_path / "results.json").read_text())
     assert (record["val_images"], record["moments"], record["conditional"]) == (50, "balanced", True)
     assert (
-        f"(50 of 360 validation images; moments of balanced batches of 10 images; {CONDITIONAL})"
+        f"(50 validation images; moments of balanced batches of 10 images; {CONDITIONAL})"
         in (tmp_path / "log.txt").read_text()
     )
     # What is in metrics.json is not measured again, and a figure by another measure is not mixed in.
     _, again = train(tmp_path, True, SOLVER__MAX_ITER=4, **options)
     assert again == result
-    with pytest.raises(ValueError, match="TEST.MAX_IMAGES must be 50"):
-        ClassificationTrainer(config(tmp_path, SOLVER__MAX_ITER=4, **options | {"TEST__MAX_IMAGES": 60}), resume=True)
+    with pytest.raises(ValueError, match="DATASETS.VAL_IMAGES must be 50"):
+        ClassificationTrainer(
+            config(tmp_path, SOLVER__MAX_ITER=4, **options | {"DATASETS__VAL_IMAGES": 60}), resume=True
+        )
 
     weights = tmp_path / "model_final.pth"
     trainer = ClassificationTrainer(config(tmp_path / "new", MODEL__WEIGHTS=weights, **options), eval_only=True)
@@ -140,11 +145,10 @@ def test_a_run_says_how_it_was_measured(tmp_path):
     [
         ({"TEST__MOMENTS": "mean"}, "TEST.MOMENTS must be one of 'population', 'batch', 'balanced', got 'mean'"),
         (
-            {"TEST__MOMENTS": "balanced", "TEST__MAX_IMAGES": 4},
+            {"TEST__MOMENTS": "balanced", "DATASETS__VAL_IMAGES": 4},
             "TEST.MOMENTS: (class . has|4 labels)",
         ),
         ({"TEST__EVAL_ITERATIONS": (3, 2)}, "TEST.EVAL_ITERATIONS must be increasing"),
-        ({"TEST__MAX_IMAGES": -1}, "TEST.MAX_IMAGES must be 0 or more"),
     ],
 )
 def test_refused(values, sentence):

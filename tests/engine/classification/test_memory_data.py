@@ -21,8 +21,10 @@ from fbn_plugin.engine.classification.data import (
     images_in_memory,
 )
 from fbn_plugin.engine.classification.memory_data import ImagesInMemory, MemoryLoader, batch_augmentation
+from fbn_plugin.engine.classification.trainer import ClassificationTrainer
 from fbn_plugin.engine.data.image_data import Images
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.config import load_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -184,7 +186,7 @@ def test_resized_crops_are_timms(monkeypatch, mode, scale, ratio):
     indices = [position % 4 for position in positions]
     batch, labels = images.batch(indices, positions)
     assert labels.tolist() == indices
-    for index, out, draws in zip(indices, batch, map(images._draws.row, positions)):
+    for index, out, draws in zip(indices, batch, images._draws.rows(positions).tolist()):
         monkeypatch.setattr("timm.data.transforms.random", Replayed(draws))
         expected = np.asarray(crop(data[index][0]))
         expected = expected.transpose(2, 0, 1) if mode == "RGB" else expected[None]
@@ -234,3 +236,46 @@ def test_only_small_sets_are_kept(monkeypatch):
     augmentation = batch_augmentation(build_train_transform(cfg, False))
     assert memory_data.fits_memory(ImagesInMemory(noise(2, shape=(16, 16)), augmentation))
     assert not memory_data.fits_memory(ImagesInMemory(noise(2, shape=(24, 24)), augmentation))
+
+
+def test_batches_that_are_made_together_are_those_made_alone(monkeypatch):
+    cfg = config(INPUT__TRAIN_CROP="padded", INPUT__HFLIP=0.5)
+    whole = take(build_train_loader(cfg, noise(11), CPU), 12)
+    monkeypatch.setattr(memory_data, "_AT_ONCE", 3 * 4 * 8 * 8)
+    assert same(take(build_train_loader(cfg, noise(11), CPU), 12), whole)
+    monkeypatch.setattr(memory_data, "_AT_ONCE", 1)
+    assert same(take(build_train_loader(cfg, noise(11), CPU), 12), whole)
+
+
+def test_one_is_made_ahead_and_errors_come_through():
+    made = []
+
+    def items():
+        for item in range(1, 4):
+            made.append(item)
+            yield item
+        raise OSError("no more")
+
+    ahead = memory_data._one_ahead(items())
+    assert next(ahead) == 1
+    assert next(ahead) == 2 and made[:2] == [1, 2]
+    assert next(ahead) == 3
+    with pytest.raises(OSError, match="no more"):
+        next(ahead)
+    assert list(memory_data._one_ahead(iter([5, 6]))) == [5, 6]
+
+
+@pytest.mark.parametrize("crop", ["padded", "random_resized"])
+def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path, crop):
+    def run(folder, stop, resume=False):
+        options = {"INPUT__TRAIN_CROP": crop, "INPUT__HFLIP": 0.5, "SOLVER__MAX_ITER": stop, "TEST__EVAL_PERIOD": 0}
+        cfg = config("L", 32, SOLVER__IMS_PER_BATCH=16, **options)
+        cfg.defrost()
+        cfg.OUTPUT_DIR = str(tmp_path / folder)
+        ClassificationTrainer(cfg, resume).train()
+        return load_file(tmp_path / folder / "model_final.pth")["model"]
+
+    whole = run("whole", 6)
+    run("parts", 4)
+    parts = run("parts", 6, resume=True)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

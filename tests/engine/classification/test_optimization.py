@@ -8,7 +8,6 @@ from timm.optim import get_optimizer_class
 from torch import nn
 
 from fbn_plugin.engine.classification import model as model_module
-from fbn_plugin.engine.classification import evaluation
 from fbn_plugin.engine.classification.config import check_config, classification_config
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
 from fbn_plugin.engine.classification.trainer import ClassificationTrainer
@@ -177,10 +176,13 @@ def test_a_plateau_goes_on_where_it_was(tmp_path, monkeypatch):
     """Bit for bit: after a stop behind an evaluation, in one, and with one that is made up for."""
     measured: dict[int, float] = {}  # the same for the same weights, and never better
 
-    def measure(model, *args):
-        return {"top1": measured.setdefault(hash(tuple(model[1].bias.tolist())), 100.0 - len(measured)), "loss": 1.0}
+    def measure(self):
+        return {
+            "top1": measured.setdefault(hash(tuple(self.model[1].bias.tolist())), 100.0 - len(measured)),
+            "loss": 1.0,
+        }
 
-    monkeypatch.setattr(evaluation, "evaluate", measure)
+    monkeypatch.setattr(ClassificationTrainer, "evaluate", measure)
     monkeypatch.setattr(model_module, "_timm_model", lambda *args, **kwargs: linear_model())
     how = {"SOLVER__LR_SCHEDULER_NAME": "plateau", "SOLVER__PLATEAU_PATIENCE": 0, "SOLVER__GAMMA": 0.5}
     how |= {"MODEL__NORM": "", "SOLVER__MAX_EPOCH": 5, "SOLVER__WARMUP_EPOCHS": 1, "DATALOADER__NUM_WORKERS": 0}

@@ -17,6 +17,7 @@ from fbn_plugin.engine.classification.optimization import build_optimizer, build
 from fbn_plugin.engine.classification.step import TrainingStep, build_average, build_scaler, place_model
 from fbn_plugin.engine.classification.trainer import ClassificationTrainer
 from fbn_plugin.engine.run.checkpoint import load_file
+from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import load_config
 from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.run.seeding import same_on_all_processes
@@ -145,6 +146,16 @@ def test_a_compiled_model_keeps_its_names_and_its_training(monkeypatch):
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_no_compiler_is_a_sentence(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in cxx: (None, 'g++')\n\nSet TORCH_LOGS")
+
+    monkeypatch.setattr(torch, "compile", lambda model: fail)
+    step = training_step(cfg := config(MODEL__COMPILE=True))
+    with pytest.raises(UserError, match=r"^MODEL.COMPILE must be False here: No working C.*'g..'\)$"):
+        step(0, batches(cfg))
 
 
 def test_the_switches_of_the_backends(monkeypatch):

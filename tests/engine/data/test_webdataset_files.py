@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 import tarfile
@@ -148,6 +149,14 @@ def test_missing_shards_and_labels_are_said(tmp_path):
     (tmp_path / "gz/train-0.tar.gz").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"train-0\.tar\.gz is compressed"):
         find_shards(tmp_path / "gz", ["train"])
+
+
+def test_no_more_shards_are_open_than_a_process_may_have(tmp_path):
+    paths = [shard(tmp_path / f"train-{number}.tar", samples(number % 20, [number % 2])) for number in range(70)]
+    found = images_in_shards(paths)
+    before = len(os.listdir("/proc/self/fd"))
+    assert all(member.read() for _, _, member in found.images)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_the_index_is_small(tmp_path):

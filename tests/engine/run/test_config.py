@@ -86,7 +86,7 @@ def test_yaml_numbers_in_scientific_notation_are_numbers(tmp_path):
         (["MODEL.NORM", "FBN", "--log-period", "5"], "'--log-period' stands among"),
         (["MODEL.NORM", "--resume"], "'--resume' stands among"),
         (["K" * 1000, "1"], "' (1,002 characters) is no key"),
-        (["SOLVER.MAX_ITER", "9" * 400], "SOLVER.MAX_ITER must be of type int, such as 10, got '9999"),
+        (["SOLVER.MAX_ITER", "9" * 400], "SOLVER.MAX_ITER must be a whole number of at most 64 bits, got '9999"),
         (["SOLVER.BASE_LR", "9" * 400], "SOLVER.BASE_LR must be of type finite float, such as 0.1, got '9999"),
         (["SOLVER.BASE_LR", " " + "-" * 4000 + "1"], "SOLVER.BASE_LR must be of type finite float"),
         (["SOLVER.MAX_ITER", "[" * 199], "SOLVER.MAX_ITER must be of type int"),

@@ -150,7 +150,7 @@ def test_null_data_is_told_apart_as_often_as_alpha_says():
 def test_the_whole_pipeline_on_null_data(few_resamples):
     """Of studies in which nothing differs at most alpha say anywhere that something does, and not far fewer."""
     study = dataclasses.replace(plain_study(variants=("BN", "FBN", "GN")), alpha=0.2)
-    told, wrongly_out, rounds = 0, 0, 150
+    told, wrongly_out, rounds = 0, 0, 100
     for number in range(rounds):
         found = study_statistics(study, draw(study, number, mean=lambda levels, name: 50.0, iterations=0))["segm/AP"]
         told += any(each.verdict != "not told apart" for each in found.comparisons)

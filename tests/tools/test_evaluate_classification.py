@@ -1,0 +1,78 @@
+"""The command line of tools/evaluate_classification.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_classification import train
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        train(folder / f"seed{seed}", SOLVER__MAX_ITER=4, SEED=seed)
+    return folder
+
+
+@pytest.fixture
+def main(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import evaluate_classification
+
+    yield lambda *arguments: evaluate_classification.main([str(argument) for argument in arguments])
+    sys.modules.pop("evaluate_classification")
+
+
+def test_everything_is_written_and_says_how_it_was_measured(tmp_path, main, runs, capsys):
+    out = tmp_path / "out"
+    options = ["--moments", "balanced", "--val-images", 60, "--ensemble", "--output", out]
+    figures = main(runs / "seed1", runs / "seed2/model_final.pth", *options, "--opts", "DATALOADER.IMAGES_PER_CLASS", 2)
+    assert list(figures) == ["seed1", "seed2/model_final.pth", "ensemble of 2"]
+    said = capsys.readouterr().out
+    assert "60 validation images; moments of balanced batches of 20 images; conditional: the test labels" in said
+    record = json.loads((out / "evaluation.json").read_text())
+    assert (record["moments"], record["conditional"], record["crops"], record["val_images"]) == (
+        "balanced",
+        True,
+        1,
+        60,
+    )
+    assert [each["metrics"] for each in record["entries"]] == list(figures.values())
+    first, _, ensemble = record["entries"]
+    assert (first["seed"], first["norm"], first["iteration"]) == (1, "FBN", 3)
+    assert ensemble["members"] == ["seed1", "seed2/model_final.pth"] and len(first["by_class"]) == 10
+    assert sum(each["images"] for each in first["reliability"]) == 60
+    matrix = json.loads((out / "confusion_3.json").read_text())
+    assert matrix["name"] == "ensemble of 2" and sum(map(sum, matrix["images"])) == 60
+    assert "conditional" in (out / "report.html").read_text() and (out / "confusion_3.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere"], "nowhere is not there"),
+        (["seed1", "--ensemble"], "--ensemble is of two checkpoints or more"),
+        (["seed1", "--name", "a", "--name", "b"], "--name must be given once for each PATH, 1 times, got 2"),
+        (["seed1", "seed1"], "is there more than once"),
+        (["seed1", "--val-images", "0"], None),
+        (["seed1", "--val-images", "-1"], "DATASETS.VAL_IMAGES must be 0 or more"),
+        (["seed1", "--crops", "10"], "INPUT.CROP_PCT must be less than 1 for 10 crops"),
+        (["seed1", "--opts", "MODEL.NORM", "FBM"], "MODEL.NORM must be the spec of a norm"),
+        (["seed1", "--opts", "MODEL.NAME", "test_resnet"], "model_final.pth"),
+    ],
+)
+def test_arguments(tmp_path, main, runs, capsys, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(runs)
+    if sentence is None:
+        main(*arguments, "--output", tmp_path / "out")
+        assert "; 360 validation images." in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit) as stop:
+        main("--output", tmp_path / "out", *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and sentence in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
