@@ -96,7 +96,7 @@ def test_the_table_against_timms_script_names_its_arguments_once_and_keys_that_e
     assert len(arguments) == len(set(arguments)) == 173  # of timm 1.0.31
     answers = [answer for argument, answer in rows if argument.startswith("`")]
     assert all(answer.startswith("no") or "`" in answer or "always" in answer for answer in answers)
-    named = set(re.findall(r"`([A-Z][A-Z_]*(?:\.[A-Z_]+)+|SEED|OUTPUT_DIR)`", page))
+    named = set(re.findall(r"`([A-Z][A-Z_]*(?:\.[A-Z_]+)+|LOGGERS|SEED|OUTPUT_DIR)`", page))
     assert len(named) > 80
     for key in named:
         functools.reduce(operator.getitem, key.split("."), classification_config())
