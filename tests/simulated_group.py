@@ -14,10 +14,11 @@ class SimulatedGroup:
 
     Attributes:
         calls: how often rank 0 has called each collective.
+        sizes: bytes that it gave to each, in order.
     """
 
     def __init__(self, size: int) -> None:
-        self.size, self.calls = size, Counter()
+        self.size, self.calls, self.sizes = size, Counter(), []
         self._slots: list[Tensor | None] = [None] * size
         self._here = threading.local()
         self._turn, self._barrier = threading.Lock(), threading.Barrier(size, timeout=30)
@@ -52,9 +53,8 @@ class SimulatedGroup:
     def get_world_size(self, group=None) -> int:
         return self.size
 
-    def all_gather(self, rows: list[Tensor], mine: Tensor, group=None) -> None:
-        for row, other in zip(rows, self._exchange("all_gather", mine)):
-            row.copy_(other)
+    def all_gather_into_tensor(self, everyones: Tensor, mine: Tensor, group=None) -> None:
+        everyones.copy_(torch.cat(self._exchange("all_gather", mine)))
 
     def all_reduce(self, tensor: Tensor, group=None) -> None:
         tensor.copy_(torch.stack(self._exchange("all_reduce", tensor)).sum(0))
@@ -62,6 +62,7 @@ class SimulatedGroup:
     def _exchange(self, what: str, mine: Tensor) -> list[Tensor]:
         if self._here.rank == 0:
             self.calls[what] += 1
+            self.sizes.append(mine.numel() * mine.element_size())
         self._slots[self._here.rank] = mine.detach().clone()
         self._wait()
         everyones = list(self._slots)

@@ -30,9 +30,11 @@ CONFIGS = ROOT / "configs"
 CLASSIFIERS, DETECTORS = CONFIGS / "Digits" / "lenet5_convs", CONFIGS / "Demo" / "mask_rcnn_R_18_FPN"
 NAMES = [name for name, _ in NORMS]
 
-# A file is named NETWORK_NORM.yaml, NORM being the registry's name as it stands there, "RBN-" with its minus.
-# Studies, which are of another kind, have a TOOL.
-FILES = sorted(path for path in CONFIGS.glob("*/[!B]*_*.yaml") if "\nTOOL:" not in path.read_text())
+# Study files name their tool, and other configs.
+STUDIES = [path for path in sorted(CONFIGS.glob("experiments/*.yaml")) if re.search("^TOOL:", path.read_text(), re.M)]
+# A file is named NETWORK_NORM.yaml, NORM being the registry's name as it stands there, "RBN-" with its minus, or with a
+# threshold behind it, as FBN-T2.
+FILES = [path for path in sorted(CONFIGS.glob("*/[!B]*_*.yaml")) if path not in STUDIES]
 
 # The detectors at full size.
 COCO = [path for path in FILES if path.parent.name == "Misc" or path.parent.name.startswith("COCO-")]
@@ -71,6 +73,13 @@ BESIDES = {
     "mask_rcnn_R_18_FPN_LearnedNorm": {"SOLVER.BASE_LR"},
     "mask_rcnn_R_18_FPN_FrozenBN": {"SOLVER.BASE_LR"},
     "all_cnn_c_ConvNorm": {"MODEL.NAME"},
+    "ImageNet/vgg16_ConvNorm": {"MODEL.NAME"},
+    **{
+        f"ImageNet/{network}_ScaledBN": {"SOLVER.SCALE_LR_DIVISOR", "SOLVER.FILTER_BIAS_AND_BN"}
+        for network in ("resnet18", "resnet50", "resnet101", "resnext50_32x4d", "vgg16")
+    },
+    "CIFAR10/resnet18_ScaledBN": {"SOLVER.SCALE_LR_DIVISOR", "INPUT.NORM_GAMMA_INIT"},
+    "CIFAR100/resnet34_ScaledBN": {"SOLVER.SCALE_LR_DIVISOR", "INPUT.NORM_GAMMA_INIT"},
 }
 for norm in ("GN", "FGN"):
     # The ImageNet weights that were trained with GN, and the place of the stride in them.
@@ -119,10 +128,12 @@ def test_every_norm_has_a_config(network):
 def test_configs_of_a_network_differ_in_the_norm_alone(path):
     network, norm = split(path)
     own, plain = values(path), values(path.with_name(f"{network}_BN.yaml"))
-    assert {spec.partition("(")[0] for key, spec in own.items() if key.endswith("NORM")} <= {norm, ""}
+    kind = norm.partition("-T")[0]
+    assert {spec.partition("(")[0] for key, spec in own.items() if key.endswith(".NORM")} <= {kind, ""}
     differing = {key for key in own.keys() | plain.keys() if own.get(key) != plain.get(key)}
-    besides = {key for key in differing if not key.endswith("NORM")} - {"OUTPUT_DIR"}
-    assert besides == BESIDES.get(path.stem, BESIDES.get(norm, set()))
+    besides = {key for key in differing if not key.endswith(".NORM")} - {"OUTPUT_DIR"}
+    names = f"{path.parent.name}/{path.stem}", path.stem, norm
+    assert besides == next((BESIDES[name] for name in names if name in BESIDES), set())
     assert (norm == "BN") == (not differing)
 
 

@@ -1,5 +1,7 @@
 """The pages of docs/: their snippets run as they are printed, and their tables leave nothing out."""
 
+import functools
+import operator
 import re
 from pathlib import Path
 
@@ -80,6 +82,24 @@ def test_every_config_key_is_there_with_its_default(part):
         pytest.importorskip("timm")
         from fbn_plugin.engine.classification.config import classification_config as defaults
     assert keys_of(part) == {key: repr(value) for key, value in flatten(defaults()).items()}
+
+
+def test_the_table_against_timms_script_names_its_arguments_once_and_keys_that_exist():
+    pytest.importorskip("timm")
+    from fbn_plugin.engine.classification.config import classification_config
+
+    page = text_of("classification")
+    rows = re.findall(
+        r"^\| (.*?) \| (.*) \|$", page.partition("## Against")[2].partition("### Only here")[0], re.MULTILINE
+    )
+    arguments = re.findall(r"`(--[\w-]+|data)`", " ".join(row[0] for row in rows))
+    assert len(arguments) == len(set(arguments)) == 173  # of timm 1.0.31
+    answers = [answer for argument, answer in rows if argument.startswith("`")]
+    assert all(answer.startswith("no") or "`" in answer or "always" in answer for answer in answers)
+    named = set(re.findall(r"`([A-Z][A-Z_]*(?:\.[A-Z_]+)+|LOGGERS|SEED|OUTPUT_DIR)`", page))
+    assert len(named) > 80
+    for key in named:
+        functools.reduce(operator.getitem, key.split("."), classification_config())
 
 
 def test_the_config_page_names_the_keys_that_detectron2_is_given():

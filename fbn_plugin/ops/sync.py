@@ -161,9 +161,12 @@ def _moments(
 
 def _gather(numbers: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     """Each process's ``numbers``, one row a process."""
-    rows = numbers.new_empty(dist.get_world_size(group), len(numbers))
-    dist.all_gather(list(rows.unbind()), numbers, group=group)
-    return rows
+    # Into one tensor: a list of rows costs a copy for each process. Later releases of PyTorch have another name for it.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    processes = dist.get_world_size(group)
+    rows = numbers.new_empty(processes * len(numbers))
+    gather(rows, numbers, group=group)
+    return rows.view(processes, -1)
 
 
 def _together(mean: Tensor, var: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
