@@ -133,7 +133,8 @@ def _is_known_crop(step: Callable) -> bool:
 
 
 class ImagesInMemory:
-    """The images of a set, decoded when they are first wanted and kept.
+    """The images of a set, decoded when they are first wanted and kept: those of one shape in one array, of which a
+    batch is a copy; Pillow's and those of other shapes one by one.
 
     Args:
         dataset: of ``image_data``.
@@ -145,7 +146,9 @@ class ImagesInMemory:
         self.augmentation = augmentation
         self._dataset = copy.copy(dataset)  # whose transform is this one's own
         self._dataset.transform = augmentation.prepare
-        self._samples: list[tuple[np.ndarray | Image.Image, int] | None] = [None] * len(dataset)
+        self._is_kept, self._labels = np.zeros(len(dataset), bool), np.zeros(len(dataset), np.int64)
+        self._pixels: np.ndarray | None = None  # (images, C, H, W)
+        self._others: dict[int, np.ndarray | Image.Image] = {}
         self._draws = _Draws(seed, augmentation.draws)
         self._left_alone: dict[tuple[int, int], bool] = {}
 
@@ -160,14 +163,24 @@ class ImagesInMemory:
         return self._dataset[index]
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray | Image.Image, int]:
         """One image, see ``Augmentation.prepare``, with its class."""
-        sample = self._samples[index]
-        if sample is None:
-            sample = self._samples[index] = self._load(index)
-        return sample
+        if not self._is_kept[index]:
+            self._keep(index)
+        image = self._others.get(index)
+        return self._pixels[index] if image is None else image, int(self._labels[index])
+
+    def _keep(self, index: int) -> None:
+        image, self._labels[index] = self._load(index)
+        if self._pixels is None and not self.augmentation.resizes and len(self) * image.nbytes <= 4 * _MOST_BYTES:
+            self._pixels = np.empty((len(self), *image.shape), np.uint8)  # takes memory where it is written to
+        if self._pixels is not None and image.shape == self._pixels.shape[1:]:
+            self._pixels[index] = image
+        else:
+            self._others[index] = image
+        self._is_kept[index] = True
 
     def batch(self, indices: Sequence[int], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) in uint8 and class indices (N,).
@@ -176,27 +189,30 @@ class ImagesInMemory:
             indices: of the images.
             positions: in the training stream, which with the seed decide on crops and flips.
         """
-        kept, labels = zip(*[self._samples[index] or self[index] for index in indices])
+        chosen = np.asarray(indices)
+        for index in chosen[~self._is_kept[chosen]].tolist():
+            self[index]
         draws = self._draws.rows(positions)
-        images = self._cropped(kept, draws)
+        images = self._cropped(chosen, draws)
         for column, chance, axis in ((_HFLIP, self.augmentation.hflip, 3), (_VFLIP, self.augmentation.vflip, 2)):
             if chance:
                 flipped = draws[:, column] < chance
                 images[flipped] = np.flip(images[flipped], axis)
-        return torch.from_numpy(images), torch.tensor(labels)
+        return torch.from_numpy(images), torch.from_numpy(self._labels[chosen])
 
-    def _cropped(self, kept: Sequence[np.ndarray | Image.Image], draws: np.ndarray) -> np.ndarray:
+    def _cropped(self, chosen: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """uint8 (N, C, H, W)."""
         crop, size = self.augmentation.crop, self.augmentation.size
+        if not self._others:
+            return _windows(self._pixels[chosen], crop, size, draws)
+        kept = [self[index][0] for index in chosen.tolist()]
         if self.augmentation.resizes:
             return np.stack([_resized_part(image, crop, size, row) for image, row in zip(kept, draws.tolist())])
         shapes = [image.shape for image in kept]
-        if len(set(shapes)) == 1:
-            return _windows(kept, crop, size, draws)
         images = np.empty((len(kept), len(kept[0]), *size), np.uint8)
         for shape in set(shapes):
             places = [place for place, each in enumerate(shapes) if each == shape]
-            images[places] = _windows([kept[place] for place in places], crop, size, draws[places])
+            images[places] = _windows(np.stack([kept[place] for place in places]), crop, size, draws[places])
         return images
 
 
@@ -236,10 +252,9 @@ def _channels_first(pixels: np.ndarray) -> np.ndarray:
 
 
 def _windows(
-    images: Sequence[np.ndarray], crop: transforms.RandomCrop | None, size: tuple[int, int], draws: np.ndarray
+    whole: np.ndarray, crop: transforms.RandomCrop | None, size: tuple[int, int], draws: np.ndarray
 ) -> np.ndarray:
-    """A window (C, H, W) of each padded image; all are of one shape."""
-    whole = np.concatenate(images).reshape(len(images), *images[0].shape)
+    """A window (C, H, W) of each padded image of (N, C, H, W)."""
     if crop is None:
         return whole
     height, width = whole.shape[2:]

@@ -16,7 +16,16 @@ from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.states import check_like
 from fbn_plugin.frameworks.timm_optimizers import by_layer, param_groups, weight_decay_groups
 
-__all__ = ["WITH_MIN_LR", "PlateauSchedule", "build_optimizer", "build_scheduler", "optimizer_arguments"]
+__all__ = [
+    "WITH_MIN_LR",
+    "IterationSchedule",
+    "PlateauSchedule",
+    "build_optimizer",
+    "build_scheduler",
+    "optimizer_arguments",
+]
+
+_BLOCK = 64  # iterations
 
 WITH_MIN_LR = ("cosine", "poly", "tanh")  # the schedules that end at MIN_LR
 
@@ -102,7 +111,7 @@ def _is_like(value: Any, default: Any) -> bool:
 
 def build_scheduler(
     cfg: CfgNode, optimizer: torch.optim.Optimizer, iters_per_epoch: int
-) -> "Scheduler | PlateauSchedule":
+) -> "IterationSchedule | PlateauSchedule":
     """timm's schedule over SOLVER.MAX_EPOCH, one step an iteration; of "plateau", one an evaluation."""
     solver = cfg.SOLVER
     name, steps, decay_epochs, rate = solver.LR_SCHEDULER_NAME, solver.STEPS, solver.DECAY_EPOCHS, solver.GAMMA
@@ -127,7 +136,33 @@ def build_scheduler(
         step_on_epochs=False,
         updates_per_epoch=iters_per_epoch,
     )
-    return scheduler
+    return IterationSchedule(scheduler)
+
+
+class IterationSchedule:
+    """A schedule of timm's whose rates follow from the iteration alone, asked for those of many iterations at once: one
+    by one, with the caches full of a model's weights and activations, they would take some ten times as long.
+
+    Args:
+        schedule: timm's, of the rates of an optimizer.
+    """
+
+    def __init__(self, schedule: Scheduler):
+        self._timm, self._optimizer = schedule, schedule.optimizer
+        self._block, self._rates = -1, []
+
+    def step_update(self, iteration: int) -> None:
+        """Set the rates of an iteration, from 0."""
+        block, place = divmod(iteration, _BLOCK)
+        if block != self._block:
+            self._rates = [self._rates_of(block * _BLOCK + number) for number in range(_BLOCK)]
+            self._block = block
+        for group, rate in zip(self._optimizer.param_groups, self._rates[place]):
+            group["lr"] = rate
+
+    def _rates_of(self, iteration: int) -> list[float]:
+        self._timm.step_update(iteration)
+        return [group["lr"] for group in self._optimizer.param_groups]
 
 
 class PlateauSchedule:

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterable, Iterator
 
 import torch
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from fbn_plugin.engine.classification.augmentation import build_mixup
 from fbn_plugin.engine.classification.losses import build_loss
+from fbn_plugin.engine.classification.optimization import IterationSchedule, PlateauSchedule
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
@@ -28,6 +28,7 @@ from fbn_plugin.engine.run.seeding import seed_iteration
 __all__ = ["TrainingStep", "build_average", "build_scaler", "check_precision", "place_model"]
 
 _NO_COMPILER = re.compile(r"(No working C\+\+ compiler found|Failed to find C compiler).*")
+_PACKAGES = ("fbn_plugin", "timm", "torch", "torchvision")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -92,7 +93,7 @@ class TrainingStep:
         model: nn.Module,
         num_classes: int,
         optimizer: torch.optim.Optimizer,
-        scheduler: Scheduler,
+        scheduler: IterationSchedule | PlateauSchedule,
         scaler: torch.amp.GradScaler,
         average: ModelEmaV3 | None,
         device: torch.device,
@@ -103,6 +104,7 @@ class TrainingStep:
         self.loss = build_loss(cfg, num_classes)
         self._parallel = distributed.data_parallel(model, device)
         self._forward_pass = torch.compile(self._parallel) if cfg.MODEL.COMPILE else self._parallel
+        self._seeds_numpy = self.mixup is not None or _has_foreign_layers(model)
         self._seed, self._steps = cfg.SEED, cfg.SOLVER.ACCUMULATION_STEPS
         self._amp_dtype = _amp_dtype(cfg, device) if cfg.SOLVER.AMP.ENABLED else None
         self._layout = torch.channels_last if cfg.MODEL.CHANNELS_LAST else None
@@ -132,7 +134,7 @@ class TrainingStep:
             timer()
             batch = next(batches)
             data_time += timer()
-            seed_iteration(self._seed, iteration, number)
+            seed_iteration(self._seed, iteration, number, self._seeds_numpy)
             images, targets = self._prepared(*batch)
             if number + 1 < steps:
                 with self._no_exchange():
@@ -194,6 +196,11 @@ class TrainingStep:
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model, step=iteration + 1)
+
+
+def _has_foreign_layers(model: nn.Module) -> bool:
+    """Whether a layer is of another package, and so may draw from NumPy's generator; those of these never do."""
+    return any(type(layer).__module__.partition(".")[0] not in _PACKAGES for layer in model.modules())
 
 
 def _clipped_parameters(cfg: CfgNode, model: nn.Module) -> list[nn.Parameter]:

@@ -43,7 +43,13 @@ from fbn_plugin.engine.run.logging import Timer, TrainingLog, setup_logging
 from fbn_plugin.engine.run.norm_stats import log_norms
 from fbn_plugin.engine.run.output_dir import holds_training
 from fbn_plugin.engine.run.refusals import check_enough_iterations, check_run, check_state
-from fbn_plugin.engine.run.resuming import PeriodicCheckpointer, checkpoint_to_resume, lacks_final, save_before_leaving
+from fbn_plugin.engine.run.resuming import (
+    PeriodicCheckpointer,
+    checkpoint_to_resume,
+    is_saved_after,
+    lacks_final,
+    save_before_leaving,
+)
 from fbn_plugin.engine.run.rules import named
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation, write_run_info
 from fbn_plugin.engine.run.schedule import eval_iterations, is_evaluated_after, recorded_evaluation
@@ -88,49 +94,16 @@ class ClassificationTrainer:
         # As integers, which an empty default does not tell `load_config`.
         cfg = with_value(cfg, "TEST.EVAL_ITERATIONS", eval_iterations(cfg.TEST.EVAL_ITERATIONS, math.inf))
         self.cfg = cfg = scale_to_processes(cfg, distributed.world_size(), self.said.append, LINEAR_RULE)
-        solver = cfg.SOLVER
         hold(cfg.OUTPUT_DIR)
         continues = check_run(
             *(cfg, {"MODEL.NORM": cfg.MODEL.NORM}, self.device, distributed.world_size(), resume, eval_only),
             lambda: saved_config(cfg.OUTPUT_DIR, classification_config()),
             MAY_CHANGE,
         )
-        self.data = build_data(cfg)
-        for note in self.data.notes if eval_only else ():  # a training logs them into its folder
-            logger.warning("%s", note)
-        self.evaluator = Evaluator(cfg, self.data.val, len(self.data.classes), self.device)
-        self.tester = self.data.test and Evaluator(
-            cfg, self.data.test, len(self.data.classes), self.device, "test image"
-        )
-        if not eval_only:
-            check_batch(cfg, self.data.train, len(self.data.classes))
-            if solver.BEST_CHECKPOINT_METRIC:
-                names = list(self.evaluator.names)
-                names += [f"ema/{name}" for name in names] if cfg.MODEL.EMA.ENABLED else []
-                check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
-            if solver.LR_SCHEDULER_NAME == "plateau":
-                check_metric("SOLVER.PLATEAU_METRIC", solver.PLATEAU_METRIC, self.evaluator.names)
-        self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
-        self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
-        if solver.MAX_ITER:
-            self.max_iter = min(self.max_iter, solver.MAX_ITER)
-        eval_iterations(cfg.TEST.EVAL_ITERATIONS, self.max_iter, self.notes.append)
-        with same_on_all_processes(cfg.SEED):
-            self.model = place_model(cfg, build_model(cfg, len(self.data.classes)), self.device)
-        check_image_size(cfg, self.model, self.device, None if eval_only else BatchSizes.of(cfg))
-        self.evaluator.check(self.model)
-        build_loss(cfg, len(self.data.classes))  # which refuses what does not fit, before anything is written
-        if not eval_only:
-            check_norm_batch(cfg, self.model)
-        set_backends(cfg, eval_only)
-        self.optimizer = build_optimizer(cfg, self.model)
-        self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
-        self.scaler = build_scaler(cfg, self.device)
-        self.average = build_average(cfg, self.model)
-        states = {"optimizer": self.optimizer, "scaler": self.scaler}
-        states |= {"ema": self.average.module} if self.average is not None else {}
-        states |= {"scheduler": self.scheduler} if isinstance(self.scheduler, PlateauSchedule) else {}
-        self.checkpointer = ClassifierCheckpointer(self.model, cfg.OUTPUT_DIR, cfg.MODEL.RESET_CLASSIFIER, **states)
+        self._build_data()
+        self._set_length()
+        self._build_model()
+        self._build_solver()
         self.start_iter, self.log_window, self.lacks_final = 0, {}, False
         self.weights, self.iteration = cfg.MODEL.WEIGHTS, None  # which, and the last one, from 0, behind them
         if continues:
@@ -140,7 +113,61 @@ class ClassificationTrainer:
                 self._load_weights(cfg.MODEL.WEIGHTS, eval_only)
             if cfg.MODEL.RECALIBRATE and not eval_only:
                 check_statistics(cfg)
-        self.best = BestCheckpoint(cfg.OUTPUT_DIR, solver.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
+        self.best = BestCheckpoint(cfg.OUTPUT_DIR, cfg.SOLVER.BEST_CHECKPOINT_METRIC, resume=self.start_iter > 0)
+
+    def _build_data(self) -> None:
+        """The images and what evaluates on them; what is trained and chosen by must fit them."""
+        cfg, solver = self.cfg, self.cfg.SOLVER
+        self.data = build_data(cfg)
+        for note in self.data.notes if self.eval_only else ():  # a training logs them into its folder
+            logger.warning("%s", note)
+        num_classes = len(self.data.classes)
+        self.evaluator = Evaluator(cfg, self.data.val, num_classes, self.device)
+        self.tester = self.data.test and Evaluator(cfg, self.data.test, num_classes, self.device, "test image")
+        if self.eval_only:
+            return
+        check_batch(cfg, self.data.train, num_classes)
+        if solver.BEST_CHECKPOINT_METRIC:
+            names = list(self.evaluator.names)
+            names += [f"ema/{name}" for name in names] if cfg.MODEL.EMA.ENABLED else []
+            check_metric("SOLVER.BEST_CHECKPOINT_METRIC", solver.BEST_CHECKPOINT_METRIC, names)
+        if solver.LR_SCHEDULER_NAME == "plateau":
+            check_metric("SOLVER.PLATEAU_METRIC", solver.PLATEAU_METRIC, self.evaluator.names)
+
+    def _set_length(self) -> None:
+        """Iterations: of an epoch, of the run, and those that an evaluation follows."""
+        cfg, solver = self.cfg, self.cfg.SOLVER
+        self.iters_per_epoch = max(1, len(self.data.train) // solver.IMS_PER_BATCH)
+        self.max_iter = solver.MAX_EPOCH * self.iters_per_epoch
+        if solver.MAX_ITER:
+            self.max_iter = min(self.max_iter, solver.MAX_ITER)
+        # Asked after every iteration, so they are not looked up in the config each time.
+        self._eval_iterations = eval_iterations(cfg.TEST.EVAL_ITERATIONS, self.max_iter, self.notes.append)
+        self._eval_period = cfg.TEST.EVAL_PERIOD * self.iters_per_epoch
+
+    def _build_model(self) -> None:
+        """The model on its device; images, batches and loss must fit it."""
+        cfg, num_classes = self.cfg, len(self.data.classes)
+        with same_on_all_processes(cfg.SEED):
+            self.model = place_model(cfg, build_model(cfg, num_classes), self.device)
+        check_image_size(cfg, self.model, self.device, None if self.eval_only else BatchSizes.of(cfg))
+        self.evaluator.check(self.model)
+        build_loss(cfg, num_classes)  # which refuses what does not fit, before anything is written
+        if not self.eval_only:
+            check_norm_batch(cfg, self.model)
+        set_backends(cfg, self.eval_only)
+
+    def _build_solver(self) -> None:
+        """What updates the model, and what saves all of it."""
+        cfg = self.cfg
+        self.optimizer = build_optimizer(cfg, self.model)
+        self.scheduler = build_scheduler(cfg, self.optimizer, self.iters_per_epoch)
+        self.scaler = build_scaler(cfg, self.device)
+        self.average = build_average(cfg, self.model)
+        states = {"optimizer": self.optimizer, "scaler": self.scaler}
+        states |= {"ema": self.average.module} if self.average is not None else {}
+        states |= {"scheduler": self.scheduler} if isinstance(self.scheduler, PlateauSchedule) else {}
+        self.checkpointer = ClassifierCheckpointer(self.model, cfg.OUTPUT_DIR, cfg.MODEL.RESET_CLASSIFIER, **states)
 
     def _load_weights(self, path: str, eval_only: bool) -> None:
         """Load what a run starts from, or is evaluated: with MODEL.EMA the average too, where the file has one."""
@@ -270,7 +297,8 @@ class ClassificationTrainer:
                     save_before_leaving(saver, iteration, log_window=log.window)
                     stopping.leave()
                 # After the evaluation, so that a run that is killed has not missed it.
-                saver.step(iteration, log_window=log.window)
+                if is_saved_after(saver, iteration):
+                    saver.step(iteration, log_window=log.window)
             say_broken(data.train)
             return result | self._test(log)
 
@@ -285,8 +313,7 @@ class ClassificationTrainer:
             self.average.set(self.model)
 
     def _is_evaluated_after(self, finished: int) -> bool:
-        period = self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch
-        return is_evaluated_after(finished, self.max_iter, period, self.cfg.TEST.EVAL_ITERATIONS)
+        return is_evaluated_after(finished, self.max_iter, self._eval_period, self._eval_iterations)
 
     def _catch_up(self, saver: PeriodicCheckpointer, log: TrainingLog) -> dict[str, float]:
         """What the run owes where it goes on: the evaluation, as ``metrics.json`` has it, or made up for, where the run
@@ -377,7 +404,7 @@ class ClassificationTrainer:
 
     def _schedule_by(self, result: dict[str, float], finished: int) -> None:
         """Let a schedule that follows evaluations take one into account, if it has not yet."""
-        regular = finished % (self.cfg.TEST.EVAL_PERIOD * self.iters_per_epoch or 1) == 0  # not one at MAX_ITER
+        regular = finished % (self._eval_period or 1) == 0  # not one at MAX_ITER
         if isinstance(self.scheduler, PlateauSchedule) and regular:
             self.scheduler.evaluated(finished, result)
 

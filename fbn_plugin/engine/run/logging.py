@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -170,7 +170,8 @@ class TrainingLog:
         self.images = images
         self.enabled = distributed.is_main()
         self._window: dict[str, list[float]] = defaultdict(list, window or {})
-        self._seconds: list[float] = []
+        self._seconds: deque[float] = deque(maxlen=100)
+        self._reported: list[dict[str, float]] = []  # what is not in these two yet
         if not self.enabled:
             return
         path = os.path.join(output_dir, "metrics.json")
@@ -184,6 +185,7 @@ class TrainingLog:
     @property
     def window(self) -> dict[str, list[float]]:
         """What the iterations since the last line have reported, for the checkpoint."""
+        self._collect()
         return {name: list(values) for name, values in self._window.items()}
 
     def __enter__(self) -> "TrainingLog":
@@ -204,35 +206,47 @@ class TrainingLog:
         """Report one iteration (counted from 0): losses, ``lr``, and its ``time`` and ``data_time`` in seconds."""
         if not self.enabled:
             return
-        for name, value in values.items():
-            self._window[name].append(value)
-        self._seconds = [*self._seconds[-99:], values["time"]]
-        if "total_loss" in values:
-            self._bar.set_postfix_str(f"loss {values['total_loss']:.4g}", refresh=False)
-        self._bar.update()
+        self._reported.append(values)  # and no more: it is part of every iteration
+        if self._terminal:
+            if "total_loss" in values:
+                self._bar.set_postfix_str(f"loss {values['total_loss']:.4g}", refresh=False)
+            self._bar.update()
         if (iteration + 1) % self.period == 0 or iteration + 1 == self.max_iter:
-            means = {name: sum(window) / len(window) for name, window in self._window.items()}
-            means["lr"] = values.get("lr", math.nan)
-            # The median, as the first iterations and those with an evaluation are slower.
-            means["eta_seconds"] = sorted(self._seconds)[len(self._seconds) // 2] * (self.max_iter - iteration - 1)
-            if self.images is not None:
-                means["images_per_second"] = self.images / max(means["time"], 1e-9)
-            self._window.clear()
-            self.write(iteration, means)
-            if not self._terminal:
-                losses = "  ".join(f"{name} {value:.4g}" for name, value in means.items() if "loss" in name)
-                rate = "" if self.images is None else f"  images/s {means['images_per_second']:.4g}"
-                self._logger.info(
-                    "iteration %d/%d  eta %s  %s  lr %.4g  time %.3f  data_time %.3f%s",
-                    iteration + 1,
-                    self.max_iter,
-                    tqdm.format_interval(means["eta_seconds"]),
-                    losses,
-                    means["lr"],
-                    means["time"],
-                    means.get("data_time", 0.0),
-                    rate,
-                )
+            self._write_means(iteration, values.get("lr", math.nan))
+
+    def _collect(self) -> None:
+        for values in self._reported:
+            for name, value in values.items():
+                self._window[name].append(value)
+            self._seconds.append(values["time"])
+        self._reported.clear()
+
+    def _write_means(self, iteration: int, lr: float) -> None:
+        """Write the line of a period, whose last iteration had the rate ``lr``."""
+        self._collect()
+        means = {name: sum(window) / len(window) for name, window in self._window.items()}
+        means["lr"] = lr
+        # The median, as the first iterations and those with an evaluation are slower.
+        means["eta_seconds"] = sorted(self._seconds)[len(self._seconds) // 2] * (self.max_iter - iteration - 1)
+        if self.images is not None:
+            means["images_per_second"] = self.images / max(means["time"], 1e-9)
+        self._window.clear()
+        self.write(iteration, means)
+        if self._terminal:
+            return
+        losses = "  ".join(f"{name} {value:.4g}" for name, value in means.items() if "loss" in name)
+        rate = "" if self.images is None else f"  images/s {means['images_per_second']:.4g}"
+        self._logger.info(
+            "iteration %d/%d  eta %s  %s  lr %.4g  time %.3f  data_time %.3f%s",
+            iteration + 1,
+            self.max_iter,
+            tqdm.format_interval(means["eta_seconds"]),
+            losses,
+            means["lr"],
+            means["time"],
+            means.get("data_time", 0.0),
+            rate,
+        )
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """Write one line now, such as an evaluation's ``{"bbox/AP": 31.2}``; NaN becomes null, which JSON can carry."""

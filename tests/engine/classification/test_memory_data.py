@@ -160,6 +160,21 @@ def test_padding_beyond_the_image_gives_black_ones_too():
     assert seen == set(windows(kept, 2, 5))
 
 
+@pytest.mark.parametrize("shapes", [[(4, 4)] * 3, [(4, 4), (4, 6), (4, 4)]])
+@pytest.mark.parametrize("most", [2**30, 0])
+def test_a_batch_is_its_images_one_by_one_however_they_are_kept(monkeypatch, shapes, most):
+    monkeypatch.setattr(memory_data, "_MOST_BYTES", most)
+    cfg = config(size=4, INPUT__TRAIN_CROP="padded", INPUT__PADDING=1, INPUT__HFLIP=0.5)
+    augmentation = batch_augmentation(build_train_transform(cfg, False))
+    images = ImagesInMemory(noise(3, shape=shapes), augmentation)
+    batch, labels = images.batch([2, 1, 1, 0], range(4))
+    assert labels.tolist() == [2, 1, 1, 0]
+    alone = ImagesInMemory(noise(3, shape=shapes), augmentation)
+    for place, index in enumerate([2, 1, 1, 0]):
+        assert torch.equal(alone.batch([index], [place])[0][0], batch[place])
+    assert [image.shape[1:] for image, _ in map(images.__getitem__, range(3))] == shapes
+
+
 class Replayed:
     """Python's ``random`` that gives a row of the table: areas and ratios, then the place."""
 

@@ -105,6 +105,19 @@ def test_step_and_exponential():
     assert even == pytest.approx([0.8 * 0.5 ** (i / 6) for i in range(12)])
 
 
+@pytest.mark.parametrize("name", ["cosine", "poly", "tanh", "constant"])
+def test_rates_follow_from_the_iteration_alone(name):
+    """Wherever a run goes on, with whatever groups and shares."""
+    cfg = settings(LR_SCHEDULER_NAME=name, MAX_EPOCH=15, WARMUP_EPOCHS=2, LAYER_DECAY=0.7)
+    optimizer = build_optimizer(cfg, model())
+    scheduler = build_scheduler(cfg, optimizer, 10)
+    timms = build_scheduler(cfg, (alone := build_optimizer(cfg, model())), 10)._timm
+    for iteration in (0, 1, 2, 19, 20, 63, 64, 65, 130, 149, 70, 71):
+        optimizer.load_state_dict(optimizer.state_dict())  # which makes new groups
+        scheduler.step_update(iteration), timms.step_update(iteration)
+        assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in alone.param_groups]
+
+
 def test_warm_up_in_front_and_cooldown():
     how = {"MAX_EPOCH": 5, "WARMUP_EPOCHS": 1, "WARMUP_FACTOR": 0.5, "MIN_LR": 0.1}
     seen = rates(20, WARMUP_PREFIX=True, COOLDOWN_EPOCHS=2, **how)

@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -189,6 +190,25 @@ def test_activations_are_computed_again():
 
 
 # --- accumulation, clipping, average ---------------------------------------------------------------------------------
+
+
+class DrawsFromNumPy(nn.Identity):
+    """A layer of another package's."""
+
+
+@pytest.mark.parametrize(("mixup", "foreign"), [(0, False), (0.2, False), (0, True)])
+def test_numpy_is_seeded_where_something_may_draw_from_it(mixup, foreign):
+    cfg = config(INPUT__MIXUP=mixup)
+    step = training_step(cfg)
+    if foreign:
+        step.model.drop_block = DrawsFromNumPy()
+        step = TrainingStep(cfg, step.model, 10, step.optimizer, step.scheduler, step.scaler, None, CPU)
+    drawn = []
+    for before in (1, 2):
+        np.random.seed(before)
+        step(0, batches(cfg))
+        drawn.append(np.random.rand())
+    assert (drawn[0] == drawn[1]) == bool(mixup or foreign)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights():

@@ -47,6 +47,15 @@ def test_a_resumed_run_leaves_the_same_lines(tmp_path):
     assert texts[0] == texts[1]
 
 
+def test_the_window_has_what_no_line_has_yet(tmp_path):
+    with TrainingLog(tmp_path, 6, 1, 3, {"total_loss": [0.5], "time": [1.0]}) as log:
+        log.step(1, total_loss=1.5, time=3.0)
+        assert log.window == log.window == {"total_loss": [0.5, 1.5], "time": [1.0, 3.0]}
+        log.step(2, total_loss=2.5, time=3.0)
+        assert log.window == {}
+    assert read_metrics(tmp_path / "metrics.json")[0]["total_loss"] == 1.5
+
+
 def test_a_line_cut_short_is_dropped(tmp_path):
     run(tmp_path, 0, 4)
     path = tmp_path / "metrics.json"

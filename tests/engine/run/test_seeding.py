@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 
 from fbn_plugin.engine.run import distributed
@@ -65,6 +66,26 @@ def test_an_iteration_draws_the_same_whatever_came_before():
     assert draw()[1:] == first
     seed_iteration(3, 6)
     assert draw()[1:] != first
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**40, 2**64 - 1])
+def test_the_seeds_of_an_iteration_are_numpys_of_its_numbers(seed):
+    for iteration, step in [(0, 0), (63, 1), (2**32, 3)]:
+        for_torch, for_numpy = np.random.SeedSequence([seed, iteration, step]).generate_state(2)
+        seed_iteration(seed, iteration, step)
+        assert torch.initial_seed() == for_torch
+        assert np.random.rand() == np.random.RandomState(for_numpy).rand()
+
+
+def test_numpy_is_left_alone_where_nothing_draws_from_it():
+    np.random.seed(5)
+    expected = np.random.rand()
+    np.random.seed(5)
+    seed_iteration(3, 5)
+    drawn = torch.rand(())
+    np.random.seed(5)
+    seed_iteration(3, 5, with_numpy=False)
+    assert np.random.rand() == expected and torch.rand(()) == drawn
 
 
 def test_runs_of_older_versions_had_the_same_numbers():
