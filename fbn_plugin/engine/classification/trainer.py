@@ -119,6 +119,11 @@ class ClassificationTrainer:
             self.model = place_model(cfg, build_model(cfg, len(self.data.classes)), self.device)
         check_image_size(cfg, self.model, self.device, None if eval_only else BatchSizes.of(cfg))
         self.evaluator.check(self.model)
+        if cfg.TEST.MOMENTS != "population" and not BatchSizes.of(cfg).norms(self.model):
+            self.notes.append(
+                f'TEST.MOMENTS "{cfg.TEST.MOMENTS}" gives what "population" gives: no norm of the model takes moments '
+                "of several images"
+            )
         build_loss(cfg, len(self.data.classes))  # which refuses what does not fit, before anything is written
         if not eval_only:
             check_norm_batch(cfg, self.model)
