@@ -24,6 +24,7 @@ from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.run.config import CfgNode, load_config, with_value
 from fbn_plugin.engine.run.output_dir import holds_run, last_checkpoint
 from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.run_info import read_run_info
 from fbn_plugin.training.evaluation_modes import evaluation_mode
 
 __all__ = ["Checkpoint", "Predictions", "average", "find_checkpoint", "predict"]
@@ -93,6 +94,9 @@ def find_checkpoint(
     if not config.is_file():
         hint = "" if config_file else "; --config-file names the config of weights that lie alone"
         raise FileNotFoundError(f"config file {config} is not there{hint}")
+    engine = read_run_info(weights.parent).get("engine", "classification")
+    if config_file is None and engine != "classification":
+        raise ValueError(f"{weights.parent} is no run of a classifier: by its run_info.json it is one of {engine}")
     cfg = load_config(classification_config(), config, [*overrides, "MODEL.WEIGHTS", str(weights)])
     cfg = with_value(cfg, "MODEL.PRETRAINED", False)  # nothing of it would be left
     check_config(cfg)

@@ -109,7 +109,7 @@ class ClassificationRun:
 
 
 def _without_marks(figures: Mapping[str, float]) -> dict[str, float]:
-    marks = ("conditional", "test/conditional", "test/epoch")
+    marks = ("conditional", "test/conditional", "test/epoch", "test/averaged")
     return {name: float(value) for name, value in figures.items() if name not in marks}
 
 

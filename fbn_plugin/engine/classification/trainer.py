@@ -152,6 +152,11 @@ class ClassificationTrainer:
             self.model = place_model(cfg, build_model(cfg, num_classes), self.device)
         check_image_size(cfg, self.model, self.device, None if self.eval_only else BatchSizes.of(cfg))
         self.evaluator.check(self.model)
+        if cfg.TEST.MOMENTS != "population" and not BatchSizes.of(cfg).norms(self.model):
+            self.notes.append(
+                f'TEST.MOMENTS "{cfg.TEST.MOMENTS}" gives what "population" gives: no norm of the model takes moments '
+                "of several images"
+            )
         build_loss(cfg, num_classes)  # which refuses what does not fit, before anything is written
         if not self.eval_only:
             check_norm_batch(cfg, self.model)
@@ -234,7 +239,8 @@ class ClassificationTrainer:
         model = cfg.MODEL.NAME + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
         line = f"{model} on {self.data.title}: {_figures(result)} ({self.evaluator.note})"
         if "test/top1" in result:
-            weights = f", weights of epoch {result['test/epoch']:.4g}" if "test/epoch" in result else ""
+            kind = "averaged weights" if "test/averaged" in result else "weights"
+            weights = f", {kind} of epoch {result['test/epoch']:.4g}" if "test/epoch" in result else ""
             line += f"; test {_figures(result, 'test/')} ({self.tester.note}{weights})"
         if "ema/top1" in result:
             line += f"; averaged weights: {_figures(result, 'ema/')}"
@@ -334,7 +340,8 @@ class ClassificationTrainer:
 
     def _test(self, log: TrainingLog) -> dict[str, float]:
         """The figures of the test set, once for a run, by the weights that were best in validation or else the last:
-        ``test/top1`` and so on, and ``test/epoch``, that of the weights. Empty where there is no such set."""
+        ``test/top1`` and so on, ``test/epoch``, that of the weights, and ``test/averaged``, 1, where these were the
+        averaged ones. Empty where there is no such set."""
         if self.tester is None:
             return {}
         recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, self.max_iter, lambda name: name.startswith("test/"))
@@ -347,7 +354,8 @@ class ClassificationTrainer:
         except stopping.EvaluationLeft:
             stopping.leave()
         finished = self.max_iter if iteration is None else iteration + 1
-        result = {"epoch": finished / self.iters_per_epoch, **result}
+        is_averaged = iteration is not None and self.best.metric.startswith("ema/")
+        result = {"epoch": finished / self.iters_per_epoch, **({"averaged": 1.0} if is_averaged else {}), **result}
         result = {f"test/{name}": value for name, value in result.items()}
         log.write(self.max_iter - 1, result | self._marks("test"))
         return result

@@ -124,6 +124,10 @@ class ClassificationTable:
             *(f"{row.label}: {seeds_of(row.runs)}." for row in self.lines),
             *(f"{run.folder} is an evaluation of weights from elsewhere." for run in runs if run.is_evaluation),
         ]
+        metrics = [run.config["SOLVER.BEST_CHECKPOINT_METRIC"] for run in runs if not run.is_evaluation]
+        if metrics and any(name.startswith("test/") for name in self.metrics):
+            chosen = either(f"the best in validation by {metric}" if metric else "the last" for metric in metrics)
+            lines.append(f"Test figures are of the weights that were {chosen}.")
         if marked := [row.label for row in self.lines if row.runs[0].conditional]:
             lines.append(f"{', '.join(marked)}: {CONDITIONAL}.")
         if any(len(row.runs) > 1 for row in self.lines):
@@ -217,6 +221,8 @@ def _told_apart(runs: Sequence[ClassificationRun]) -> list[list[str]]:
 
 def _settings(run: ClassificationRun) -> dict[str, Any]:
     left_out = {*_OF_THE_RUN, *_NO_EFFECT}
+    if run.config["DATASETS.VAL_SHARE"]:  # it chooses the weights that the test set measures
+        left_out.discard("SOLVER.BEST_CHECKPOINT_METRIC")
     if run.config["TEST.MOMENTS"] == "population":
         left_out.add("TEST.IMS_PER_BATCH")
     return {key: value for key, value in run.config.items() if key not in left_out}

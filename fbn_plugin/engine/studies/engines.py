@@ -24,7 +24,7 @@ class Engine:
         modules: what a run imports, which takes seconds.
         load: a config file and ``KEY VALUE`` overrides -> the checked config; ValueError or OSError in one sentence.
         metrics: metrics of its evaluations that are known, with what they are. Others may be named in full.
-        prefix: of a metric in the rows of ``metrics.json``.
+        prefix: of a metric in the rows of ``metrics.json``, but for those of a test set (``test/...``).
         last: the key that says after how many iterations a run ends, whatever a row of ``metrics.json`` has; "" where
             these are always right.
     """
@@ -35,6 +35,10 @@ class Engine:
     metrics: Mapping[str, Metric]
     prefix: str = ""
     last: str = ""
+
+    def row_key(self, name: str) -> str:
+        """The key of a metric in the rows of ``metrics.json``."""
+        return name if name.startswith("test/") else self.prefix + name
 
     def metric(self, name: str) -> Metric | None:
         """What a metric is, where that is known; ``"my_set/bbox/AP"`` is as ``"bbox/AP"``."""
@@ -74,6 +78,19 @@ def _for_one_process(cfg: CfgNode) -> CfgNode:
     return scale_to_processes(cfg, 1, say=lambda sentence: None)
 
 
+_ACCURACIES = {
+    "top1": Metric(higher_is_better=True, unit="%", label="top-1 accuracy"),
+    "top5": Metric(higher_is_better=True, unit="%", label="top-5 accuracy"),
+    "loss": Metric(higher_is_better=False, label="validation loss"),
+}
+# What stands before these, see MODEL.EMA and DATASETS.VAL_SHARE.
+_OTHERS = {"ema/": ("", " of averaged weights"), "test/": ("test ", ""), "test/ema/": ("test ", " of averaged weights")}
+_ACCURACIES |= {
+    group + name: dataclasses.replace(metric, label=before + metric.label.removeprefix("validation ") + behind)
+    for group, (before, behind) in _OTHERS.items()
+    for name, metric in _ACCURACIES.items()
+}
+
 _AVERAGE_PRECISIONS = {f"{task}/{name}": Metric(higher_is_better=True, unit="%") for task in _TASKS for name in METRICS}
 
 ENGINES = {
@@ -85,11 +102,7 @@ ENGINES = {
             "sklearn.datasets",
         ),
         load=_classification,
-        metrics={
-            "top1": Metric(higher_is_better=True, unit="%", label="top-1 accuracy"),
-            "top5": Metric(higher_is_better=True, unit="%", label="top-5 accuracy"),
-            "loss": Metric(higher_is_better=False, label="validation loss"),
-        },
+        metrics=_ACCURACIES,
         prefix="val/",
     ),
     "torchvision": Engine(

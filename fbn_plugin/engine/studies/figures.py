@@ -284,12 +284,12 @@ def _dodged(lines: Sequence[Line], is_log: bool, ticks: Sequence[float]) -> list
     """Lines whose points at one level stand a little apart, with bars."""
     count = len(lines)
     places = [(i - (count - 1) / 2) / max(count - 1, 1) for i in range(count)]  # -0.5 to 0.5
+    steps = [math.log(b / a) if is_log else b - a for a, b in itertools.pairwise(ticks)] or [1.0]
+    width = min(0.35 * min(steps), 0.03 * sum(steps) * (count - 1))  # few lines stand close at levels far apart
     if is_log:
-        nearest = min((math.log(b / a) for a, b in itertools.pairwise(ticks)), default=1.0)
-        moved = [[x * math.exp(0.35 * nearest * place) for x in line.x] for line, place in zip(lines, places)]
+        moved = [[x * math.exp(width * place) for x in line.x] for line, place in zip(lines, places)]
     else:
-        nearest = min((b - a for a, b in itertools.pairwise(ticks)), default=1.0)
-        moved = [[x + 0.35 * nearest * place for x in line.x] for line, place in zip(lines, places)]
+        moved = [[x + width * place for x in line.x] for line, place in zip(lines, places)]
     return [Line(line.label, line.style, x, line.y, line.intervals, False) for line, x in zip(lines, moved)]
 
 

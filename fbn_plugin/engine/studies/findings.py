@@ -175,8 +175,9 @@ def _over_all(study: Study, known: Sequence[BestOf], what: str) -> list[Inline]:
             Strong(name),
             f" in {count:,}" + ("" if i else f" of {counted(len(known), 'setting')}"),
         ]
-    alone = sum(len(each.possible) == 1 for each in known)
-    parts.append(f". In {counted(alone, 'setting') if alone else 'no setting'} it is told apart from all others. ")
+    alone = sum(len(each.possible) == 1 and bool(each.beaten) for each in known)
+    where = f"In {counted(alone, 'setting')} it is" if alone else "In no setting is it"
+    parts.append(f". {where} told apart from all others that were tested. ")
     tested: Counter[str] = Counter()
     beaten: Counter[str] = Counter()
     for each in known:

@@ -254,7 +254,7 @@ def _curves(study: StudyFile, job: Job) -> dict[str, list[tuple[int, float]]]:
     found: dict[str, dict[int, float]] = {}
     for row in read_metrics(job.folder / "metrics.json"):
         for name in study.study.metrics:
-            if (value := row.get(engine.prefix + name, ...)) is not ...:
+            if (value := row.get(engine.row_key(name), ...)) is not ...:
                 finished = min(row["iteration"] + 1, last)
                 found.setdefault(name, {})[finished] = math.nan if value is None else float(value)
     for name, value in _results(job.folder).items():  # the last evaluation has the last word

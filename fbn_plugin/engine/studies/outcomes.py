@@ -15,6 +15,7 @@ from typing import Any
 from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.json_files import read_json
 from fbn_plugin.engine.files.words import shown
+from fbn_plugin.engine.studies.seeds import SEED_RULES
 
 __all__ = ["STATES", "Comparison", "Metric", "Outcome", "Study", "Variant", "read_outcomes", "write_outcomes"]
 
@@ -201,7 +202,8 @@ def _outcome(row: Any, machines: list[Any], where: str) -> Outcome:
 
 
 def _check(study: Study, outcomes: Sequence[Outcome]) -> None:
-    """What a report relies on: names that are there, and every job once."""
+    """What a report relies on: a study that can be, names that are there, and every job once."""
+    _check_study(study)
     seen = set()
     for outcome in outcomes:
         name = f"variant {shown(outcome.variant, 80)} with seed {outcome.seed}"
@@ -212,10 +214,31 @@ def _check(study: Study, outcomes: Sequence[Outcome]) -> None:
         if (outcome.variant, outcome.seed) in seen:
             raise ValueError(f"{name} is there twice")
         seen.add((outcome.variant, outcome.seed))
+
+
+def _check_study(study: Study) -> None:
+    """What a study file is asked for, too."""
+    for name, given in (("variants", study.variants), ("seeds", study.seeds), ("metrics", study.metrics)):
+        if not given:
+            raise ValueError(f"the study has no {name}")
+    if not 0 < study.alpha < 0.5:
+        raise ValueError(f"study.alpha must be above 0 and below 0.5, got {study.alpha}")
+    if study.seed_rule not in SEED_RULES:
+        raise ValueError(f"study.seed_rule must be one of {', '.join(SEED_RULES)}, got {shown(study.seed_rule, 80)}")
+    if len(set(study.seeds)) < len(study.seeds) or min(study.seeds) < 0:
+        raise ValueError("study.seeds must be different whole numbers from 0 on")
+    for name, variant in study.variants.items():
+        if variant.levels.keys() != study.factors.keys() or any(
+            level not in study.factors[factor] for factor, level in variant.levels.items()
+        ):
+            raise ValueError(f"variant {shown(name, 80)} has other levels than the study's factors")
     for comparison in study.comparisons:
         for variant in (comparison.variant, comparison.baseline):
             if variant not in study.variants:
                 raise ValueError(f"a comparison names {shown(variant, 80)}, which is none of the variants")
+        if comparison.variant == comparison.baseline or study.comparisons.count(comparison) > 1:
+            pair = f"{shown(comparison.variant, 80)} and {shown(comparison.baseline, 80)}"
+            raise ValueError(f"a comparison of {pair} is one with itself, or there twice")
 
 
 def _plain(value: Any) -> Any:
@@ -257,7 +280,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         return tuple(_typed(kind, each, where) for kind, each in zip(arguments, value))
     if hint is float and (value is None or type(value) in (int, float)):
-        return math.nan if value is None else float(value)
+        try:
+            return math.nan if value is None else float(value)
+        except OverflowError:
+            raise ValueError(f"{where} must be of type float, got {shown(value, 80)}") from None
     if type(value) is hint:
         return value
     name = getattr(origin or hint, "__name__", str(hint))

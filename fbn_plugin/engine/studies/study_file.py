@@ -4,8 +4,10 @@ checked before a job runs, each variant's config by the tool that is to train it
 
 import difflib
 import itertools
+import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,9 @@ _KEYS = {
     "ALPHA": float,
     "KEEP": str,
 }
+
+
+_KINDS = {str: "text", dict: "a mapping", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class _Reading:
             if kind is float and type(value) is int:
                 value = content[key] = float(value)
             if not isinstance(value, kind):
-                raise ValueError(f"{key} must be of type {kind.__name__}, got {shown(value)}")
+                raise ValueError(f"{key} must be {_KINDS[kind]}, got {shown(value)}")
         for key in ("TOOL", "SEEDS"):
             if key not in content:
                 raise ValueError(f"{key} is missing")
@@ -117,11 +122,7 @@ class _Reading:
         seeds = parse_seeds(content["SEEDS"])
         rule = self._one_of("SEED_RULE", SEED_RULES)
         _check_seeds(seeds, rule)
-        if len(variants) * len(seeds) > _MOST_JOBS:
-            raise ValueError(
-                f"{counted(len(variants), 'variant')} with {counted(len(seeds), 'seed')} are more than "
-                f"{counted(_MOST_JOBS, 'job')}"
-            )
+        _check_number(len(variants), len(seeds))
         metrics = self._metrics()
         alpha = content.get("ALPHA", 0.05)
         if not 0 < alpha < 0.5:
@@ -156,8 +157,12 @@ class _Reading:
         if not isinstance(given, str) or not given:
             raise ValueError(f"BASE must be a config file, got {shown(given)}")
         base = Path(os.path.normpath(self.path.parent / os.path.expanduser(given)))
-        if not base.is_file():
+        if not base.exists():
             raise FileNotFoundError(f"BASE {base} is not there")
+        if not base.is_file():
+            raise ValueError(f"BASE {base} must be a config file; it is a folder, a pipe or a device")
+        if "TOOL" in read_yaml(base):
+            raise ValueError(f"BASE {base} is a study itself, and must be the config of a run")
         return base
 
     def _named(self, base: Path) -> str:
@@ -171,7 +176,7 @@ class _Reading:
             raise ValueError("it must have either FACTORS, whose product are the variants, or VARIANTS")
         if "FACTORS" in self.content:
             factors = _factors(self.content["FACTORS"])
-            variants = dict(_product(factors))
+            variants = _product(factors)
             levels = {name: list(each) for name, each in factors.items()}
         else:
             levels, variants = {}, {}
@@ -191,8 +196,10 @@ class _Reading:
     def _metrics(self) -> dict[str, Metric]:
         known = self.engine.metrics
         given = self.content.get("METRICS", [next(iter(known))])
-        if isinstance(given, list):
-            given = {name: {} for name in given if isinstance(name, str)}
+        if isinstance(given, list) and all(isinstance(name, str) for name in given):
+            if twice := [name for name in given if given.count(name) > 1]:
+                raise ValueError(f"METRICS has {twice[0]!r} twice")
+            given = {name: {} for name in given}
         if not isinstance(given, dict) or not given:
             raise ValueError(f"METRICS must be a list of names or a mapping, such as top1: {{}}, got {shown(given)}")
         return {name: self._metric(name, options) for name, options in given.items()}
@@ -223,13 +230,18 @@ class _Reading:
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Groups of keys as one mapping, each key with its dots and tuples as lists, as files have them."""
+    """Groups of keys as one mapping, each key with its dots and tuples as lists, as files have them.
+
+    Raises:
+        ValueError: a key is there twice, once with its dots and once in its group.
+    """
     found: dict[str, Any] = {}
     for name, value in node.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = _lists(value)
+        is_group = isinstance(value, Mapping) and value
+        for key, each in (flat(value, f"{prefix}{name}.") if is_group else {prefix + name: _lists(value)}).items():
+            if key in found:
+                raise ValueError(f"{key} is there twice, once with its dots and once in its group")
+            found[key] = each
     return found
 
 
@@ -245,7 +257,10 @@ def _group(where: str, given: Any) -> dict[str, Any]:
 
 def _settings(where: str, given: Any) -> dict[str, Any]:
     """Keys and values, without those that are the study's."""
-    found = flat(_group(where, given))
+    try:
+        found = flat(_group(where, given))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     for key in _OWNED:
         if key in found:
             raise ValueError(f"{where} sets {key}, which the study itself gives each of its jobs")
@@ -254,6 +269,8 @@ def _settings(where: str, given: Any) -> dict[str, Any]:
 
 def _factors(given: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """Factor -> level -> settings."""
+    if not given:
+        raise ValueError("FACTORS has no factors")
     factors = {}
     for factor, levels in given.items():
         if not _group(f"factor {factor!r}", levels):
@@ -268,12 +285,29 @@ def _factors(given: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     return factors
 
 
-def _product(factors: Mapping[str, Mapping[str, dict[str, Any]]]) -> Iterator[tuple[str, Variant]]:
-    """Each combination of levels, the last factor's changing first."""
+def _product(factors: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, Variant]:
+    """Each combination of levels by its name, the last factor's changing first."""
+    _check_number(math.prod(map(len, factors.values())), 1)
+    variants: dict[str, Variant] = {}
     for levels in itertools.product(*factors.values()):
         chosen = dict(zip(factors, levels))
         settings = {key: value for factor, level in chosen.items() for key, value in factors[factor][level].items()}
-        yield _titles(chosen), Variant(chosen, settings)
+        name = _titles(chosen)
+        if name in variants:
+            raise ValueError(
+                f"the levels {list(variants[name].levels.values())} and {list(levels)} give two variants one name, "
+                f"{name!r}; name a level otherwise"
+            )
+        variants[name] = Variant(chosen, settings)
+    return variants
+
+
+def _check_number(variants: int, seeds: int) -> None:
+    """Refuse more jobs than anybody runs, before they are listed."""
+    if variants * seeds > _MOST_JOBS:
+        raise ValueError(
+            f"{counted(variants, 'variant')} with {counted(seeds, 'seed')} are more than {counted(_MOST_JOBS, 'job')}"
+        )
 
 
 def _titles(levels: Mapping[str, str]) -> str:
@@ -293,9 +327,11 @@ def _check_names(names: Mapping[str, Any]) -> None:
             )
         if not name or len(name.encode()) > _LONGEST_NAME:
             raise ValueError(f"variant {shown(name)} must have a name of 1 to {_LONGEST_NAME} bytes")
-        other = folders.setdefault(name.casefold(), name)
+        # Some file systems tell neither case apart nor the ways in which Unicode writes one letter.
+        other = folders.setdefault(unicodedata.normalize("NFC", name.casefold()), name)
         if other != name:
-            raise ValueError(f"variants {other!r} and {name!r} differ in case alone, as names of folders may not")
+            how = "case" if other.casefold() == name.casefold() else "the way Unicode writes a letter"
+            raise ValueError(f"variants {other!a} and {name!a} differ in {how} alone, as names of folders may not")
 
 
 def _check_seeds(seeds: Sequence[int], rule: str) -> None:
@@ -372,23 +408,26 @@ class _Comparing:
             raise ValueError("COMPARE has no baseline")
         if "factor" not in rule:
             baseline = self._known("baseline", rule["baseline"])
-            for name in self._chosen(rule, tuple(self.variants)):
-                if name != baseline:
-                    yield Comparison(name, baseline)
+            for name in self._chosen(rule, tuple(self.variants), baseline):
+                yield Comparison(name, baseline)
             return
+        if not self.factors:
+            raise ValueError(f"COMPARE names the factor {shown(rule['factor'])}, and the study has no FACTORS")
         factor = self._known("factor", rule["factor"], tuple(self.factors))
         baseline = self._known("baseline", rule["baseline"], self.factors[factor])
-        chosen = self._chosen(rule, self.factors[factor])
+        chosen = self._chosen(rule, self.factors[factor], baseline)
         by_levels = {tuple(each.levels.items()): name for name, each in self.variants.items()}
         for name, each in self.variants.items():
-            if each.levels[factor] in chosen and each.levels[factor] != baseline:
+            if each.levels[factor] in chosen:
                 other = by_levels[tuple({**each.levels, factor: baseline}.items())]
                 rest = {key: level for key, level in each.levels.items() if key != factor}
                 yield Comparison(name, other, _titles(rest))
 
-    def _chosen(self, rule: dict[str, Any], known: Sequence[str]) -> list[str]:
-        """What ``with`` names; all by default."""
+    def _chosen(self, rule: dict[str, Any], known: Sequence[str], baseline: str) -> list[str]:
+        """What ``with`` names, without the baseline; all by default."""
         given = rule.get("with", "all")
-        if given == "all":
-            return list(known)
-        return [self._known("with", each, known) for each in (given if isinstance(given, list) else [given])]
+        names = known if given == "all" else given if isinstance(given, list) else [given]
+        chosen = [name for each in names if (name := self._known("with", each, known)) != baseline]
+        if not chosen:
+            raise ValueError(f"COMPARE has nothing to compare with {baseline!r}: with has {shown(given)}")
+        return chosen

@@ -138,10 +138,19 @@ def test_the_best_weights_of_validation_are_tested_once_at_the_end(tmp_path, mon
     assert len([row for row in read_metrics(tmp_path / "b/metrics.json") if "test/top1" in row]) == 1
 
 
+def test_averaged_weights_that_are_tested_are_called_so(tmp_path):
+    options = PROTOCOL | {"SOLVER__BEST_CHECKPOINT_METRIC": "ema/top1", "MODEL__EMA__ENABLED": True}
+    trainer = ClassificationTrainer(config(tmp_path, **options, SOLVER__MAX_ITER=2))
+    result = trainer.train()
+    assert result["test/averaged"] == 1 and "averaged weights of epoch" in trainer.describe(result)
+    assert trainer.tester(trainer.average.module)["loss"] == result["test/loss"]
+
+
 def test_without_a_metric_the_last_weights_are_tested(tmp_path):
     options = PROTOCOL | {"SOLVER__BEST_CHECKPOINT_METRIC": "", "SOLVER__MAX_ITER": 2, "MODEL__EMA__ENABLED": True}
     trainer = ClassificationTrainer(config(tmp_path, **options))
     result = trainer.train()
+    assert "test/averaged" not in result
     assert result["test/epoch"] == 2 / 5 and {"top1", "ema/top1", "test/top1", "test/ema/top1"} <= set(result)
     assert trainer.tester(trainer.model)["loss"] == result["test/loss"]
 

@@ -159,3 +159,9 @@ def test_refused(values, sentence):
 def test_late_iterations_are_told(tmp_path):
     train(tmp_path, SOLVER__MAX_ITER=1, TEST__EVAL_ITERATIONS=(1, 9))
     assert "SOLVER.MAX_ITER is 1, so there is no evaluation after [9]" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("norm", "notes"), [("GN(num_groups=2)", 1), ("BN", 0)])
+def test_moments_that_no_norm_takes_are_noted(tmp_path, norm, notes):
+    trainer = ClassificationTrainer(config(tmp_path, TEST__MOMENTS="balanced", MODEL__NORM=norm))
+    assert sum("no norm of the model takes moments of several images" in note for note in trainer.notes) == notes

@@ -118,3 +118,11 @@ def test_what_does_not_go_together(runs, tmp_path):
     found = find_checkpoint(tmp_path / "weights.pth", runs / "BN/config.yaml", ["MODEL.NAME", "test_resnet"])
     with pytest.raises(ValueError, match="weights.pth"):
         predict(found)
+
+
+def test_a_run_of_a_detector_is_named_as_one(tmp_path):
+    (tmp_path / "config.yaml").write_text("MODEL: {META_ARCHITECTURE: GeneralizedRCNN}\n")
+    (tmp_path / "run_info.json").write_text('{"engine": "torchvision"}')
+    (tmp_path / "model_final.pth").touch()
+    with pytest.raises(ValueError, match="is no run of a classifier: by its run_info.json it is one of torchvision"):
+        find_checkpoint(tmp_path)

@@ -79,6 +79,7 @@ def test_further_figures_and_runs_that_have_none(tmp_path):
     (table,) = build_classification_tables([run, folder(tmp_path, "plain", "GN", 2, {"top1": 91.0, "loss": 0.25})])
     assert table.rows()[0][2:] == ["top-1 (%)", "loss", "averaged weights, top-1 (%)", "test, top-1 (%)"]
     assert table.rows()[1][3:] == ["0.2500 (n = 1)", "95.00 (n = 1)", "80.00 (n = 1)"]
+    assert "Test figures are of the weights that were the last." in table.notes()
 
     empty = folder(tmp_path, "empty", evaluations=False)
     with pytest.raises(FileNotFoundError, match="neither metrics.json nor evaluation.json"):
@@ -86,6 +87,17 @@ def test_further_figures_and_runs_that_have_none(tmp_path):
     (empty.folder / "metrics.json").write_text('{"iteration": 1, "total_loss": 2.0}\n')
     with pytest.raises(ValueError, match="has no evaluation yet"):
         build_classification_tables([empty])
+
+
+def test_runs_whose_test_set_measured_other_weights_are_not_averaged(tmp_path):
+    held = {"DATASETS__VAL_SHARE": 0.1}
+    runs = [folder(tmp_path, "last", **held), folder(tmp_path, "best", SOLVER__BEST_CHECKPOINT_METRIC="top1", **held)]
+    for run in runs:
+        with (run.folder / "metrics.json").open("a") as file:
+            file.write(json.dumps({"iteration": 9, "test/top1": 80.0, "test/epoch": 2.0, "test/averaged": 1.0}) + "\n")
+    (table,) = build_classification_tables(runs)
+    assert [row[1] for row in table.rows()[1:]] == ["1", "1"] and "test, averaged" not in str(table.rows())
+    assert "Test figures are of the weights that were the last or the best in validation by top1." in table.notes()
 
 
 def test_a_folder_of_an_evaluation(tmp_path):

@@ -128,6 +128,8 @@ def test_seeds_needed_is_the_textbooks(effect, n):
 
 def test_seeds_needed_at_the_ends():
     assert seeds_needed(1e12) == 2 and seeds_needed(1e-9) is None
+    found = [seeds_needed(effect, alpha=1e-6) for effect in np.geomspace(0.1, 100, 40)]  # SciPy's nct gives NaN here
+    assert found == sorted(found, reverse=True) and found[0] > 3000 and found[-1] > 2
     assert seeds_needed(0.003) == pytest.approx((1.959964 + 0.841621) ** 2 / 0.003**2, rel=1e-4)
     assert seeds_needed(0.5, alpha=0.01) == 51 and seeds_needed(0.5, power=0.9) == 44
 

@@ -56,11 +56,32 @@ def test_variants_by_name_with_configs_of_their_own(tmp_path):
         (TWO, "SEEDS is missing"),
         (f"{TWO}SEEDS: 99999999999999999999", "SEEDS must be below 2**63, as SEED is, got '99999999999999999999'"),
         (f"{TWO}SEEDS: 1\nSEED_RULE: md6", "SEED_RULE must be one of md5, plain, got 'md6'; did you mean 'md5'?"),
-        (f"{TWO}SEEDS: 1\nKEEP: [all]", "KEEP must be of type str, got ['all']"),
+        (f"{TWO}SEEDS: 1\nKEEP: [all]", "KEEP must be text, got ['all']"),
         (f"{TWO}SEEDS: 1\nALPHA: 1", "ALPHA must be above 0 and below 0.5, got 1.0"),
         (f"{TWO}{FACTORS}SEEDS: 1", "either FACTORS, whose product are the variants, or VARIANTS"),
         ("VARIANTS: {}\nSEEDS: 1", "it has no variants"),
         ("FACTORS: {norm: {}}\nSEEDS: 1", "factor 'norm' has no levels"),
+        ("FACTORS: {}\nSEEDS: 1", "FACTORS has no factors"),
+        ("FACTORS: [norm]\nSEEDS: 1", "FACTORS must be a mapping, got ['norm']"),
+        (
+            "FACTORS: {a: {'x, y': {}, x: {}}, b: {z: {}, 'y, z': {}}}\nSEEDS: 1",
+            "the levels ['x, y', 'z'] and ['x', 'y, z'] give two variants one name, 'x, y, z'",
+        ),
+        (
+            "FACTORS: " + str({f"f{i}": {str(j): {} for j in range(10)} for i in range(12)}) + "\nSEEDS: 1",
+            "1,000,000,000,000 variants with 1 seed are more than 100,000 jobs",
+        ),
+        ("VARIANTS: {a: {MODEL.NORM: BN, MODEL: {NORM: FBN}}}\nSEEDS: 1", "variant 'a': MODEL.NORM is there twice"),
+        ("VARIANTS: {\u00e9: {}, e\u0301: {}}\nSEEDS: 1", r"'\xe9' and 'e\u0301' differ in the way Unicode writes"),
+        (f"VARIANTS: {{a: {{BASE: {ROOT}}}}}\nSEEDS: 1", "must be a config file; it is a folder"),
+        (
+            f"VARIANTS: {{a: {{BASE: {ROOT / 'configs/experiments/digits.yaml'}}}}}\nSEEDS: 1",
+            "digits.yaml is a study itself, and must be the config of a run",
+        ),
+        (f"{TWO}SEEDS: 1\nMETRICS: [top1, 5]", "METRICS must be a list of names or a mapping, such as top1: {}, got ["),
+        (f"{TWO}SEEDS: 1\nMETRICS: [top1, top1]", "METRICS has 'top1' twice"),
+        (f"{TWO}SEEDS: 1\nCOMPARE: {{baseline: a, with: [a]}}", "COMPARE has nothing to compare with 'a'"),
+        (f"{TWO}SEEDS: 1\nCOMPARE: {{factor: norm, baseline: a}}", "factor 'norm', and the study has no FACTORS"),
         ("VARIANTS: {a: {MODEL.NOM: FBN}}\nSEEDS: 1", "variant 'a': unknown config key 'MODEL.NOM'; did you mean 'M"),
         ("VARIANTS: {a: {MODEL.NORM: FBM}}\nSEEDS: 1", "variant 'a': MODEL.NORM must be the spec of a norm, got 'FBM'"),
         ("VARIANTS: {a: {SEED: 3}}\nSEEDS: 1", "variant 'a' sets SEED, which the study itself gives each of its jobs"),
@@ -114,6 +135,14 @@ def test_a_base_and_a_tool_that_are_not_there(tmp_path):
     path.write_text("TOOL: classification\nVARIANTS: {a: {}}\nSEEDS: 1\n")
     with pytest.raises(ValueError, match="BASE is missing"):
         read_study(path)
+
+
+def test_metrics_of_a_test_set_and_of_averaged_weights_are_known(tmp_path):
+    study = read_study(write_study(tmp_path, f"{TWO}SEEDS: 1\nMETRICS: [ema/top1, test/ema/loss]"), ROOT).study
+    assert study.metrics == {
+        "ema/top1": Metric(True, "%", "top-1 accuracy of averaged weights"),
+        "test/ema/loss": Metric(False, "", "test loss of averaged weights"),
+    }
 
 
 def test_a_study_of_torchvisions_detectors(tmp_path):

@@ -142,6 +142,14 @@ def test_runs_without_a_figure_are_named_and_their_variant_is_not_called_best():
     assert report_page(study, outcomes)
 
 
+def test_a_variant_that_is_alone_is_not_told_apart_from_others_that_were_not_tested():
+    study = small_product()
+    outcomes = [each for each in draw(study) if each.levels["norm"] == "BN"]
+    found = study_statistics(study, outcomes)["top1"]
+    text = markdown(best_blocks(study, "top1", found))
+    assert "In no setting is it told apart from all others that were tested" in text
+
+
 @pytest.mark.parametrize("seeds", [0, 1, 2])
 @pytest.mark.parametrize("make", [small_product, plain_study])
 def test_hardly_any_runs_are_a_report(make, seeds):
