@@ -7,6 +7,7 @@ A release that drops a name is noticed here, at import, by a sentence that says 
 
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 import warnings
 from types import ModuleType
@@ -138,6 +139,16 @@ ATTRIBUTES = {
         "_kpt_oks_sigmas",
     ),
 }
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported. A folder of its name alone, such as the checkout that holds it, ``datasets``
+    beside detectron2, or what Weights & Biases writes, is none: Python would import it as an empty package."""
+    module = sys.modules.get(package)
+    if module is not None:
+        return getattr(module, "__file__", None) is not None or not hasattr(module, "__path__")
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def lookup(name: str) -> Any:

@@ -3,10 +3,10 @@
 import ast
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import re
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +23,23 @@ NAMES = [*(name for names in internals.NEEDED.values() for name in names), *inte
 
 def skip_without_package(name: str) -> None:
     package = name.partition(".")[0]
-    if importlib.util.find_spec(package) is None:
+    if not internals.is_installed(package):
         pytest.skip(f"{package} is not installed")
+
+
+def test_a_folder_of_a_packages_name_is_no_package(tmp_path, monkeypatch):
+    """Python imports it as one, without content."""
+    (tmp_path / "nothing_but_a_folder").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "stands_in", types.ModuleType("stands_in"))
+    assert all(map(internals.is_installed, ("torch", "fvcore", "wave", "stands_in")))
+    assert not internals.is_installed("nothing_at_all")
+    assert not internals.is_installed("nothing_but_a_folder")
+    importlib.import_module("nothing_but_a_folder")
+    try:
+        assert not internals.is_installed("nothing_but_a_folder")
+    finally:
+        del sys.modules["nothing_but_a_folder"]
 
 
 @pytest.mark.parametrize("name", NAMES)

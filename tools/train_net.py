@@ -16,10 +16,9 @@ TEST.AUG.ENABLED the evaluation at the end, or of ``--eval-only``, is made with 
 newest that is not damaged; on the CPU it ends with the same bits as a run that was never stopped.
 """
 
-import importlib.util
-
 import interruption  # noqa: F401
 
+from fbn_plugin import internals
 from fbn_plugin.engine.run.cli import (
     add_import,
     add_log_period,
@@ -35,7 +34,7 @@ with user_errors():
     try:
         from detectron2.engine import default_argument_parser
     except ImportError as error:
-        found = importlib.util.find_spec("detectron2") is not None
+        found = internals.is_installed("detectron2")
         missing = f"cannot be imported ({error})" if found else "is not installed"
         raise ValueError(
             f"this tool trains detectron2's models, and detectron2 {missing}; its install guide is at "

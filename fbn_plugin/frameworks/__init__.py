@@ -3,7 +3,6 @@
 
 import functools
 import importlib
-import importlib.util
 import itertools
 import sys
 import warnings
@@ -66,7 +65,7 @@ def register() -> list[str]:
         >>> fbn_plugin.unregister()
     """
     pytorch.register()
-    installed = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is not None]
+    installed = [name for name in FRAMEWORKS if internals.is_installed(name)]
     adapters = _adapters(name for name in installed if name not in LATE)
     for adapter in itertools.chain(*adapters.values()):
         adapter.register()

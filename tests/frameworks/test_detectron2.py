@@ -550,7 +550,9 @@ def test_yaml_builds_and_trains(architecture):
 
 @pytest.mark.parametrize("norm", ["ConvNorm", "LearnedNorm", "FRN", "FFRN(tlu=True)"])
 def test_norms_of_the_other_papers_train(norm):
-    model = build_model(tiny_config(norm=norm, **{"MODEL.BACKBONE.FREEZE_AT": 0}))
+    # Fifty layers of LearnedNorm's random networks overflow from every second seed.
+    resnet18 = {"MODEL.RESNETS.DEPTH": 18, "MODEL.RESNETS.RES2_OUT_CHANNELS": 64, "MODEL.BACKBONE.FREEZE_AT": 0}
+    model = build_model(tiny_config(norm=norm, **resnet18))
     kind = type(fbn_plugin.get_norm(norm, 8))
     assert sum(type(m) is kind for m in model.modules()) > 20
     sum(training_losses(model).values()).backward()

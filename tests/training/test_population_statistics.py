@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import multiprocessing as mp
+from processes import run_processes
 from torch import nn
 
 from fbn_plugin import FilteredBatchNorm1d, FilteredBatchNorm2d, FilteredBatchNormAct2d, update_population_stats
@@ -319,9 +318,7 @@ def test_fused_norms_are_measured_before_residual_and_activation():
     assert torch.equal(statistics(fused), statistics(plain))
 
 
-def _process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def _states(rank):
     mine = batches(4, 4, 4, 2)[:3] if rank == 0 else batches(4, 4, 4, 2)[3:]
     states = {}
     for exact in (False, True):
@@ -336,13 +333,11 @@ def _process(rank, folder):
             states[len(states)] = model.state_dict()
         except ValueError as error:
             states[len(states)] = str(error)
-    torch.save(states, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return states
 
 
 def test_two_processes_with_unequal_shares_end_equal(tmp_path):
-    mp.start_processes(_process, (str(tmp_path),), nprocs=2, start_method="fork")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    first, second = run_processes(_states, 2, tmp_path)
     every, some = batches(4, 4, 4, 2), batches(4, 4, 4, 2)[:2]
     for key, loader, exact in ((False, every, False), (True, batches(14), True), (3, some, False), (4, some, True)):
         model = network()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fbn_plugin import internals
 from fbn_plugin.engine.data.decoding import BrokenImageError
 from fbn_plugin.engine.files.words import counted, shown, shown_path
 from fbn_plugin.engine.run.cli import error_sentence
@@ -79,12 +80,12 @@ def load_saved_set(root: Path) -> dict[str, SavedPart]:
         ValueError: ``datasets`` is not installed, the files are damaged, or no column has images or their classes.
         FileNotFoundError: there is no such file.
     """
-    try:
-        import datasets
-    except ImportError:
+    if not internals.is_installed("datasets"):
         raise ValueError(
             "DATASETS.NAME 'hf_datasets' needs the package datasets, which is not installed: pip install datasets"
-        ) from None
+        )
+    import datasets
+
     try:
         if (root / "dataset_dict.json").is_file():
             tables = dict(datasets.load_from_disk(str(root)))

@@ -4,7 +4,6 @@ written: detectron2 itself answers most of it with a bare error, some of it afte
 
 import argparse
 import difflib
-import importlib.util
 import logging
 import math
 import os
@@ -19,6 +18,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils.file_io import PathManager
 
 import fbn_plugin
+from fbn_plugin import internals
 from fbn_plugin.engine.detectron2.annotation_files import check_annotation_files
 from fbn_plugin.engine.detectron2.augmentation import SUFFIX, check_augmentation
 from fbn_plugin.engine.detectron2.checkpoint import AtomicCheckpointer
@@ -227,7 +227,7 @@ def _read_rle(cfg: CfgNode) -> None:
 def _check_cropping(cfg: CfgNode) -> None:
     """Refuse INPUT.CROP where the package that cuts polygons is missing: fvcore asks for it at the first image."""
     polygons = any(name not in checked or has_polygons(checked[name]) for name in cfg.DATASETS.TRAIN)
-    if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and polygons and importlib.util.find_spec("shapely") is None:
+    if cfg.INPUT.CROP.ENABLED and cfg.MODEL.MASK_ON and polygons and not internals.is_installed("shapely"):
         reason = "where the package shapely is not installed, as the training images have polygons to cut"
         check_values(cfg, {"INPUT.CROP.ENABLED": exactly(False, reason)})
 

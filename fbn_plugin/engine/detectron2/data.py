@@ -3,7 +3,6 @@ batches whose order and augmentation are functions of (seed, position) alone.
 """
 
 import contextlib
-import importlib.util
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools import mask as mask_utils
 from torch.utils.data import DataLoader
 
+from fbn_plugin import internals
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
 from fbn_plugin.engine.data.decoding import enough_memory, read_image, read_label_map
@@ -225,7 +225,7 @@ def has_polygons(data: CocoDataset) -> bool:
 
 def has_panoptic_api() -> bool:
     """Whether the package that computes PQ is installed."""
-    return importlib.util.find_spec("panopticapi") is not None
+    return internals.is_installed("panopticapi")
 
 
 def tasks(cfg: CfgNode) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import os
 import secrets
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from fbn_plugin import internals
 from fbn_plugin.engine.files.disk import AppendedFile, atomic_write
 from fbn_plugin.engine.run import stopping
 from fbn_plugin.engine.run.cli import UserError
@@ -122,7 +122,7 @@ def check_loggers(names: Sequence[str]) -> None:
     """
     if any(name not in LOGGERS for name in names) or len(set(names)) < len(names):
         raise refusal("LOGGERS", f"some of {', '.join(map(repr, LOGGERS))}, each once", names)
-    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+    if "wandb" in names and not internals.is_installed("wandb"):
         raise refusal("LOGGERS", "without 'wandb', whose package is not installed (pip install wandb)", names)
 
 

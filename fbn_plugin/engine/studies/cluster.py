@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fbn_plugin import internals
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.lock import hold, let_go
 from fbn_plugin.engine.run.output_dir import make_output_dir
@@ -122,10 +123,10 @@ def _executor(
     study: StudyFile, output: Path, shared: Resources, name: str, options: Mapping[str, Any]
 ) -> "submitit.AutoExecutor":
     """submitit's executor, with the options that it takes."""
-    try:
-        import submitit
-    except ImportError:
-        raise ValueError("--executor needs the package submitit: pip install submitit") from None
+    if not internals.is_installed("submitit"):
+        raise ValueError("--executor needs the package submitit: pip install submitit")
+    import submitit
+
     given = {
         "name": output.name,
         "timeout_min": _MINUTES,

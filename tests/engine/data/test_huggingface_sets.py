@@ -1,13 +1,16 @@
 """Sets of Hugging Face's datasets, saved or as Parquet: the same images and classes as the package itself gives."""
 
+import importlib
 import io
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fbn_plugin import internals
 from fbn_plugin.engine.data.image_data import load_image_data
 from fbn_plugin.engine.run.cli import UserError
 
@@ -15,7 +18,9 @@ from fbn_plugin.engine.run.cli import UserError
 @pytest.fixture
 def datasets(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    module = pytest.importorskip("datasets", reason="datasets is not installed")
+    if not internals.is_installed("datasets"):
+        pytest.skip("datasets is not installed")
+    module = importlib.import_module("datasets")
     monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     return module
 
@@ -116,7 +121,11 @@ def test_damage_and_images_elsewhere(datasets, tmp_path):
         load_image_data("hf_datasets", str(tmp_path / "paths")).train[0]
 
 
-def test_without_the_package(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
+@pytest.mark.parametrize("place", [None, types.ModuleType("datasets")], ids=["nothing", "a folder of its name"])
+def test_without_the_package(tmp_path, monkeypatch, place):
+    """A folder ``datasets``, as detectron2's checkout has one, is imported as a package without content."""
+    if place is not None:
+        place.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "datasets", place)
     with pytest.raises(ValueError, match="needs the package datasets, which is not installed: pip install datasets"):
         load_image_data("hf_datasets", str(tmp_path))
