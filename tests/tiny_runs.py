@@ -70,10 +70,10 @@ def arguments(name: str, folder: Path, shapes: Path) -> list[str]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All that two runs must have in common, but for times."""
+    """All that two runs must have in common, but for times and the command line."""
     found: dict[str, Any] = {
         "metrics.json": [
-            json.dumps({key: value for key, value in sorted(row.items()) if "time" not in key and "_second" not in key})
+            json.dumps({key: value for key, value in sorted(row.items()) if not _is_time(key)})
             for row in map(json.loads, (folder / "metrics.json").read_text().splitlines())
         ]
     }
@@ -83,8 +83,15 @@ def results(folder: Path) -> dict[str, Any]:
         found[f"{name}: iteration"] = content["iteration"]
     for name in ("results.json", "inference/coco_instances_results.json"):
         if (folder / name).exists():
-            found[name] = json.loads((folder / name).read_text())
+            content = json.loads((folder / name).read_text())
+            if isinstance(content, dict):
+                content = {key: value for key, value in content.items() if key != "command" and not _is_time(key)}
+            found[name] = content
     return found
+
+
+def _is_time(key: str) -> bool:
+    return "time" in key or "_second" in key
 
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -141,6 +141,7 @@ def test_ctrl_c_and_a_second_sigterm_stop_at_once(name, shapes, tmp_path, monkey
 def test_other_signals_and_a_worker_that_is_killed(name, shapes, tmp_path):
     out = tmp_path / "run"
     given = ["--resume", *arguments(name, out, shapes), "DATALOADER.NUM_WORKERS", "1"]
+    given += ["DATALOADER.IN_MEMORY", "never"] if name == "train_classification" else []  # which needs no workers
     error = stopped(name, given, tmp_path, kill_workers, signal.SIGKILL, 1)
     assert error.startswith("error: a process that loads images was killed (Killed)")
     for number in (signal.SIGHUP, signal.SIGUSR1):
