@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
         from fbn_plugin.engine.classification.comparison import check_same_set, evaluate_checkpoints, write_comparison
         from fbn_plugin.engine.classification.predictions import find_checkpoint
-        from fbn_plugin.engine.reports.classifiers import summary_rows
+        from fbn_plugin.engine.reports.classifiers import summary_rows, write_classifier_report
 
         options = args.config_file, overrides_of(args)
         checkpoints = [find_checkpoint(path, *options, name) for path, name in zip(args.paths, names)]
@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     with user_errors(*RUN_ERRORS):
         command = shlex.join(["python", "tools/evaluate_classification.py", *(sys.argv[1:] if argv is None else argv)])
         write_comparison(args.output, comparison, command)
+        report = comparison.title, comparison.facts, comparison.classes, comparison.entries, command
+        write_classifier_report(args.output / "report.html", *report)
     print(f"{comparison.title}\n\n{format_table(summary_rows(comparison.entries))}\n")
     for fact in comparison.facts:
         print(f"- {fact}")

@@ -111,34 +111,25 @@ def evaluate_checkpoints(checkpoints: Sequence[Checkpoint], crops: int = 1, ense
     return Comparison(data.title, classes, checkpoints, entries, found, crops)
 
 
-def write_comparison(folder: Path, comparison: Comparison, command: str) -> list[Path]:
-    """Write ``report.html`` with its pictures, ``evaluation.json`` and ``confusion_1.json``, ...
+def write_comparison(folder: Path, comparison: Comparison, command: str) -> None:
+    """Write ``evaluation.json`` and ``confusion_1.json``, ...
 
     Args:
         folder: is made where it is not there.
         comparison: what to write.
         command: the command line.
 
-    Returns:
-        what was written.
-
     Raises:
         OSError: it cannot be written.
     """
-    from fbn_plugin.engine.reports.classifiers import write_classifier_report  # matplotlib is slow to import
-
     folder = Path(folder)
     with writing(folder):
         os.makedirs(folder, exist_ok=True)
-    files = [folder / "evaluation.json"]
-    atomic_write(files[0], _as_bytes(_record(comparison, command)))
+    atomic_write(folder / "evaluation.json", _as_bytes(_record(comparison, command)))
     for number, (name, measures) in enumerate(comparison.entries.items(), start=1):
-        files.append(folder / f"confusion_{number}.json")
         matrix = {"name": name, "classes": list(comparison.classes), "rows": "true", "columns": "predicted"}
-        atomic_write(files[-1], _as_bytes({**matrix, "images": measures.confusion.tolist()}, indent=None))
-    page = folder / "report.html"
-    report = comparison.title, comparison.facts, comparison.classes, comparison.entries, command
-    return [*files, *write_classifier_report(page, *report)]
+        content = _as_bytes({**matrix, "images": measures.confusion.tolist()}, indent=None)
+        atomic_write(folder / f"confusion_{number}.json", content)
 
 
 def _as_bytes(content: dict[str, Any], indent: int | None = 2) -> bytes:
