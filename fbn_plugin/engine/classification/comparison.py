@@ -1,4 +1,4 @@
-"""Checkpoints of classifiers evaluated side by side, and as an ensemble; their figures as JSON and as a page."""
+"""Checkpoints of classifiers evaluated side by side, and as an ensemble; their figures as JSON."""
 
 from __future__ import annotations
 
