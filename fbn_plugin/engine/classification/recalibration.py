@@ -22,7 +22,7 @@ from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.cli import UserError
-from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.config import CfgNode, with_value
 from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.layers.description import family
 
@@ -93,10 +93,7 @@ def recalibrate(
 
 def _with_own_norms(cfg: CfgNode, model: nn.Module, num_classes: int) -> nn.Module:
     """The pretrained model before its norms were converted, on the device of ``model``."""
-    own = cfg.clone()
-    own.defrost()
-    own.MODEL.NORM = ""
-    source = build_model(own, num_classes)
+    source = build_model(with_value(cfg, "MODEL.NORM", ""), num_classes)
     if cfg.MODEL.WEIGHTS:
         ClassifierCheckpointer(source, "", cfg.MODEL.RESET_CLASSIFIER).load(cfg.MODEL.WEIGHTS, [], strict=False)
     entries = source.state_dict()  # a new classifier is the model's

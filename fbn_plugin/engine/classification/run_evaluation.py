@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fbn_plugin.engine.classification.measures import measure
 from fbn_plugin.engine.classification.predictions import find_checkpoint, predict
+from fbn_plugin.engine.run.run_folder import named_checkpoint
 from fbn_plugin.engine.run.run_info import hardware, write_evaluation
 
 __all__ = ["evaluate_run"]
@@ -28,11 +29,7 @@ def evaluate_run(
     Raises:
         FileNotFoundError, ValueError: weights or images are not there, or do not fit.
     """
-    place = folder
-    if weights is not None:
-        place = next((path for path in (Path(weights), folder / weights) if path.is_file()), None)
-        if place is None:
-            raise FileNotFoundError(f"checkpoint {weights} is not there, nor in {folder}")
+    place = folder if weights is None else named_checkpoint(folder, weights)
     checkpoint = find_checkpoint(place, folder / "config.yaml")
     cfg, found = checkpoint.cfg, predict(checkpoint)
     figures = measure(found.probabilities, found.labels).figures

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fbn_plugin.engine.classification.config import classification_config
 from fbn_plugin.engine.run.config import flatten, read_config
 from fbn_plugin.engine.run.logging import is_figure, read_metrics
-from fbn_plugin.engine.run.run_folder import norm_label
+from fbn_plugin.engine.run.run_folder import INFO_KINDS, RunFolder, check_kinds, norm_label
 from fbn_plugin.engine.run.run_info import read_record, read_run_info
 
 __all__ = ["ClassificationRun", "read_classification_run"]
@@ -26,19 +24,8 @@ _NEEDED = {
 }
 
 
-@dataclass(frozen=True)
-class ClassificationRun:
-    """A run folder.
-
-    Attributes:
-        folder: OUTPUT_DIR.
-        config: ``config.yaml``, each key written out with its dots, and those that an older version had not.
-        info: ``run_info.json``; empty where there is none.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    info: dict[str, Any]
+class ClassificationRun(RunFolder):
+    """A classification run's folder."""
 
     @property
     def norm(self) -> str:
@@ -61,11 +48,6 @@ class ClassificationRun:
         """Whether test labels have a part in its figures."""
         return self.config.get("TEST.MOMENTS") == "balanced"
 
-    @property
-    def is_evaluation(self) -> bool:
-        """Whether nothing was trained in the folder, only evaluated."""
-        return not (self.folder / "metrics.json").is_file() and (self.folder / "evaluation.json").is_file()
-
     def last_evaluation(self) -> tuple[int | None, dict[str, float]]:
         """Finished iterations (None where the weights do not tell them) and figures of the last evaluation: ``top1``,
         ``top5`` and ``loss``, and where they were measured ``ema/...`` of averaged weights and ``test/...``.
@@ -77,13 +59,8 @@ class ClassificationRun:
         """
         if self.is_evaluation:
             return self._from_evaluation()
-        path = self.folder / "metrics.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{self.folder} is no run folder with evaluations: it has neither metrics.json nor evaluation.json"
-            )
         finished, figures = None, {}
-        for row in read_metrics(path):
+        for row in read_metrics(self.metrics_file):
             if "val/loss" in row or "val/top1" in row:
                 finished, figures = row["iteration"] + 1, {}
             if finished == row["iteration"] + 1:
@@ -127,12 +104,6 @@ def read_classification_run(folder: str | os.PathLike) -> ClassificationRun:
         key: list(value) if isinstance(value, tuple) else value for key, value in flatten(classification_config())
     }
     config, info = {**defaults, **read_config(path)}, read_run_info(folder)
-    for key, kind in _NEEDED.items():
-        if not isinstance(config.get(key), kind):
-            raise ValueError(f"{path}: {key} must be of type {kind.__name__}, got {config.get(key)!r:.80}")
-    for key, kind in (("hardware", str), ("processes", int), ("train_images", dict), ("test_images", dict)):
-        if not isinstance(info.get(key, kind()), kind):
-            raise ValueError(
-                f"{folder / 'run_info.json'}: {key} must be of type {kind.__name__}, got {info[key]!r:.80}"
-            )
+    check_kinds(path, config, _NEEDED)  # all have defaults
+    check_kinds(folder / "run_info.json", info, INFO_KINDS)
     return ClassificationRun(folder, config, info)

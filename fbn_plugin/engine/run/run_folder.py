@@ -3,7 +3,7 @@ evaluations, weights, detections."""
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,18 @@ from fbn_plugin.engine.run.run_info import read_record, read_run_info
 from fbn_plugin.frameworks.detectron2_keys import KEYS
 from fbn_plugin.registry import NormSpec, norm_options, parse_spec
 
-__all__ = ["NORM_KEYS", "Run", "is_classification", "norm_label", "read_run", "run_titles"]
+__all__ = [
+    "INFO_KINDS",
+    "NORM_KEYS",
+    "Run",
+    "RunFolder",
+    "check_kinds",
+    "is_classification",
+    "named_checkpoint",
+    "norm_label",
+    "read_run",
+    "run_titles",
+]
 
 # Where a config names a norm, the backbone's first.
 NORM_KEYS = tuple(f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"))
@@ -30,13 +41,16 @@ _NEEDED = {
     "SEED": int,
 }
 
+# Of ``run_info.json``, whichever engine wrote it.
+INFO_KINDS = {"hardware": str, "processes": int, "train_images": dict, "test_images": dict}
+
 # What `save_config` leaves out, as YAML has it.
 _DEFAULTS = {key: list(value) if isinstance(value, tuple) else value for key, value in KEYS.items()}
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run folder.
+class RunFolder:
+    """A run folder of any engine.
 
     Attributes:
         folder: OUTPUT_DIR.
@@ -47,6 +61,25 @@ class Run:
     folder: Path
     config: dict[str, Any]
     info: dict[str, Any]
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether nothing was trained in the folder, only evaluated."""
+        return not (self.folder / "metrics.json").is_file() and (self.folder / "evaluation.json").is_file()
+
+    @property
+    def metrics_file(self) -> Path:
+        """``metrics.json``; FileNotFoundError where there is none."""
+        path = self.folder / "metrics.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{self.folder} is no run folder with evaluations: it has neither metrics.json nor evaluation.json"
+            )
+        return path
+
+
+class Run(RunFolder):
+    """A detection run's folder."""
 
     @property
     def engine(self) -> str:
@@ -89,16 +122,11 @@ class Run:
             FileNotFoundError, ValueError: neither ``metrics.json`` nor ``evaluation.json`` is there, or it is not what
                 it should be.
         """
-        path = self.folder / "metrics.json"
         if self.is_evaluation:
             return self._one_evaluation(dataset)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{self.folder} is no run folder with evaluations: it has neither metrics.json nor evaluation.json"
-            )
         prefix = metric_prefix(dataset, self.test_sets)
         found: dict[int, dict[str, float | None]] = {}
-        for row in read_metrics(path):
+        for row in read_metrics(self.metrics_file):
             values = {}
             for key, value in row.items():
                 if key.startswith((f"{prefix}bbox/", f"{prefix}segm/")):
@@ -107,11 +135,6 @@ class Run:
             if values:  # detectron2 counts the evaluation at the end one iteration further
                 found.setdefault(min(row["iteration"] + 1, self.max_iter), {}).update(values)
         return dict(sorted(found.items()))
-
-    @property
-    def is_evaluation(self) -> bool:
-        """Whether nothing was trained in the folder, only evaluated."""
-        return not (self.folder / "metrics.json").is_file() and (self.folder / "evaluation.json").is_file()
 
     @property
     def evaluated_weights(self) -> tuple[str, int | None]:
@@ -166,10 +189,7 @@ class Run:
             FileNotFoundError, ValueError: it is not there, or ``last_checkpoint`` names none.
         """
         if given is not None:
-            found = next((path for path in (Path(given), self.folder / given) if path.is_file()), None)
-            if found is None:
-                raise FileNotFoundError(f"checkpoint {given} is not there, nor in {self.folder}")
-            return found
+            return named_checkpoint(self.folder, given)
         found = self.folder / "model_final.pth"
         if not found.is_file():
             found = Path(last_checkpoint(self.folder)) if holds_run(self.folder) else None
@@ -198,6 +218,21 @@ class Run:
         return found[0]
 
 
+def named_checkpoint(folder: Path, given: str | os.PathLike) -> Path:
+    """A checkpoint by its path or its name in a run folder; FileNotFoundError where it is neither."""
+    found = next((path for path in (Path(given), folder / given) if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"checkpoint {given} is not there, nor in {folder}")
+    return found
+
+
+def check_kinds(path: Path, content: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """ValueError for the first of some keys whose value in a file is of another type; they may be absent."""
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key, kind()), kind):
+            raise ValueError(f"{path}: {key} must be of type {kind.__name__}, got {content[key]!r:.80}")
+
+
 def is_classification(folder: str | os.PathLike) -> bool:
     """Whether a classification run is in a folder, by its ``run_info.json`` or else its ``config.yaml``.
 
@@ -224,11 +259,10 @@ def read_run(folder: str | os.PathLike) -> Run:
     if not path.is_file():
         raise ValueError(f"{folder} is no run folder: it has no config.yaml")
     config = {**_DEFAULTS, **read_config(path)}
-    for key, kind in _NEEDED.items():
+    for key in _NEEDED:
         if key not in config:
             raise ValueError(f"{folder} is no run folder of a detector: its config.yaml has no {key}")
-        if not isinstance(config[key], kind):
-            raise ValueError(f"{path}: {key} must be of type {kind.__name__}, got {config[key]!r}")
+    check_kinds(path, config, _NEEDED)
     for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER"):
         if config[key] < 1:
             raise ValueError(f"{path}: {key} must be 1 or more, got {config[key]}")
@@ -236,16 +270,7 @@ def read_run(folder: str | os.PathLike) -> Run:
     images = info.get("images_per_batch", 1)
     if not isinstance(images, int) or images < 1:
         raise ValueError(f"{folder / 'run_info.json'}: images_per_batch must be 1 or more, got {images!r}")
-    for key, kind in (
-        ("engine", str),
-        ("hardware", str),
-        ("processes", int),
-        ("train_images", dict),
-        ("test_images", dict),
-        ("imports", list),
-    ):
-        if not isinstance(info.get(key, kind()), kind):
-            raise ValueError(f"{folder / 'run_info.json'}: {key} must be of type {kind.__name__}, got {info[key]!r}")
+    check_kinds(folder / "run_info.json", info, {"engine": str, **INFO_KINDS, "imports": list})
     return Run(folder, config, info)
 
 
