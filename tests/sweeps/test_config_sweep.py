@@ -16,7 +16,7 @@ from torch import nn
 
 from fbn_plugin.engine.classification import optimization
 from fbn_plugin.engine.classification.config import check_config, classification_config
-from fbn_plugin.engine.run.config import load_config
+from fbn_plugin.engine.run.config import load_config, read_config
 from fbn_plugin.engine.run.detection_keys import detection_config
 from fbn_plugin.engine.run.detection_rules import dependent_rules
 from fbn_plugin.engine.run.rules import check_norms, check_values
@@ -139,6 +139,15 @@ def _text(file: Path) -> str:
     return text.replace(base, str((file.parent / base).resolve())) if base else text
 
 
+def _whole_text(file: Path) -> str:
+    """With all that its bases say, in the place of their names."""
+    tree: dict = {}
+    for key, value in read_config(file).items():
+        *groups, name = key.split(".")
+        functools.reduce(lambda node, group: node.setdefault(group, {}), groups, tree)[name] = value
+    return yaml.safe_dump(tree)
+
+
 def _mutated(rng: random.Random, text: str) -> bytes:
     """A text with another value, other bytes or another structure, up to three times."""
     for _ in range(rng.choice((1, 1, 2, 3))):
@@ -187,12 +196,15 @@ def _keys(engine: str) -> list[str]:
 
 
 def _mutations(engine: str, number: int, seed: int = 0) -> list[tuple[str, bytes, list[str]]]:
+    """The first is a file as it stands, which is accepted; every second one of the others is of a whole text, where a
+    change meets a value more often than the syntax."""
     rng = random.Random(f"{engine} {seed}")
-    texts, keys = [_text(file) for file in _files(engine)], _keys(engine)
-    return [
-        (engine, _mutated(rng, rng.choice(texts)), _mutated_overrides(rng, keys) if rng.random() < 0.5 else [])
-        for _ in range(number)
-    ]
+    files, keys = _files(engine), _keys(engine)
+    cases = [(engine, _text(files[0]).encode(), [])]
+    for i in range(1, number):
+        text = (_text, _whole_text)[i % 2](rng.choice(files))
+        cases += [(engine, _mutated(rng, text), _mutated_overrides(rng, keys) if rng.random() < 0.5 else [])]
+    return cases
 
 
 def _each_key(engine: str, number: int, seed: int = 0) -> dict[tuple[str, str], tuple[str, bytes, list[str]]]:
