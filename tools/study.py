@@ -3,13 +3,15 @@
     python tools/study.py run configs/experiments/digits.yaml --jobs 2
     python tools/study.py status configs/experiments/digits.yaml
     python tools/study.py report configs/experiments/digits.yaml
+    python tools/study.py run configs/experiments/p0_fig5.yaml --scale cpu
     python tools/study.py report --from output/digits/report/study.json --to output/digits/again
     python tools/study.py report --from benchmarks/digits.json --markdown docs/digits.md
     python tools/study.py run configs/experiments/digits.yaml --executor slurm --executor-option slurm_partition=gpu
 
 The file names a base config, variants, seeds, and what is compared with what: see docs/studies.md. Each job trains in
-a folder of its own below --output (output/NAME OF THE FILE by default). `run` goes on where it was stopped: what is
-done is not run again, and a job that was stopped continues from its checkpoint. It ends with 1 where a job failed.
+a folder of its own below --output (output/NAME OF THE FILE by default, with the scale behind it). `run` goes on where
+it was stopped: what is done is not run again, and a job that was stopped continues from its checkpoint. It ends with 1
+where a job failed.
 `report` writes study.json, from which alone it can be written again, Markdown, HTML and plots.
 """
 
@@ -21,6 +23,7 @@ from pathlib import Path
 import interruption  # noqa: F401
 
 from fbn_plugin.engine.run.cli import RUN_ERRORS, add_import, import_modules, stoppable, user_errors
+from fbn_plugin.engine.studies.scales import folder_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +36,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     status = commands.add_parser("status", help="say how far the study is")
     for each in (run, status):
         each.add_argument("file", metavar="FILE", type=Path, help="the study file")
-        each.add_argument("--output", metavar="FOLDER", type=Path, help="default: output/NAME OF THE FILE")
+        each.add_argument("--output", metavar="FOLDER", type=Path, help="default: output/NAME OF THE FILE[-SCALE]")
         each.add_argument("--jobs", metavar="N", type=int, help="jobs at a time; default: GPUs, or cores / --threads")
         each.add_argument("--threads", metavar="N", type=int, default=1, help="threads of a job (1)")
     run.add_argument("--retry", action="store_true", help="try jobs that failed again, too")
@@ -55,7 +58,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     report = commands.add_parser("report", help="write tables, tests and plots")
     report.add_argument("file", metavar="FILE", type=Path, nargs="?", help="the study file")
-    report.add_argument("--output", metavar="FOLDER", type=Path, help="of the study; default: output/NAME OF THE FILE")
+    report.add_argument(
+        "--output", metavar="FOLDER", type=Path, help="of the study; default: output/NAME OF THE FILE[-SCALE]"
+    )
     report.add_argument(
         "--from",
         dest="sources",
@@ -71,6 +76,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     report.add_argument("--title", metavar="TEXT", help="of that page; default: that of the first study")
     report.add_argument("--to", metavar="FOLDER", type=Path, help="of the report; default: report in that of the study")
     for each in (run, status, report):
+        each.add_argument("--scale", metavar="NAME", help="of the study file, where it has SCALES: paper, cpu, smoke")
         add_import(each)
     args = parser.parse_args(argv)
     if args.command == "report":
@@ -78,10 +84,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("report wants a study file, or --from with a study.json")
         if args.markdown and (args.file or args.to):
             parser.error("--markdown makes a page of what --from names: it goes with neither a study file nor --to")
+        if args.scale and args.sources:
+            parser.error("--scale is of a study file, and --from names none")
         if len(args.sources) > 1 and not args.markdown:
             parser.error("several --from make one page, which --markdown names")
     if args.file is not None:
-        args.output = args.output or Path("output", args.file.stem)
+        args.output = args.output or Path("output", folder_name(args.file, args.scale))
     return args
 
 
@@ -106,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         from fbn_plugin.engine.studies.study_file import read_study
 
         import_modules(args.imports)
-        study = read_study(args.file, ROOT, args.imports)
+        study = read_study(args.file, ROOT, args.imports, args.scale)
         shared = resources(study, args.jobs, args.threads)
         options = read_options(args.executor_option)
         script = ROOT / "tools" / study.engine.script
@@ -136,7 +144,7 @@ def status(args: argparse.Namespace) -> int:
         from fbn_plugin.engine.studies.study_file import read_study
 
         import_modules(args.imports)
-        study = read_study(args.file, ROOT, args.imports)
+        study = read_study(args.file, ROOT, args.imports, args.scale)
         shared = resources(study, args.jobs, args.threads)
         text = status_text(study.study, outcomes_of(study, args.output), shared.at_once)
     print(text)
@@ -160,7 +168,7 @@ def report(args: argparse.Namespace) -> int:
             folder = args.to or args.sources[0].parent
         else:
             import_modules(args.imports)
-            file = read_study(args.file, ROOT, args.imports)
+            file = read_study(args.file, ROOT, args.imports, args.scale)
             study, outcomes = file.study, outcomes_of(file, args.output)
             folder = args.to or args.output / "report"
         write_report(study, outcomes, folder)

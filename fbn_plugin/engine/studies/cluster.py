@@ -15,6 +15,7 @@ from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.lock import hold, let_go
 from fbn_plugin.engine.run.output_dir import make_output_dir
 from fbn_plugin.engine.studies.jobs import (
+    EVALUATION,
     Job,
     all_jobs,
     begin,
@@ -22,14 +23,17 @@ from fbn_plugin.engine.studies.jobs import (
     collect,
     finish,
     is_held,
+    is_ready,
     job_log,
     record,
+    tidy,
 )
 from fbn_plugin.engine.studies.outcomes import Outcome
 from fbn_plugin.engine.studies.processes import NewProcesses, Process
 from fbn_plugin.engine.studies.running import Resources, is_due, wants_gpu
 from fbn_plugin.engine.studies.status import ended_line, seconds_left
 from fbn_plugin.engine.studies.study_file import StudyFile
+from fbn_plugin.engine.studies.wanted_data import make_wanted
 
 if TYPE_CHECKING:
     import submitit
@@ -111,9 +115,23 @@ def run_on_cluster(
         check_settings(study, jobs)
         outcomes = {job.folder: collect(study, job) for job in jobs}
         due = [job for job in jobs if is_due(outcomes[job.folder], retry)]
-        attempts = [_Attempt(job, script, shared.environment(0), study.keep) for job in due]
-        at_once = len(attempts) if executor == "slurm" else shared.at_once
-        _Waiting(study, outcomes, at_once, executor, say).run(submitting, attempts)
+        if due:
+            make_wanted(study.wanted)
+        evaluated = {part for job in due for part in job.parts}
+        for wave in ([job for job in due if not job.parts], [job for job in due if job.parts]):
+            attempts = [
+                _Attempt(
+                    job,
+                    script.with_name(EVALUATION) if job.parts else script,
+                    shared.environment(0),
+                    "final" if job.folder in evaluated and job.keep == "none" else job.keep,
+                )
+                for job in wave
+                if is_ready(job)
+            ]
+            at_once = len(attempts) if executor == "slurm" else shared.at_once
+            _Waiting(study, outcomes, at_once, executor, say).run(submitting, attempts)
+        tidy(jobs)
         return list(outcomes.values())
     finally:
         let_go(output)

@@ -24,7 +24,7 @@ class Engine:
         modules: what a run imports, which takes seconds.
         load: a config file and ``KEY VALUE`` overrides -> the checked config; ValueError or OSError in one sentence.
         metrics: metrics of its evaluations that are known, with what they are. Others may be named in full.
-        prefix: of a metric in the rows of ``metrics.json``, but for those of a test set (``test/...``).
+        prefix: of the known metrics in the rows of ``metrics.json``, but for those of a test set (``test/...``).
         last: the key that says after how many iterations a run ends, whatever a row of ``metrics.json`` has; "" where
             these are always right.
     """
@@ -37,8 +37,9 @@ class Engine:
     last: str = ""
 
     def row_key(self, name: str) -> str:
-        """The key of a metric in the rows of ``metrics.json``."""
-        return name if name.startswith("test/") else self.prefix + name
+        """The key of a metric in the rows of ``metrics.json``: that of a known one has its prefix, and any other stands
+        there as it is named, such as ``total_loss`` and ``time``."""
+        return self.prefix + name if name in self.metrics and not name.startswith("test/") else name
 
     def metric(self, name: str) -> Metric | None:
         """What a metric is, where that is known; ``"my_set/bbox/AP"`` is as ``"bbox/AP"``."""

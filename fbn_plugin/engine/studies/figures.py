@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study
+from fbn_plugin.engine.studies.run_figures import FIRST
 from fbn_plugin.engine.studies.statistics import (
     Interval,
     MetricStatistics,
@@ -27,9 +28,12 @@ __all__ = [
     "LinePanel",
     "Row",
     "RowPanel",
+    "curve_value",
+    "drawn_curves",
     "in_order",
     "level_name",
     "line_ends",
+    "mean_curve",
     "quantity",
     "row_values",
     "study_figures",
@@ -157,8 +161,17 @@ def study_figures(study: Study, outcomes: Sequence[Outcome], found: Mapping[str,
         else:
             figures.append(_by_variant(study, outcomes, found[name], name, what, file))
         figures.append(_differences(study, found[name], name, metric, file))
-        figures.append(_curves(study, outcomes, name, what, file))
+        if name in _curve_owners(study):
+            figures.append(_curves(study, outcomes, name, what if metric.of == "last" else metric.row or name, file))
     return [each for each in figures if each.panels]
+
+
+def _curve_owners(study: Study) -> list[str]:
+    """Of the metrics that are taken from the same row along the run the one whose curves are drawn."""
+    owners: dict[str, str] = {}
+    for name, metric in sorted(study.metrics.items(), key=lambda pair: pair[1].of != "last"):
+        owners.setdefault(metric.row or name, name)
+    return list(owners.values())
 
 
 def quantity(name: str, metric: Metric, less: str = "") -> str:
@@ -363,7 +376,7 @@ def _curves(study: Study, outcomes: Sequence[Outcome], name: str, what: str, fil
     for context, members in sets.items():
         lines = []
         for variant in members:
-            points = _mean_curve(outcomes, variant, name)
+            points = mean_curve(outcomes, variant, name, study.metrics[name].of in FIRST)
             if points:
                 level = level_name(study, variant)
                 used[_short(level)] = style[level]
@@ -391,20 +404,40 @@ def _late_range(lines: Sequence[Line]) -> Interval:
     return line_ends(late)
 
 
-def _mean_curve(outcomes: Sequence[Outcome], variant: str, name: str) -> list[tuple[float, float, Interval | None]]:
-    """Mean and band at the iterations at which all runs of a variant with a final figure were evaluated."""
+def drawn_curves(
+    outcomes: Sequence[Outcome], variant: str, name: str, is_first: bool = False
+) -> tuple[list[int], list[dict[int, float]]]:
+    """What is drawn of the curves of a variant's finished runs: iterations at which all that have a final figure were
+    evaluated, at most 60, and the figures there, to six digits.
+
+    Args:
+        is_first: the figure is the iterations to a threshold, which a run may be drawn without.
+    """
     curves = [
-        {at: value for at, value in each.curves.get(name, []) if is_figure(value)}
+        {at: curve_value(value) for at, value in each.curves.get(name, []) if is_figure(value)}
         for each in outcomes
-        if each.variant == variant and each.state == "done" and is_figure(each.metrics.get(name))
+        if each.variant == variant and each.state == "done" and (is_first or is_figure(each.metrics.get(name)))
     ]
     curves = [each for each in curves if each]
     if not curves:
-        return []
+        return [], []
     shared = sorted(set.intersection(*map(set, curves)))
     step = math.ceil(len(shared) / _MOST_POINTS) or 1
+    return shared[::-1][::step][::-1], curves  # the last one is kept
+
+
+def curve_value(value: float) -> float:
+    """A figure along a run as it is drawn, to six digits, so that kept ones need no more."""
+    return float(f"{value:.6g}")
+
+
+def mean_curve(
+    outcomes: Sequence[Outcome], variant: str, name: str, is_first: bool = False
+) -> list[tuple[float, float, Interval | None]]:
+    """Mean and band of :func:`drawn_curves`."""
+    places, curves = drawn_curves(outcomes, variant, name, is_first)
     points = []
-    for at in shared[::-1][::step][::-1]:  # the last one is kept
+    for at in places:
         values = sorted(each[at] for each in curves)
         mean = statistics.fmean(values)
         sd = statistics.stdev(values) if len(values) > 1 else None

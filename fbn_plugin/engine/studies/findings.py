@@ -10,6 +10,7 @@ from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.studies.document import Block, Inline, Mono, Paragraph, Strong, Table
 from fbn_plugin.engine.studies.figures import in_order, level_name, quantity
 from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study
+from fbn_plugin.engine.studies.run_figures import FIRST
 from fbn_plugin.engine.studies.statistics import (
     POWER,
     RESAMPLES,
@@ -24,15 +25,25 @@ from fbn_plugin.engine.studies.statistics import (
     numeric_factor,
 )
 
-__all__ = ["best_blocks", "comparison_blocks", "mean_blocks", "run_blocks", "state_blocks", "variant_blocks"]
+__all__ = [
+    "Numbers",
+    "best_blocks",
+    "comparison_blocks",
+    "mean_blocks",
+    "p_text",
+    "run_blocks",
+    "state_blocks",
+    "variant_blocks",
+]
 
 _UNDERPOWERED = "underpowered"
 _MARKS = {"higher": " ↑", "lower": " ↓", "not told apart": ""}
 _MOST_NAMED = 20
 
 
-class _Numbers:
-    """Numbers of one metric with as many decimals as tell two digits of a typical standard deviation."""
+class Numbers:
+    """Numbers of one metric with as many decimals as tell two digits of a typical standard deviation; a dash for
+    None."""
 
     def __init__(self, found: MetricStatistics):
         spreads = [each.sd for each in found.summaries.values() if each.sd]
@@ -41,9 +52,11 @@ class _Numbers:
         self.decimals = min(max(1 - math.floor(math.log10(scale)), 0), 8)
 
     def plain(self, value: float | None) -> str:
+        """``71.23``."""
         return "-" if value is None else self._text(value, "")
 
     def signed(self, value: float | None) -> str:
+        """``+71.23``."""
         return "-" if value is None else self._text(value, "+")
 
     def spread(self, middle: float | None, sd: float | None, sign: str = "") -> str:
@@ -53,6 +66,7 @@ class _Numbers:
         return self._text(middle, sign) + ("" if sd is None else f" ± {self._text(sd, '')}")
 
     def interval(self, ends: Interval | None, sign: str = "") -> str:
+        """``71.20 to 71.30``."""
         return "-" if ends is None else f"{self._text(ends[0], sign)} to {self._text(ends[1], sign)}"
 
     def _text(self, value: float, sign: str) -> str:
@@ -61,14 +75,15 @@ class _Numbers:
         return f"{round(value, self.decimals) + 0.0:{sign},.{self.decimals}f}"
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """``0.012``, ``< 0.001``, or a dash for None."""
     if value is None:
         return "-"
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.0995 else f"{value:.2f}"
 
 
 def _p_pair(raw: float | None, adjusted: float | None) -> str:
-    return "-" if raw is None else f"{_p(raw)} ({_p(adjusted)})"
+    return "-" if raw is None else f"{p_text(raw)} ({p_text(adjusted)})"
 
 
 def _effect(value: float) -> str:
@@ -90,7 +105,8 @@ def state_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, 
     text = f"{states['done']:,} of {counted(jobs, 'job')} done: {counted(len(study.variants), 'variant')}, "
     text += f"{counted(len(set(study.seeds)), 'seed')} each."
     blocks: list[Block] = [Paragraph((text,))]
-    diverged = max(sum(len(each.diverged) for each in metric.summaries.values()) for metric in found.values())
+    ended = [metric for name, metric in found.items() if study.metrics[name].of not in FIRST]
+    diverged = max((sum(len(each.diverged) for each in metric.summaries.values()) for metric in ended), default=0)
     counts = {
         "failed": states["failed"],
         "diverged": diverged,
@@ -110,11 +126,13 @@ def state_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, 
 
 def best_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]:
     """Which variant is best where, and which others may be."""
-    metric, numbers = study.metrics[name], _Numbers(found)
+    metric, numbers = study.metrics[name], Numbers(found)
     most = "highest" if metric.higher_is_better else "lowest"
     what = metric.label or name
     known = [each for each in found.best if each.best is not None]
     blocks: list[Block] = []
+    if not found.best:  # nothing is compared
+        return blocks
     if not known:
         return [Paragraph((f"No variant has a {what} for every seed yet, so none is named the best.",))]
     if len(known) == 1:
@@ -153,7 +171,7 @@ def _names(study: Study, variants: Sequence[str]) -> str:
     return "; ".join(level_name(study, each) for each in variants) or "-"
 
 
-def _one_best(study: Study, best: BestOf, found: MetricStatistics, numbers: _Numbers, what: str) -> Paragraph:
+def _one_best(study: Study, best: BestOf, found: MetricStatistics, numbers: Numbers, what: str) -> Paragraph:
     summary = found.summaries[best.best]
     text = f" has the {what}: {numbers.spread(summary.mean, summary.sd)} ({_seeds_label(best.n)})."
     if best.possible[1:]:
@@ -199,7 +217,7 @@ def mean_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]
     if factor is None or across is None:
         return variant_blocks(study, name, found)
     blocks: list[Block] = []
-    sets, numbers = compared_sets(study), _Numbers(found)
+    sets, numbers = compared_sets(study), Numbers(found)
     tables: dict[str, dict[str, list[str]]] = {}
     for members in sets.values():
         levels = study.variants[members[0]].levels
@@ -219,7 +237,7 @@ def mean_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]
     return blocks
 
 
-def _cell(study: Study, found: MetricStatistics, variant: str | None, numbers: _Numbers) -> Inline:
+def _cell(study: Study, found: MetricStatistics, variant: str | None, numbers: Numbers) -> Inline:
     """``71.23 ± 0.80 ↑ °``; what has the best mean of its column stands out."""
     if variant is None:
         return ""
@@ -245,7 +263,7 @@ def _cell_note(study: Study, metric: Metric) -> str:
 
 def variant_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]:
     """One row a variant: number of runs, mean, spread and interval."""
-    numbers, level = _Numbers(found), _percent(1 - study.alpha)
+    numbers, level = Numbers(found), _percent(1 - study.alpha)
     header = [
         "variant",
         "n",
@@ -270,14 +288,15 @@ def variant_blocks(study: Study, name: str, found: MetricStatistics) -> list[Blo
                 numbers.plain(each.median),
                 numbers.plain(each.least),
                 numbers.plain(each.greatest),
-                _without(each),
+                _without(each, study.metrics[name]),
             ]
         )
     return [Paragraph((f"{quantity(name, study.metrics[name])}:",)), Table(rows, (0, 8))]
 
 
-def _without(summary: Summary) -> str:
-    kinds = {"failed": summary.failed, "diverged": summary.diverged, "to end": summary.unfinished}
+def _without(summary: Summary, metric: Metric) -> str:
+    diverged = "never got there" if metric.of in FIRST else "diverged"
+    kinds = {"failed": summary.failed, diverged: summary.diverged, "to end": summary.unfinished}
     return ", ".join(f"{len(seeds)} {kind}" for kind, seeds in kinds.items() if seeds) or "-"
 
 
@@ -286,7 +305,7 @@ def comparison_blocks(study: Study, name: str, found: MetricStatistics) -> list[
     groups: dict[str, list[PairedComparison]] = {}
     for each in in_order(study, found.comparisons):
         groups.setdefault(each.group, []).append(each)
-    numbers, blocks = _Numbers(found), []
+    numbers, blocks = Numbers(found), []
     for group, members in groups.items():
         blocks += _comparison_table(study, name, group, members, numbers)
     if blocks:
@@ -296,7 +315,7 @@ def comparison_blocks(study: Study, name: str, found: MetricStatistics) -> list[
 
 
 def _comparison_table(
-    study: Study, name: str, group: str, members: Sequence[PairedComparison], numbers: _Numbers
+    study: Study, name: str, group: str, members: Sequence[PairedComparison], numbers: Numbers
 ) -> list[Block]:
     """The comparisons of one group; a baseline that all of them share stands above the table."""
     unit, level = study.metrics[name].unit, _percent(1 - study.alpha)
@@ -313,7 +332,7 @@ def _comparison_table(
     return [Paragraph((f"{group}{', ' * bool(group)}{what}:",)), Table(rows, (0, 1, 2))]
 
 
-def _comparison_row(study: Study, each: PairedComparison, numbers: _Numbers) -> list[Inline]:
+def _comparison_row(study: Study, each: PairedComparison, numbers: Numbers) -> list[Inline]:
     label = f"{each.verdict} ({_seeds_label(each.n)}{f'; {each.note}' if each.note else ''})"
     return [
         level_name(study, each.variant),
@@ -346,6 +365,8 @@ def run_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, Me
     """Runs without a figure, named with the reason; nothing where there are none."""
     failed = [(each.variant, each.seed, each.error or "failed") for each in outcomes if each.state == "failed"]
     for name, each in found.items():
+        if study.metrics[name].of in FIRST:  # which not to reach is no failure
+            continue
         what = f"no finite {study.metrics[name].label or name}: it diverged, or was not evaluated"
         failed += [(variant, seed, what) for variant, summary in each.summaries.items() for seed in summary.diverged]
     if not failed:

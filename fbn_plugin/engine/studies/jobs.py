@@ -18,11 +18,30 @@ from fbn_plugin.engine.files.words import on_one_line, shown
 from fbn_plugin.engine.run.logging import is_figure, read_metrics
 from fbn_plugin.engine.run.output_dir import holds_run
 from fbn_plugin.engine.run.run_info import read_record, read_run_info
-from fbn_plugin.engine.studies.outcomes import Outcome
+from fbn_plugin.engine.studies.outcomes import Outcome, Variant
+from fbn_plugin.engine.studies.run_figures import figure_of_run
 from fbn_plugin.engine.studies.seeds import config_seed
-from fbn_plugin.engine.studies.study_file import StudyFile, flat
+from fbn_plugin.engine.studies.study_file import StudyFile
+from fbn_plugin.engine.studies.study_keys import flat
 
-__all__ = ["Job", "all_jobs", "begin", "check_settings", "collect", "finish", "is_held", "job_log", "record"]
+__all__ = [
+    "EVALUATION",
+    "Job",
+    "all_jobs",
+    "begin",
+    "check_settings",
+    "collect",
+    "finish",
+    "is_held",
+    "is_ready",
+    "job_log",
+    "record",
+    "tidy",
+]
+
+# What evaluates the checkpoints of several jobs together.
+EVALUATION = "evaluate_classification.py"
+_FINAL = "model_final.pth"
 
 _RECORD = "job.json"
 _LOG = "job.log"
@@ -48,6 +67,8 @@ class Job:
         folder: OUTPUT_DIR.
         arguments: the tool's command line, without the tool.
         command: the same for readers, from the project's root.
+        parts: folders of the jobs whose final checkpoints it evaluates; of one that trains none.
+        keep: which of its checkpoints stay, ``"none"``, ``"final"`` or ``"all"``.
     """
 
     variant: str
@@ -56,6 +77,8 @@ class Job:
     folder: Path
     arguments: list[str]
     command: str
+    parts: tuple[Path, ...] = ()
+    keep: str = "none"
 
     @property
     def title(self) -> str:
@@ -70,11 +93,47 @@ def all_jobs(study: StudyFile, output: str | os.PathLike) -> list[Job]:
         study: the study.
         output: its folder.
     """
-    return [_job(study, variant, seed, Path(output)) for seed in study.study.seeds for variant in study.study.variants]
+    return [
+        (_combined if described.combines else _trained)(study, variant, seed, Path(output))
+        for seed in study.study.seeds
+        for variant, described in study.study.variants.items()
+    ]
 
 
-def _job(study: StudyFile, variant: str, seed: int, output: Path) -> Job:
-    place = Path("jobs", variant, f"seed-{seed}")
+def _place(variant: str, seed: int) -> Path:
+    return Path("jobs", variant, f"seed-{seed}")
+
+
+def _combined(study: StudyFile, variant: str, seed: int, output: Path) -> Job:
+    """The job that evaluates others' checkpoints."""
+    combination, place = study.study.variants[variant].combines, _place(variant, seed)
+
+    def arguments(folder: Path) -> list[str]:
+        flags = [text for name in study.imports for text in ("--import", name)]
+        names = [text for part in combination.of for text in ("--name", part)]
+        flags += [*names, "--crops", str(combination.crops)]
+        flags += ["--moments", combination.moments] if combination.moments else []
+        flags += ["--ensemble"] if len(combination.of) > 1 else []
+        return [*(str(folder / _place(part, seed)) for part in combination.of), "--output", str(folder / place), *flags]
+
+    return Job(
+        variant,
+        seed,
+        config_seed(seed, study.study.seed_rule),
+        output / place,
+        arguments(output),
+        shlex.join(["python", f"tools/{EVALUATION}", *map(_without_folder, arguments(Path()))]),
+        tuple(output / _place(part, seed) for part in combination.of),
+    )
+
+
+def _without_folder(argument: str) -> str:
+    """A file that is imported, by its name alone."""
+    return os.path.basename(argument) if argument.endswith(".py") else argument
+
+
+def _trained(study: StudyFile, variant: str, seed: int, output: Path) -> Job:
+    place = _place(variant, seed)
     number = config_seed(seed, study.study.seed_rule)
 
     def arguments(base: str, folder: str, imports: Sequence[str]) -> list[str]:
@@ -83,8 +142,7 @@ def _job(study: StudyFile, variant: str, seed: int, output: Path) -> Job:
         return [*flags, "--config-file", base, "--resume", "auto", *study.overrides[variant], *end]
 
     base = study.study.variants[variant].base or study.study.base
-    names = [os.path.basename(name) if name.endswith(".py") else name for name in study.imports]
-    shown_arguments = arguments(base, str(place), names)
+    shown_arguments = arguments(base, str(place), [_without_folder(name) for name in study.imports])
     shown_arguments = [each for each in shown_arguments if each not in ("--resume", "auto")]
     return Job(
         variant,
@@ -93,7 +151,31 @@ def _job(study: StudyFile, variant: str, seed: int, output: Path) -> Job:
         output / place,
         arguments(os.path.abspath(study.bases[variant]), str(output / place), study.imports),
         shlex.join(["python", f"tools/{study.engine.script}", *shown_arguments]),
+        keep=study.keep,
     )
+
+
+def is_ready(job: Job) -> bool:
+    """Whether the jobs whose checkpoints one evaluates are done; of one that trains always.
+
+    Raises:
+        ValueError: the record of such a job is damaged.
+    """
+    return all(_state(part) == "done" for part in job.parts)
+
+
+def _state(folder: Path) -> str:
+    path = folder / _RECORD
+    return read_record(path).get("state", "") if path.is_file() else ""
+
+
+def tidy(jobs: Sequence[Job]) -> None:
+    """Remove the checkpoints of finished jobs that are not to stay, once no combination waits for them."""
+    wanted = {part for job in jobs for part in job.parts if _state(job.folder) != "done"}
+    evaluated = {part for job in jobs for part in job.parts}
+    for job in jobs:
+        if job.folder in evaluated - wanted and _state(job.folder) == "done":
+            _tidy(job.folder, job.keep)
 
 
 def job_log(job: Job) -> Path:
@@ -133,6 +215,8 @@ def begin(job: Job) -> None:
 def finish(job: Job, code: int, seconds: float, keep: str, stopped: bool = False) -> str | None:
     """Note how the job ended, and remove the checkpoints of a finished one that are not to be kept.
 
+    What a combination still is to evaluate is kept by ``keep``, and removed by :func:`tidy`.
+
     Args:
         job: that has begun.
         code: exit code of its process; of one that a signal ended, minus its number.
@@ -167,7 +251,7 @@ def _tidy(folder: Path, keep: str) -> None:
     """Remove what a finished run is not asked for again."""
     if keep == "all":
         return
-    spared = ("model_final.pth",) if keep == "final" else ()
+    spared = (_FINAL,) if keep == "final" else ()
     for file in folder.iterdir():
         is_weights = file.suffix == ".pth" and file.name not in spared
         is_pointer = file.name == "last_checkpoint" and keep == "none"
@@ -229,16 +313,21 @@ def collect(study: StudyFile, job: Job, is_running: bool = False) -> Outcome:
     if state not in ("done", "failed"):
         runs = (is_running and state == "running") or is_held(job.folder)
         state = "running" if runs else "waiting"
-    curves = _curves(study, job) if known else {}
-    info = read_run_info(job.folder) if known else {}
+    described = study.study.variants[job.variant]
+    curves, metrics, info = {}, {}, {}
+    if known and described.combines:
+        metrics, info = _evaluation(study, job)
+    elif known:
+        curves, info = _curves(study, job), read_run_info(job.folder)
+        metrics = {name: figure_of_run(study.study.metrics[name], curve) for name, curve in curves.items()}
     error = known.get("error") if state == "failed" else None
     return Outcome(
         variant=job.variant,
         seed=job.seed,
         config_seed=job.config_seed,
         state=state,
-        levels=study.study.variants[job.variant].levels,
-        metrics={name: curve[-1][1] for name, curve in curves.items()} if state == "done" else {},
+        levels=described.levels,
+        metrics=metrics if state == "done" else {},
         curves=curves,
         seconds=known.get("seconds"),
         command=job.command,
@@ -248,18 +337,36 @@ def collect(study: StudyFile, job: Job, is_running: bool = False) -> Outcome:
     )
 
 
+def _evaluation(study: StudyFile, job: Job) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures of the evaluation of several jobs' checkpoints, the ensemble's of several, and all that it recorded."""
+    path = job.folder / "evaluation.json"
+    if not path.is_file():
+        return {}, {}
+    content = read_record(path)
+    try:
+        given = content["entries"][-1]["metrics"]
+        rows = {name: metric.row or name for name, metric in study.study.metrics.items() if metric.of == "last"}
+        figures = {name: float(given[row]) for name, row in rows.items() if given.get(row) is not None}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} is damaged: its last entry has no metrics") from None
+    return figures, content
+
+
 def _curves(study: StudyFile, job: Job) -> dict[str, list[tuple[int, float]]]:
     """Metric -> (finished iterations, figure) of each evaluation, in order."""
     engine, last = study.engine, study.configs[job.variant].get(study.engine.last, math.inf)
+    rows = {name: metric.row or name for name, metric in study.study.metrics.items()}
+    keys = {name: engine.row_key(row) for name, row in rows.items()}
     found: dict[str, dict[int, float]] = {}
     for row in read_metrics(job.folder / "metrics.json"):
         for name in study.study.metrics:
-            if (value := row.get(engine.row_key(name), ...)) is not ...:
+            if (value := row.get(keys[name], ...)) is not ...:
                 finished = min(row["iteration"] + 1, last)
                 found.setdefault(name, {})[finished] = math.nan if value is None else float(value)
-    for name, value in _results(job.folder).items():  # the last evaluation has the last word
-        if name in study.study.metrics and name in found and is_figure(value):
-            curve = found[name]
+    results = _results(job.folder)  # the last evaluation has the last word
+    for name, curve in found.items():
+        value = results.get(rows[name], ...)
+        if engine.metric(rows[name]) is not None and value is not ... and is_figure(value):
             curve[max(curve)] = math.nan if value is None else float(value)
     return {name: sorted(found[name].items()) for name in study.study.metrics if name in found}
 
@@ -284,6 +391,9 @@ def check_settings(study: StudyFile, jobs: Sequence[Job]) -> None:
         ValueError: the first job whose ``config.yaml`` differs, with the key.
     """
     for job in jobs:
+        if job.parts:
+            _check_combination(study.study.variants[job.variant], job)
+            continue
         path = job.folder / "config.yaml"
         if not path.is_file() or not (holds_run(job.folder) or record(job).get("state") == "done"):
             continue
@@ -295,3 +405,19 @@ def check_settings(study: StudyFile, jobs: Sequence[Job]) -> None:
                     f"{job.title} was run with {key} {shown(old)}, and the study file has {shown(wanted[key])}; put "
                     f"the old value back, remove {job.folder}, or choose another --output"
                 )
+
+
+def _check_combination(variant: Variant, job: Job) -> None:
+    """Refuse a study file that combines otherwise than was done."""
+    path = job.folder / "evaluation.json"
+    if record(job).get("state") != "done" or not path.is_file():
+        return
+    content = read_record(path)
+    wanted = variant.combines
+    names = [each.get("name") for each in content.get("entries", [])][: len(wanted.of)]
+    for what, old, new in (("crops", content.get("crops"), wanted.crops), ("variants", names, wanted.of)):
+        if old != new:
+            raise ValueError(
+                f"{job.title} was evaluated with {what} {shown(old)}, and the study file has {shown(new)}; put the old "
+                f"value back, remove {job.folder}, or choose another --output"
+            )

@@ -17,9 +17,25 @@ from fbn_plugin.engine.files.json_files import read_json
 from fbn_plugin.engine.files.words import shown
 from fbn_plugin.engine.studies.seeds import SEED_RULES
 
-__all__ = ["STATES", "Comparison", "Metric", "Outcome", "Study", "Variant", "read_outcomes", "write_outcomes"]
+__all__ = [
+    "FULL_SCALE",
+    "STATES",
+    "Claim",
+    "Combination",
+    "Comparison",
+    "Metric",
+    "Outcome",
+    "Printed",
+    "Study",
+    "Variant",
+    "read_outcomes",
+    "write_outcomes",
+]
 
 STATES = ("done", "failed", "running", "waiting")
+
+# The scale at which a study has the settings that its paper prints.
+FULL_SCALE = "paper"
 
 _FORMAT = 1
 _LARGEST = 200_000_000  # ten thousand jobs with long curves
@@ -33,11 +49,33 @@ class Metric:
         higher_is_better: which way it improves.
         unit: such as ``"%"``; "" for none.
         label: its name for readers.
+        row: what it is taken from along the run, as an evaluation or a row of ``metrics.json`` names it; "" for its own
+            name.
+        of: how, one of ``run_figures.PICKS``.
+        threshold: of a metric that is the iterations until one is passed, ``first_at_least`` or ``first_at_most``.
     """
 
     higher_is_better: bool
     unit: str = ""
     label: str = ""
+    row: str = ""
+    of: str = "last"
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Combination:
+    """An evaluation of what other variants have trained with the same seed.
+
+    Attributes:
+        of: the variants; of several it is their ensemble.
+        crops: views of an image: 1, 10 or 144.
+        moments: ``"population"``, ``"batch"`` or ``"balanced"``; "" for the run's own.
+    """
+
+    of: list[str]
+    crops: int = 1
+    moments: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,11 +86,13 @@ class Variant:
         levels: factor -> level where the variants are a product of factors; else empty.
         settings: config key -> value, beside those of the whole study.
         base: a config of its own, relative to the project's root; "" for the study's.
+        combines: what is evaluated, where nothing is trained.
     """
 
     levels: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     base: str = ""
+    combines: Combination | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +111,39 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Printed:
+    """A figure that a paper prints.
+
+    Attributes:
+        value: in the metric's unit.
+        sd: its standard deviation, where the paper prints one.
+    """
+
+    value: float
+    sd: float | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says of a metric.
+
+    Attributes:
+        kind: one of ``claims.KINDS``.
+        metric, variant: what it is about; neither has to be there at every scale.
+        baseline: what the variant is compared with; "" where it is held against a number.
+        value: that number, or the margin within which two variants are alike.
+        text: in the paper's sense, for readers.
+    """
+
+    kind: str
+    metric: str
+    variant: str
+    baseline: str = ""
+    value: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Study:
     """A study file, checked.
 
@@ -86,6 +159,11 @@ class Study:
         metrics: name -> what it is; the first is the one that matters most.
         comparisons: in order.
         alpha: level of the tests.
+        id: of the table or figure that it makes again, or several with commas between; "" for a study of its own.
+        source: that table or figure, in words.
+        scale: at which of its scales the study was read; "" where it has none.
+        printed: metric -> variant -> what the paper prints.
+        claims: what the paper says of it.
     """
 
     title: str
@@ -100,6 +178,22 @@ class Study:
     metrics: dict[str, Metric]
     comparisons: list[Comparison]
     alpha: float = 0.05
+    id: str = ""
+    source: str = ""
+    scale: str = ""
+    printed: dict[str, dict[str, Printed]] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it is at another scale than its paper's."""
+        return self.scale not in ("", FULL_SCALE)
+
+    @property
+    def heading(self) -> str:
+        """The title with the id and the scale: ``P0.fig5: Filtered BN in LeNet-5 (cpu scale, reduced)``."""
+        scale = f" ({self.scale} scale{', reduced' if self.is_reduced else ''})" if self.scale else ""
+        return f"{f'{self.id}: ' if self.id else ''}{self.title}{scale}"
 
 
 @dataclass(frozen=True)
@@ -232,6 +326,9 @@ def _check_study(study: Study) -> None:
             level not in study.factors[factor] for factor, level in variant.levels.items()
         ):
             raise ValueError(f"variant {shown(name, 80)} has other levels than the study's factors")
+        if variant.combines and not (trained := _trained(study)).issuperset(variant.combines.of):
+            missing = next(each for each in variant.combines.of if each not in trained)
+            raise ValueError(f"variant {shown(name, 80)} combines {shown(missing, 80)}, which is none that trains")
     for comparison in study.comparisons:
         for variant in (comparison.variant, comparison.baseline):
             if variant not in study.variants:
@@ -239,6 +336,10 @@ def _check_study(study: Study) -> None:
         if comparison.variant == comparison.baseline or study.comparisons.count(comparison) > 1:
             pair = f"{shown(comparison.variant, 80)} and {shown(comparison.baseline, 80)}"
             raise ValueError(f"a comparison of {pair} is one with itself, or there twice")
+
+
+def _trained(study: Study) -> set[str]:
+    return {name for name, variant in study.variants.items() if variant.combines is None}
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The report of a study: ``study.json`` with its jobs and statistics, ``report.md`` with pictures, and ``report.html``,
 one page that needs no other file; and the page of the documentation that is made from such JSON files."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -11,6 +12,8 @@ from pathlib import Path
 
 from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.studies.claim_findings import claim_blocks, printed_blocks
+from fbn_plugin.engine.studies.claims import check_claims, joint_verdict
 from fbn_plugin.engine.studies.document import (
     Block,
     Code,
@@ -32,7 +35,7 @@ from fbn_plugin.engine.studies.findings import (
     state_blocks,
     variant_blocks,
 )
-from fbn_plugin.engine.studies.outcomes import Outcome, Study, read_outcomes, write_outcomes
+from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, Variant, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.plots import figure_png
 from fbn_plugin.engine.studies.statistics import MetricStatistics, statistics_block, study_statistics
 from fbn_plugin.engine.studies.svg import STYLE, figure_file, least_width, legend_svg, panel_svg, svg_size
@@ -76,7 +79,11 @@ def write_report(study: Study, outcomes: Sequence[Outcome], folder: str | os.Pat
     files = {f"{each.name}.png": figure_png(each) for each in figures}
     files["report.md"] = report_markdown(study, outcomes, found).encode()
     files["report.html"] = report_page(study, outcomes, found).encode()
-    write_outcomes(folder / "study.json", study, outcomes, statistics_block(study, outcomes))
+    computed = statistics_block(study, outcomes)
+    if study.claims:
+        verdicts = check_claims(study, found)
+        computed |= {"verdict": joint_verdict(verdicts), "claims": [dataclasses.asdict(each) for each in verdicts]}
+    write_outcomes(folder / "study.json", study, outcomes, computed)
     for name, content in files.items():
         atomic_write(folder / name, content)
     return [folder / "study.json", *(folder / name for name in files)]
@@ -99,7 +106,7 @@ def report_page(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, M
     Args:
         found: of ``study_statistics``, where it is known.
     """
-    return html_page(study.title, _report_blocks(study, outcomes, found or study_statistics(study, outcomes)), STYLE)
+    return html_page(study.heading, _report_blocks(study, outcomes, found or study_statistics(study, outcomes)), STYLE)
 
 
 def _in_order(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -110,11 +117,13 @@ def _in_order(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 def _report_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, MetricStatistics]) -> list[Block]:
     outcomes = _in_order(study, outcomes)
-    blocks: list[Block] = [Heading(1, study.title), *_description(study), *state_blocks(study, outcomes, found)]
+    blocks: list[Block] = [Heading(1, study.heading), *_description(study), *state_blocks(study, outcomes, found)]
+    blocks += claim_blocks(study, found, 2)
     figures = study_figures(study, outcomes, found)
     for name, metric in study.metrics.items():
         mine = [each for each in figures if each.metric == name]
         blocks += [Heading(2, quantity(name, metric)), *best_blocks(study, name, found[name])]
+        blocks += printed_blocks(study, name, found[name])
         blocks += _pictures([each for each in mine if each.kind == "means"])
         blocks += [Heading(3, "Means"), *mean_blocks(study, name, found[name])]
         if study.comparisons:
@@ -129,7 +138,14 @@ def _report_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str
 
 
 def _description(study: Study) -> list[Block]:
-    return [Paragraph((" ".join(each.split()),)) for each in study.description.split("\n\n") if each.strip()]
+    """What the study file says of it, of which table or figure it is, and whether it is that at the paper's scale."""
+    blocks: list[Block] = []
+    if study.source:
+        what = " at the paper's scale" if study.scale == FULL_SCALE else ""
+        scale = f", reduced: the scale {study.scale} is not the paper's setting" if study.is_reduced else what
+        blocks.append(Paragraph((f"{study.source}{scale}.",)))
+    paragraphs = [" ".join(each.split()) for each in study.description.split("\n\n")]
+    return [*blocks, *(Paragraph((each,)) for each in paragraphs if each)]
 
 
 def _curve_blocks(figure: Figure) -> list[Block]:
@@ -155,7 +171,7 @@ def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int, most_varia
     facts += [[Mono(key), Mono(_value(value))] for key, value in study.settings.items()]
     facts += [["seeds", f"{_ranges(study.seeds)} ({_SEED_RULES.get(study.seed_rule, study.seed_rule)})"]]
     blocks: list[Block] = [Heading(rank, "Settings"), Table(facts, (0, 1))]
-    own = [f"{name}: {_settings(each.base, each.settings)}" for name, each in study.variants.items()]
+    own = [f"{name}: {_settings(each)}" for name, each in study.variants.items()]
     if most_variants is None or len(own) <= most_variants:
         blocks += [Code(own, f"What {counted(len(own), 'variant')} set")]
     machines = Counter((each.hardware, tuple(sorted(each.versions.items()))) for each in outcomes if each.hardware)
@@ -188,9 +204,14 @@ def _value(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _settings(base: str, settings: Mapping[str, object]) -> str:
-    parts = [base] if base else []
-    return ", ".join([*parts, *(f"{key} {_value(value)}" for key, value in settings.items())]) or "as the base"
+def _settings(variant: Variant) -> str:
+    if (combined := variant.combines) is not None:
+        views = f", {combined.crops} crops" if combined.crops > 1 else ""
+        moments = f", {combined.moments} moments" if combined.moments else ""
+        how = "evaluated together" if len(combined.of) > 1 else "evaluated"
+        return f"final checkpoints of {' and '.join(combined.of)}, {how}{views}{moments}"
+    parts = [variant.base] if variant.base else []
+    return ", ".join([*parts, *(f"{key} {_value(value)}" for key, value in variant.settings.items())]) or "as the base"
 
 
 def _ranges(seeds: Sequence[int]) -> str:
@@ -230,9 +251,9 @@ def render_docs(
         page: name of the page, from there, too; the pictures' begin with its stem.
         title: of the page; None takes that of the first study.
     """
-    title = title or next(study.title for study, _ in studies.values())
+    title = title or next(study.heading for study, _ in studies.values())
     named = "".join(f" --from {shlex.quote(name)}" for name in studies)
-    asked = f" --title {shlex.quote(title)}" if title != next(study.title for study, _ in studies.values()) else ""
+    asked = f" --title {shlex.quote(title)}" if title != next(study.heading for study, _ in studies.values()) else ""
     command = f"python tools/study.py report{named} --markdown {shlex.quote(os.fspath(page))}{asked}"
     head = [
         Heading(1, title),
@@ -259,10 +280,12 @@ def _docs_blocks(
     source: str,
 ) -> list[Block]:
     """One study of the page."""
-    blocks: list[Block] = [Heading(2, study.title), *_description(study), *state_blocks(study, outcomes, found)]
+    blocks: list[Block] = [Heading(2, study.heading), *_description(study), *state_blocks(study, outcomes, found)]
+    blocks += claim_blocks(study, found, 3)
     for name, metric in study.metrics.items():
         mine = [each for each in figures if each.metric == name]
         blocks += [Heading(3, quantity(name, metric)), *best_blocks(study, name, found[name])]
+        blocks += printed_blocks(study, name, found[name])
         blocks += _pictures([each for each in mine if each.kind == "means"], "svg", prefix)
         blocks += mean_blocks(study, name, found[name])
         blocks += _pictures([each for each in mine if each.kind == "differences"], "svg", prefix)

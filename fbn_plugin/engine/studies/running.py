@@ -11,11 +11,24 @@ from pathlib import Path
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.lock import hold, let_go
 from fbn_plugin.engine.run.output_dir import make_output_dir
-from fbn_plugin.engine.studies.jobs import Job, all_jobs, begin, check_settings, collect, finish, is_held, job_log
+from fbn_plugin.engine.studies.jobs import (
+    EVALUATION,
+    Job,
+    all_jobs,
+    begin,
+    check_settings,
+    collect,
+    finish,
+    is_held,
+    is_ready,
+    job_log,
+    tidy,
+)
 from fbn_plugin.engine.studies.outcomes import Outcome
 from fbn_plugin.engine.studies.processes import Forks, NewProcesses, Process, Start, can_fork
 from fbn_plugin.engine.studies.status import ended_line, seconds_left
 from fbn_plugin.engine.studies.study_file import StudyFile
+from fbn_plugin.engine.studies.wanted_data import make_wanted
 
 __all__ = ["Resources", "is_due", "outcomes_of", "resources", "run_study", "wants_gpu"]
 
@@ -116,7 +129,8 @@ def run_study(
         the outcomes of all jobs.
 
     Raises:
-        ValueError, OSError: jobs were run with other settings, another process runs the study, or the disk is full.
+        ValueError, OSError: jobs were run with other settings, another process runs the study, data that it wants are
+            not there, or the disk is full.
         KeyboardInterrupt: a signal stopped it, after the jobs have saved.
     """
     make_output_dir(output)
@@ -126,11 +140,13 @@ def run_study(
         check_settings(study, jobs)
         runner = _Runner(study, jobs, shared, retry, say)
         if runner.waiting:
+            make_wanted(study.wanted)
             start = _start(study, script, shared, forks)
             try:
-                runner.run(start)
+                runner.run(start, NewProcesses(script.with_name(EVALUATION)))
             finally:
                 start.close()
+        tidy(jobs)
         return runner.outcomes
     finally:
         let_go(output)
@@ -167,6 +183,7 @@ class _Runner:
         self.study, self.shared, self.say = study, shared, say
         self._outcomes = {job.folder: collect(study, job) for job in jobs}
         self.waiting = [job for job in jobs if is_due(self._outcomes[job.folder], retry)]
+        self._evaluated = {part for job in self.waiting for part in job.parts}
         self.running: dict[Path, tuple[Job, _Running]] = {}
         self._told: set[Path] = set()
         self._ended = len(jobs) - len(self.waiting)
@@ -179,11 +196,11 @@ class _Runner:
     def outcomes(self) -> list[Outcome]:
         return list(self._outcomes.values())
 
-    def run(self, start: Start) -> None:
-        """Run all that waits."""
+    def run(self, train: Start, evaluate: Start) -> None:
+        """Run all that waits, but for what is to evaluate jobs that failed."""
         try:
-            while self.waiting or self.running:
-                while len(self.running) < self.shared.at_once and self._start_next(start):
+            while self.running or any(map(self._can_run, self.waiting)):
+                while len(self.running) < self.shared.at_once and self._start_next(train, evaluate):
                     pass
                 self._reap()
                 time.sleep(_PAUSE)
@@ -191,9 +208,16 @@ class _Runner:
             self._stop()
             raise
 
-    def _start_next(self, start: Start) -> bool:
-        """Start the first job whose folder is free; False where there is none."""
+    def _can_run(self, job: Job) -> bool:
+        """Whether a job that waits can be started, now or after others that wait."""
+        waiting = {each.folder for each in self.waiting}
+        return is_ready(job) or any(part in waiting for part in job.parts)
+
+    def _start_next(self, train: Start, evaluate: Start) -> bool:
+        """Start the first job whose folder is free, and of what it evaluates all is done; False where there is none."""
         for i, job in enumerate(self.waiting):
+            if not is_ready(job):
+                continue
             if is_held(job.folder):  # by a job of a study that was killed, which saves and leaves
                 if job.folder not in self._told:
                     self._told.add(job.folder)
@@ -202,6 +226,7 @@ class _Runner:
             del self.waiting[i]
             slot = min(set(range(self.shared.at_once)) - {running.slot for _, running in self.running.values()})
             begin(job)
+            start = evaluate if job.parts else train
             process = start(job.arguments, self.shared.environment(slot), job_log(job))
             self.running[job.folder] = job, _Running(process, slot, time.monotonic())
             self._outcomes[job.folder] = collect(self.study, job, is_running=True)
@@ -215,7 +240,8 @@ class _Runner:
             del self.running[job.folder]
             seconds = time.monotonic() - running.since
             # 130 and 143 are those of a run that a signal stopped, whoever sent it.
-            finish(job, code, seconds, self.study.keep, stopped or code in (130, 143))
+            keep = "final" if job.folder in self._evaluated and job.keep == "none" else job.keep
+            finish(job, code, seconds, keep, stopped or code in (130, 143))
             outcome = self._outcomes[job.folder] = collect(self.study, job)
             self._ended += 1
             self.say(self._line(job, outcome, seconds))

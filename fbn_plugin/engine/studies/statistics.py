@@ -5,6 +5,7 @@ Holm's step-down procedure, Cohen's d_z, Efron's BCa bootstrap, the power of the
 "multiple comparisons with the best", by Bonferroni's inequality.
 """
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -14,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from fbn_plugin.engine.studies.outcomes import Outcome, Study
+from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.studies.outcomes import Comparison, Outcome, Study
+from fbn_plugin.engine.studies.run_figures import FIRST
 
 __all__ = [
     "POWER",
@@ -113,7 +116,7 @@ class PairedComparison:
         seeds_needed: for a power of 0.8 in the two-sided test at alpha, if the true effect were ``d_z``.
         verdict: ``"higher"``, ``"lower"`` or ``"not told apart"``.
         is_underpowered: fewer pairs than P2's 15.
-        note: why there is no test; "" where there is one.
+        note: why there is no test, or what else is to be known of the pairs; "" where there is nothing.
     """
 
     variant: str
@@ -188,19 +191,47 @@ def study_statistics(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Met
             variant: _with_states(summarize(figures[variant], study.alpha), study, jobs[variant], name)
             for variant in study.variants
         }
-        comparisons = [
-            compare(
-                figures[each.variant],
-                figures[each.baseline],
-                higher_is_better=metric.higher_is_better,
-                alpha=study.alpha,
-                names=(each.variant, each.baseline, each.group),
-            )
-            for each in study.comparisons
-        ]
+        lengths = {variant: _lengths(jobs[variant], name) for variant in study.variants if metric.of in FIRST}
+        comparisons = [_compared(study, each, name, figures, lengths) for each in study.comparisons]
         best = _best(study, figures, summaries, metric.higher_is_better)
         found[name] = MetricStatistics(summaries, _judged(comparisons, study.alpha), best)
     return found
+
+
+def _compared(
+    study: Study,
+    pair: Comparison,
+    name: str,
+    figures: Mapping[str, Mapping[int, float]],
+    lengths: Mapping[str, Mapping[int, float]],
+) -> PairedComparison:
+    """A comparison of the study; in one of iterations to a threshold a run that never passed it counts with its whole
+    length, unless its partner never did, too."""
+    variant, baseline = figures[pair.variant], figures[pair.baseline]
+    censored = 0
+    if lengths:
+        seeds = variant.keys() | baseline.keys()
+        whole = [{**lengths[one], **figures[one]} for one in (pair.variant, pair.baseline)]
+        variant, baseline = ({seed: each[seed] for seed in seeds if seed in each} for each in whole)
+        paired = variant.keys() & baseline.keys()
+        censored = sum(seed not in figures[one] for one in (pair.variant, pair.baseline) for seed in paired)
+    found = compare(
+        variant,
+        baseline,
+        higher_is_better=study.metrics[name].higher_is_better,
+        alpha=study.alpha,
+        names=(pair.variant, pair.baseline, pair.group),
+    )
+    if not censored:
+        return found
+    note = f"{counted(censored, 'run')} that never got there {'counts' if censored == 1 else 'count'} with their length"
+    return dataclasses.replace(found, note="; ".join(filter(None, (found.note, note))))
+
+
+def _lengths(outcomes: Sequence[Outcome], metric: str) -> dict[int, float]:
+    """Seed -> iterations of the runs that are done, as far as their curves tell."""
+    curves = {each.seed: each.curves.get(metric) for each in outcomes if each.state == "done"}
+    return {seed: float(curve[-1][0]) for seed, curve in curves.items() if curve}
 
 
 def statistics_block(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Any]:

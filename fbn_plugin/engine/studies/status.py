@@ -106,7 +106,7 @@ def status_text(study: Study, outcomes: Sequence[Outcome], at_once: int = 1) -> 
         )  # fmt: skip
     done = sum(each.state == "done" for each in outcomes)
     left = sum(each.state in ("running", "waiting") for each in outcomes)
-    lines = [study.title, "", format_table(rows), "", f"{done} of {counted(len(outcomes), 'job')} done"]
+    lines = [study.heading, "", format_table(rows), "", f"{done} of {counted(len(outcomes), 'job')} done"]
     if left:
         time = eta(seconds_left(outcomes, at_once))
         lines[-1] += f"; the other {left} take about {time} with {counted(at_once, 'job')} at a time"

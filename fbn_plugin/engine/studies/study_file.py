@@ -2,13 +2,12 @@
 checked before a job runs, each variant's config by the tool that is to train it.
 """
 
-import difflib
 import itertools
 import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,17 @@ from fbn_plugin.engine.files.words import counted, shown
 from fbn_plugin.engine.files.yaml_file import read_yaml
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.run_folder import norm_label
+from fbn_plugin.engine.studies.claim_keys import Names, comparisons_of, read_claims, read_printed
+from fbn_plugin.engine.studies.comparing import Comparing, variant_name
 from fbn_plugin.engine.studies.engines import ENGINES, Engine
-from fbn_plugin.engine.studies.outcomes import Comparison, Metric, Study, Variant
+from fbn_plugin.engine.studies.metric_keys import metric_names, read_metrics_key
+from fbn_plugin.engine.studies.outcomes import Combination, Study, Variant
+from fbn_plugin.engine.studies.scales import at_scale, scales_of
 from fbn_plugin.engine.studies.seeds import SEED_RULES, config_seed, parse_seeds
+from fbn_plugin.engine.studies.study_keys import check_key, check_kinds, flat, group, hint
+from fbn_plugin.engine.studies.wanted_data import Wanted, read_wanted
 
-__all__ = ["KEEP", "StudyFile", "flat", "read_study"]
+__all__ = ["KEEP", "StudyFile", "read_study", "read_study_alone"]
 
 # Which checkpoints of a finished job stay.
 KEEP = ("none", "final", "all")
@@ -44,10 +49,20 @@ _KEYS = {
     "COMPARE": object,
     "ALPHA": float,
     "KEEP": str,
+    "ID": str,
+    "SOURCE": str,
+    "PRINTED": dict,
+    "CLAIMS": list,
+    "COMBINE": dict,
+    "DATA": dict,
+    "NOT_RUN": str,
+    "SCALES": dict,
 }
+_CROPS = (1, 10, 144)
+_MOMENTS = ("", "population", "batch", "balanced")
 
 
-_KINDS = {str: "text", dict: "a mapping", float: "a number"}
+_KINDS = {str: "text", dict: "a mapping", list: "a list", float: "a number"}
 
 
 @dataclass(frozen=True)
@@ -57,11 +72,12 @@ class StudyFile:
     Attributes:
         path: the file.
         study: what it says.
-        bases: variant -> its config file.
+        bases: variant -> its config file; of those that train, as the two that follow.
         overrides: variant -> ``[KEY, VALUE, ...]`` over it.
         configs: variant -> its whole config, each key with its dots; SEED and OUTPUT_DIR are the base's.
         imports: modules and files that each job imports first, see ``cli.import_modules``.
         keep: one of :data:`KEEP`.
+        wanted: data and weights that its jobs read.
     """
 
     path: Path
@@ -71,13 +87,16 @@ class StudyFile:
     configs: dict[str, dict[str, Any]]
     imports: list[str]
     keep: str
+    wanted: list[Wanted]
 
     @property
     def engine(self) -> Engine:
         return ENGINES[self.study.tool]
 
 
-def read_study(path: str | os.PathLike, root: str | os.PathLike = ".", imports: Sequence[str] = ()) -> StudyFile:
+def read_study(
+    path: str | os.PathLike, root: str | os.PathLike = ".", imports: Sequence[str] = (), scale: str | None = None
+) -> StudyFile:
     """Read and check a study file.
 
     Args:
@@ -85,49 +104,83 @@ def read_study(path: str | os.PathLike, root: str | os.PathLike = ".", imports: 
         root: folder of the project; what lies in it is named relative to it.
         imports: modules and files that each job imports first, and that this process has imported. The file itself
             cannot name any, as nothing in a config runs.
+        scale: one of its SCALES, where it has some.
 
     Raises:
         FileNotFoundError, ValueError: one sentence that names what is wrong, and the variant where it is one's.
     """
+    return _read(path, root, scale, lambda reading: reading.result(imports))
+
+
+def read_study_alone(
+    path: str | os.PathLike, root: str | os.PathLike = ".", scale: str | None = None
+) -> tuple[Study, list[Wanted]]:
+    """What a study file says, and the data that it wants, without the configs of its variants: for lists of many files.
+
+    Args:
+        path, root, scale: as of :func:`read_study`, and so are the errors.
+    """
+    return _read(path, root, scale, lambda reading: (reading.study, reading.wanted))
+
+
+def _read(path: str | os.PathLike, root: str | os.PathLike, scale: str | None, what: Callable) -> Any:
     path = Path(path)
     content = read_yaml(path)
     try:
-        return _Reading(path, content, Path(root), imports).result()
+        return what(_Reading(path, content, Path(root), scale))
     except (OSError, ValueError) as error:
         raise ValueError(f"study {path}: {error_sentence(error)}") from None
 
 
-class _Reading:
-    """One file."""
+def _check_values(content: dict[str, Any], kinds: Mapping[str, type]) -> None:
+    """Refuse unknown keys and values of a wrong type; whole numbers become those that are wanted."""
+    for key, value in content.items():
+        check_key("key", key, kinds)
+        kind = kinds[key]
+        if kind is float and type(value) is int:
+            value = content[key] = float(value)
+        if not isinstance(value, kind):
+            raise ValueError(f"{key} must be {_KINDS[kind]}, got {shown(value)}")
 
-    def __init__(self, path: Path, content: dict[str, Any], root: Path, imports: Sequence[str]):
-        self.path, self.content, self.root, self.imports = path, content, root, list(imports)
-        for key, value in content.items():
-            _check_key("key", key, _KEYS)
-            kind = _KEYS[key]
-            if kind is float and type(value) is int:
-                value = content[key] = float(value)
-            if not isinstance(value, kind):
-                raise ValueError(f"{key} must be {_KINDS[kind]}, got {shown(value)}")
+
+class _Reading:
+    """One file at one of its scales."""
+
+    def __init__(self, path: Path, content: dict[str, Any], root: Path, scale: str | None):
+        self.path, self.root = path, root
+        _check_values(content, _KEYS)
+        everywhere = [at_scale(content, name) for name in scales_of(content)] or [content]
+        self.content = content = at_scale(content, scale)
+        _check_values(content, {**_KEYS, "ONLY": object})
         for key in ("TOOL", "SEEDS"):
             if key not in content:
                 raise ValueError(f"{key} is missing")
         self.tool = self._one_of("TOOL", tuple(ENGINES))
         self.engine = ENGINES[self.tool]
+        self.keep = self._one_of("KEEP", KEEP)
+        self.wanted = read_wanted(content.get("DATA", {}))
+        self.study = self._study(scale, self._names_anywhere(everywhere))
 
-    def result(self) -> StudyFile:
+    def _study(self, scale: str | None, anywhere: Names) -> Study:
         content = self.content
         settings = _settings("SET", content.get("SET", {}))
         factors, variants = self._variants()
         seeds = parse_seeds(content["SEEDS"])
         rule = self._one_of("SEED_RULE", SEED_RULES)
         _check_seeds(seeds, rule)
-        _check_number(len(variants), len(seeds))
-        metrics = self._metrics()
+        metrics = read_metrics_key(content.get("METRICS"), self.engine)
         alpha = content.get("ALPHA", 0.05)
         if not 0 < alpha < 0.5:
             raise ValueError(f"ALPHA must be above 0 and below 0.5, got {alpha}")
-        study = Study(
+        comparisons = list(dict.fromkeys(Comparing(content.get("COMPARE", []), factors, variants).all()))
+        printed = read_printed(content.get("PRINTED", {}), anywhere)
+        claims = read_claims(content.get("CLAIMS", []), Names(variants, factors, list(metrics)), anywhere, printed)
+        comparisons += comparisons_of(claims, comparisons, variants)
+        if "ONLY" in content:
+            factors, variants = _only(content["ONLY"], factors, variants)
+            comparisons = [each for each in comparisons if {each.variant, each.baseline} <= variants.keys()]
+        _check_number(len(variants), len(seeds))
+        return Study(
             title=content.get("TITLE", self.path.stem),
             description=content.get("DESCRIPTION", ""),
             tool=self.tool,
@@ -138,19 +191,39 @@ class _Reading:
             seeds=seeds,
             seed_rule=rule,
             metrics=metrics,
-            comparisons=list(dict.fromkeys(_Comparing(content.get("COMPARE", []), factors, variants).all())),
+            comparisons=comparisons,
             alpha=alpha,
+            id=_checked_id(content.get("ID", "")),
+            source=content.get("SOURCE", ""),
+            scale=scale or "",
+            printed=printed,
+            claims=claims,
         )
-        bases = {name: self._base(self._given_bases.get(name) or content.get("BASE")) for name in variants}
-        overrides = {name: _overrides({**settings, **each.settings}) for name, each in variants.items()}
-        configs = {name: self._config(name, bases[name], overrides[name]) for name in variants}
+
+    def result(self, imports: Sequence[str]) -> StudyFile:
+        """The study with the config of each variant, as its tool reads it."""
+        trained = {name: each for name, each in self.study.variants.items() if each.combines is None}
+        bases = {name: self._base(self._given_bases.get(name) or self.content.get("BASE")) for name in trained}
+        overrides = {name: _overrides({**self.study.settings, **each.settings}) for name, each in trained.items()}
+        configs = {name: self._config(name, bases[name], overrides[name]) for name in trained}
         _refuse_twins(configs)
-        return StudyFile(self.path, study, bases, overrides, configs, self.imports, self._one_of("KEEP", KEEP))
+        return StudyFile(self.path, self.study, bases, overrides, configs, list(imports), self.keep, self.wanted)
+
+    def _names_anywhere(self, contents: Sequence[dict[str, Any]]) -> Names:
+        """What the file names at any of its scales, so that a slip of the pen in a claim is told from what this scale
+        has not."""
+        parts = []
+        for each in contents:
+            factors = _factors(each["FACTORS"]) if "FACTORS" in each else {}
+            names = [*(_product(factors) if factors else each.get("VARIANTS", {})), *each.get("COMBINE", {})]
+            levels = {name: list(given) for name, given in factors.items()}
+            parts.append(Names(dict.fromkeys(names), levels, metric_names(each.get("METRICS"), self.engine)))
+        return Names.joined(parts)
 
     def _one_of(self, key: str, accepted: Sequence[str]) -> str:
         given = self.content.get(key, accepted[0])
         if given not in accepted:
-            raise ValueError(f"{key} must be one of {', '.join(accepted)}, got {shown(given)}{_hint(given, accepted)}")
+            raise ValueError(f"{key} must be one of {', '.join(accepted)}, got {shown(given)}{hint(given, accepted)}")
         return given
 
     def _base(self, given: Any) -> Path:
@@ -181,46 +254,49 @@ class _Reading:
         else:
             levels, variants = {}, {}
             for name, given in self.content["VARIANTS"].items():
-                rest = dict(_group(f"variant {name!r}", given))
+                rest = dict(group(f"variant {name!r}", given))
                 if "BASE" in rest:
                     self._given_bases[name] = rest.pop("BASE")
                 base = self._named(self._base(self._given_bases[name])) if name in self._given_bases else ""
                 variants[name] = Variant({}, _settings(f"variant {name!r}", rest), base)
         if not variants:
             raise ValueError("it has no variants")
+        variants |= self._combined(variants)
         _check_names(variants)
-        if "BASE" not in self.content and len(self._given_bases) < len(variants):
+        trained = [name for name, each in variants.items() if each.combines is None]
+        if "BASE" not in self.content and len(self._given_bases) < len(trained):
             raise ValueError("BASE is missing")
         return levels, variants
 
-    def _metrics(self) -> dict[str, Metric]:
-        known = self.engine.metrics
-        given = self.content.get("METRICS", [next(iter(known))])
-        if isinstance(given, list) and all(isinstance(name, str) for name in given):
-            if twice := [name for name in given if given.count(name) > 1]:
-                raise ValueError(f"METRICS has {twice[0]!r} twice")
-            given = {name: {} for name in given}
-        if not isinstance(given, dict) or not given:
-            raise ValueError(f"METRICS must be a list of names or a mapping, such as top1: {{}}, got {shown(given)}")
-        return {name: self._metric(name, options) for name, options in given.items()}
-
-    def _metric(self, name: str, options: Any) -> Metric:
-        options = {} if options is None else _group(f"metric {name!r}", options)
-        kinds = {"higher_is_better": bool, "unit": str, "label": str}
-        for key, value in options.items():
-            _check_key(f"option of metric {name!r}", key, kinds)
-            if not isinstance(value, kinds[key]):
-                raise ValueError(f"{key} of metric {name!r} must be of type {kinds[key].__name__}, got {shown(value)}")
-        default = self.engine.metric(name)
-        if default is None:
-            if "higher_is_better" not in options:
-                names = tuple(self.engine.metrics)
-                raise ValueError(
-                    f"METRICS has {name!r}, of which higher_is_better must be said, as it is none of "
-                    f"{', '.join(names)}{_hint(name, names)}"
-                )
-            default = Metric(higher_is_better=True, label=name)
-        return Metric(**{key: options.get(key, getattr(default, key)) for key in kinds})
+    def _combined(self, variants: Mapping[str, Variant]) -> dict[str, Variant]:
+        """COMBINE: name -> which variants are evaluated together, by which crops and moments."""
+        given = self.content.get("COMBINE", {})
+        if given and ("FACTORS" in self.content or self.tool != "classification"):
+            raise ValueError("COMBINE goes with VARIANTS and TOOL classification alone")
+        found = {}
+        for name, options in given.items():
+            where = f"COMBINE {name!r}"
+            options = group(where, options, "{of: [a, b], crops: 144}")
+            check_kinds(where, options, {"of": object, "crops": int, "moments": str})
+            parts = options.get("of")
+            parts = parts if isinstance(parts, list) else [parts]
+            if name in variants:
+                raise ValueError(f"{where} is a variant, too")
+            for part in parts:
+                if part not in variants:
+                    raise ValueError(f"{where} is of {shown(part)}, which is none of {', '.join(variants)}")
+            combination = Combination(parts, options.get("crops", 1), options.get("moments", ""))
+            for key, value, known in (
+                ("crops", combination.crops, _CROPS),
+                ("moments", combination.moments, _MOMENTS),
+            ):
+                if value not in known:
+                    accepted = ", ".join(str(each) for each in known if each != "")
+                    raise ValueError(f"{key} of {where} must be one of {accepted}, got {shown(value)}")
+            if len(set(parts)) < len(parts) or combination == Combination(parts[:1]):
+                raise ValueError(f"{where} must be of different variants, or of one with other crops or moments")
+            found[name] = Variant(combines=combination)
+        return found
 
     def _config(self, name: str, base: Path, overrides: Sequence[str]) -> dict[str, Any]:
         try:
@@ -229,36 +305,10 @@ class _Reading:
             raise ValueError(f"variant {name!r}: {error_sentence(error)}") from None
 
 
-def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Groups of keys as one mapping, each key with its dots and tuples as lists, as files have them.
-
-    Raises:
-        ValueError: a key is there twice, once with its dots and once in its group.
-    """
-    found: dict[str, Any] = {}
-    for name, value in node.items():
-        is_group = isinstance(value, Mapping) and value
-        for key, each in (flat(value, f"{prefix}{name}.") if is_group else {prefix + name: _lists(value)}).items():
-            if key in found:
-                raise ValueError(f"{key} is there twice, once with its dots and once in its group")
-            found[key] = each
-    return found
-
-
-def _lists(value: Any) -> Any:
-    return [_lists(each) for each in value] if isinstance(value, tuple | list) else value
-
-
-def _group(where: str, given: Any) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise ValueError(f"{where} must be a mapping such as {{MODEL.NORM: FBN}}, got {shown(given)}")
-    return given
-
-
 def _settings(where: str, given: Any) -> dict[str, Any]:
     """Keys and values, without those that are the study's."""
     try:
-        found = flat(_group(where, given))
+        found = flat(group(where, given))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     for key in _OWNED:
@@ -273,7 +323,7 @@ def _factors(given: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
         raise ValueError("FACTORS has no factors")
     factors = {}
     for factor, levels in given.items():
-        if not _group(f"factor {factor!r}", levels):
+        if not group(f"factor {factor!r}", levels):
             raise ValueError(f"factor {factor!r} has no levels")
         factors[factor] = {
             level: _settings(f"level {level!r} of factor {factor!r}", settings) for level, settings in levels.items()
@@ -292,7 +342,7 @@ def _product(factors: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, V
     for levels in itertools.product(*factors.values()):
         chosen = dict(zip(factors, levels))
         settings = {key: value for factor, level in chosen.items() for key, value in factors[factor][level].items()}
-        name = _titles(chosen)
+        name = variant_name(chosen)
         if name in variants:
             raise ValueError(
                 f"the levels {list(variants[name].levels.values())} and {list(levels)} give two variants one name, "
@@ -302,18 +352,54 @@ def _product(factors: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, V
     return variants
 
 
+def _only(
+    given: Any, factors: dict[str, list[str]], variants: dict[str, Variant]
+) -> tuple[dict[str, list[str]], dict[str, Variant]]:
+    """ONLY: the levels of factors, or the variants, that a scale keeps; a combination goes with its parts."""
+    if factors:
+        for factor, levels in group("ONLY", given, "{batch: ['4', '32']}").items():
+            check_key("factor in ONLY", factor, factors)
+            factors = {**factors, factor: _kept(f"ONLY of factor {factor!r}", levels, factors[factor])}
+        kept = {
+            name: each
+            for name, each in variants.items()
+            if all(level in factors[factor] for factor, level in each.levels.items())
+        }
+        return factors, kept
+    trained = [name for name, each in variants.items() if each.combines is None]
+    names = _kept("ONLY", given, trained)
+    kept = {
+        name: each
+        for name, each in variants.items()
+        if set(each.combines.of if each.combines else [name]) <= set(names)
+    }
+    return factors, kept
+
+
+def _kept(where: str, given: Any, known: Sequence[str]) -> list[str]:
+    """Those of the known names that a list has, in their own order."""
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{where} must be a list of names, got {shown(given)}")
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{where} has {shown(name)}, which is none of {', '.join(known)}{hint(name, known)}")
+    return [name for name in known if name in given]
+
+
+def _checked_id(given: str) -> str:
+    """ID, one or several with commas between, such as ``P0.fig5``."""
+    for each in given.split(",") if given else ():
+        if not re.fullmatch(r"[A-Z][A-Z0-9]*\.\w+", each.strip()):
+            raise ValueError(f"ID must be a paper and a table or figure in it, such as P0.fig5, got {shown(given)}")
+    return ", ".join(each.strip() for each in given.split(",")) if given else ""
+
+
 def _check_number(variants: int, seeds: int) -> None:
     """Refuse more jobs than anybody runs, before they are listed."""
     if variants * seeds > _MOST_JOBS:
         raise ValueError(
             f"{counted(variants, 'variant')} with {counted(seeds, 'seed')} are more than {counted(_MOST_JOBS, 'job')}"
         )
-
-
-def _titles(levels: Mapping[str, str]) -> str:
-    """A combination's name: the levels, and before one without a letter its factor."""
-    parts = (level if re.search(r"[^\W\d_]", level) else f"{factor} {level}" for factor, level in levels.items())
-    return ", ".join(parts)
 
 
 def _check_names(names: Mapping[str, Any]) -> None:
@@ -360,74 +446,3 @@ def _refuse_twins(configs: Mapping[str, Mapping[str, Any]]) -> None:
         other = seen.setdefault(repr(sorted(settings.items())), name)
         if other != name:
             raise ValueError(f"variants {other!r} and {name!r} have the same settings")
-
-
-def _check_key(what: str, key: str, known: Mapping[str, Any]) -> None:
-    if key not in known:
-        raise ValueError(f"unknown {what} {shown(key)}{_hint(key, tuple(known))}; it has {', '.join(known)}")
-
-
-def _hint(given: Any, known: Sequence[str]) -> str:
-    lower = {name.lower(): name for name in known}
-    nearest = difflib.get_close_matches(str(given).lower(), lower, n=1)
-    return f"; did you mean {lower[nearest[0]]!r}?" if nearest else ""
-
-
-class _Comparing:
-    """COMPARE: pairs; or a factor and the level that the others are compared with; or a variant that they are."""
-
-    def __init__(self, given: Any, factors: Mapping[str, Sequence[str]], variants: Mapping[str, Variant]):
-        self.given, self.factors, self.variants = given, factors, variants
-
-    def all(self) -> Iterator[Comparison]:
-        given = self.given if isinstance(self.given, list) else [self.given]
-        for each in given:
-            if isinstance(each, dict):
-                yield from self._rule(each)
-            elif isinstance(each, list) and len(each) == 2:
-                variant, baseline = (self._known("a pair", name) for name in each)
-                if variant == baseline:
-                    raise ValueError(f"COMPARE: a pair compares {variant!r} with itself")
-                yield Comparison(variant, baseline)
-            else:
-                raise ValueError(
-                    f"COMPARE must be pairs [variant, baseline], or mappings with baseline and with, got {shown(each)}"
-                )
-
-    def _known(self, where: str, name: Any, known: Sequence[str] | None = None) -> str:
-        known = tuple(self.variants if known is None else known)
-        if name not in known:
-            listed = ", ".join(known) if len(known) <= 10 else f"{counted(len(known), 'variant')}"
-            raise ValueError(f"COMPARE: {where} names {shown(name)}, which is none of {listed}{_hint(name, known)}")
-        return name
-
-    def _rule(self, rule: dict[str, Any]) -> Iterator[Comparison]:
-        for key in rule:
-            _check_key("key of COMPARE", key, {"factor": str, "baseline": str, "with": object})
-        if "baseline" not in rule:
-            raise ValueError("COMPARE has no baseline")
-        if "factor" not in rule:
-            baseline = self._known("baseline", rule["baseline"])
-            for name in self._chosen(rule, tuple(self.variants), baseline):
-                yield Comparison(name, baseline)
-            return
-        if not self.factors:
-            raise ValueError(f"COMPARE names the factor {shown(rule['factor'])}, and the study has no FACTORS")
-        factor = self._known("factor", rule["factor"], tuple(self.factors))
-        baseline = self._known("baseline", rule["baseline"], self.factors[factor])
-        chosen = self._chosen(rule, self.factors[factor], baseline)
-        by_levels = {tuple(each.levels.items()): name for name, each in self.variants.items()}
-        for name, each in self.variants.items():
-            if each.levels[factor] in chosen:
-                other = by_levels[tuple({**each.levels, factor: baseline}.items())]
-                rest = {key: level for key, level in each.levels.items() if key != factor}
-                yield Comparison(name, other, _titles(rest))
-
-    def _chosen(self, rule: dict[str, Any], known: Sequence[str], baseline: str) -> list[str]:
-        """What ``with`` names, without the baseline; all by default."""
-        given = rule.get("with", "all")
-        names = known if given == "all" else given if isinstance(given, list) else [given]
-        chosen = [name for each in names if (name := self._known("with", each, known)) != baseline]
-        if not chosen:
-            raise ValueError(f"COMPARE has nothing to compare with {baseline!r}: with has {shown(given)}")
-        return chosen

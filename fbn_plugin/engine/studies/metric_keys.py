@@ -1,0 +1,82 @@
+"""METRICS of a study file: which figures of a run a study looks at, and how each is taken from what the run wrote."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from fbn_plugin.engine.files.words import shown
+from fbn_plugin.engine.studies.outcomes import Metric
+from fbn_plugin.engine.studies.run_figures import FIRST, PICKS
+from fbn_plugin.engine.studies.study_keys import check_key, group, hint
+
+if TYPE_CHECKING:
+    from fbn_plugin.engine.studies.engines import Engine
+
+__all__ = ["metric_names", "read_metrics_key"]
+
+_OPTIONS = {"higher_is_better": bool, "unit": str, "label": str, "row": str, "of": str, **dict.fromkeys(FIRST, float)}
+_OWN = ("higher_is_better", "unit", "label")
+
+
+def metric_names(given: Any, engine: "Engine") -> list[str]:
+    """The names in METRICS; ``given`` is None where the file has none."""
+    return list(given) if given else [next(iter(engine.metrics))]
+
+
+def read_metrics_key(given: Any, engine: "Engine") -> dict[str, Metric]:
+    """METRICS: a list of names, or a mapping of names to options.
+
+    Args:
+        given: as the file has it; None takes the first metric that is known.
+        engine: knows metrics.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    given = metric_names(None, engine) if given is None else given
+    if isinstance(given, list) and all(isinstance(name, str) for name in given):
+        if twice := [name for name in given if given.count(name) > 1]:
+            raise ValueError(f"METRICS has {twice[0]!r} twice")
+        given = {name: {} for name in given}
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f"METRICS must be a list of names or a mapping, such as top1: {{}}, got {shown(given)}")
+    return {name: _metric(name, options, engine) for name, options in given.items()}
+
+
+def _metric(name: str, options: Any, engine: "Engine") -> Metric:
+    options = {} if options is None else group(f"metric {name!r}", options)
+    for key, value in options.items():
+        check_key(f"option of metric {name!r}", key, _OPTIONS)
+        kind = _OPTIONS[key]
+        fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or value is not True)
+        if not fits:
+            raise ValueError(f"{key} of metric {name!r} must be of type {kind.__name__}, got {shown(value)}")
+    if options.get("of", "last") not in PICKS[: -len(FIRST)]:
+        known = ", ".join(PICKS[: -len(FIRST)])
+        raise ValueError(f"of of metric {name!r} must be one of {known}, got {shown(options['of'])}")
+    row = options.get("row", name)
+    default = _default(name, row, options, engine)
+    return dataclasses.replace(default, row=options.get("row", ""), **{k: options[k] for k in _OWN if k in options})
+
+
+def _default(name: str, row: str, options: dict[str, Any], engine: "Engine") -> Metric:
+    """What a metric is, but for what its options say of it."""
+    known = engine.metric(row)
+    firsts = [key for key in FIRST if key in options]
+    if firsts:
+        if len(firsts) > 1 or "of" in options:
+            raise ValueError(f"metric {name!r} must have one of of, {' and '.join(FIRST)}, got {shown(options)}")
+        threshold = float(options[firsts[0]])
+        sign = "≥" if firsts[0] == "first_at_least" else "≤"
+        unit = f" {known.unit}" if known and known.unit else ""
+        label = f"iterations to {known.label if known else row} {sign} {threshold:g}{unit}"
+        return Metric(False, "", label, of=firsts[0], threshold=threshold)
+    of = options.get("of", "last")
+    if known is None:
+        if "higher_is_better" not in options:
+            names = tuple(engine.metrics)
+            raise ValueError(
+                f"METRICS has {name!r}, of which higher_is_better must be said, as it is none of "
+                f"{', '.join(names)}{hint(row, names)}"
+            )
+        known = Metric(higher_is_better=True, label=row)
+    return dataclasses.replace(known, label=known.label if of == "last" else f"{of} {known.label}", of=of)
