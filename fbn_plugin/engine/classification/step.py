@@ -134,8 +134,7 @@ class TrainingStep:
             timer()
             batch = next(batches)
             data_time += timer()
-            seed_iteration(self._seed, iteration, number, self._seeds_numpy)
-            images, targets = self._prepared(*batch)
+            images, targets = self.prepare(iteration, number, *batch)
             if number + 1 < steps:
                 with self._no_exchange():
                     loss = self._loss(images, targets) / steps
@@ -152,7 +151,17 @@ class TrainingStep:
         self._update(iteration)
         return values, data_time
 
-    def _prepared(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(self, iteration: int, number: int, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch of the loader as the model gets it: on its device, and mixed, which may write into ``images``. The
+        generators are seeded for what the step draws.
+
+        Args:
+            iteration: from 0.
+            number: of the step in the iteration, from 0.
+            images: (N, C, H, W).
+            targets: class indices (N,).
+        """
+        seed_iteration(self._seed, iteration, number, self._seeds_numpy)
         images, targets = images.to(self.device), targets.to(self.device)
         if self._layout is not None:
             images = images.contiguous(memory_format=self._layout)

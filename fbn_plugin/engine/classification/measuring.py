@@ -1,0 +1,118 @@
+"""What a training measures beside loss and accuracy, the group MEASURE of its config: scalars in ``metrics.json``, from
+iterations that end a period. The trained bits are the same with and without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from fbn_plugin.analysis.landscape import measure_landscape
+from fbn_plugin.engine.classification.step import TrainingStep
+from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.config import CfgNode
+from fbn_plugin.engine.run.logging import Timer, TrainingLog
+from fbn_plugin.engine.run.rules import MOST_ITERATIONS, above, at_least, check_values, each_of, exactly
+
+__all__ = ["RULES", "Measurement", "Measuring", "check_measured"]
+
+RULES = {
+    "MEASURE.LANDSCAPE.PERIOD": at_least(0, MOST_ITERATIONS),
+    "MEASURE.LANDSCAPE.STEPS": each_of(100, above(0, 1e6)),
+}
+
+# Of one process's images, which are not the batch where there are more.
+_OF_ONE_PROCESS = ("LANDSCAPE",)
+
+
+def check_measured(cfg: CfgNode, model: nn.Module) -> None:
+    """Refuse to measure what a run does not have.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if (world := distributed.world_size()) > 1:
+        reason = f"with {world} processes, each of which has a part of the batch"
+        check_values(cfg, {f"MEASURE.{name}.PERIOD": exactly(0, reason) for name in _OF_ONE_PROCESS})
+
+
+class Measurement(Protocol):
+    """One thing that is measured while a model trains."""
+
+    period: int  # iterations between two measurements; 0 is never
+
+    def measure(
+        self, iteration: int, images: Tensor, targets: Tensor
+    ) -> contextlib.AbstractContextManager[dict[str, float]]:
+        """A block around an update of the weights that gives a mapping, filled when the block ends.
+
+        Args:
+            iteration: from 0, one that ends a period.
+            images, targets: of the update's first step, as the loader gives them.
+        """
+
+
+class Measuring:
+    """The updates of a training, with what is measured in some of them.
+
+    Args:
+        cfg: config.
+        step: updates the weights.
+        log: where figures go.
+    """
+
+    def __init__(self, cfg: CfgNode, step: TrainingStep, log: TrainingLog):
+        self._step, self._log = step, log
+        # What computes with the model comes before what hooks into it and would see those passes, too.
+        measurements: list[Measurement] = [_LandscapeMeter(cfg, step)]
+        self._measurements = [each for each in measurements if each.period]
+        # Each gives figures of the trained model, for metrics.json and results.json.
+        self._at_end: list[Callable[[], dict[str, float]]] = []
+
+    def __call__(
+        self, iteration: int, batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, float], float, float]:
+        """Update the weights; arguments and errors as :class:`TrainingStep`.
+
+        Returns:
+            the loss, the seconds that batches were waited for, and those that measuring took besides the update.
+        """
+        due = [each for each in self._measurements if not (iteration + 1) % each.period]
+        if not due:
+            return *self._step(iteration, batches), 0.0
+        timer = Timer()
+        first = next(batches)
+        waited = timer()
+        with contextlib.ExitStack() as blocks:
+            found = [blocks.enter_context(each.measure(iteration, *first)) for each in due]
+            seconds = timer()
+            losses, data_time = self._step(iteration, itertools.chain([first], batches))
+            timer()
+        self._log.write(iteration, {name: value for figures in found for name, value in figures.items()})
+        return losses, waited + data_time, seconds + timer()
+
+    def end(self) -> dict[str, float]:
+        """Measure what is of the trained model."""
+        return {name: value for measure in self._at_end for name, value in measure().items()}
+
+
+class _LandscapeMeter:
+    """Range of loss and gradient along the gradient (MEASURE.LANDSCAPE), at the weights before the update and in its
+    mode, on the images of its first step, in full precision."""
+
+    def __init__(self, cfg: CfgNode, step: TrainingStep):
+        self.period, self._steps, self._step = cfg.MEASURE.LANDSCAPE.PERIOD, cfg.MEASURE.LANDSCAPE.STEPS, step
+
+    @contextlib.contextmanager
+    def measure(self, iteration: int, images: Tensor, targets: Tensor) -> Iterator[dict[str, float]]:
+        def loss() -> Tensor:
+            # Seeded anew each time, so that each pass drops and mixes the same; mixing writes into the images.
+            inputs, labels = self._step.prepare(iteration, 0, images.clone(), targets)
+            return self._step.loss(self._step.model(inputs), labels)
+
+        landscape = measure_landscape(self._step.model, loss, self._steps)
+        yield {f"landscape/{name}": value for name, value in landscape.figures().items()}
