@@ -6,13 +6,14 @@ Madry, "How Does Batch Normalization Help Optimization?" (2018), Fig. 4. What th
 docs/landscape.md.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from fbn_plugin.analysis.state import buffers_kept
 
 __all__ = ["STEPS", "Landscape", "measure_landscape"]
 
@@ -144,15 +145,3 @@ def _move(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     return math.sqrt(sum(tensor.double().square().sum().item() for tensor in tensors))
-
-
-@contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the values of a model's buffers, such as running statistics, back behind a block."""
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)

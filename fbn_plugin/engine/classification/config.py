@@ -169,6 +169,8 @@ _SOLVER = {
 # What is measured while the model trains, in iterations that end a PERIOD; 0: nothing. The weights do not depend on it.
 _MEASURE = {
     "LANDSCAPE": {"PERIOD": 0, "STEPS": STEPS},  # range of loss and gradient over step sizes along the gradient
+    # Distance of the moments, by NORMS, of SUBSET images from those of all images of the batch.
+    "MOMENTS": {"PERIOD": 0, "SUBSET": 16, "NORMS": ("BN", "FBN(t_sigma=2)")},
 }
 
 

@@ -9,24 +9,40 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
 from fbn_plugin.analysis.landscape import measure_landscape
+from fbn_plugin.analysis.moments import batch_norms, check_norm, flat_distances, measure_moments
+from fbn_plugin.engine.classification.batch import BatchSizes
 from fbn_plugin.engine.classification.step import TrainingStep
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.logging import Timer, TrainingLog
-from fbn_plugin.engine.run.rules import MOST_ITERATIONS, above, at_least, check_values, each_of, exactly
+from fbn_plugin.engine.run.rules import (
+    MOST_ITERATIONS,
+    Rule,
+    above,
+    at_least,
+    check_values,
+    each_of,
+    exactly,
+    named,
+    refusal,
+)
 
 __all__ = ["RULES", "Measurement", "Measuring", "check_measured"]
 
 RULES = {
     "MEASURE.LANDSCAPE.PERIOD": at_least(0, MOST_ITERATIONS),
     "MEASURE.LANDSCAPE.STEPS": each_of(100, above(0, 1e6)),
+    "MEASURE.MOMENTS.PERIOD": at_least(0, MOST_ITERATIONS),
+    "MEASURE.MOMENTS.SUBSET": at_least(2, 2**20),
+    "MEASURE.MOMENTS.NORMS": Rule("1 to 100 norms, each once", lambda given: 0 < len(set(given)) == len(given) <= 100),
 }
 
 # Of one process's images, which are not the batch where there are more.
-_OF_ONE_PROCESS = ("LANDSCAPE",)
+_OF_ONE_PROCESS = ("LANDSCAPE", "MOMENTS")
 
 
 def check_measured(cfg: CfgNode, model: nn.Module) -> None:
@@ -38,6 +54,16 @@ def check_measured(cfg: CfgNode, model: nn.Module) -> None:
     if (world := distributed.world_size()) > 1:
         reason = f"with {world} processes, each of which has a part of the batch"
         check_values(cfg, {f"MEASURE.{name}.PERIOD": exactly(0, reason) for name in _OF_ONE_PROCESS})
+    moments, images = cfg.MEASURE.MOMENTS, BatchSizes.of(cfg).step
+    if not moments.PERIOD:
+        return
+    with named("MEASURE.MOMENTS.NORMS"):
+        for spec in moments.NORMS:
+            check_norm(spec)
+    if images <= moments.SUBSET:
+        raise refusal("MEASURE.MOMENTS.SUBSET", f"less than {images}, the images of a batch", moments.SUBSET)
+    if not batch_norms(model):
+        raise refusal("MEASURE.MOMENTS.PERIOD", f"0 with {cfg.MODEL.NAME} without batch norms", moments.PERIOD)
 
 
 class Measurement(Protocol):
@@ -68,7 +94,7 @@ class Measuring:
     def __init__(self, cfg: CfgNode, step: TrainingStep, log: TrainingLog):
         self._step, self._log = step, log
         # What computes with the model comes before what hooks into it and would see those passes, too.
-        measurements: list[Measurement] = [_LandscapeMeter(cfg, step)]
+        measurements: list[Measurement] = [_LandscapeMeter(cfg, step), _MomentMeter(cfg, step)]
         self._measurements = [each for each in measurements if each.period]
         # Each gives figures of the trained model, for metrics.json and results.json.
         self._at_end: list[Callable[[], dict[str, float]]] = []
@@ -110,9 +136,33 @@ class _LandscapeMeter:
     @contextlib.contextmanager
     def measure(self, iteration: int, images: Tensor, targets: Tensor) -> Iterator[dict[str, float]]:
         def loss() -> Tensor:
-            # Seeded anew each time, so that each pass drops and mixes the same; mixing writes into the images.
-            inputs, labels = self._step.prepare(iteration, 0, images.clone(), targets)
+            inputs, labels = _prepared(self._step, iteration, images, targets)
             return self._step.loss(self._step.model(inputs), labels)
 
         landscape = measure_landscape(self._step.model, loss, self._steps)
         yield {f"landscape/{name}": value for name, value in landscape.figures().items()}
+
+
+class _MomentMeter:
+    """Distance of the moments of some images from those of all (MEASURE.MOMENTS), at the same place as the landscape.
+    The images are drawn by the seed and the iteration."""
+
+    def __init__(self, cfg: CfgNode, step: TrainingStep):
+        moments = cfg.MEASURE.MOMENTS
+        self.period, self._subset, self._norms = moments.PERIOD, moments.SUBSET, moments.NORMS
+        self._seed, self._step = cfg.SEED, step
+
+    @contextlib.contextmanager
+    def measure(self, iteration: int, images: Tensor, targets: Tensor) -> Iterator[dict[str, float]]:
+        inputs, _ = _prepared(self._step, iteration, images, targets)
+        model, drawn = self._step.model, np.random.default_rng((self._seed, iteration))
+        chosen = drawn.choice(len(images), self._subset, replace=False).tolist()
+        with named("MEASURE.MOMENTS"):
+            distances = measure_moments(model, lambda: model(inputs), chosen, self._norms)
+        yield {f"moments/{name}": value for name, value in flat_distances(distances).items()}
+
+
+def _prepared(step: TrainingStep, iteration: int, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and targets as the step itself will have them, with the generators seeded as it seeds them: each pass of a
+    measurement mixes and drops the same. They are copies, as mixing writes into them."""
+    return step.prepare(iteration, 0, images.clone(), targets.clone())

@@ -26,8 +26,14 @@ RUN = {
     "INPUT__TRAIN_CROP": "padded",
     "INPUT__PADDING": 1,
 }
-MEASURED = {"MEASURE__LANDSCAPE__PERIOD": 2, "MEASURE__LANDSCAPE__STEPS": (0.02, 0.001)}
-GROUPS = ("landscape/",)
+MEASURED = {
+    "MEASURE__LANDSCAPE__PERIOD": 2,
+    "MEASURE__LANDSCAPE__STEPS": (0.02, 0.001),
+    "MEASURE__MOMENTS__PERIOD": 2,
+    "MEASURE__MOMENTS__SUBSET": 4,
+}
+MOMENTS = {"MEASURE__MOMENTS__PERIOD": 1}
+GROUPS = ("landscape/", "moments/")
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +74,7 @@ def test_training_does_not_depend_on_it_and_a_resumed_run_measures_the_same(tmp_
     found = rows(tmp_path / "measured")
     assert [row["iteration"] for row in found] == [1, 3, 5]
     assert all(row["landscape/loss_range"] > 0 and row["landscape/gradient_min"] > 0 for row in found)
+    assert all(row["moments/BN/mean"] > 0 and row["moments/FBN(t_sigma=2)/relative_var"] > 0 for row in found)
 
     train(tmp_path / "parts", **RUN | {"SOLVER__MAX_ITER": 4}, **MEASURED)
     train(tmp_path / "parts", resume=True, **RUN, **MEASURED)
@@ -111,6 +118,15 @@ def test_what_may_change_in_a_resumed_run(tmp_path):
         ({"MEASURE__LANDSCAPE__PERIOD": -1}, "MEASURE.LANDSCAPE.PERIOD must be 0 or more, and"),
         ({"MEASURE__LANDSCAPE__STEPS": "(0.1, 0.0)"}, "MEASURE.LANDSCAPE.STEPS must be 1 to 100 values, each above 0"),
         ({"MEASURE__LANDSCAPE__STEPS": "()"}, "MEASURE.LANDSCAPE.STEPS must be 1 to 100 values"),
+        ({"MEASURE__MOMENTS__NORMS": "('BN', 'BN')"}, "MEASURE.MOMENTS.NORMS must be 1 to 100 norms, each once"),
+        ({"MEASURE__MOMENTS__SUBSET": 1}, "MEASURE.MOMENTS.SUBSET must be 2 or more"),
+        ({**MOMENTS, "MEASURE__MOMENTS__NORMS": "GN"}, "MEASURE.MOMENTS.NORMS: 'GN' is neither BN nor FBN"),
+        ({**MOMENTS, "MEASURE__MOMENTS__NORMS": "BNX"}, "MEASURE.MOMENTS.NORMS: unknown norm"),
+        (MOMENTS, "MEASURE.MOMENTS.SUBSET must be less than 16, the images of a batch, got 16"),
+        (
+            {**MOMENTS, "MEASURE__MOMENTS__SUBSET": 4, "MODEL__NORM": "GN(num_groups=1)"},
+            "MEASURE.MOMENTS.PERIOD must be 0 with test_byobnet without batch norms, got 1",
+        ),
     ],
 )
 def test_refuses(tmp_path, options, sentence):
@@ -124,3 +140,5 @@ def test_refuses_to_measure_a_part_of_the_batch(monkeypatch):
     measuring.check_measured(config(), nn.Linear(2, 2))
     with pytest.raises(ValueError, match="LANDSCAPE.PERIOD must be 0 with 2 processes, each of which .*, got 5"):
         measuring.check_measured(config(MEASURE__LANDSCAPE__PERIOD=5), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="MOMENTS.PERIOD must be 0 with 2 processes, each of which .*, got 5"):
+        measuring.check_measured(config(MEASURE__MOMENTS__PERIOD=5), nn.BatchNorm2d(2))
