@@ -1,1 +1,1 @@
-"""What the papers measure of a network beside its accuracy: functions of models, tensors and batches."""
+"""What the papers measure of a network: functions of models, tensors and loaders, with no engine in them."""

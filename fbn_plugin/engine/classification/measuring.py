@@ -9,14 +9,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor, nn
 
-from fbn_plugin.analysis.landscape import measure_landscape
-from fbn_plugin.analysis.moments import batch_norms, check_norm, flat_distances, measure_moments
+from fbn_plugin.analysis.moments import batch_norms, check_norm, flat_distances
 from fbn_plugin.engine.classification.batch import BatchSizes
+from fbn_plugin.engine.classification.batch_measures import BatchMeasures
 from fbn_plugin.engine.classification.step import TrainingStep
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.logging import Timer, TrainingLog
 from fbn_plugin.engine.run.rules import (
@@ -94,7 +94,8 @@ class Measuring:
     def __init__(self, cfg: CfgNode, step: TrainingStep, log: TrainingLog):
         self._step, self._log = step, log
         # What computes with the model comes before what hooks into it and would see those passes, too.
-        measurements: list[Measurement] = [_LandscapeMeter(cfg, step), _MomentMeter(cfg, step)]
+        on_batch = BatchMeasures(step.model, step.prepare, step.loss, cfg.SEED)
+        measurements: list[Measurement] = [_LandscapeMeter(cfg, on_batch), _MomentMeter(cfg, on_batch)]
         self._measurements = [each for each in measurements if each.period]
         # Each gives figures of the trained model, for metrics.json and results.json.
         self._at_end: list[Callable[[], dict[str, float]]] = []
@@ -127,42 +128,28 @@ class Measuring:
 
 
 class _LandscapeMeter:
-    """Range of loss and gradient along the gradient (MEASURE.LANDSCAPE), at the weights before the update and in its
-    mode, on the images of its first step, in full precision."""
+    """Range of loss and gradient along the gradient (MEASURE.LANDSCAPE), at the weights before the update."""
 
-    def __init__(self, cfg: CfgNode, step: TrainingStep):
-        self.period, self._steps, self._step = cfg.MEASURE.LANDSCAPE.PERIOD, cfg.MEASURE.LANDSCAPE.STEPS, step
+    def __init__(self, cfg: CfgNode, on_batch: BatchMeasures):
+        self.period, self._steps, self._on_batch = cfg.MEASURE.LANDSCAPE.PERIOD, cfg.MEASURE.LANDSCAPE.STEPS, on_batch
 
     @contextlib.contextmanager
     def measure(self, iteration: int, images: Tensor, targets: Tensor) -> Iterator[dict[str, float]]:
-        def loss() -> Tensor:
-            inputs, labels = _prepared(self._step, iteration, images, targets)
-            return self._step.loss(self._step.model(inputs), labels)
-
-        landscape = measure_landscape(self._step.model, loss, self._steps)
+        landscape = self._on_batch.landscape(iteration, images, targets, self._steps)
         yield {f"landscape/{name}": value for name, value in landscape.figures().items()}
 
 
 class _MomentMeter:
-    """Distance of the moments of some images from those of all (MEASURE.MOMENTS), at the same place as the landscape.
-    The images are drawn by the seed and the iteration."""
+    """Distance of the moments of some images from those of all (MEASURE.MOMENTS), at the weights before the update."""
 
-    def __init__(self, cfg: CfgNode, step: TrainingStep):
+    def __init__(self, cfg: CfgNode, on_batch: BatchMeasures):
         moments = cfg.MEASURE.MOMENTS
-        self.period, self._subset, self._norms = moments.PERIOD, moments.SUBSET, moments.NORMS
-        self._seed, self._step = cfg.SEED, step
+        self.period, self._options, self._on_batch = moments.PERIOD, (moments.SUBSET, moments.NORMS), on_batch
 
     @contextlib.contextmanager
     def measure(self, iteration: int, images: Tensor, targets: Tensor) -> Iterator[dict[str, float]]:
-        inputs, _ = _prepared(self._step, iteration, images, targets)
-        model, drawn = self._step.model, np.random.default_rng((self._seed, iteration))
-        chosen = drawn.choice(len(images), self._subset, replace=False).tolist()
-        with named("MEASURE.MOMENTS"):
-            distances = measure_moments(model, lambda: model(inputs), chosen, self._norms)
+        try:
+            distances = self._on_batch.moments(iteration, images, targets, *self._options)
+        except ValueError as error:  # of a model that merges its images with another dimension
+            raise UserError(f"MEASURE.MOMENTS: {error}") from None
         yield {f"moments/{name}": value for name, value in flat_distances(distances).items()}
-
-
-def _prepared(step: TrainingStep, iteration: int, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Images and targets as the step itself will have them, with the generators seeded as it seeds them: each pass of a
-    measurement mixes and drops the same. They are copies, as mixing writes into them."""
-    return step.prepare(iteration, 0, images.clone(), targets.clone())

@@ -295,7 +295,7 @@ class ClassificationTrainer:
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
                 timer()
-                switch_mixup(step.mixup, cfg, iteration // self.iters_per_epoch)
+                switch_mixup(step.prepare.mixup, cfg, iteration // self.iters_per_epoch)
                 losses, data_time, measured = measuring(iteration, batches)
                 lr = self.optimizer.param_groups[0]["lr"]
                 log.step(iteration, **losses, lr=lr, time=timer() - measured, data_time=data_time)

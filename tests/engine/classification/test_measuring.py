@@ -10,7 +10,7 @@ from tiny_classification import config, train
 from torch import nn
 
 from fbn_plugin.analysis.landscape import measure_landscape
-from fbn_plugin.engine.classification import measuring
+from fbn_plugin.engine.classification import batch_measures, measuring
 from fbn_plugin.engine.classification.trainer import ClassificationTrainer
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.checkpoint import load_file
@@ -100,7 +100,7 @@ def test_measuring_is_not_part_of_the_time_of_a_step(tmp_path, monkeypatch):
         hours[0] += 1
         return measure_landscape(*args)
 
-    monkeypatch.setattr(measuring, "measure_landscape", slow)
+    monkeypatch.setattr(batch_measures, "measure_landscape", slow)
     train(tmp_path, **{**RUN, "SOLVER__MAX_ITER": 2}, **MEASURED)
     (step,) = [row["time"] for row in read_metrics(tmp_path / "metrics.json") if "time" in row]
     assert hours[0] == 1 and 0 < step < 600
