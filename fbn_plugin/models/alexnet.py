@@ -29,6 +29,7 @@ class AlexNet(ImageClassifier):
         act_layer: class of the activation.
         num_classes, in_chans: see :class:`fbn_plugin.models.base.ImageClassifier`.
         drop_rate: dropout before each of the two dense layers; 0.5 in 2012, not mentioned in the paper.
+        width_divisor: all layers but the last have so many times fewer channels and units, for small machines.
 
     Shape:
         images of 227x227 pixels.
@@ -41,16 +42,18 @@ class AlexNet(ImageClassifier):
         num_classes: int = 10,
         in_chans: int = 3,
         drop_rate: float = 0.5,
+        width_divisor: int = 1,
     ) -> None:
-        features, channels = nn.Sequential(), in_chans
-        for number, (width, kernel_size, stride, padding, pool) in enumerate(CONVOLUTIONS, 1):
+        features, channels, dense_size = nn.Sequential(), in_chans, 4096 // width_divisor
+        for number, (full_width, kernel_size, stride, padding, pool) in enumerate(CONVOLUTIONS, 1):
+            width = full_width // width_divisor
             convolution = unit(channels, width, norm_layer, act_layer, kernel_size, stride=stride, padding=padding)
             features.add_module(f"conv{number}", convolution)
             if pool:
                 features.add_module(f"pool{number}", nn.MaxPool2d(3, 2))
             channels = width
         features.add_module("flatten", nn.Flatten())
-        for number, size in ((6, 6 * 6 * channels), (7, 4096)):
+        for number, size in ((6, 6 * 6 * channels), (7, dense_size)):
             features.add_module(f"drop{number}", nn.Dropout(drop_rate))
-            features.add_module(f"fc{number}", unit(size, 4096, norm_layer, act_layer))
-        super().__init__(features, nn.Identity(), 4096, num_classes, in_chans, image_sizes=(227,))
+            features.add_module(f"fc{number}", unit(size, dense_size, norm_layer, act_layer))
+        super().__init__(features, nn.Identity(), dense_size, num_classes, in_chans, image_sizes=(227,))

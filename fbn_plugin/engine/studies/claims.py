@@ -115,11 +115,10 @@ def _check(study: Study, claim: Claim, found: Mapping[str, MetricStatistics]) ->
 
 def _about_a_pair(claim: Claim, comparisons: Sequence[PairedComparison], alpha: float) -> ClaimVerdict | _Tested:
     pair = (claim.variant, claim.baseline)
-    each, is_turned = next(
-        (one, (one.variant, one.baseline) != pair)
-        for one in comparisons
-        if (one.variant, one.baseline) in (pair, pair[::-1])
-    )
+    each = next((one for one in comparisons if (one.variant, one.baseline) in (pair, pair[::-1])), None)
+    if each is None:
+        return ClaimVerdict(claim, "not run", "this study does not compare the two")
+    is_turned = each.variant != claim.variant
     difference = None if each.difference is None else (-each.difference if is_turned else each.difference) + 0.0
     draft = ClaimVerdict(claim, "inconclusive", each.note, each.n, difference)
     if claim.kind == "alike":

@@ -14,6 +14,7 @@ __all__ = [
     "Code",
     "Heading",
     "Legend",
+    "Link",
     "Mono",
     "Paragraph",
     "Picture",
@@ -38,7 +39,20 @@ class Mono:
     text: str
 
 
-Inline = str | Strong | Mono
+@dataclass(frozen=True)
+class Link:
+    """Text that leads to another page.
+
+    Attributes:
+        text: of the link.
+        target: a file beside the page, or an address.
+    """
+
+    text: str
+    target: str
+
+
+Inline = str | Strong | Mono | Link
 
 
 @dataclass(frozen=True)
@@ -131,6 +145,8 @@ def _markdown_text(part: Inline) -> str:
         pad = " " if "`" in text else ""
         return f"{fence}{pad}{text}{pad}{fence}".replace("|", r"\|")
     text = _SPECIAL.sub(r"\\\1", text)
+    if isinstance(part, Link):
+        return f"[{text}]({part.target})"
     return f"**{text}**" if isinstance(part, Strong) and text.strip() else text
 
 
@@ -168,6 +184,8 @@ def _html_text(part: Inline) -> str:
     text = html.escape(on_one_line(part if isinstance(part, str) else part.text))
     if isinstance(part, Strong):
         return f"<strong>{text}</strong>"
+    if isinstance(part, Link):
+        return f'<a href="{html.escape(part.target)}">{text}</a>'
     return f"<code>{text}</code>" if isinstance(part, Mono) else text
 
 

@@ -134,7 +134,7 @@ def best_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]
     if not found.best:  # nothing is compared
         return blocks
     if not known:
-        return [Paragraph((f"No variant has a {what} for every seed yet, so none is named the best.",))]
+        return [Paragraph((f"No variant has a figure of {what} for every seed yet, so none is named the best.",))]
     if len(known) == 1:
         blocks.append(_one_best(study, known[0], found, numbers, f"{most} {what}"))
     else:

@@ -15,6 +15,7 @@ from typing import Any
 from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.json_files import read_json
 from fbn_plugin.engine.files.words import shown
+from fbn_plugin.engine.studies.packed_rows import pack, packed_text, unpack
 from fbn_plugin.engine.studies.seeds import SEED_RULES
 
 __all__ = [
@@ -38,6 +39,7 @@ STATES = ("done", "failed", "running", "waiting")
 FULL_SCALE = "paper"
 
 _FORMAT = 1
+_PACKED = 2  # the same, by variant
 _LARGEST = 200_000_000  # ten thousand jobs with long curves
 
 
@@ -233,6 +235,7 @@ def write_outcomes(
     study: Study,
     outcomes: Sequence[Outcome],
     statistics: Mapping[str, Any] | None = None,
+    is_packed: bool = False,
 ) -> None:
     """Write a study and its jobs in one step; a job is a line, so that differences between two files can be read.
 
@@ -240,6 +243,7 @@ def write_outcomes(
         path: the file.
         study, outcomes: what it holds.
         statistics: what was computed of them, for other readers than :func:`read_outcomes`.
+        is_packed: write a file of a quarter of the size, see ``packed_rows.py``.
 
     Raises:
         WriteError: the file cannot be written.
@@ -252,11 +256,13 @@ def write_outcomes(
         if machine not in machines:
             machines.append(machine)
         rows.append({**row, "machine": machines.index(machine)})
+    rows = [_plain(row) for row in rows]
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
     parts = [
-        f'"format": {_FORMAT}',
-        f'"study": {json.dumps(_plain(dataclasses.asdict(study)), indent=1)}',
+        f'"format": {_PACKED if is_packed else _FORMAT}',
+        f'"study": {json.dumps(_plain(dataclasses.asdict(study)), indent=None if is_packed else 1)}',
         f'"machines": {json.dumps(machines, indent=1)}',
-        '"outcomes": [\n' + ",\n".join(json.dumps(_plain(row), allow_nan=False) for row in rows) + "\n]",
+        f'"runs": {packed_text(pack(rows))}' if is_packed else f'"outcomes": [\n{lines}\n]',
     ]
     if statistics is not None:
         parts.append(f'"statistics": {json.dumps(statistics, indent=1, allow_nan=False)}')
@@ -270,12 +276,14 @@ def read_outcomes(path: str | os.PathLike) -> tuple[Study, list[Outcome]]:
         OSError, ValueError: the file is not there, or is no such file; one sentence.
     """
     content = read_json(path, _LARGEST)
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no file of a study's outcomes: it has no 'format' of {_FORMAT}")
+    if not isinstance(content, dict) or content.get("format") not in (_FORMAT, _PACKED):
+        raise ValueError(f"{path} is no file of a study's outcomes: it has no 'format' of {_FORMAT} or {_PACKED}")
     try:
         study = _built(Study, content.get("study"), "study")
         machines = content.get("machines")
         rows = content.get("outcomes")
+        if content["format"] == _PACKED:
+            rows = unpack(content.get("runs"), {name: each.levels for name, each in study.variants.items()})
         if not isinstance(rows, list) or not isinstance(machines, list):
             raise ValueError("it has no lists 'outcomes' and 'machines'")
         outcomes = [_outcome(row, machines, f"outcomes[{i}]") for i, row in enumerate(rows)]

@@ -40,7 +40,16 @@ from fbn_plugin.engine.studies.plots import figure_png
 from fbn_plugin.engine.studies.statistics import MetricStatistics, statistics_block, study_statistics
 from fbn_plugin.engine.studies.svg import STYLE, figure_file, least_width, legend_svg, panel_svg, svg_size
 
-__all__ = ["DocsPage", "render_docs", "report_markdown", "report_page", "write_docs", "write_report"]
+__all__ = [
+    "DocsPage",
+    "docs_blocks",
+    "in_job_order",
+    "render_docs",
+    "report_markdown",
+    "report_page",
+    "write_docs",
+    "write_report",
+]
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ def write_report(study: Study, outcomes: Sequence[Outcome], folder: str | os.Pat
         ModuleNotFoundError: SciPy or Matplotlib is not installed.
         WriteError: a file cannot be written.
     """
-    outcomes = _in_order(study, outcomes)
+    outcomes = in_job_order(study, outcomes)
     found = study_statistics(study, outcomes)
     figures = study_figures(study, outcomes, found)
     folder = Path(folder)
@@ -109,14 +118,14 @@ def report_page(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, M
     return html_page(study.heading, _report_blocks(study, outcomes, found or study_statistics(study, outcomes)), STYLE)
 
 
-def _in_order(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
+def in_job_order(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """Jobs by variant and seed, in whatever order they ended."""
     places = {name: i for i, name in enumerate(study.variants)}
     return sorted(outcomes, key=lambda each: (places[each.variant], each.seed))
 
 
 def _report_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, MetricStatistics]) -> list[Block]:
-    outcomes = _in_order(study, outcomes)
+    outcomes = in_job_order(study, outcomes)
     blocks: list[Block] = [Heading(1, study.heading), *_description(study), *state_blocks(study, outcomes, found)]
     blocks += claim_blocks(study, found, 2)
     figures = study_figures(study, outcomes, found)
@@ -262,16 +271,16 @@ def render_docs(
     ]
     parts, pictures, stem = [markdown(head)], {}, Path(page).stem
     for i, (name, (study, outcomes)) in enumerate(studies.items(), 1):
-        outcomes = _in_order(study, outcomes)
+        outcomes = in_job_order(study, outcomes)
         found = study_statistics(study, outcomes)
         prefix = f"{stem}-{i}-" if len(studies) > 1 else f"{stem}-"
         figures = [each for each in study_figures(study, outcomes, found) if each.is_main]
         pictures |= {f"{prefix}{each.name}.svg": figure_file(each) for each in figures}
-        parts.append(markdown(_docs_blocks(study, outcomes, found, figures, prefix, name)))
+        parts.append(markdown(docs_blocks(study, outcomes, found, figures, prefix, name)))
     return DocsPage("\n".join(parts), pictures)
 
 
-def _docs_blocks(
+def docs_blocks(
     study: Study,
     outcomes: Sequence[Outcome],
     found: Mapping[str, MetricStatistics],
@@ -279,7 +288,15 @@ def _docs_blocks(
     prefix: str,
     source: str,
 ) -> list[Block]:
-    """One study of the page."""
+    """One study of a page of the documentation.
+
+    Args:
+        study, outcomes: in the order of variants and seeds.
+        found: of ``study_statistics``.
+        figures: of ``study_figures``, those that are shown.
+        prefix: of the names of the pictures' files.
+        source: name of the JSON file, as a reader finds it.
+    """
     blocks: list[Block] = [Heading(2, study.heading), *_description(study), *state_blocks(study, outcomes, found)]
     blocks += claim_blocks(study, found, 3)
     for name, metric in study.metrics.items():
@@ -290,6 +307,7 @@ def _docs_blocks(
         blocks += mean_blocks(study, name, found[name])
         blocks += _pictures([each for each in mine if each.kind == "differences"], "svg", prefix)
         blocks += comparison_blocks(study, name, found[name])
+        blocks += _pictures([each for each in mine if each.kind == "curves"], "svg", prefix)
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(3, "Runs without a figure"), *failed]
     blocks += _provenance(study, outcomes, 3, _MOST_VARIANTS)

@@ -222,6 +222,8 @@ def _compared(
         alpha=study.alpha,
         names=(pair.variant, pair.baseline, pair.group),
     )
+    if lengths and not found.n:
+        return dataclasses.replace(found, note="no pair of runs has one that got there")
     if not censored:
         return found
     note = f"{counted(censored, 'run')} that never got there {'counts' if censored == 1 else 'count'} with their length"

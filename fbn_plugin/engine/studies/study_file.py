@@ -26,7 +26,7 @@ from fbn_plugin.engine.studies.seeds import SEED_RULES, config_seed, parse_seeds
 from fbn_plugin.engine.studies.study_keys import check_key, check_kinds, flat, group, hint
 from fbn_plugin.engine.studies.wanted_data import Wanted, read_wanted
 
-__all__ = ["KEEP", "StudyFile", "read_study", "read_study_alone"]
+__all__ = ["KEEP", "Described", "StudyFile", "read_study", "read_study_alone"]
 
 # Which checkpoints of a finished job stay.
 KEEP = ("none", "final", "all")
@@ -112,15 +112,33 @@ def read_study(
     return _read(path, root, scale, lambda reading: reading.result(imports))
 
 
-def read_study_alone(
-    path: str | os.PathLike, root: str | os.PathLike = ".", scale: str | None = None
-) -> tuple[Study, list[Wanted]]:
-    """What a study file says, and the data that it wants, without the configs of its variants: for lists of many files.
+@dataclass(frozen=True)
+class Described:
+    """What a study file says, without the configs of its variants.
+
+    Attributes:
+        study: at one of its scales.
+        wanted: data and weights that its jobs read.
+        not_run: why it was not run; "" where the file does not say.
+    """
+
+    study: Study
+    wanted: list[Wanted]
+    not_run: str
+
+
+def read_study_alone(path: str | os.PathLike, root: str | os.PathLike = ".", scale: str | None = None) -> Described:
+    """Read a study file without asking its tool for the configs: for lists of many files.
 
     Args:
         path, root, scale: as of :func:`read_study`, and so are the errors.
     """
-    return _read(path, root, scale, lambda reading: (reading.study, reading.wanted))
+    return _read(
+        path,
+        root,
+        scale,
+        lambda reading: Described(reading.study, reading.wanted, reading.content.get("NOT_RUN", "")),
+    )
 
 
 def _read(path: str | os.PathLike, root: str | os.PathLike, scale: str | None, what: Callable) -> Any:
@@ -149,6 +167,8 @@ class _Reading:
     def __init__(self, path: Path, content: dict[str, Any], root: Path, scale: str | None):
         self.path, self.root = path, root
         _check_values(content, _KEYS)
+        if "ID" in content and "SCALES" not in content:
+            raise ValueError("it has the ID of a table or figure, and no SCALES")
         everywhere = [at_scale(content, name) for name in scales_of(content)] or [content]
         self.content = content = at_scale(content, scale)
         _check_values(content, {**_KEYS, "ONLY": object})

@@ -1,0 +1,72 @@
+"""Studies that are kept with the project: of each that has ended one JSON file below ``benchmarks/papers``, from which
+the same report can be written again, and ``docs/results`` is.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.studies.figures import curve_value, drawn_curves
+from fbn_plugin.engine.studies.outcomes import Outcome, Study, write_outcomes
+from fbn_plugin.engine.studies.run_figures import FIRST
+from fbn_plugin.engine.studies.scales import folder_name
+
+__all__ = ["KEPT", "keep_study", "kept_file", "thinned"]
+
+# Where they lie, from the project's root.
+KEPT = Path("benchmarks", "papers")
+
+
+def kept_file(root: str | os.PathLike, file: str | os.PathLike, scale: str) -> Path:
+    """Where a study file's figures at a scale are kept.
+
+    Examples::
+
+        >>> kept_file("", "configs/experiments/p0_fig5.yaml", "cpu").as_posix()
+        'benchmarks/papers/p0_fig5-cpu.json'
+    """
+    return Path(root) / KEPT / f"{folder_name(file, scale)}.json"
+
+
+def keep_study(study: Study, outcomes: Sequence[Outcome], target: str | os.PathLike) -> Path:
+    """Write a study that has ended into a file that is small enough to be kept.
+
+    Args:
+        study: at a scale other than ``smoke``.
+        outcomes: of all of its jobs; those that failed stay failed.
+        target: the file; its folder is made.
+
+    Raises:
+        ValueError: jobs are still to end, or the scale says nothing.
+        WriteError: the file cannot be written.
+    """
+    if study.scale == "smoke":
+        raise ValueError("the smoke scale shows that an experiment runs, and its figures are not kept")
+    jobs = len(study.variants) * len(set(study.seeds))
+    if left := jobs - sum(each.state in ("done", "failed") for each in outcomes):
+        raise ValueError(f"{study.heading}: {left} of {counted(jobs, 'job')} are still to end, and none is kept before")
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_outcomes(target, study, thinned(study, outcomes), is_packed=True)
+    return target
+
+
+def thinned(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes with as much of their curves as a report draws: at most 60 points, to six digits, and each run's
+    last one."""
+    places = {
+        (variant, name): set(drawn_curves(outcomes, variant, name, metric.of in FIRST)[0])
+        for variant in study.variants
+        for name, metric in study.metrics.items()
+    }
+    found = []
+    for each in outcomes:
+        curves = {
+            name: [(at, curve_value(y)) for at, y in curve if at in places[each.variant, name] or at == curve[-1][0]]
+            for name, curve in each.curves.items()
+            if each.state == "done" and name in study.metrics
+        }
+        found.append(dataclasses.replace(each, curves=curves))
+    return found

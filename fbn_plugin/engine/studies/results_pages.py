@@ -1,0 +1,277 @@
+"""The pages of ``docs/results``: of every table and figure of the papers what is printed, what was measured here and
+what that says, or why nothing was. All of it is made from the study files and from the figures that are kept.
+"""
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fbn_plugin.engine.files.disk import atomic_write
+from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.studies.catalog import PAPERS, Experiment, jobs_of
+from fbn_plugin.engine.studies.claim_findings import printed_text
+from fbn_plugin.engine.studies.claims import ClaimVerdict, check_claims, joint_verdict
+from fbn_plugin.engine.studies.document import (
+    Block,
+    Code,
+    Heading,
+    Inline,
+    Link,
+    Mono,
+    Paragraph,
+    Strong,
+    Table,
+    markdown,
+)
+from fbn_plugin.engine.studies.figures import Figure, study_figures
+from fbn_plugin.engine.studies.findings import Numbers, p_text
+from fbn_plugin.engine.studies.kept import KEPT, kept_file
+from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, read_outcomes
+from fbn_plugin.engine.studies.report import docs_blocks, in_job_order
+from fbn_plugin.engine.studies.statistics import MetricStatistics, study_statistics
+from fbn_plugin.engine.studies.svg import figure_file
+
+__all__ = ["KeptStudy", "read_kept", "render_results", "write_results"]
+
+_MOST_NAMED = 6  # variants in a cell of the table of all
+_NO_SCALE = "smoke"  # which is kept nowhere
+
+
+@dataclass(frozen=True)
+class KeptStudy:
+    """A study whose figures are kept.
+
+    Attributes:
+        name: of its file, from the project's root.
+        study, outcomes: what is in it.
+    """
+
+    name: str
+    study: Study
+    outcomes: Sequence[Outcome]
+
+
+def read_kept(catalog: Sequence[Experiment], root: str | os.PathLike) -> dict[tuple[str, str], KeptStudy]:
+    """What is kept of experiments: (id, scale) -> study.
+
+    Raises:
+        OSError, ValueError: a file is none of a study, or of another one; one sentence.
+    """
+    found = {}
+    for each in catalog:
+        for scale in each.scales:
+            file = kept_file(root, each.path, scale)
+            if not file.is_file():
+                continue
+            study, outcomes = read_outcomes(file)
+            if (study.id, study.scale) != (each.study.id, scale):
+                raise ValueError(f"{file} is of {study.heading}, and not of {each.study.id} at the scale {scale}")
+            found[each.id, scale] = KeptStudy(file.relative_to(root).as_posix(), study, outcomes)
+    return found
+
+
+def render_results(catalog: Sequence[Experiment], kept: Mapping[tuple[str, str], KeptStudy]) -> dict[str, bytes]:
+    """The pages and their pictures.
+
+    Args:
+        catalog: all experiments.
+        kept: of :func:`read_kept`.
+
+    Returns:
+        Name of each file in the folder -> its content: ``index.md``, a page for each paper, pictures.
+    """
+    statistics = {key: study_statistics(each.study, each.outcomes) for key, each in kept.items()}
+    papers = [name for name in PAPERS if any(each.paper == name for each in catalog)]
+    files: dict[str, bytes] = {}
+    blocks = _head("Tables and figures of the papers")
+    blocks.append(Paragraph((_READING,)))
+    for paper in papers:
+        mine = [each for each in catalog if each.paper == paper]
+        blocks += [Heading(2, _paper_title(paper)), _index_table(mine, kept, statistics)]
+        page, pictures = _page(paper, mine, kept, statistics)
+        files[_page_name(paper)] = page.encode()
+        files |= pictures
+    toctree = "\n".join(["```{toctree}", ":hidden:", "", *(Path(_page_name(each)).stem for each in papers), "```", ""])
+    files["index.md"] = f"{markdown(blocks)}\n{toctree}".encode()
+    return files
+
+
+_READING = (
+    "Each row is one study: variants of a config, each run with several seeds. Verdicts are over what the paper "
+    "claims: reproduced, not reproduced and inconclusive (the seeds do not tell the variants apart) are as its page "
+    "says. A reduced scale is not the paper's setting, and its figures are not to be held against the printed ones. p: of the "
+    "claims, adjusted. Negative results stand here as others do."
+)
+
+
+def write_results(
+    catalog: Sequence[Experiment], kept: Mapping[tuple[str, str], KeptStudy], folder: str | os.PathLike
+) -> list[Path]:
+    """Write :func:`render_results` into a folder, and take out of it the pages and pictures of an earlier time.
+
+    Raises:
+        WriteError: a file cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = render_results(catalog, kept)
+    for old in folder.iterdir():
+        if old.suffix in (".md", ".svg") and old.name not in files:
+            old.unlink()
+    for name, content in files.items():
+        atomic_write(folder / name, content)
+    return [folder / name for name in files]
+
+
+def _head(title: str) -> list[Block]:
+    return [
+        Heading(1, title),
+        Paragraph(("Nothing on this page is written by hand. It is made from study files and kept figures by",)),
+        Code(["python tools/reproduce.py report"]),
+    ]
+
+
+def _page_name(paper: str) -> str:
+    return f"{paper.casefold()}.md"
+
+
+def _paper_title(paper: str) -> str:
+    return PAPERS[paper] if paper == "X" else f"{paper}: {PAPERS[paper]}"
+
+
+def _command(experiment: Experiment, scale: str) -> str:
+    return f"python tools/reproduce.py run {shlex.quote(experiment.id)} --scale {scale}"
+
+
+def _index_table(
+    experiments: Sequence[Experiment],
+    kept: Mapping[tuple[str, str], KeptStudy],
+    statistics: Mapping[tuple[str, str], Mapping[str, MetricStatistics]],
+) -> Table:
+    rows: list[list[Inline]] = [["id", "what", "scale", "printed", "here", "seeds", "p", "verdict", "command"]]
+    for each in experiments:
+        mine = [scale for scale in each.scales if (each.id, scale) in kept]
+        rows += [_kept_row(each, scale, kept[each.id, scale], statistics[each.id, scale]) for scale in mine]
+        if not mine:
+            scale = _scale_to_run(each)
+            study = each.scales[scale].study
+            printed = _figures(study, _main_metric(study), None)
+            why = f"not run: {_why_not(each, scale)}"
+            rows.append([_link(each), each.study.title, "-", printed, "-", "-", "-", why, Mono(_command(each, scale))])
+    return Table(rows, (0, 1, 2, 3, 4, 7, 8))
+
+
+def _link(experiment: Experiment) -> Link:
+    return Link(", ".join(experiment.ids), _page_name(experiment.paper))
+
+
+def _scale_to_run(experiment: Experiment) -> str:
+    """The scale that a reader can run: the one for a CPU, else the first that is kept at all."""
+    names = [name for name in experiment.scales if name != _NO_SCALE]
+    return "cpu" if "cpu" in names else (names or list(experiment.scales))[0]
+
+
+def _why_not(experiment: Experiment, scale: str) -> str:
+    return " ".join(experiment.scales[scale].not_run.split()).rstrip(".") or "no figures are kept yet"
+
+
+def _kept_row(
+    experiment: Experiment, scale: str, kept: KeptStudy, found: Mapping[str, MetricStatistics]
+) -> list[Inline]:
+    study = kept.study
+    verdicts = check_claims(study, found)
+    metric = _main_metric(study)
+    return [
+        _link(experiment),
+        study.title,
+        f"{scale}, reduced" if study.is_reduced else scale,
+        _figures(study, metric, None),
+        _figures(study, metric, found),
+        str(len(set(study.seeds))),
+        _p_range(verdicts),
+        Strong(joint_verdict(verdicts)) if verdicts else "no claim",
+        Mono(_command(experiment, scale)),
+    ]
+
+
+def _main_metric(study: Study) -> str:
+    """The first metric of which something is printed or claimed, else the first of all."""
+    told = [*study.printed, *(each.metric for each in study.claims)]
+    return next((name for name in study.metrics if name in told), next(iter(study.metrics)))
+
+
+def _figures(study: Study, name: str, found: Mapping[str, MetricStatistics] | None) -> str:
+    """Figures of the variants of which something is printed or claimed: those printed, or those found."""
+    claimed = [one for each in study.claims if each.metric == name for one in (each.variant, each.baseline)]
+    printed = study.printed.get(name, {})
+    named = [each for each in study.variants if each in printed or each in claimed] or list(study.variants)
+    unit = study.metrics[name].unit
+    if found is None:
+        parts = [f"{each} {printed_text(printed[each])}" for each in named if each in printed]
+    else:
+        numbers, summaries = Numbers(found[name]), found[name].summaries
+        parts = [f"{each} {numbers.spread(summaries[each].mean, summaries[each].sd)}" for each in named]
+    if not parts:
+        return "-"
+    more = len(parts) - _MOST_NAMED
+    shown = "; ".join(parts[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    return f"{shown} ({unit})" if unit else shown
+
+
+def _p_range(verdicts: Sequence[ClaimVerdict]) -> str:
+    values = sorted(each.p for each in verdicts if each.p is not None)
+    if not values:
+        return "-"
+    ends = list(dict.fromkeys(map(p_text, (values[0], values[-1]))))
+    return " to ".join(ends)
+
+
+def _page(
+    paper: str,
+    experiments: Sequence[Experiment],
+    kept: Mapping[tuple[str, str], KeptStudy],
+    statistics: Mapping[tuple[str, str], Mapping[str, MetricStatistics]],
+) -> tuple[str, dict[str, bytes]]:
+    """A paper's page with its pictures."""
+    blocks, pictures = _head(_paper_title(paper)), {}
+    for each in experiments:
+        mine = [scale for scale in each.scales if (each.id, scale) in kept]
+        for scale in mine:
+            found, entry = statistics[each.id, scale], kept[each.id, scale]
+            outcomes = in_job_order(entry.study, entry.outcomes)
+            prefix = f"{Path(entry.name).stem}-"
+            figures = _shown(study_figures(entry.study, outcomes, found))
+            pictures |= {f"{prefix}{figure.name}.svg": figure_file(figure) for figure in figures}
+            blocks += docs_blocks(entry.study, outcomes, found, figures, prefix, entry.name)
+        if not mine:
+            blocks += _not_run_blocks(each)
+        blocks += _scale_blocks(each)
+    return markdown(blocks), pictures
+
+
+def _shown(figures: Sequence[Figure]) -> list[Figure]:
+    """What a paper's page shows: what a short report does, and the curves."""
+    return [each for each in figures if each.is_main or each.kind == "curves"]
+
+
+def _not_run_blocks(experiment: Experiment) -> list[Block]:
+    study, scale = experiment.study, _scale_to_run(experiment)
+    source = f"{study.source}. " if study.source else ""
+    return [
+        Heading(2, f"{study.id}: {study.title}"),
+        Paragraph((source, Strong("Not run"), f": {_why_not(experiment, scale)}.")),
+    ]
+
+
+def _scale_blocks(experiment: Experiment) -> list[Block]:
+    """At which scales it can be run, and by which command."""
+    rows: list[list[Inline]] = [["scale", "jobs", "data that it wants", "command"]]
+    for name, each in experiment.scales.items():
+        wanted = "; ".join(one.what if one.made else f"{one.path}: {one.what}" for one in each.wanted) or "none"
+        said = name if name == FULL_SCALE else f"{name}, reduced"
+        rows.append([said, f"{jobs_of(each.study):,}", wanted, Mono(_command(experiment, name))])
+    file = experiment.path.name
+    text = f"{counted(len(rows) - 1, 'scale')} of {file}; figures that are kept lie in {KEPT.as_posix()}:"
+    return [Paragraph((text,)), Table(rows, (0, 2, 3))]
