@@ -104,8 +104,8 @@ class QuantileSketch:
             places += torch.arange(self.rows, device=places.device)[:, None] * (2 * width + 1)
         if odd.any():
             places = places[~odd]
-        found = torch.bincount(places.flatten(), minlength=self._counts.numel())
-        self._counts += found.view_as(self._counts).to(self._counts.device)
+        places = places.flatten().to(self._counts.device)
+        self._counts.view(-1).index_add_(0, places, torch.ones_like(places))
 
     def _add_ends(self, values: Tensor, odd: Tensor) -> None:
         """Count values and those that are not finite, which ``odd`` marks, and move the ends."""
