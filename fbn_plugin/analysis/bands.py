@@ -105,12 +105,15 @@ class KernelActivations:
     peaks: Tensor | None
     note: str = ""
 
-    def density(self, bins: int = 200) -> tuple[Tensor, Tensor]:
+    def density(self) -> tuple[Tensor, Tensor]:
         """Edges (bins + 1) from the least to the largest activation, and the share of the activations per unit of the
-        axis between them (bins), as a density has it."""
+        axis between them (bins), as a density has it; both empty where there is no finite activation. There are 200
+        bins, of few activations as many as the Rice rule says, twice the cube root of their number."""
         least, most = self.sketch.minimum.item(), self.sketch.maximum.item()
-        if not self.sketch.count.item():
+        count = self.sketch.count.item()
+        if not count:
             return torch.zeros(0), torch.zeros(0)
+        bins = min(200, math.ceil(2 * count ** (1 / 3)))
         if least == most:
             least, most = least - 0.5, most + 0.5
         edges = torch.linspace(least, most, bins + 1, dtype=torch.float64)
