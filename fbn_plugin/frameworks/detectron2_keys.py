@@ -19,13 +19,22 @@ KEYS: dict[str, Any] = {
     "TEST.EVAL_ITERATIONS": (),
     # Iterations between two measurements of the share of values that each filtered norm leaves out; 0 is off.
     "NORM_STATS_PERIOD": 0,
+    # Quantiles of what layers compute: iterations between two measurements (0 is off), layers by name, and which.
+    "MEASURE.ACTIVATIONS.PERIOD": 0,
+    "MEASURE.ACTIVATIONS.LAYERS": (),
+    "MEASURE.ACTIVATIONS.QUANTILES": (0.0, 0.25, 0.5, 0.75, 1.0),
 }
+_OWN_GROUPS = ("MEASURE", "MEASURE.ACTIVATIONS")  # which detectron2 does not have
 
 _Config = TypeVar("_Config", bound=Mapping)
 
 
 def add_keys(cfg: Mapping[str, Any]) -> None:
     """Set those keys that a config does not have to their default."""
+    for group in _OWN_GROUPS if "MODEL" in cfg else ():  # a group is no config
+        node, name = _place(cfg, group)
+        if node is not None and name not in node:
+            node[name] = type(cfg)()
     for key, default in KEYS.items():
         node, name = _place(cfg, key)
         if node is not None and name not in node:
@@ -44,6 +53,10 @@ def without_defaults(cfg: _Config) -> _Config:
         if _is_default(key, value):
             node, name = _place(cfg, key)
             dict.pop(node, name)  # also of one that is frozen
+    for group in reversed(_OWN_GROUPS):
+        node, name = _place(cfg, group)
+        if node is not None and node.get(name) == {}:
+            dict.pop(node, name)
     return cfg
 
 

@@ -182,6 +182,10 @@ BAD_OVERRIDES = {
     "no checkpoints": (["SOLVER.CHECKPOINT_PERIOD", "0"], ["SOLVER.CHECKPOINT_PERIOD", "1 or more", "got 0"]),
     "no batches": (["TEST.PRECISE_BN.NUM_ITER", "0"], ["TEST.PRECISE_BN.NUM_ITER", "1 or more"]),
     "period": (["NORM_STATS_PERIOD", "-1"], ["NORM_STATS_PERIOD", "0 or more", "-1"]),
+    "layer": (
+        ["MEASURE.ACTIVATIONS.PERIOD", "1", "MEASURE.ACTIVATIONS.LAYERS", "('backbone.bottom_up.res4.0.conv1.nrm',)"],
+        ["MEASURE.ACTIVATIONS.LAYERS: the model has no layer", "did you mean 'backbone.bottom_up.res4.0.conv1.norm"],
+    ),
     "best of what": (["SOLVER.BEST_CHECKPOINT_METRIC", "mAP"], ["'mAP'", "bbox/AP50, ", "segm/APl"]),
     "best of another task": (
         ["SOLVER.BEST_CHECKPOINT_METRIC", "segm/AP", "MODEL.MASK_ON", "False"],

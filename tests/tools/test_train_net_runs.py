@@ -37,6 +37,7 @@ EVERYTHING = [
     *("SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.BASE_LR", 0.01),
     *("TEST.EVAL_ITERATIONS", "(1, 4)", "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2),
     *("SOLVER.BEST_CHECKPOINT_METRIC", "bbox/AP", "NORM_STATS_PERIOD", 2),
+    *("MEASURE.ACTIVATIONS.PERIOD", 3, "MEASURE.ACTIVATIONS.LAYERS", "('backbone.bottom_up.res4.0.conv1.norm[3]',)"),
 ]
 
 
@@ -141,6 +142,14 @@ def test_filtered_shares(undisturbed):
     assert all(0 <= share < 0.5 for share in shares.values())
     assert "filtered/backbone.fpn_lateral2.norm" in shares and "filtered/backbone.bottom_up.res3.0.conv1.norm" in shares
     assert not any("stem" in name or "res2" in name for name in shares)  # frozen
+
+
+def test_activations(undisturbed):
+    rows = {row["iteration"]: row for row in metrics(undisturbed)}
+    name = "activations/backbone.bottom_up.res4.0.conv1.norm[3]/q"
+    assert [number for number, row in rows.items() if f"{name}50" in row] == [2]
+    levels = [rows[2][f"{name}{level}"] for level in (0, 25, 50, 75, 100)]
+    assert levels == sorted(levels) and levels[0] < -1 < 1 < levels[-1]
 
 
 def test_population_statistics_of_all_but_frozen_norms(undisturbed, shapes):

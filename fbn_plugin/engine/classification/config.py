@@ -3,6 +3,7 @@ speak detectron2's vocabulary where it has a word.
 """
 
 import copy
+import math
 
 from timm.optim import list_optimizers
 
@@ -12,6 +13,7 @@ from fbn_plugin.engine.classification.data import build_train_transform
 from fbn_plugin.engine.classification.memory_data import batch_augmentation
 from fbn_plugin.engine.classification.model import check_model_options
 from fbn_plugin.engine.classification.optimization import WITH_MIN_LR, optimizer_arguments
+from fbn_plugin.engine.run.activation_meter import ACTIVATION_KEYS
 from fbn_plugin.engine.run.config import Arguments, CfgNode
 from fbn_plugin.engine.run.linear_rule import ScaledKeys
 from fbn_plugin.engine.run.loggers import check_loggers
@@ -55,6 +57,7 @@ MAY_CHANGE = (
     "SOLVER.BEST_CHECKPOINT_METRIC",
     "LOGGERS",
     "MEASURE.*",
+    "NORM_STATS_PERIOD",
     "TEST.EVAL_ITERATIONS",
     "TEST.EVAL_PERIOD",
     "TEST.IMS_PER_BATCH",
@@ -124,7 +127,7 @@ _INPUT = {
 }
 
 _SOLVER = {
-    "MAX_EPOCH": 100,
+    "MAX_EPOCH": 100,  # 0: nothing is trained or saved; the starting weights are evaluated and measured
     "MAX_ITER": 0,  # stop early after so many iterations, on the schedule of MAX_EPOCH; 0: do not
     "IMS_PER_BATCH": 256,  # of one update of the weights: over all processes and accumulation steps
     "ACCUMULATION_STEPS": 1,  # forward and backward passes of each process before an update
@@ -171,6 +174,9 @@ _MEASURE = {
     "LANDSCAPE": {"PERIOD": 0, "STEPS": STEPS},  # range of loss and gradient over step sizes along the gradient
     # Distance of the moments, by NORMS, of SUBSET images from those of all images of the batch.
     "MOMENTS": {"PERIOD": 0, "SUBSET": 16, "NORMS": ("BN", "FBN(t_sigma=2)")},
+    "ACTIVATIONS": ACTIVATION_KEYS,  # quantiles of what layers compute
+    # After training: bands of each layer's normalized activations over the validation images, in activations.json.
+    "BANDS": False,
 }
 
 
@@ -209,6 +215,8 @@ def classification_config() -> CfgNode:
                 "IMS_PER_BATCH": 256,
             },
             "MEASURE": copy.deepcopy(_MEASURE),
+            # Iterations between two measurements of the share of values that each filtered norm leaves out; 0 is off.
+            "NORM_STATS_PERIOD": 0,
             "CUDNN_BENCHMARK": False,
             "FLOAT32_PRECISION": "",  # of torch.set_float32_matmul_precision, and of cuDNN; "": PyTorch's own
             "LOGGERS": ("tensorboard",),  # besides metrics.json: "csv", "tensorboard", "wandb"
@@ -252,6 +260,7 @@ _RULES = {
     "MODEL.RECALIBRATE": at_least(0, 2**20),
     "MODEL.PIXEL_MEAN": each(between(-(10**6), 10**6)),
     "MODEL.PIXEL_STD": each(between(1e-6, 10**6)),
+    "NORM_STATS_PERIOD": at_least(0, MOST_ITERATIONS),
     "SEED": Rule("0 or more, and below 2**63", lambda given: 0 <= given < 2**63),
     "SOLVER.ACCUMULATION_STEPS": at_least(1, 2**20),
     "SOLVER.AMP.DTYPE": one_of("", "float16", "bfloat16"),
@@ -269,7 +278,7 @@ _RULES = {
     "SOLVER.LR_SCHEDULER_NAME": one_of(
         "constant", "cosine", "exponential", "multistep", "plateau", "poly", "step", "tanh"
     ),
-    "SOLVER.MAX_EPOCH": at_least(1, 10**6),
+    "SOLVER.MAX_EPOCH": at_least(0, 10**6),
     "SOLVER.MAX_ITER": at_least(0, MOST_ITERATIONS),
     "SOLVER.PLATEAU_METRIC": one_of("top1", "top5", "loss"),
     "SOLVER.PLATEAU_PATIENCE": at_least(0, 10**6),
@@ -310,7 +319,7 @@ def _recalibration_rules(cfg: CfgNode) -> dict[str, Rule]:
 
 def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
     """Rules that follow from other values of the config."""
-    epochs = cfg.SOLVER.MAX_EPOCH
+    epochs = cfg.SOLVER.MAX_EPOCH or math.inf  # without training no schedule ends
     rules = {
         "SOLVER.MIN_LR": Rule(
             f"from 0 to SOLVER.BASE_LR, {cfg.SOLVER.BASE_LR}", lambda given: 0 <= given <= cfg.SOLVER.BASE_LR
@@ -329,6 +338,8 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
         rules["TEST.EVAL_PERIOD"] = at_least(1, MOST_ITERATIONS)
         rules["SOLVER.GAMMA"] = Rule("above 0 and below 1 with plateau", lambda given: 0 < given < 1)
         rules["SOLVER.WARMUP_PREFIX"] = exactly(False, "with plateau, which has no end")
+    if not cfg.SOLVER.MAX_EPOCH:
+        rules["SOLVER.BEST_CHECKPOINT_METRIC"] = exactly("", "with MAX_EPOCH 0, which saves no weights")
     if cfg.MODEL.RECALIBRATE:
         rules |= _recalibration_rules(cfg)
     if cfg.MODEL.REVISED_INIT:

@@ -16,9 +16,11 @@ from fbn_plugin.engine.classification.batch import BatchSizes
 from fbn_plugin.engine.classification.batch_measures import BatchMeasures
 from fbn_plugin.engine.classification.step import TrainingStep
 from fbn_plugin.engine.run import distributed
+from fbn_plugin.engine.run.activation_meter import ACTIVATION_RULES, ActivationMeter, build_activation_meter
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.logging import Timer, TrainingLog
+from fbn_plugin.engine.run.norm_stats import FilterMeter
 from fbn_plugin.engine.run.rules import (
     MOST_ITERATIONS,
     Rule,
@@ -39,6 +41,7 @@ RULES = {
     "MEASURE.MOMENTS.PERIOD": at_least(0, MOST_ITERATIONS),
     "MEASURE.MOMENTS.SUBSET": at_least(2, 2**20),
     "MEASURE.MOMENTS.NORMS": Rule("1 to 100 norms, each once", lambda given: 0 < len(set(given)) == len(given) <= 100),
+    **ACTIVATION_RULES,
 }
 
 # Of one process's images, which are not the batch where there are more.
@@ -54,6 +57,11 @@ def check_measured(cfg: CfgNode, model: nn.Module) -> None:
     if (world := distributed.world_size()) > 1:
         reason = f"with {world} processes, each of which has a part of the batch"
         check_values(cfg, {f"MEASURE.{name}.PERIOD": exactly(0, reason) for name in _OF_ONE_PROCESS})
+        check_values(cfg, {"MEASURE.BANDS": exactly(False, f"with {world} processes")})
+    if cfg.MODEL.COMPILE:  # its code is of the layers without hooks
+        hooked = ("MEASURE.ACTIVATIONS.PERIOD", "NORM_STATS_PERIOD")
+        check_values(cfg, {key: exactly(0, "with MODEL.COMPILE") for key in hooked})
+    build_activation_meter(cfg, model)
     moments, images = cfg.MEASURE.MOMENTS, BatchSizes.of(cfg).step
     if not moments.PERIOD:
         return
@@ -89,16 +97,19 @@ class Measuring:
         cfg: config.
         step: updates the weights.
         log: where figures go.
+        bands: measures MEASURE.BANDS of the trained model.
     """
 
-    def __init__(self, cfg: CfgNode, step: TrainingStep, log: TrainingLog):
+    def __init__(self, cfg: CfgNode, step: TrainingStep, log: TrainingLog, bands: Callable[[], dict[str, float]]):
         self._step, self._log = step, log
         # What computes with the model comes before what hooks into it and would see those passes, too.
         on_batch = BatchMeasures(step.model, step.prepare, step.loss, cfg.SEED)
         measurements: list[Measurement] = [_LandscapeMeter(cfg, on_batch), _MomentMeter(cfg, on_batch)]
+        measurements.append(_HookMeter(build_activation_meter(cfg, step.model)))
+        measurements.append(_HookMeter(FilterMeter(step.model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)))
         self._measurements = [each for each in measurements if each.period]
         # Each gives figures of the trained model, for metrics.json and results.json.
-        self._at_end: list[Callable[[], dict[str, float]]] = []
+        self._at_end: list[Callable[[], dict[str, float]]] = [bands] if cfg.MEASURE.BANDS else []
 
     def __call__(
         self, iteration: int, batches: Iterator[tuple[Tensor, Tensor]]
@@ -153,3 +164,15 @@ class _MomentMeter:
         except ValueError as error:  # of a model that merges its images with another dimension
             raise UserError(f"MEASURE.MOMENTS: {error}") from None
         yield {f"moments/{name}": value for name, value in flat_distances(distances).items()}
+
+
+class _HookMeter:
+    """What is seen by hooks in the update itself: MEASURE.ACTIVATIONS, NORM_STATS_PERIOD."""
+
+    def __init__(self, meter: ActivationMeter | FilterMeter):
+        self.period, self._meter = meter.period, meter
+
+    def measure(
+        self, iteration: int, images: Tensor, targets: Tensor
+    ) -> contextlib.AbstractContextManager[dict[str, float]]:
+        return self._meter.measure(iteration)

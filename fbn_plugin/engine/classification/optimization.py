@@ -115,6 +115,8 @@ def build_scheduler(
     """timm's schedule over SOLVER.MAX_EPOCH, one step an iteration; of "plateau", one an evaluation."""
     solver = cfg.SOLVER
     name, steps, decay_epochs, rate = solver.LR_SCHEDULER_NAME, solver.STEPS, solver.DECAY_EPOCHS, solver.GAMMA
+    if not solver.MAX_EPOCH:  # nothing is trained
+        name = "constant"
     if name == "plateau":
         return PlateauSchedule(cfg, optimizer, iters_per_epoch)
     epochs = solver.MAX_EPOCH - solver.COOLDOWN_EPOCHS - (solver.WARMUP_EPOCHS if solver.WARMUP_PREFIX else 0)
@@ -130,7 +132,7 @@ def build_scheduler(
         decay_milestones=steps,
         decay_rate=rate,
         min_lr=solver.MIN_LR,
-        warmup_epochs=solver.WARMUP_EPOCHS,
+        warmup_epochs=solver.WARMUP_EPOCHS if solver.MAX_EPOCH else 0,
         warmup_lr=solver.WARMUP_FACTOR * solver.BASE_LR,
         warmup_prefix=solver.WARMUP_PREFIX,
         step_on_epochs=False,

@@ -25,6 +25,7 @@ from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
 from fbn_plugin.engine.classification.recalibration import check_statistics, recalibrate
 from fbn_plugin.engine.classification.results import write_results
+from fbn_plugin.engine.classification.run_bands import RunBands
 from fbn_plugin.engine.classification.step import (
     TrainingStep,
     build_average,
@@ -286,11 +287,14 @@ class ClassificationTrainer:
             max_to_keep=2,
         )
         period = self.log_period, self.log_window, cfg.SOLVER.IMS_PER_BATCH
-        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, self.start_iter, *period, cfg.LOGGERS, cfg) as log:
+        # Without training the figures are those before the first iteration, which a new start measures anew.
+        first = self.start_iter if self.max_iter else -1
+        with TrainingLog(cfg.OUTPUT_DIR, self.max_iter, first, *period, cfg.LOGGERS, cfg) as log:
             result = self._catch_up(saver, log)
             parts = self.optimizer, self.scheduler, self.scaler, self.average, self.device
             step = TrainingStep(cfg, self.model.train(), len(data.classes), *parts)
-            measuring = Measuring(cfg, step, log)
+            bands = RunBands(cfg, self.model, data, self.device, log, self.max_iter)
+            measuring = Measuring(cfg, step, log, bands)
             batches = build_train_loader(cfg, data.train, self.device, self.start_iter)
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
@@ -322,7 +326,8 @@ class ClassificationTrainer:
             self.average.set(self.model)
 
     def _is_evaluated_after(self, finished: int) -> bool:
-        return is_evaluated_after(finished, self.max_iter, self._eval_period, self._eval_iterations)
+        due = is_evaluated_after(finished, self.max_iter, self._eval_period, self._eval_iterations)
+        return due or finished == self.max_iter == 0
 
     def _catch_up(self, saver: PeriodicCheckpointer, log: TrainingLog) -> dict[str, float]:
         """What the run owes where it goes on: the evaluation, as ``metrics.json`` has it, or made up for, where the run

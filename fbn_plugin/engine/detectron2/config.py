@@ -35,6 +35,7 @@ from fbn_plugin.engine.detectron2.values import attempt, check_types, difference
 from fbn_plugin.engine.files.literals import literal
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.files.yaml_file import read_yaml
+from fbn_plugin.engine.run.activation_meter import build_activation_meter
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric, is_given
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.config import check_texts, pairs
@@ -70,6 +71,8 @@ def add_config(cfg: CfgNode) -> None:
     - TEST.EVAL_ITERATIONS: numbers of finished iterations after which to evaluate, beside TEST.EVAL_PERIOD.
     - NORM_STATS_PERIOD: iterations between two measurements of the share of values that each filtered norm leaves out
       (scalars ``filtered/<module>``); 0 is never.
+    - MEASURE.ACTIVATIONS.PERIOD, LAYERS and QUANTILES: iterations between two measurements of quantiles of what layers
+      compute (scalars ``activations/<layer>/q50`` and so on); 0 is never.
     """
     add_keys(cfg)
 
@@ -314,6 +317,7 @@ def _try_out(cfg: CfgNode, args: argparse.Namespace, resume: bool) -> None:
     model = attempt(cfg, "MODEL", build_model, others)
     if not evaluate_only:
         check_population_stats(cfg, model)
+        build_activation_meter(cfg, model)
         attempt(cfg, "INPUT", lambda cfg: DatasetMapper(cfg, is_train=True), others)
         attempt(cfg, "SOLVER", lambda cfg: DefaultTrainer.build_lr_scheduler(cfg, build_optimizer(cfg, model)), others)
 

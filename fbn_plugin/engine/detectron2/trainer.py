@@ -51,6 +51,7 @@ from fbn_plugin.engine.detectron2.hooks import Evaluation, MetricsWriter, Popula
 from fbn_plugin.engine.detectron2.model import build_model, build_optimizer
 from fbn_plugin.engine.files.disk import writing
 from fbn_plugin.engine.run import distributed, stopping
+from fbn_plugin.engine.run.activation_meter import build_activation_meter
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.checkpoint import RandomState
 from fbn_plugin.engine.run.cli import RUN_ERRORS, UserError, error_sentence, import_modules, user_errors
@@ -158,6 +159,7 @@ class Trainer(DefaultTrainer):
             model = self.build_model(cfg)
         optimizer = build_optimizer(cfg, model)
         self.meter = FilterMeter(model, cfg.NORM_STATS_PERIOD if distributed.is_main() else 0)
+        self.activations = build_activation_meter(cfg, model)
         with warnings.catch_warnings():  # a name that newer releases of PyTorch want otherwise
             warnings.simplefilter("ignore", FutureWarning)
             model = distributed.data_parallel(model, next(model.parameters()).device, broadcast_buffers=False)
@@ -232,9 +234,9 @@ class Trainer(DefaultTrainer):
 
     def run_step(self) -> None:
         self._trainer.iter = self.iter
-        with self.meter.measure(self.iter) as shares:
+        with self.meter.measure(self.iter) as shares, self.activations.measure(self.iter) as activations:
             self._trainer.run_step()
-        self.storage.put_scalars(smoothing_hint=False, **shares)
+        self.storage.put_scalars(smoothing_hint=False, **shares, **activations)
 
     def is_evaluated_after(self, iterations: int) -> bool:
         """Whether there is an evaluation when so many iterations are finished."""
@@ -243,8 +245,9 @@ class Trainer(DefaultTrainer):
         return due and bool(self.cfg.DATASETS.TEST)
 
     def is_measured_after(self, iterations: int) -> bool:
-        """Whether the filtered norms were measured in the last of so many iterations."""
-        return self.cfg.NORM_STATS_PERIOD > 0 and iterations % self.cfg.NORM_STATS_PERIOD == 0
+        """Whether norms or activations were measured in the last of so many iterations."""
+        periods = self.cfg.NORM_STATS_PERIOD, self.cfg.MEASURE.ACTIVATIONS.PERIOD
+        return any(period > 0 and iterations % period == 0 for period in periods)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "seed": self.seed}

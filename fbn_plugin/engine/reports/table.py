@@ -25,6 +25,7 @@ from fbn_plugin.engine.reports.seeds import (
 from fbn_plugin.engine.run.detection_keys import detection_config
 from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.run_folder import NORM_KEYS, Run, norm_label
+from fbn_plugin.frameworks.detectron2_keys import KEYS
 
 __all__ = ["PAPER_AP", "PAPER_SOURCE", "Column", "Table", "build_tables", "paper_table"]
 
@@ -86,6 +87,7 @@ _NO_EFFECT = (
     "TEST.EVAL_ITERATIONS",
     "TEST.EXPECTED_RESULTS",
     "NORM_STATS_PERIOD",
+    *(key for key in KEYS if key.startswith("MEASURE.")),
     "VIS_PERIOD",
 )
 

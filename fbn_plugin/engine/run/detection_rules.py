@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
+from fbn_plugin.engine.run.activation_meter import ACTIVATION_RULES
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.rules import (
     COMMON_RULES,
@@ -159,6 +160,7 @@ DETECTION_RULES = {
     **COMMON_RULES,
     **_SOLVER_RULES,
     **_MODEL_RULES,
+    **ACTIVATION_RULES,
     "DATALOADER.REPEAT_THRESHOLD": between(0, 1),
     # Of detectron2's others the order cannot be resumed.
     "DATALOADER.SAMPLER_TRAIN": one_of("TrainingSampler", "RepeatFactorTrainingSampler"),

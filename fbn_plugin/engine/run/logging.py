@@ -123,8 +123,8 @@ def _is_cut(line: bytes) -> bool:
 
 
 def _check_row(row: Any, place: str) -> None:
-    if not isinstance(row, dict) or type(row.get("iteration")) is not int or not 0 <= row["iteration"] < 2**63:
-        raise ValueError(f"{place} has no 'iteration' that is a whole number, 0 or more")
+    if not isinstance(row, dict) or type(row.get("iteration")) is not int or not -1 <= row["iteration"] < 2**63:
+        raise ValueError(f"{place} has no 'iteration' that is a whole number, -1 (before the first) or more")
     for key, value in row.items():
         if not is_figure(value):
             raise ValueError(f"{place}: {key} must be a number or null, got {value!r:.80}")

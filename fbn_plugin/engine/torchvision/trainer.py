@@ -22,6 +22,7 @@ from fbn_plugin.engine.data.coco_eval import coco_results, evaluate_coco, metric
 from fbn_plugin.engine.files.disk import atomic_write, writing
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed, stopping
+from fbn_plugin.engine.run.activation_meter import build_activation_meter
 from fbn_plugin.engine.run.backends import set_backends
 from fbn_plugin.engine.run.best_checkpoint import BestCheckpoint, check_metric
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer, RandomState
@@ -98,6 +99,7 @@ class DetectionTrainer:
         self._build()
         if not eval_only:
             check_population_stats(cfg, self.model)
+            self._activations = build_activation_meter(cfg, self.model)
         report = self._load(weights, resume if continues else False, eval_only)
         self.best = BestCheckpoint(cfg.OUTPUT_DIR, cfg.SOLVER.BEST_CHECKPOINT_METRIC, resume=self.start > 0)
         open_output_dir(cfg.OUTPUT_DIR)
@@ -189,12 +191,12 @@ class DetectionTrainer:
                 images, targets = next(loader)
                 data_time = timer()
                 lr = self.optimizer.param_groups[0]["lr"]
-                with meter.measure(iteration) as shares:
+                with meter.measure(iteration) as shares, self._activations.measure(iteration) as activations:
                     losses = self._step(model, iteration, images, targets)
                 self.iteration = iteration
                 log.step(iteration, **losses, lr=lr, time=data_time + timer(), data_time=data_time)
-                if shares:
-                    log.write(iteration, shares)
+                if shares or activations:
+                    log.write(iteration, shares | activations)
                 metrics = self._save_and_evaluate(periodic, log, iteration)
         return metrics
 

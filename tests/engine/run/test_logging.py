@@ -74,7 +74,7 @@ def test_a_line_cut_short_is_dropped(tmp_path):
         (["[" * 50_000, '{"iteration": 2}'], "line 1 is damaged"),
         (['{"iteration": 1}', "3"], "line 2 has no 'iteration'"),
         (['{"iteration": true}'], "line 1 has no 'iteration'"),
-        (['{"iteration": -1}'], "line 1 has no 'iteration'"),
+        (['{"iteration": -2}'], "line 1 has no 'iteration'"),
         (['{"iteration": NaN}'], "line 1 has no 'iteration'"),
         (['{"iteration": 1, "bbox/AP": [3]}'], r"line 1: bbox/AP must be a number or null, got \[3\]"),
         ([f'{{"iteration": {10**400}}}'], "line 1 has no 'iteration'"),

@@ -293,6 +293,7 @@ def test_boxes_alone_and_bfloat16(config):
         ({"SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 0}, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE must be above 0"),
         ({"SEED": 2**63}, "SEED must be below 2**63"),
         ({"TEST.PRECISE_BN.NUM_ITER": 0}, "TEST.PRECISE_BN.NUM_ITER must be 1 or more, and 2147483647 or less, got 0"),
+        ({"MEASURE.ACTIVATIONS.PERIOD": -1}, "MEASURE.ACTIVATIONS.PERIOD must be 0 or more"),
         ({"NORM_STATS_PERIOD": -1}, "NORM_STATS_PERIOD must be 0 or more, and 2147483647 or less, got -1"),
         (
             {"TEST.EVAL_ITERATIONS": (6, 5)},
@@ -687,6 +688,9 @@ def test_gradients_are_clipped_one_parameter_at_a_time(config, kind, bound):
 # What this library adds to detectron2's vocabulary.
 OWN_KEYS = {
     "INPUT.NORM_GAMMA_INIT",
+    "MEASURE.ACTIVATIONS.LAYERS",
+    "MEASURE.ACTIVATIONS.PERIOD",
+    "MEASURE.ACTIVATIONS.QUANTILES",
     "NORM_STATS_PERIOD",
     "SOLVER.BEST_CHECKPOINT_METRIC",
     "SOLVER.SCALE_LR_DIVISOR",
@@ -897,14 +901,21 @@ def test_the_best_checkpoint_is_kept_over_an_interruption(config, monkeypatch):
     assert all(torch.equal(best["model"][name], second[name]) for name in second)
 
 
-def test_shares_of_filtered_values_are_logged(config):
+def test_shares_of_filtered_values_and_activations_are_logged(config):
     options = {"SOLVER__MAX_ITER": 4, "MODEL__RESNETS__NORM": "FBN(t_sigma=2.0)"}
-    measured = DetectionTrainer(config("measured", NORM_STATS_PERIOD=2, **options), log_period=4)
+    layers = ("backbone.body.layer1.0.bn1", "roi_heads.box_head.fc7[3]")
+    activations = {"MEASURE__ACTIVATIONS__PERIOD": 3, "MEASURE__ACTIVATIONS__LAYERS": layers}
+    measured = DetectionTrainer(config("measured", NORM_STATS_PERIOD=2, **activations, **options), log_period=4)
     measured.train()
+    (found,) = [row for row in metrics_of(measured.cfg) if f"activations/{layers[0]}/q50" in row]
+    assert found["iteration"] == 2 and found[f"activations/{layers[0]}/q100"] > 2
+    assert found[f"activations/{layers[1]}/q0"] <= found[f"activations/{layers[1]}/q75"]
     rows = [row for row in metrics_of(measured.cfg) if "filtered/mean" in row]
     assert [row["iteration"] for row in rows] == [1, 3]
     assert {"filtered/backbone.body.bn1", "filtered/backbone.body.layer4.1.bn2"} < rows[0].keys()
     assert all(0 < value < 0.25 for key, value in rows[0].items() if key != "iteration")  # Chebyshev's bound at 2
+    with pytest.raises(ValueError, match="LAYERS: the model has no layer 'bn1'; did you mean 'backbone.body.bn1'"):
+        DetectionTrainer(config("none", MEASURE__ACTIVATIONS__LAYERS=("bn1",), **options))
     plain = DetectionTrainer(config("plain", **options))
     plain.train()
     assert_same_weights(measured, plain)
