@@ -34,6 +34,13 @@ class MomentDistance:
         relative_var: the second in variances of the whole batch.
         own_mean, own_var: as these two, where the whole batch's moments are the norm's own, filtered if it filters, and
             not plain mean and variance: how consistent the norm is with itself.
+
+    Examples::
+
+        >>> norm, x = nn.BatchNorm1d(2), torch.randn(8, 2)
+        >>> distance = fbn_plugin.measure_moments(norm, lambda: norm(x), range(8), ["BN"])[""]["BN"]
+        >>> distance.mean, distance.own_var  # of all images from all
+        (0.0, 0.0)
     """
 
     mean: float
@@ -96,9 +103,8 @@ def measure_moments(
 
     Examples::
 
-        >>> from fbn_plugin.analysis.moments import measure_moments
         >>> norm, x = nn.BatchNorm1d(1), torch.tensor([[1.0], [3.0], [2.0], [6.0]])
-        >>> found = measure_moments(nn.Sequential(norm), lambda: norm(x), [0, 1], ["BN"])["0"]["BN"]
+        >>> found = fbn_plugin.measure_moments(nn.Sequential(norm), lambda: norm(x), [0, 1], ["BN"])["0"]["BN"]
         >>> found.mean, found.var  # 2 and 1 of the first two, 3 and 3.5 of all
         (1.0, 2.5)
     """
