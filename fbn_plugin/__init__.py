@@ -5,6 +5,8 @@
 
 from fbn_plugin import internals as internals  # first, as it checks torch
 from fbn_plugin import ops
+from fbn_plugin.analysis.landscape import Landscape, measure_landscape
+from fbn_plugin.analysis.moments import MomentDistance, measure_moments
 from fbn_plugin.frameworks import register, unregister
 from fbn_plugin.layers import (
     ConvNorm2d,
@@ -71,8 +73,10 @@ __all__ = [
     "InputNorm2d",
     "InstanceEnhancementBatchNorm2d",
     "InstanceNorm2d",
+    "Landscape",
     "LayerNorm2d",
     "LearnedStatsNorm2d",
+    "MomentDistance",
     "NormDescription",
     "NormReport",
     "NormSummary",
@@ -92,6 +96,8 @@ __all__ = [
     "fold_norms",
     "fuse_norm_act",
     "get_norm",
+    "measure_landscape",
+    "measure_moments",
     "norm_factory",
     "ops",
     "param_groups",
