@@ -6,6 +6,8 @@ open stands in docs/landscape.md.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from statistics import fmean
@@ -170,8 +172,9 @@ def _mean(distances: Sequence[MomentDistance]) -> MomentDistance:
 
 
 def flat_distances(distances: Distances) -> dict[str, float]:
-    """What a run records: ``LAYER/SPEC/mean``, ``LAYER/SPEC/var`` and so on, and the means over the layers as
-    ``SPEC/mean`` and so on.
+    """What a run records: ``LAYER/SPEC/mean``, ``LAYER/SPEC/var`` and so on, the means over the layers as ``SPEC/mean``
+    and so on, and those of a second and further norm in proportion to those of the first, as ``SPEC/to_FIRST/mean`` and
+    so on (NaN where the first has none).
 
     Examples::
 
@@ -184,6 +187,11 @@ def flat_distances(distances: Distances) -> dict[str, float]:
     over_layers = {spec: _mean([layer[spec] for layer in distances.values()]) for spec in specs}
     groups = {f"{name}/{spec}": found for name, layer in distances.items() for spec, found in layer.items()}
     names = [field.name for field in fields(MomentDistance)]
-    return {
+    figures = {
         f"{group}/{name}": getattr(found, name) for group, found in {**groups, **over_layers}.items() for name in names
     }
+    first, *others = over_layers
+    for spec, name in itertools.product(others, names):
+        base = figures[f"{first}/{name}"]
+        figures[f"{spec}/to_{first}/{name}"] = figures[f"{spec}/{name}"] / base if base else math.nan
+    return figures

@@ -65,13 +65,15 @@ def test_against_a_direct_computation():
     assert figures["5/BN/var"] == found["5"]["BN"].var
     mean = (found["1"]["FBN(t_sigma=2)"].relative_mean + found["5"]["FBN(t_sigma=2)"].relative_mean) / 2
     assert figures["FBN(t_sigma=2)/relative_mean"] == pytest.approx(mean)
-    assert len(figures) == 3 * 2 * 6
+    share = figures["FBN(t_sigma=2)/var"] / figures["BN/var"]
+    assert figures["FBN(t_sigma=2)/to_BN/var"] == pytest.approx(share)
+    assert len(figures) == 3 * 2 * 6 + 6
 
 
 def test_the_whole_batch_is_at_no_distance_from_itself():
     model, x = network(), torch.randn(6, 1, 6, 6)
     found = measure_moments(model, lambda: model(x), range(6), ["BN", "FBN(t_sigma=inf)"])
-    assert all(value < 1e-5 for value in flat_distances(found).values())
+    assert all(value < 1e-5 for name, value in flat_distances(found).items() if "to_BN" not in name)
 
 
 def test_the_models_own_filter_is_not_what_is_compared_with():

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fbn_plugin.engine.files.words import shown
+from fbn_plugin.engine.files.words import counted, shown
 from fbn_plugin.engine.studies.outcomes import Metric
-from fbn_plugin.engine.studies.run_figures import FIRST, PICKS
+from fbn_plugin.engine.studies.run_figures import AT, FIRST, PICKS
 from fbn_plugin.engine.studies.study_keys import check_key, group, hint
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["metric_names", "read_metrics_key"]
 
-_OPTIONS = {"higher_is_better": bool, "unit": str, "label": str, "row": str, "of": str, **dict.fromkeys(FIRST, float)}
+_OPTIONS = {"higher_is_better": bool, "unit": str, "label": str, "row": str, "of": str, AT: int, **dict.fromkeys(FIRST, float)}
 _OWN = ("higher_is_better", "unit", "label")
 
 
@@ -50,8 +50,8 @@ def _metric(name: str, options: Any, engine: "Engine") -> Metric:
         fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or value is not True)
         if not fits:
             raise ValueError(f"{key} of metric {name!r} must be of type {kind.__name__}, got {shown(value)}")
-    if options.get("of", "last") not in PICKS[: -len(FIRST)]:
-        known = ", ".join(PICKS[: -len(FIRST)])
+    if options.get("of", "last") not in PICKS:
+        known = ", ".join(PICKS)
         raise ValueError(f"of of metric {name!r} must be one of {known}, got {shown(options['of'])}")
     row = options.get("row", name)
     default = _default(name, row, options, engine)
@@ -62,9 +62,9 @@ def _default(name: str, row: str, options: dict[str, Any], engine: "Engine") -> 
     """What a metric is, but for what its options say of it."""
     known = engine.metric(row)
     firsts = [key for key in FIRST if key in options]
+    if len(firsts) + ("of" in options) + (AT in options) > 1:
+        raise ValueError(f"metric {name!r} must have one of of, {AT}, {' and '.join(FIRST)}, got {shown(options)}")
     if firsts:
-        if len(firsts) > 1 or "of" in options:
-            raise ValueError(f"metric {name!r} must have one of of, {' and '.join(FIRST)}, got {shown(options)}")
         threshold = float(options[firsts[0]])
         sign = "≥" if firsts[0] == "first_at_least" else "≤"
         unit = f" {known.unit}" if known and known.unit else ""
@@ -79,4 +79,7 @@ def _default(name: str, row: str, options: dict[str, Any], engine: "Engine") -> 
                 f"{', '.join(names)}{hint(row, names)}"
             )
         known = Metric(higher_is_better=True, label=row)
+    if AT in options:
+        label = f"{known.label} after {counted(options[AT], 'iteration')}"
+        return dataclasses.replace(known, label=label, of=AT, threshold=options[AT])
     return dataclasses.replace(known, label=known.label if of == "last" else f"{of} {known.label}", of=of)

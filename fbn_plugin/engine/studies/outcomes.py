@@ -54,7 +54,8 @@ class Metric:
         row: what it is taken from along the run, as an evaluation or a row of ``metrics.json`` names it; "" for its own
             name.
         of: how, one of ``run_figures.PICKS``.
-        threshold: of a metric that is the iterations until one is passed, ``first_at_least`` or ``first_at_most``.
+        threshold: of a metric that is the iterations until one is passed, ``first_at_least`` or ``first_at_most``; the
+            iterations of one that is ``at`` some.
     """
 
     higher_is_better: bool

@@ -1,5 +1,6 @@
 """The figure of a run that a metric means, from what ``metrics.json`` has along it: the last one, the best one, one
-over all of them, or the iterations until a threshold is passed (as Ioffe and Szegedy, 2015, count steps to 72.2 %).
+over all of them, that after a number of iterations, or the iterations until a threshold is passed (as Ioffe and Szegedy,
+2015, count steps to 72.2 %).
 """
 
 import math
@@ -8,7 +9,9 @@ from collections.abc import Callable, Sequence
 
 from fbn_plugin.engine.studies.outcomes import Metric
 
-__all__ = ["FIRST", "PICKS", "figure_of_run"]
+__all__ = ["AT", "FIRST", "PICKS", "figure_of_run"]
+
+AT = "at"
 
 # Those that have a threshold.
 FIRST = ("first_at_least", "first_at_most")
@@ -18,7 +21,7 @@ _OVER_ALL: dict[str, Callable[[Sequence[float]], float]] = {
     "max": max,
     "min": min,
 }
-PICKS = ("last", "best", *_OVER_ALL, *FIRST)
+PICKS = ("last", "best", *_OVER_ALL)
 
 
 def figure_of_run(metric: Metric, curve: Sequence[tuple[int, float]]) -> float:
@@ -29,8 +32,8 @@ def figure_of_run(metric: Metric, curve: Sequence[tuple[int, float]]) -> float:
         curve: (finished iterations, value) along the run, at least one, in order; NaN where a row has no number.
 
     Returns:
-        NaN where there is none: at the end of a run that diverged, over rows of which one has no number, or of a
-        threshold that was never passed. The best one is that of the rows that have a number.
+        NaN where there is none: at the end of a run that diverged, over rows of which one has no number, at iterations
+        that no row is of, or of a threshold that was never passed. The best one is that of the rows that have a number.
 
     Examples::
 
@@ -39,11 +42,15 @@ def figure_of_run(metric: Metric, curve: Sequence[tuple[int, float]]) -> float:
         72.5
         >>> figure_of_run(Metric(False, of="first_at_least", threshold=70.0), curve)
         200.0
+        >>> figure_of_run(Metric(True, of="at", threshold=300), curve)
+        71.0
     """
     values = [value for _, value in curve]
     if metric.of in FIRST:
         passes = _passes(metric)
         return next((float(at) for at, value in curve if passes(value)), math.nan)
+    if metric.of == AT:
+        return next((value for at, value in curve if at == metric.threshold), math.nan)
     if metric.of == "best":
         known = [value for value in values if math.isfinite(value)]
         return (max if metric.higher_is_better else min)(known, default=math.nan)
