@@ -57,7 +57,7 @@ def test_from_list_to_report(tmp_path, main, capsys):
 
     assert main("run", "p0.FIG5", "--scale", "cpu", "--jobs", "2") == 0
     out = capsys.readouterr().out
-    assert out.startswith("P0.fig5: Two norms, scale cpu\n") and out.endswith("2 of 2 jobs done\n")
+    assert out.startswith("P0.fig5: Two norms (cpu scale, reduced)\n") and out.endswith("2 of 2 jobs done\n")
     assert (tmp_path / "output/p0_fig5-cpu/jobs/FBN/seed-1/results.json").is_file()
     assert main("run", "P0.fig5", "--scale", "cpu") == 0 and "seed 1" not in capsys.readouterr().out
     assert main(*keep) == 0 and (tmp_path / "benchmarks/papers/p0_fig5-cpu.json").is_file()
