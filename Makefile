@@ -3,6 +3,7 @@
 # make test-oldest
 #             install the oldest versions that setup.py allows into .venv-oldest and run the tests with them
 #             (ARGS="tests/layers -x": pytest's arguments); PyTorch 2.6 wants Python 3.10 to 3.13
+# make smoke  run the smallest scale of every table and figure of the papers: seconds each, without downloads
 # make demo   install into .venv, train a small Mask R-CNN with BN and with FBN, write a report below demo_output/
 #             (DATA=folder: on a COCO-format data set of your own; ARGS="SOLVER.MAX_ITER 300": config overrides)
 # make docs   install into .venv and build the documentation: build/docs/index.html; a warning is an error
@@ -34,7 +35,7 @@ INTERPRETER := tests/ops/triton/test_triton.py::test_kernels_in_the_interpreter
 # Threads that wait give their core away. Without this, one other process on the machine makes small layers many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test check test-oldest demo docs lint clean
+.PHONY: test check test-oldest smoke demo docs lint clean
 
 PACKAGED := setup.py pyproject.toml fbn_plugin/ops/cpu/kernels.cpp $(wildcard fbn_plugin/ops/cpu/*.h)
 PYTEST = -m pytest -n 2 --dist loadfile
@@ -55,6 +56,9 @@ check: $(VENV)/installed
 
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python $(PYTEST) $(ARGS)
+
+smoke: $(VENV)/installed
+	$(VENV)/bin/python tools/reproduce.py run all --scale smoke
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python tools/demo.py --output "$(OUTPUT)" $(if $(DATA),--data "$(DATA)") $(ARGS)

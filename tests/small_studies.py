@@ -1,7 +1,9 @@
-"""Studies for tests: a study file on Digits, and a tool of a few milliseconds in the place of the one that trains."""
+"""Studies for tests: a study file on Digits, and tools of a few milliseconds in the place of those that train and
+evaluate."""
 
 from pathlib import Path
 
+from fbn_plugin.engine.studies.jobs import EVALUATION
 from fbn_plugin.engine.studies.study_file import StudyFile, read_study
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,25 @@ json.dump({"top1": top1}, open(os.path.join(folder, "results.json"), "w"))
 open(os.path.join(folder, "model_final.pth"), "w").close()
 """
 
+# "Evaluates" checkpoints together; it fails where one is not there, and as long as there is a file "broken" beside the
+# study's folder.
+EVALUATE = """
+import json, os, sys
+
+rest = sys.argv[1:]
+folder = rest[rest.index("--output") + 1]
+paths = rest[: rest.index("--output")]
+names = [rest[i + 1] for i, each in enumerate(rest) if each == "--name"]
+missing = [path for path in paths if not os.path.exists(os.path.join(path, "model_final.pth"))]
+if missing or os.path.exists(os.path.join(folder, "../../../../broken")):
+    sys.exit("error: no checkpoint")
+entries = [{"name": name, "metrics": {"top1": 50.0, "loss": 1.0}} for name in names]
+if "--ensemble" in rest:
+    entries.append({"name": f"ensemble of {len(names)}", "metrics": {"top1": 99.0, "loss": None}})
+content = {"entries": entries, "crops": int(rest[rest.index("--crops") + 1]), "hardware": "a CPU", "versions": {}}
+json.dump(content, open(os.path.join(folder, "evaluation.json"), "w"))
+"""
+
 
 def write_study(folder: Path, text: str) -> Path:
     """A study file of keys beside TOOL and BASE, in YAML."""
@@ -50,7 +71,8 @@ def study(folder: Path, text: str = "", **variants: int) -> StudyFile:
 
 
 def tool(folder: Path) -> Path:
-    """The tool as a file."""
+    """The tool as a file, with the one that evaluates beside it."""
+    (folder / EVALUATION).write_text(EVALUATE, encoding="utf-8")
     path = folder / "train.py"
     path.write_text(TOOL, encoding="utf-8")
     return path

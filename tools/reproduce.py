@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     options += ["--retry"] if args.retry else []
     codes = []
     for each in chosen:
-        print(f"{each.study.id}: {each.study.title}, scale {args.scale}", flush=True)
+        print(each.scales[args.scale].study.heading, flush=True)
         try:
             codes.append(study.main(["run", str(each.path), *options]))
         except SystemExit as stop:

@@ -57,6 +57,27 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of submitit's update_parameters, such as slurm_partition=gpu or timeout_min=240; may be repeated",
     )
     report = commands.add_parser("report", help="write tables, tests and plots")
+    add_report_arguments(report)
+    for each in (run, status, report):
+        each.add_argument("--scale", metavar="NAME", help="of the study file, where it has SCALES: paper, cpu, smoke")
+        add_import(each)
+    args = parser.parse_args(argv)
+    if args.command == "report":
+        if (args.file is None) == (not args.sources):
+            parser.error("report wants a study file, or --from with a study.json")
+        if args.markdown and (args.file or args.to):
+            parser.error("--markdown makes a page of what --from names: it goes with neither a study file nor --to")
+        if args.scale and args.sources:
+            parser.error("--scale is of a study file, and --from names none")
+        if len(args.sources) > 1 and not args.markdown:
+            parser.error("several --from make one page, which --markdown names")
+    if args.file is not None:
+        args.output = args.output or Path("output", folder_name(args.file, args.scale))
+    return args
+
+
+def add_report_arguments(report: argparse.ArgumentParser) -> None:
+    """What ``report`` takes, but for what all commands do."""
     report.add_argument("file", metavar="FILE", type=Path, nargs="?", help="the study file")
     report.add_argument(
         "--output", metavar="FOLDER", type=Path, help="of the study; default: output/NAME OF THE FILE[-SCALE]"
@@ -75,22 +96,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     report.add_argument("--title", metavar="TEXT", help="of that page; default: that of the first study")
     report.add_argument("--to", metavar="FOLDER", type=Path, help="of the report; default: report in that of the study")
-    for each in (run, status, report):
-        each.add_argument("--scale", metavar="NAME", help="of the study file, where it has SCALES: paper, cpu, smoke")
-        add_import(each)
-    args = parser.parse_args(argv)
-    if args.command == "report":
-        if (args.file is None) == (not args.sources):
-            parser.error("report wants a study file, or --from with a study.json")
-        if args.markdown and (args.file or args.to):
-            parser.error("--markdown makes a page of what --from names: it goes with neither a study file nor --to")
-        if args.scale and args.sources:
-            parser.error("--scale is of a study file, and --from names none")
-        if len(args.sources) > 1 and not args.markdown:
-            parser.error("several --from make one page, which --markdown names")
-    if args.file is not None:
-        args.output = args.output or Path("output", folder_name(args.file, args.scale))
-    return args
 
 
 def read_options(given: Sequence[str]) -> dict[str, object]:

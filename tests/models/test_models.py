@@ -199,6 +199,9 @@ def test_only_the_first_inceptions_have_dropout_and_local_response_normalization
 def test_alexnet_maps():
     seen = map_sizes(build("alexnet_cifar", "meta"), images("alexnet_cifar", device="meta"), r"features\.(conv|pool)\d")
     assert seen == [(96, 55), (96, 27), (256, 27), (256, 13), (384, 13), (384, 13), (256, 13), (256, 6)]
+    narrow = build("alexnet_cifar", "meta", width_divisor=4)
+    assert narrow(images("alexnet_cifar", device="meta")).shape[-1] == 10
+    assert [narrow.features.fc6[0].in_features, narrow.features.fc7[0].out_features] == [36 * 64, 1024]
 
 
 @pytest.mark.parametrize(

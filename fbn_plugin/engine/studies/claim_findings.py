@@ -9,6 +9,7 @@ from fbn_plugin.engine.studies.document import Block, Heading, Inline, Paragraph
 from fbn_plugin.engine.studies.figures import quantity
 from fbn_plugin.engine.studies.findings import Numbers, p_text
 from fbn_plugin.engine.studies.outcomes import Claim, Printed, Study
+from fbn_plugin.engine.studies.run_figures import FIRST
 from fbn_plugin.engine.studies.statistics import MetricStatistics
 
 __all__ = ["claim_blocks", "claim_text", "printed_blocks", "printed_text", "verdict_text"]
@@ -19,9 +20,10 @@ def claim_text(study: Study, claim: Claim) -> str:
     metric = study.metrics.get(claim.metric)
     what, unit = (metric.label or claim.metric, metric.unit) if metric else (claim.metric, "")
     number = "" if claim.value is None else f"{claim.value:g}" + (f" {unit}" if unit else "")
+    higher, lower = ("more", "fewer") if metric and metric.of in FIRST else ("higher", "lower")
     said = {
-        "higher": f"{claim.variant}: higher {what} than {claim.baseline}",
-        "lower": f"{claim.variant}: lower {what} than {claim.baseline}",
+        "higher": f"{claim.variant}: {higher} {what} than {claim.baseline}",
+        "lower": f"{claim.variant}: {lower} {what} than {claim.baseline}",
         "alike": f"{claim.variant} and {claim.baseline}: alike in {what}, to within ±{number}",
         "at_least": f"{claim.variant}: {what} of at least {number}",
         "at_most": f"{claim.variant}: {what} of at most {number}",

@@ -45,7 +45,7 @@ def equivalence_p(mean: float, sd: float, n: int, margin: float) -> tuple[float,
     Examples::
 
         >>> [round(p, 4) for p in equivalence_p(0.1, 1.0, 10, 1.0)]
-        [0.0097, 1.0]
+        [0.0096, 1.0]
     """
     upper_above, upper_below = mean_p(mean, sd, n, margin)
     lower_above, lower_below = mean_p(mean, sd, n, -margin)

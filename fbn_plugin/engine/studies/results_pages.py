@@ -101,8 +101,8 @@ def render_results(catalog: Sequence[Experiment], kept: Mapping[tuple[str, str],
 _READING = (
     "Each row is one study: variants of a config, each run with several seeds. Verdicts are over what the paper "
     "claims: reproduced, not reproduced and inconclusive (the seeds do not tell the variants apart) are as its page "
-    "says. A reduced scale is not the paper's setting, and its figures are not to be held against the printed ones. p: of the "
-    "claims, adjusted. Negative results stand here as others do."
+    "says. A reduced scale is not the paper's setting, and its figures are not to be held against the printed ones. p: "
+    "of the claims, adjusted. Negative results stand here as others do."
 )
 
 
@@ -209,10 +209,10 @@ def _figures(study: Study, name: str, found: Mapping[str, MetricStatistics] | No
     named = [each for each in study.variants if each in printed or each in claimed] or list(study.variants)
     unit = study.metrics[name].unit
     if found is None:
-        parts = [f"{each} {printed_text(printed[each])}" for each in named if each in printed]
+        parts = [f"{each}: {printed_text(printed[each])}" for each in named if each in printed]
     else:
         numbers, summaries = Numbers(found[name]), found[name].summaries
-        parts = [f"{each} {numbers.spread(summaries[each].mean, summaries[each].sd)}" for each in named]
+        parts = [f"{each}: {numbers.spread(summaries[each].mean, summaries[each].sd)}" for each in named]
     if not parts:
         return "-"
     more = len(parts) - _MOST_NAMED
@@ -272,6 +272,6 @@ def _scale_blocks(experiment: Experiment) -> list[Block]:
         wanted = "; ".join(one.what if one.made else f"{one.path}: {one.what}" for one in each.wanted) or "none"
         said = name if name == FULL_SCALE else f"{name}, reduced"
         rows.append([said, f"{jobs_of(each.study):,}", wanted, Mono(_command(experiment, name))])
-    file = experiment.path.name
-    text = f"{counted(len(rows) - 1, 'scale')} of {file}; figures that are kept lie in {KEPT.as_posix()}:"
-    return [Paragraph((text,)), Table(rows, (0, 2, 3))]
+    file = "/".join(experiment.path.parts[-3:])
+    kept = f", whose figures are kept in {KEPT.as_posix()}:"
+    return [Paragraph((f"{counted(len(rows) - 1, 'scale')} of ", Mono(file), kept)), Table(rows, (0, 2, 3))]

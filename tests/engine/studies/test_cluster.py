@@ -31,6 +31,16 @@ def test_jobs_are_submitted(tmp_path):
 
 
 @needs_submitit
+def test_combinations_follow_the_jobs_that_they_evaluate(tmp_path):
+    text = "SEEDS: 1\nCOMBINE: {both: {of: [BN, FBN]}}"
+    outcomes = run_on_cluster(
+        study(tmp_path, text, BN=1, FBN=1), tmp_path / "out", tool(tmp_path), Resources(2), "debug", {}
+    )
+    assert [each.state for each in outcomes] == ["done"] * 3 and outcomes[2].metrics == {"top1": 99.0}
+    assert not list(tmp_path.rglob("model_final.pth"))
+
+
+@needs_submitit
 def test_a_job_whose_time_is_over_saves_and_goes_on(tmp_path):
     file = study(tmp_path, "SEEDS: 1", BN=3)
     (job,) = all_jobs(file, tmp_path / "out")

@@ -63,10 +63,24 @@ def test_nan_is_null(tmp_path):
     assert math.isnan(read.metrics["top1"]) and math.isnan(read.curves["top1"][0][1])
 
 
+def test_a_file_from_before_there_were_scales_and_claims_is_read(tmp_path):
+    write_outcomes(tmp_path / "study.json", STUDY, OUTCOMES)
+    content = json.loads((tmp_path / "study.json").read_text())
+    for part, names in (
+        (content["study"], ("id", "source", "scale", "printed", "claims")),
+        (content["study"]["metrics"]["top1"], ("row", "of", "threshold")),
+        (content["study"]["variants"]["BN"], ("combines",)),
+    ):
+        for name in names:
+            del part[name]
+    (tmp_path / "study.json").write_text(json.dumps(content))
+    assert read_outcomes(tmp_path / "study.json") == (STUDY, OUTCOMES)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda content: content.update(format=2), "it has no 'format' of 1"),
+        (lambda content: content.update(format=3), "it has no 'format' of 1 or 2"),
         (lambda content: content["study"].pop("seeds"), "study has no 'seeds'"),
         (lambda content: content["study"].update(alpha="small"), "study.alpha must be of type float, got 'small'"),
         (lambda content: content["study"].update(alpha=None), "study.alpha must be above 0 and below 0.5, got nan"),

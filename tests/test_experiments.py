@@ -1,0 +1,41 @@
+"""The experiments of configs/experiments, study files that have the ID of a table or figure: each is read at all of its
+scales as ``tools/study.py`` reads it, and its smoke scale needs nothing that is not made."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fbn_plugin.engine.studies.catalog import jobs_of, read_catalog
+from fbn_plugin.engine.studies.outcomes import FULL_SCALE
+from fbn_plugin.engine.studies.study_file import read_study
+
+ROOT = Path(__file__).parents[1]
+CATALOG = read_catalog(ROOT / "configs/experiments", ROOT)
+SCALES = [pytest.param(each, scale, id=f"{each.id}-{scale}") for each in CATALOG for scale in each.scales]
+MOST_SMOKE_JOBS = 16
+MOST_SMOKE_ITERATIONS = 10
+
+
+@pytest.mark.parametrize("experiment", CATALOG, ids=lambda each: each.id)
+def test_an_experiment_says_what_it_is(experiment):
+    assert {FULL_SCALE, "smoke"} <= experiment.scales.keys()
+    study = experiment.study
+    assert study.source and study.description and study.scale == FULL_SCALE
+    assert experiment.path.stem == re.sub(r"\W", "_", experiment.id).lower()
+    for name, each in experiment.scales.items():
+        if name != FULL_SCALE:
+            assert "reduced" in each.study.description.lower(), f"{name} says what is reduced"
+
+
+@pytest.mark.parametrize(("experiment", "scale"), SCALES)
+def test_each_scale_is_read_with_its_configs(experiment, scale):
+    file = read_study(experiment.path, ROOT, scale=scale)
+    if scale != "smoke":
+        return
+    assert jobs_of(file.study) <= MOST_SMOKE_JOBS and all(each.made for each in file.wanted)
+    for config in file.configs.values():
+        assert config["MODEL.DEVICE"] == "cpu" and config["DATALOADER.NUM_WORKERS"] == 0
+        images = config.get("DATASETS.TRAIN_IMAGES", 0)
+        steps = images / config["SOLVER.IMS_PER_BATCH"] * config.get("SOLVER.MAX_EPOCH", 1)
+        assert 0 < (config["SOLVER.MAX_ITER"] or steps) <= MOST_SMOKE_ITERATIONS

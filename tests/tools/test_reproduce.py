@@ -1,0 +1,104 @@
+"""The command line of tools/reproduce.py, by an experiment of two jobs, with a tool of milliseconds in the place of the
+one that trains."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from small_studies import TOOL
+
+from fbn_plugin.engine.studies.engines import ENGINES
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENT = """ID: P0.fig5
+SOURCE: A paper, Fig. 5
+TITLE: Two norms
+TOOL: classification
+BASE: {root}/configs/Digits/lenet5_convs_BN.yaml
+SET: {{SOLVER.MAX_ITER: 1, MODEL.DEVICE: cpu}}
+VARIANTS: {{BN: {{MODEL.NORM: BN}}, FBN: {{MODEL.NORM: FBN}}}}
+SEEDS: 1
+CLAIMS: [{{variant: FBN, baseline: BN, is: higher}}]
+SCALES:
+  paper: {{DATA: {{nowhere/imagenet: ImageNet}}}}
+  cpu: {{DESCRIPTION: Reduced.}}
+"""
+
+
+@pytest.fixture
+def main(monkeypatch, tmp_path):
+    """The tool's main function, in this process, with a folder of one experiment."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/p0_fig5.yaml").write_text(EXPERIMENT.format(root=ROOT))
+    monkeypatch.setitem(ENGINES, "classification", dataclasses.replace(ENGINES["classification"], modules=()))
+    import reproduce
+    import study
+
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/train_classification.py").write_text(TOOL)
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    return lambda *arguments: reproduce.main(["--experiments", str(tmp_path / "experiments"), *arguments])
+
+
+def test_from_list_to_report(tmp_path, main, capsys):
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    assert main("list") == 0
+    row = capsys.readouterr().out.splitlines()[2]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        *("P0.fig5", "Two norms", "0 of 2", "0 of 2", "nowhere/imagenet missing for paper")
+    ]
+    keep = "keep", "P0.fig5", "--scale", "cpu", "--root", str(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(*keep)
+    assert stop.value.code == 2 and "2 of 2 jobs are still to end, and none is kept" in capsys.readouterr().err
+
+    assert main("run", "p0.FIG5", "--scale", "cpu", "--jobs", "2") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("P0.fig5: Two norms (cpu scale, reduced)\n") and out.endswith("2 of 2 jobs done\n")
+    assert (tmp_path / "output/p0_fig5-cpu/jobs/FBN/seed-1/results.json").is_file()
+    assert main("run", "P0.fig5", "--scale", "cpu") == 0 and "seed 1" not in capsys.readouterr().out
+    assert main(*keep) == 0 and (tmp_path / "benchmarks/papers/p0_fig5-cpu.json").is_file()
+    assert main("list", "P0") == 0 and "| 2 of 2 |" in capsys.readouterr().out
+    assert main("report", "--root", str(tmp_path)) == 0
+    assert "| **inconclusive**" in (tmp_path / "docs/results/index.md").read_text()
+
+    import study
+
+    path = tmp_path / "experiments/p0_fig5.yaml"
+    assert study.main(["status", str(path), "--scale", "cpu"]) == 0
+    assert "P0.fig5: Two norms (cpu scale, reduced)\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        study.main(["report", "--from", "a.json", "--scale", "cpu"])
+    assert stop.value.code == 2 and "--scale is of a study file" in capsys.readouterr().err
+
+
+def test_several_go_on_where_one_cannot_run(tmp_path, main, capsys):
+    text = EXPERIMENT.format(root=ROOT).replace("P0.fig5", "P0.fig6")
+    (tmp_path / "experiments/p0_fig6.yaml").write_text(text.replace("nowhere", "elsewhere"))
+    assert main("run", "all", "--scale", "paper") == 2
+    captured = capsys.readouterr()
+    assert "0 of 2 experiments are done" in captured.out
+    assert captured.err.count("error: it wants what is neither here nor below $DETECTRON2_DATASETS") == 2
+    assert "nowhere/imagenet (ImageNet)" in captured.err and "elsewhere/imagenet (ImageNet)" in captured.err
+    assert not list((tmp_path / "output").rglob("job.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "P0.fig7", "--scale", "cpu"], "there is no experiment 'P0.fig7'; did you mean P0.fig5?"),
+        (["run", "P0.fig5", "--scale", "gpu"], "P0.fig5: there is no scale 'gpu'"),
+        (["run", "P0.fig5", "--scale", "cpu", "--jobs", "0"], "--jobs must be 1 or more, got 0"),
+        (["keep", "P0.fig5", "--scale", "gpu"], "it has no scale 'gpu': paper, cpu"),
+    ],
+)
+def test_bad_input_is_named(main, capsys, arguments, sentence):
+    try:
+        code = main(*arguments)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and sentence in error and error.count("\n") == 1
