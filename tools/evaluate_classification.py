@@ -25,6 +25,7 @@ from fbn_plugin.engine.run.cli import (
     add_import,
     format_table,
     import_modules,
+    path_names,
     stoppable,
     user_errors,
 )
@@ -56,21 +57,9 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
     return [part for key, value in given.items() if value is not None for part in (key, str(value))] + args.opts
 
 
-def short_name(path: Path) -> str:
-    """A folder's own name, of a file with its folder's."""
-    path = path.absolute()
-    return path.name if path.is_dir() else f"{path.parent.name}/{path.name}"
-
-
 def names_of(args: argparse.Namespace) -> list[str]:
     """A name for each path; ValueError where one is twice."""
-    names = args.name or [short_name(path) for path in args.paths]
-    if not args.name and len(set(names)) < len(names):
-        names = [str(path) for path in args.paths]
-    if len(names) != len(args.paths):
-        raise ValueError(f"--name must be given once for each PATH, {len(args.paths)} times, got {len(names)}")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{twice[0]!r} is there more than once; names, or --name, must tell all apart")
+    names = path_names(args.paths, args.name)
     if args.ensemble and len(names) < 2:
         raise ValueError("--ensemble is of two checkpoints or more, got one PATH")
     return names

@@ -34,8 +34,7 @@ class Landscape:
 
     Examples::
 
-        >>> from fbn_plugin.analysis.landscape import Landscape
-        >>> line = Landscape((0.25, 0.5), loss=1.0, gradient_norm=2.0, losses=(0.7, 0.6), changes=(0.5, 3.0))
+        >>> line = fbn_plugin.Landscape((0.25, 0.5), loss=1.0, gradient_norm=2.0, losses=(0.7, 0.6), changes=(0.5, 3.0))
         >>> line.loss_range
         (0.6, 1.0)
         >>> line.smoothness
@@ -101,9 +100,8 @@ def measure_landscape(model: nn.Module, loss: Callable[[], Tensor], steps: Seque
 
     Examples::
 
-        >>> from fbn_plugin.analysis.landscape import measure_landscape
         >>> bowl = nn.ParameterList([torch.tensor([3.0, 4.0])])  # loss 2 |w|^2, gradient 4 w
-        >>> found = measure_landscape(bowl, lambda: 2 * bowl[0].square().sum(), steps=(0.25, 0.5))
+        >>> found = fbn_plugin.measure_landscape(bowl, lambda: 2 * bowl[0].square().sum(), steps=(0.25, 0.5))
         >>> found.loss, found.losses, found.gradient_norm, found.changes, found.smoothness
         (50.0, (0.0, 50.0), 20.0, (20.0, 40.0), 4.0)
     """

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass, fields
 from statistics import fmean
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fbn_plugin.analysis.state import buffers_kept
 from fbn_plugin.layers.description import describe
@@ -32,12 +32,23 @@ class MomentDistance:
         var: absolute difference of the biased variances, in that unit's square.
         relative_mean: the first in deviations of the whole batch.
         relative_var: the second in variances of the whole batch.
+        own_mean, own_var: as these two, where the whole batch's moments are the norm's own, filtered if it filters, and
+            not plain mean and variance: how consistent the norm is with itself.
+
+    Examples::
+
+        >>> norm, x = nn.BatchNorm1d(2), torch.randn(8, 2)
+        >>> distance = fbn_plugin.measure_moments(norm, lambda: norm(x), range(8), ["BN"])[""]["BN"]
+        >>> distance.mean, distance.own_var  # of all images from all
+        (0.0, 0.0)
     """
 
     mean: float
     var: float
     relative_mean: float
     relative_var: float
+    own_mean: float
+    own_var: float
 
 
 Distances = dict[str, dict[str, MomentDistance]]
@@ -92,9 +103,8 @@ def measure_moments(
 
     Examples::
 
-        >>> from fbn_plugin.analysis.moments import measure_moments
         >>> norm, x = nn.BatchNorm1d(1), torch.tensor([[1.0], [3.0], [2.0], [6.0]])
-        >>> found = measure_moments(nn.Sequential(norm), lambda: norm(x), [0, 1], ["BN"])["0"]["BN"]
+        >>> found = fbn_plugin.measure_moments(nn.Sequential(norm), lambda: norm(x), [0, 1], ["BN"])["0"]["BN"]
         >>> found.mean, found.var  # 2 and 1 of the first two, 3 and 3.5 of all
         (1.0, 2.5)
     """
@@ -135,16 +145,24 @@ def _look(
         raise ValueError(what)
     x = x.to(reference.accumulate_dtype(x.dtype))
     x = x.reshape(*x.shape[:2], -1, 1)  # for a norm of two dimensions, whatever the layer's are
-    var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-    scale = var + layer.eps
+    plain = _moments("BN", x)
     distances = {}
     for spec in norms:
-        norm = get_norm(spec, x.shape[1], device=x.device)
-        part_mean, part_var, _ = batch_statistics(norm, x[chosen])
-        off, wide = (part_mean - mean).abs(), (part_var - var).abs()
-        values = off, wide, off / scale.sqrt(), wide / scale
+        part, own = _moments(spec, x[chosen]), plain if spec == "BN" else _moments(spec, x)
+        off, wide = (part[0] - plain[0]).abs(), (part[1] - plain[1]).abs()
+        values = off, wide, *_relative(part, plain, layer.eps), *_relative(part, own, layer.eps)
         distances[spec] = MomentDistance(*(value.mean().item() for value in values))
     found.setdefault(name, []).append(distances)
+
+
+def _moments(spec: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var, _ = batch_statistics(get_norm(spec, x.shape[1], device=x.device), x)
+    return mean, var
+
+
+def _relative(part: tuple[Tensor, Tensor], whole: tuple[Tensor, Tensor], eps: float) -> tuple[Tensor, Tensor]:
+    scale = whole[1] + eps  # a channel may be constant
+    return (part[0] - whole[0]).abs() / scale.sqrt(), (part[1] - whole[1]).abs() / scale
 
 
 def _mean(distances: Sequence[MomentDistance]) -> MomentDistance:
@@ -158,7 +176,7 @@ def flat_distances(distances: Distances) -> dict[str, float]:
     Examples::
 
         >>> from fbn_plugin.analysis.moments import MomentDistance, flat_distances
-        >>> figures = flat_distances({"norm1": {"BN": MomentDistance(1.0, 2.0, 3.0, 4.0)}})
+        >>> figures = flat_distances({"norm1": {"BN": MomentDistance(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)}})
         >>> figures["norm1/BN/var"], figures["BN/relative_mean"]
         (2.0, 3.0)
     """

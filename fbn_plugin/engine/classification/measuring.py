@@ -68,10 +68,10 @@ def check_measured(cfg: CfgNode, model: nn.Module) -> None:
     with named("MEASURE.MOMENTS.NORMS"):
         for spec in moments.NORMS:
             check_norm(spec)
-    if images <= moments.SUBSET:
-        raise refusal("MEASURE.MOMENTS.SUBSET", f"less than {images}, the images of a batch", moments.SUBSET)
     if not batch_norms(model):
         raise refusal("MEASURE.MOMENTS.PERIOD", f"0 with {cfg.MODEL.NAME} without batch norms", moments.PERIOD)
+    if images <= moments.SUBSET:
+        raise refusal("MEASURE.MOMENTS.SUBSET", f"less than {images}, the images of a batch", moments.SUBSET)
 
 
 class Measurement(Protocol):

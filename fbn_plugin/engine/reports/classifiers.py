@@ -8,23 +8,21 @@ from pathlib import Path
 
 import numpy as np
 
+from fbn_plugin.analysis.canvas import COLORS, new_figure, to_png
 from fbn_plugin.engine.classification.measures import Measures, Reliability
 from fbn_plugin.engine.reports.page import (
     heading,
     listing,
     machine,
-    new_figure,
     note,
     paragraph,
     picture,
     table,
-    to_png,
     write_page,
 )
 
 __all__ = ["plot_by_class", "plot_confusion", "plot_reliability", "summary_rows", "write_classifier_report"]
 
-_COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 _INK = "#222222"
 _ANNOTATED = 20  # classes whose every cell is written out
 _NAMED = 60  # classes that have their name at the axis
@@ -117,10 +115,10 @@ def _draw_reliability(top, bottom, title: str, bins: Reliability) -> None:
     centres, width = (edges[:-1] + edges[1:]) / 2, edges[1]
     there = bins.images > 0
     x, accuracy, confidence = centres[there], bins.accuracy[there], bins.confidence[there]
-    top.bar(x, accuracy, width, color=_COLORS[0], edgecolor="white", label="accuracy")
+    top.bar(x, accuracy, width, color=COLORS[0], edgecolor="white", label="accuracy")
     gap = {
         "facecolor": "none",
-        "edgecolor": _COLORS[1],
+        "edgecolor": COLORS[1],
         "hatch": "////",
         "label": "gap between accuracy and confidence",
     }
@@ -149,7 +147,7 @@ def plot_by_class(entries: Mapping[str, Sequence[float | None]], classes: Sequen
     many = len(classes) > _NAMED
     figure, axes = new_figure(9, 4.5 if many else max(2.6, 1.2 + 0.26 * len(classes)))
     for number, (title, values) in enumerate(known.items()):
-        color, label = _COLORS[number % len(_COLORS)], textwrap.shorten(title, 60, placeholder="…")
+        color, label = COLORS[number % len(COLORS)], textwrap.shorten(title, 60, placeholder="…")
         if many:
             axes.plot(np.sort(values[~np.isnan(values)]), color=color, label=label)
         else:

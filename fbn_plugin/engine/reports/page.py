@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +15,10 @@ __all__ = [
     "heading",
     "listing",
     "machine",
-    "new_figure",
     "note",
     "paragraph",
     "picture",
     "table",
-    "to_png",
     "write_page",
 ]
 
@@ -38,28 +35,6 @@ img {{ max-width: 100%; }} pre {{ background: #f5f5f5; padding: 1em; overflow-x:
 {body}
 </body></html>
 """
-
-
-def new_figure(*size: float, **grid):
-    """A matplotlib figure without a window, and its axes.
-
-    Args:
-        size: width and height in inches.
-        grid: as ``Figure.subplots`` has it.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(**grid)
-
-
-def to_png(figure) -> bytes:
-    """A figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
 
 
 def heading(text: str) -> str:

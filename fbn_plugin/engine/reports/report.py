@@ -4,25 +4,22 @@ other."""
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fbn_plugin.analysis.canvas import COLORS, new_figure, to_png
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.reports.evaluation import read_detections
 from fbn_plugin.engine.reports.page import (
     heading,
     listing,
     machine,
-    new_figure,
     note,
     paragraph,
     picture,
     table,
-    to_png,
     write_page,
 )
 from fbn_plugin.engine.reports.pictures import draw_detections
 from fbn_plugin.engine.run.evaluation_names import METRICS
 from fbn_plugin.engine.run.logging import read_metrics
-
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 
 
 def final_metrics(run_dir: Path) -> dict[str, float]:

@@ -34,6 +34,7 @@ __all__ = [
     "import_modules",
     "imported",
     "parse_config_arguments",
+    "path_names",
     "refuse_unknown_flags",
     "show_held_warnings",
     "stoppable",
@@ -369,6 +370,32 @@ def check_outputs(*files: Path | None) -> None:
             raise PermissionError(f"{file} cannot be written: the folder {folder} is not writable")
         if [os.path.realpath(other) for other in wanted].count(os.path.realpath(file)) > 1:
             raise ValueError(f"{file} is given for two outputs")
+
+
+def path_names(paths: Sequence[Path], names: Sequence[str] | None) -> list[str]:
+    """A short name for each of the paths that a tool compares.
+
+    Args:
+        paths: folders and files.
+        names: what ``--name`` gave; without, a folder's own name, and of a file with its folder's, or the paths where
+            two would be alike.
+
+    Raises:
+        ValueError: there are more or fewer names than paths, or one is there twice.
+    """
+    given, names = bool(names), list(names or map(_short_name, paths))
+    if not given and len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    if len(names) != len(paths):
+        raise ValueError(f"--name must be given once for each PATH, {len(paths)} times, got {len(names)}")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} is there more than once; names, or --name, must tell all apart")
+    return names
+
+
+def _short_name(path: Path) -> str:
+    path = path.absolute()
+    return path.name if path.is_dir() else f"{path.parent.name}/{path.name}"
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import statistics
 import sys
 import time
 from collections import defaultdict, deque
@@ -228,6 +229,9 @@ class TrainingLog:
         means["lr"] = lr
         # The median, as the first iterations and those with an evaluation are slower.
         means["eta_seconds"] = sorted(self._seconds)[len(self._seconds) // 2] * (self.max_iter - iteration - 1)
+        # Of the computing alone: what a study of speed compares.
+        waits = self._window.get("data_time") or [0.0] * len(self._window["time"])
+        means["step_time"] = statistics.median(seconds - wait for seconds, wait in zip(self._window["time"], waits))
         if self.images is not None:
             means["images_per_second"] = self.images / max(means["time"], 1e-9)
         self._window.clear()

@@ -27,7 +27,7 @@ def test_lines_hold_the_means_of_their_period(tmp_path):
     assert [row["total_loss"] for row in rows] == [0.5, 2.5, 4.0]
     assert [row["lr"] for row in rows] == [0.1 * 1, 0.1 * 3, 0.1 * 4]
     assert [row["eta_seconds"] for row in rows] == [6.0, 2.0, 0.0]
-    assert rows[0].keys() == {"iteration", "total_loss", "lr", "time", "data_time", "eta_seconds"}
+    assert rows[0].keys() == {"iteration", "total_loss", "lr", "time", "data_time", "eta_seconds", "step_time"}
 
 
 def test_images_per_second(tmp_path, caplog):
@@ -36,6 +36,16 @@ def test_images_per_second(tmp_path, caplog):
             log.step(iteration, total_loss=1.0, lr=0.1, time=seconds, data_time=0.5)
     assert read_metrics(tmp_path / "metrics.json")[0]["images_per_second"] == 6 / 3
     assert "data_time 0.500  images/s 2" in caplog.text
+
+
+def test_the_time_of_a_step_is_the_median_without_waiting(tmp_path):
+    """The first iteration of a run, and one that waits for images, are no measure of the network."""
+    with TrainingLog(tmp_path, 6, period=3) as log:
+        for iteration, (seconds, wait) in enumerate(
+            [(9.0, 0.5), (2.0, 0.5), (1.75, 0.25), (2.0, 0), (1.0, 0), (3.0, 0)]
+        ):
+            log.step(iteration, time=seconds, data_time=wait)
+    assert [row["step_time"] for row in read_metrics(tmp_path / "metrics.json")] == [1.5, 2.0]
 
 
 def test_a_resumed_run_leaves_the_same_lines(tmp_path):
