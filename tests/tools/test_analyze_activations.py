@@ -8,6 +8,8 @@ import pytest
 import torch
 from tiny_classification import train
 
+import fbn_plugin
+
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,6 +26,7 @@ def main(monkeypatch, tmp_path):
 
     yield run
     sys.modules.pop("analyze_activations")
+    fbn_plugin.unregister()
 
 
 def record(tmp_path):
@@ -37,7 +40,7 @@ def test_a_run_of_a_classifier(tmp_path, main, capsys):
     figures = main("--model", tmp_path / "run", *options)
     said, found = capsys.readouterr().out, record(tmp_path)
     assert "test_byobnet with FBN on 40 images of handwritten digits (scikit-learn), validation" in said
-    assert "untrained" not in said and "head.fc *" in said and f"unit 3 of {kernel}: " in said
+    assert "is untrained" not in said and "head.fc *" in said and f"unit 3 of {kernel}: " in said
     assert found["trained"] and found["weights"].endswith("run/model_final.pth") and found["images"] == 40
     assert found["figures"] == figures | {"beyond5": None} and list(found["layers"][0]["beyond"]) == ["1", "1.5", "2.5"]
     (gallery,) = found["kernels"]
@@ -65,7 +68,9 @@ def test_an_untrained_network_and_its_weights(tmp_path, main, shapes, capsys):
     model = timm.create_model("test_resnet", num_classes=3)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     main(*arguments, "--weights", tmp_path / "weights.pth")
-    assert "untrained" not in capsys.readouterr().out and record(tmp_path)["weights"] == str(tmp_path / "weights.pth")
+    assert "is untrained" not in capsys.readouterr().out and record(tmp_path)["weights"] == str(
+        tmp_path / "weights.pth"
+    )
     assert record(tmp_path)["layers"][-1]["units"] == 3
 
 
