@@ -5,8 +5,10 @@
 
 from fbn_plugin import internals as internals  # first, as it checks torch
 from fbn_plugin import ops
+from fbn_plugin.analysis.bands import measure_bands
 from fbn_plugin.analysis.landscape import Landscape, measure_landscape
 from fbn_plugin.analysis.moments import MomentDistance, measure_moments
+from fbn_plugin.analysis.quantiles import QuantileSketch
 from fbn_plugin.frameworks import register, unregister
 from fbn_plugin.layers import (
     ConvNorm2d,
@@ -80,6 +82,7 @@ __all__ = [
     "NormDescription",
     "NormReport",
     "NormSummary",
+    "QuantileSketch",
     "RepresentativeBatchNorm2d",
     "ScaledBatchNorm1d",
     "ScaledBatchNorm2d",
@@ -96,6 +99,7 @@ __all__ = [
     "fold_norms",
     "fuse_norm_act",
     "get_norm",
+    "measure_bands",
     "measure_landscape",
     "measure_moments",
     "norm_factory",

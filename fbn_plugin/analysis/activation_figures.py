@@ -4,22 +4,20 @@ depth of a network (figures 1 and 2), and a kernel's density below the images th
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fbn_plugin.analysis.bands import SET, SHARES, ActivationBands, KernelActivations
+from fbn_plugin.analysis.canvas import new_figure, to_png
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from PIL import Image
 
 __all__ = ["bands_figure", "kernel_figure"]
 
 _RED, _ORANGE, _GOLD, _INK, _SOFT = "#c0392b", "#e08e2b", "#d4a017", "#222222", "#555555"
-_DPI = 110
 _COLUMNS = 8  # thumbnails in a row
 _MOST_NAMES = 60  # layers that are named at the axis
 
@@ -40,7 +38,8 @@ def bands_figure(found: ActivationBands, title: str = "") -> bytes:
     if not layers:
         raise ValueError("no layer has a finite activation: there is nothing to draw")
     width = min(16.0, max(6.4, 2.2 + 0.22 * len(layers)))
-    canvas, axes = _canvas(width, 5.2)
+    figure, axes = new_figure(width, 5.2)
+    _tidy(axes)
     x = np.arange(1, len(layers) + 1)
     low, high = ({share: [layer.bands[share][end] for layer in layers] for share in SHARES} for end in (0, 1))
     inner, middle, outer = SHARES
@@ -68,7 +67,7 @@ def bands_figure(found: ActivationBands, title: str = "") -> bytes:
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
-    return _png(canvas)
+    return to_png(figure)
 
 
 def kernel_figure(
@@ -90,13 +89,16 @@ def kernel_figure(
     if not len(density):
         raise ValueError(f"unit {kernel.unit} of layer {kernel.layer!r} has no finite activation: nothing to draw")
     rows = -(-len(pictures) // _COLUMNS)
-    canvas, axes = _canvas(8.4, 3.6 + 1.25 * rows, rows)
+    ratios = {"height_ratios": [*[1.0] * rows, 2.8]}
+    figure, grid = new_figure(8.4, 3.6 + 1.25 * rows, nrows=rows + 1, ncols=_COLUMNS, squeeze=False, gridspec_kw=ratios)
+    for axes in grid.flat:
+        axes.set_axis_off()
     passing = kernel.passing(sigma)
-    for place, picture in enumerate(pictures):
-        thumbnail = axes[0][place]
+    for thumbnail, place, picture in zip(grid.flat, range(len(passing)), pictures):
         thumbnail.imshow(np.asarray(picture.convert("RGB")))
         thumbnail.set_title(f"{kernel.peaks[passing[place]].item():.1f}σ", fontsize=7, color=_SOFT, pad=2)
-    plot = axes[1]
+    plot = figure.add_subplot(grid[0, 0].get_gridspec()[rows, :])
+    _tidy(plot)
     edges, density = edges.numpy(), density.numpy()
     plot.stairs(density, edges, color=_RED, fill=True, alpha=0.35)
     plot.stairs(density, edges, color=_RED, linewidth=1.0, label="measured")
@@ -110,8 +112,8 @@ def kernel_figure(
     )
     plot.set_ylabel("density [1/σ]", color=_SOFT)
     plot.legend(frameon=False, fontsize=8)
-    canvas.suptitle(title, x=0.02, ha="left", fontsize=10, fontweight="bold", color=_INK, wrap=True)
-    return _png(canvas)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=10, fontweight="bold", color=_INK, wrap=True)
+    return to_png(figure)
 
 
 def _gaussian(axes, edges: np.ndarray, density: np.ndarray) -> None:
@@ -124,28 +126,6 @@ def _gaussian(axes, edges: np.ndarray, density: np.ndarray) -> None:
     axes.set_ylim(lowest / 3, 2 * max(density.max(), y.max() if shown.any() else 0))
 
 
-def _canvas(width: float, height: float, rows: int | None = None):
-    """A figure of inches, and its axes; with ``rows`` thumbnails too, as a list before the axes of the plot."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(canvas)
-    if rows is None:
-        plot, found = (axes := canvas.subplots()), axes
-    else:
-        grid = canvas.add_gridspec(rows + 1, _COLUMNS, height_ratios=[*[1.0] * rows, 2.8])
-        thumbnails = [canvas.add_subplot(grid[row, column]) for row in range(rows) for column in range(_COLUMNS)]
-        for axes in thumbnails:
-            axes.set_axis_off()
-        plot = canvas.add_subplot(grid[rows, :])
-        found = thumbnails, plot
-    plot.spines[["top", "right"]].set_visible(False)
-    plot.tick_params(colors=_SOFT, labelsize=8)
-    return canvas, found
-
-
-def _png(canvas: Figure) -> bytes:
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()
+def _tidy(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=_SOFT, labelsize=8)

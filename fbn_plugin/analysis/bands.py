@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fbn_plugin.adapters import load_adapters
-from fbn_plugin.analysis.layer_names import LayerName, find_layer, nearest_names
+from fbn_plugin.analysis.layer_names import LayerName, check_unit, find_layer, nearest_names, parse_layer_name
 from fbn_plugin.analysis.normalized_values import channel_dim, moments_taken, normalized
 from fbn_plugin.analysis.quantiles import QuantileSketch
 from fbn_plugin.layers.description import describe
@@ -184,7 +184,7 @@ def measure_bands(
     *,
     layers: Sequence[str] = (),
     sigmas: Sequence[float] = SIGMAS,
-    kernels: Sequence[LayerName] = (),
+    kernels: Sequence[str | LayerName] = (),
     forward: Forward | None = None,
     watch: Watch | None = None,
 ) -> ActivationBands:
@@ -201,7 +201,7 @@ def measure_bands(
             give the same in each of the two passes.
         layers: only those whose name is or matches one of these, such as ``"layer4.*"``; all without.
         sigmas: deviations beyond which values are counted.
-        kernels: one unit of a layer each, whose density is to be known and which images pass.
+        kernels: one unit of a layer each, ``"layer4.1.bn2[453]"``, whose density is to be known, and which images pass.
         forward: ``forward(model, batch)`` where a batch is not what the model is called with.
         watch: called with what is passed over and what for, gives the same, such as under a progress bar.
 
@@ -211,7 +211,7 @@ def measure_bands(
     Examples::
 
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 4))
-        >>> found = measure_bands(model, [torch.randn(2, 3, 8, 8) for _ in range(5)])
+        >>> found = fbn_plugin.measure_bands(model, [torch.randn(2, 3, 8, 8) for _ in range(5)])
         >>> [(layer.name, layer.normalized_by) for layer in found.layers]
         [('1', 'running statistics'), ('3', 'mean and deviation of each unit over the images')]
     """
@@ -219,6 +219,9 @@ def measure_bands(
         raise ValueError("the images are passed over twice: give a loader, not an iterator")
     if wrong := [sigma for sigma in sigmas if not 0 < sigma < math.inf]:
         raise ValueError(f"sigmas must be above 0 and finite, got {wrong[0]!r}")
+    kernels = [parse_layer_name(each) if isinstance(each, str) else each for each in kernels]
+    if wrong := [str(each) for each in kernels if each.unit is None or each.side]:
+        raise ValueError(f"kernels must be units of layers, such as 'layer4.1.bn2[453]', got {wrong[0]!r}")
     load_adapters()
     forward = forward or functools.partial(forward_batch, device=device_of(model))
     watch = watch or (lambda batches, what: batches)
@@ -247,15 +250,16 @@ def _chosen(model: nn.Module, patterns: Sequence[str], kernels: Sequence[LayerNa
             raise ValueError(
                 f"no norm, convolution or dense layer is called {pattern!r}{nearest_names(pattern, known)}"
             )
-    wanted = {find_layer(model, kernel.name): kernel for kernel in kernels}
-    for module, kernel in wanted.items():
+    wanted = [(find_layer(model, kernel.name), kernel) for kernel in kernels]
+    for module, kernel in wanted:
         if module not in candidates:
             kind = type(module).__name__
             raise ValueError(f"layer {kernel.name!r} is a {kind}, and must be a norm, a convolution or a dense layer")
+        check_unit(kernel, module)
     return {
         module: found
         for module, found in candidates.items()
-        if not patterns or module in wanted or _matches(found, patterns)
+        if not patterns or _matches(found, patterns) or any(module is each for each, _ in wanted)
     }
 
 

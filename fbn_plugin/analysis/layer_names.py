@@ -9,8 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["LayerName", "find_layer", "nearest_names", "parse_layer_name"]
+from fbn_plugin.layers.description import describe
+from fbn_plugin.surgery.norm_summary import num_channels
+
+__all__ = ["LayerName", "check_unit", "find_layer", "nearest_names", "parse_layer_name"]
 
 _FORM = re.compile(r"(?P<name>[^@\[\]]*)(?:@(?P<side>input|output))?(?:\[(?P<unit>\d{1,9})\])?")
 
@@ -67,6 +71,26 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     if name not in modules:
         raise ValueError(f"the model has no layer {name!r}{nearest_names(name, modules)}")
     return modules[name]
+
+
+def check_unit(layer: LayerName, module: nn.Module) -> None:
+    """Refuse a unit that a layer does not have, as far as the module tells how many it has.
+
+    Raises:
+        ValueError: it has not.
+    """
+    width = _width(module, layer.side)
+    if layer.unit is not None and width is not None and layer.unit >= width:
+        raise ValueError(f"layer {layer.name!r} has units 0 to {width - 1}, got {layer.unit}")
+
+
+def _width(module: nn.Module, side: str) -> int | None:
+    """Units of what comes to a layer or leaves it; None where the layer does not tell."""
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "input" else module.out_features
+    if isinstance(module, _ConvNd):
+        return module.in_channels if side == "input" else module.out_channels
+    return num_channels(module) if describe(module) is not None else None
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:

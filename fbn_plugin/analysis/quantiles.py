@@ -39,9 +39,7 @@ class QuantileSketch:
 
     Examples::
 
-        >>> import torch
-        >>> from fbn_plugin.analysis.quantiles import QuantileSketch
-        >>> sketch = QuantileSketch()
+        >>> sketch = fbn_plugin.QuantileSketch()
         >>> for batch in torch.arange(1.0, 1001.0).split(100):
         ...     sketch.update(batch)
         >>> [round(value) for value in sketch.quantile([0.0, 0.25, 1.0])[0].tolist()]

@@ -21,7 +21,7 @@ def measured(value=1.0):
 
 def test_bands(monkeypatch):
     drawn = []
-    monkeypatch.setattr("fbn_plugin.analysis.activation_figures._png", lambda canvas: drawn.append(canvas) or b"")
+    monkeypatch.setattr("fbn_plugin.analysis.activation_figures.to_png", lambda canvas: drawn.append(canvas) or b"")
     found = measured()
     bands_figure(found, "A title")
     (axes,) = drawn[0].axes

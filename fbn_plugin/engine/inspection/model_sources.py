@@ -151,6 +151,8 @@ def _torchvision(name: str, options: ModelOptions) -> FoundModel:
             model, f"torchvision's {name}", weights, lambda image: pil_to_tensor(image).float() / 255, _call_with_list
         )
     preset = models.get_model_weights(name).DEFAULT.transforms()
+    if type(preset).__name__ not in ("ImageClassification", "SemanticSegmentation"):  # but of videos, or pairs
+        raise ValueError(f"torchvision:{name} does not take single images, and cannot be shown these")
     sizes = {"crop_size": [options.image_size], "resize_size": [round(options.image_size * 256 / 224)]}
     for key, size in sizes.items() if options.image_size else ():
         if hasattr(preset, key):

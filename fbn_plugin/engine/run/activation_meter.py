@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fbn_plugin.adapters import load_adapters
-from fbn_plugin.analysis.layer_names import LayerName, find_layer, parse_layer_name
+from fbn_plugin.analysis.layer_names import LayerName, check_unit, find_layer, parse_layer_name
 from fbn_plugin.analysis.normalized_values import channel_dim, moments_taken, normalized
 from fbn_plugin.analysis.quantiles import QuantileSketch
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
 from fbn_plugin.engine.run.rules import MOST_ITERATIONS, Rule, at_least, between, each_of, named, refusal
 from fbn_plugin.layers.description import describe
-from fbn_plugin.surgery.norm_summary import num_channels
 
 __all__ = ["ACTIVATION_KEYS", "ACTIVATION_RULES", "ActivationMeter", "build_activation_meter"]
 
@@ -86,9 +84,7 @@ class ActivationMeter:
         self.period, self._quantiles = period, tuple(quantiles)
         self._layers = [(layer, find_layer(model, layer.name)) for layer in map(parse_layer_name, layers)]
         for layer, module in self._layers:
-            width = _width(module, layer.side)
-            if layer.unit is not None and width is not None and layer.unit >= width:
-                raise ValueError(f"layer {layer.name!r} has units 0 to {width - 1}, got {layer.unit}")
+            check_unit(layer, module)
 
     @contextlib.contextmanager
     def measure(self, iteration: int) -> Iterator[dict[str, float]]:
@@ -152,15 +148,6 @@ def _add(layer: LayerName, sketches: dict[LayerName, QuantileSketch], module: nn
     if layer not in sketches:
         sketches[layer] = QuantileSketch(device=values.device)
     sketches[layer].update(values)
-
-
-def _width(module: nn.Module, side: str) -> int | None:
-    """Units of what comes to a layer or leaves it; None where the layer does not tell."""
-    if isinstance(module, nn.Linear):
-        return module.in_features if side == "input" else module.out_features
-    if isinstance(module, _ConvNd):
-        return module.in_channels if side == "input" else module.out_channels
-    return num_channels(module) if describe(module) is not None else None
 
 
 def build_activation_meter(cfg: Mapping[str, Any], model: nn.Module) -> ActivationMeter:
