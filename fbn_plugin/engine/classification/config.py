@@ -91,6 +91,9 @@ _MODEL = {
 _INPUT = {
     "FORMAT": "RGB",  # or "L", grey
     "SIZE": 224,  # height and width that the model sees, in pixels
+    "STRETCH": 0,  # above 0: first of all, both sides of every image are resized to so many pixels
+    "CANVAS": 0,  # above 0: then every image comes into the middle of a black square of so many pixels, or is cut to it
+    "BINARY_THRESHOLD": 0,  # above 0: last of all, values of pixels from it on, of 0..255, become 255, and all others 0
     "INTERPOLATION": "bilinear",
     "CROP_PCT": 0.875,  # evaluation: resize the short side to SIZE / CROP_PCT, take the centre
     # Training: "random_resized" crops of SCALE (share of the area) and RATIO; "padded": SIZE, PADDING zeros on each
