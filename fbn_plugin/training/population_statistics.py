@@ -184,7 +184,7 @@ def _write(norms: dict[str, nn.Module], found: dict[str, tuple[Tensor, Tensor]])
             buffer.resize_(values.shape).copy_(values)  # another shape where a norm knows its positions only now
 
 
-def _batch_statistics(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def batch_statistics(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance, number of values, as ``norm`` has them in training."""
     if hasattr(norm, "batch_statistics"):
         return norm.batch_statistics(x)
@@ -200,7 +200,7 @@ def _algorithm_2(norms: dict[str, nn.Module], run: Callable) -> dict[str, tuple[
     }
 
     def add(name: str, number: int, x: Tensor) -> None:
-        mean, var, count = _batch_statistics(norms[name], x)
+        mean, var, count = batch_statistics(norms[name], x)
         found = torch.stack((mean, _unbiased(var, count), torch.ones_like(mean)))
         if found.shape != totals[name].shape:  # of a norm per activation, whose first call tells the positions
             totals[name] = totals[name].new_zeros(found.shape)

@@ -6,7 +6,8 @@ import copy
 
 from timm.optim import list_optimizers
 
-from fbn_plugin.engine.classification import augmentation, datasets
+from fbn_plugin.analysis.landscape import STEPS
+from fbn_plugin.engine.classification import augmentation, datasets, measuring
 from fbn_plugin.engine.classification.data import build_train_transform
 from fbn_plugin.engine.classification.memory_data import batch_augmentation
 from fbn_plugin.engine.classification.model import check_model_options
@@ -53,6 +54,7 @@ MAY_CHANGE = (
     "SOLVER.CHECKPOINT_PERIOD",
     "SOLVER.BEST_CHECKPOINT_METRIC",
     "LOGGERS",
+    "MEASURE.*",
     "TEST.EVAL_ITERATIONS",
     "TEST.EVAL_PERIOD",
     "TEST.IMS_PER_BATCH",
@@ -167,6 +169,13 @@ _SOLVER = {
     "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
 }
 
+# What is measured while the model trains, in iterations that end a PERIOD; 0: nothing. The weights do not depend on it.
+_MEASURE = {
+    "LANDSCAPE": {"PERIOD": 0, "STEPS": STEPS},  # range of loss and gradient over step sizes along the gradient
+    # Distance of the moments, by NORMS, of SUBSET images from those of all images of the batch.
+    "MOMENTS": {"PERIOD": 0, "SUBSET": 16, "NORMS": ("BN", "FBN(t_sigma=2)")},
+}
+
 
 def classification_config() -> CfgNode:
     """Every key of `tools/train_classification.py` with its default."""
@@ -202,6 +211,7 @@ def classification_config() -> CfgNode:
                 "MOMENTS": "population",
                 "IMS_PER_BATCH": 256,
             },
+            "MEASURE": copy.deepcopy(_MEASURE),
             "CUDNN_BENCHMARK": False,
             "FLOAT32_PRECISION": "",  # of torch.set_float32_matmul_precision, and of cuDNN; "": PyTorch's own
             "LOGGERS": ("tensorboard",),  # besides metrics.json: "csv", "tensorboard", "wandb"
@@ -220,6 +230,7 @@ _RULES = {
     **COMMON_RULES,
     **augmentation.RULES,
     **datasets.RULES,
+    **measuring.RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
     "DATALOADER.IN_MEMORY": one_of("auto", "always", "never"),
     "FLOAT32_PRECISION": one_of("", "highest", "high", "medium"),

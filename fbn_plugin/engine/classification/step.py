@@ -1,6 +1,5 @@
 """One update of the weights: forward and backward passes of this process's images, in mixed precision and in several
-steps where the config says so, and the optimizer's step. Mixup, gradient clipping and the average of the weights are
-timm's.
+steps where the config says so, and the optimizer's step. Gradient clipping and the average of the weights are timm's.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import torch
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from fbn_plugin.engine.classification.augmentation import build_mixup
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.optimization import IterationSchedule, PlateauSchedule
+from fbn_plugin.engine.classification.preparation import BatchPreparation
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError
@@ -23,12 +22,10 @@ from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.logging import Timer
 from fbn_plugin.engine.run.refusals import check_finite
 from fbn_plugin.engine.run.rules import exactly, one_of, refusal
-from fbn_plugin.engine.run.seeding import seed_iteration
 
 __all__ = ["TrainingStep", "build_average", "build_scaler", "check_precision", "place_model"]
 
 _NO_COMPILER = re.compile(r"(No working C\+\+ compiler found|Failed to find C compiler).*")
-_PACKAGES = ("fbn_plugin", "timm", "torch", "torchvision")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -100,14 +97,12 @@ class TrainingStep:
     ):
         self.model, self.device = model, device
         self.optimizer, self.scheduler, self.scaler, self.average = optimizer, scheduler, scaler, average
-        self.mixup = build_mixup(cfg, num_classes)
+        self.prepare = BatchPreparation(cfg, model, num_classes, device)
         self.loss = build_loss(cfg, num_classes)
         self._parallel = distributed.data_parallel(model, device)
         self._forward_pass = torch.compile(self._parallel) if cfg.MODEL.COMPILE else self._parallel
-        self._seeds_numpy = self.mixup is not None or _has_foreign_layers(model)
-        self._seed, self._steps = cfg.SEED, cfg.SOLVER.ACCUMULATION_STEPS
+        self._steps = cfg.SOLVER.ACCUMULATION_STEPS
         self._amp_dtype = _amp_dtype(cfg, device) if cfg.SOLVER.AMP.ENABLED else None
-        self._layout = torch.channels_last if cfg.MODEL.CHANNELS_LAST else None
         self._clip = cfg.SOLVER.CLIP_GRADIENTS if cfg.SOLVER.CLIP_GRADIENTS.ENABLED else None
         self._buffers = [*model.buffers()] if cfg.MODEL.GRAD_CHECKPOINTING else []
         self._clipped = _clipped_parameters(cfg, model)
@@ -134,8 +129,7 @@ class TrainingStep:
             timer()
             batch = next(batches)
             data_time += timer()
-            seed_iteration(self._seed, iteration, number, self._seeds_numpy)
-            images, targets = self._prepared(*batch)
+            images, targets = self.prepare(iteration, number, *batch)
             if number + 1 < steps:
                 with self._no_exchange():
                     loss = self._loss(images, targets) / steps
@@ -151,12 +145,6 @@ class TrainingStep:
         check_finite(values, iteration)
         self._update(iteration)
         return values, data_time
-
-    def _prepared(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        images, targets = images.to(self.device), targets.to(self.device)
-        if self._layout is not None:
-            images = images.contiguous(memory_format=self._layout)
-        return self.mixup(images, targets) if self.mixup else (images, targets)
 
     def _no_exchange(self) -> contextlib.AbstractContextManager:
         """A block whose gradients stay in their process: they are exchanged with those of the last step."""
@@ -196,11 +184,6 @@ class TrainingStep:
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model, step=iteration + 1)
-
-
-def _has_foreign_layers(model: nn.Module) -> bool:
-    """Whether a layer is of another package, and so may draw from NumPy's generator; those of these never do."""
-    return any(type(layer).__module__.partition(".")[0] not in _PACKAGES for layer in model.modules())
 
 
 def _clipped_parameters(cfg: CfgNode, model: nn.Module) -> list[nn.Parameter]:

@@ -20,6 +20,7 @@ from fbn_plugin.engine.classification.data import build_train_loader
 from fbn_plugin.engine.classification.datasets import build_data, say_broken
 from fbn_plugin.engine.classification.evaluation import Evaluator
 from fbn_plugin.engine.classification.losses import build_loss
+from fbn_plugin.engine.classification.measuring import Measuring, check_measured
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
 from fbn_plugin.engine.classification.recalibration import check_statistics, recalibrate
@@ -160,6 +161,7 @@ class ClassificationTrainer:
         build_loss(cfg, num_classes)  # which refuses what does not fit, before anything is written
         if not self.eval_only:
             check_norm_batch(cfg, self.model)
+            check_measured(cfg, self.model)
         set_backends(cfg, self.eval_only)
 
     def _build_solver(self) -> None:
@@ -288,14 +290,15 @@ class ClassificationTrainer:
             result = self._catch_up(saver, log)
             parts = self.optimizer, self.scheduler, self.scaler, self.average, self.device
             step = TrainingStep(cfg, self.model.train(), len(data.classes), *parts)
+            measuring = Measuring(cfg, step, log)
             batches = build_train_loader(cfg, data.train, self.device, self.start_iter)
             timer = Timer()
             for iteration in range(self.start_iter, self.max_iter):
                 timer()
-                switch_mixup(step.mixup, cfg, iteration // self.iters_per_epoch)
-                losses, data_time = step(iteration, batches)
+                switch_mixup(step.prepare.mixup, cfg, iteration // self.iters_per_epoch)
+                losses, data_time, measured = measuring(iteration, batches)
                 lr = self.optimizer.param_groups[0]["lr"]
-                log.step(iteration, **losses, lr=lr, time=timer(), data_time=data_time)
+                log.step(iteration, **losses, lr=lr, time=timer() - measured, data_time=data_time)
                 if self._is_evaluated_after(iteration + 1) and not stopping.agreed():
                     with contextlib.suppress(stopping.EvaluationLeft):  # a resumed run makes up for it
                         result = self._evaluate_and_log(log, iteration)
@@ -306,7 +309,7 @@ class ClassificationTrainer:
                 if is_saved_after(saver, iteration):
                     saver.step(iteration, log_window=log.window)
             say_broken(data.train)
-            return result | self._test(log)
+            return result | measuring.end() | self._test(log)
 
     def _recalibrate(self) -> None:
         """Fit the norms of pretrained weights to training images, before the first iteration."""
