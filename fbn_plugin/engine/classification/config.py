@@ -7,7 +7,7 @@ import copy
 from timm.optim import list_optimizers
 
 from fbn_plugin.analysis.landscape import STEPS
-from fbn_plugin.engine.classification import augmentation, datasets, measuring
+from fbn_plugin.engine.classification import augmentation, datasets, final_evaluation, measuring
 from fbn_plugin.engine.classification.data import build_train_transform
 from fbn_plugin.engine.classification.memory_data import batch_augmentation
 from fbn_plugin.engine.classification.model import check_model_options
@@ -55,6 +55,8 @@ MAY_CHANGE = (
     "SOLVER.BEST_CHECKPOINT_METRIC",
     "LOGGERS",
     "MEASURE.*",
+    "TEST.ALSO",
+    "TEST.AT_END.*",
     "TEST.EVAL_ITERATIONS",
     "TEST.EVAL_PERIOD",
     "TEST.IMS_PER_BATCH",
@@ -169,6 +171,18 @@ _SOLVER = {
     "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
 }
 
+# What is measured of the trained model, as final/..., on the test images where there are such, else on those of
+# validation; by the weights that were best in validation, where there are test images, else by the last.
+_AT_END = {
+    "POPULATION": False,  # before it, population statistics over an epoch of training images, for it alone
+    "CROPS": 1,  # so many views of an image, whose class probabilities are averaged: 1, 10 or 144
+    # By which moments: those of TEST.MOMENTS, and "spread": balanced batches in which each view of an image has other
+    # company. final/balanced/top1 and so on.
+    "MOMENTS": (),
+    "RELABEL": 0,  # rounds of balancing the batches by what is predicted (Hajaj and Gillies 2018, figure 6)
+    "WALKS": 0,  # weak and strong images that walk through a confident balanced batch (figure 4)
+}
+
 # What is measured while the model trains, in iterations that end a PERIOD; 0: nothing. The weights do not depend on it.
 _MEASURE = {
     "LANDSCAPE": {"PERIOD": 0, "STEPS": STEPS},  # range of loss and gradient over step sizes along the gradient
@@ -209,7 +223,9 @@ def classification_config() -> CfgNode:
                 # Normalize by "population" statistics, by those of each "batch" of IMS_PER_BATCH, or of "balanced"
                 # batches with DATALOADER.IMAGES_PER_CLASS (or 1) of each class: conditional, as test labels make them.
                 "MOMENTS": "population",
+                "ALSO": (),  # further ones: each evaluation is done by these, too, as balanced/top1 and so on
                 "IMS_PER_BATCH": 256,
+                "AT_END": copy.deepcopy(_AT_END),
             },
             "MEASURE": copy.deepcopy(_MEASURE),
             "CUDNN_BENCHMARK": False,
@@ -230,6 +246,7 @@ _RULES = {
     **COMMON_RULES,
     **augmentation.RULES,
     **datasets.RULES,
+    **final_evaluation.RULES,
     **measuring.RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
     "DATALOADER.IN_MEMORY": one_of("auto", "always", "never"),
@@ -296,6 +313,7 @@ def check_config(cfg: CfgNode) -> None:
     check_model_options(cfg)
     optimizer_arguments(cfg)
     transform = build_train_transform(cfg, prefetch=False)
+    final_evaluation.check_final(cfg)
     if cfg.DATALOADER.IN_MEMORY == "always" and batch_augmentation(transform) is None:
         accepted = "'auto' or 'never' with INPUT.COLOR_JITTER and what else is not a crop or a flip"
         raise refusal("DATALOADER.IN_MEMORY", accepted, cfg.DATALOADER.IN_MEMORY)

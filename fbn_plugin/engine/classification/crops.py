@@ -34,13 +34,18 @@ class Views:
             image the corners and the centre, then their mirror images; 144: of the image at 4 scales (the short side
             256, 288, 320, 352 where the model sees 224) the 3 squares side by side, of each the 4 corners, the centre
             and the whole, and the mirror images of all.
+        only: the number of the one view that is wanted; None is all of them.
+
+    Attributes:
+        count: of the views that an image is made into.
 
     Raises:
         ValueError: for 10 crops, a CROP_PCT that leaves no room around the centre.
     """
 
-    def __init__(self, cfg: CfgNode, crops: int = 1):
-        self.crops, self.size = crops, cfg.INPUT.SIZE
+    def __init__(self, cfg: CfgNode, crops: int = 1, only: int | None = None):
+        self.crops, self.size, self.only = crops, cfg.INPUT.SIZE, only
+        self.count = crops if only is None else 1
         self.interpolation = str_to_interp_mode(cfg.INPUT.INTERPOLATION)
         self.short = int(self.size / cfg.INPUT.CROP_PCT)  # as timm rounds it
         self.centre = build_val_transform(cfg, prefetch=True)
@@ -55,6 +60,7 @@ class Views:
         for step in self.first:
             image = step(image)
         views = self._of_framed(image)
+        views = views if self.only is None else views[self.only : self.only + 1]
         return views.ge(self.threshold).to(torch.uint8) * 255 if self.threshold else views
 
     def _of_framed(self, image: Image.Image) -> Tensor:
