@@ -207,6 +207,7 @@ _register("FIN", layers.FilteredInstanceNorm2d)
 # Where a network has a norm, its own activation or an addition follows: the threshold is for those who ask for it.
 _register("FRN", layers.FilterResponseNorm2d, tlu=False)
 _register("FFRN", layers.FilteredFilterResponseNorm2d, tlu=False)
+_register("PerActivationBN", layers.PerActivationBatchNorm2d)
 _register("ConvNorm", None, layers.ConvNorm2d, None)
 _register("LearnedNorm", layers.LearnedStatsNorm2d)
 _register("ScaledBN", layers.ScaledBatchNorm1d, layers.ScaledBatchNorm2d, layers.ScaledBatchNorm3d)

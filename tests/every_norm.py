@@ -10,6 +10,7 @@ from fbn_plugin import NORMS, get_norm
 
 CHANNELS = 8
 SPECS = [f"{name}(num_groups=4)" if name in ("GN", "FGN") else name for name, _ in NORMS]
+ONE_SIZE = ("PerActivationBN",)  # all maps of a layer must be of the size of its first one
 # Options that take other ways through the code.
 OPTIONS = [
     "FBN(t_sigma=2)",

@@ -28,6 +28,7 @@ EXPECTED = {
     "FIN": (fbn_plugin.FilteredInstanceNorm2d,) * 3,
     "FRN": (fbn_plugin.FilterResponseNorm2d,) * 3,
     "FFRN": (fbn_plugin.FilteredFilterResponseNorm2d,) * 3,
+    "PerActivationBN": (fbn_plugin.PerActivationBatchNorm2d,) * 3,
     "ConvNorm": (None, fbn_plugin.ConvNorm2d, None),
     "LearnedNorm": (fbn_plugin.LearnedStatsNorm2d,) * 3,
     "ScaledBN": (fbn_plugin.ScaledBatchNorm1d, fbn_plugin.ScaledBatchNorm2d, fbn_plugin.ScaledBatchNorm3d),
@@ -62,6 +63,7 @@ def test_every_name_builds_its_class_and_normalizes(name, dims):
         return
     norm = get_norm(name, 32, dims=dims)
     assert type(norm) is EXPECTED[name][dims - 1]
+    assert name == "LearnedNorm" or norm.weight.shape == (32,), "every norm has a scale and a shift unless told not to"
     if name == "LearnedNorm":  # whose statistics are to be learned yet, and which has no scale and shift in the paper
         assert norm(torch.randn(2, 32, *[3] * dims)).isfinite().all() and norm.weight is None
         return
@@ -70,7 +72,6 @@ def test_every_name_builds_its_class_and_normalizes(name, dims):
         centered = name not in ("FRN", "FFRN")
         size = y.std() if centered else y.square().mean().sqrt()
         assert (y.mean().abs() < 0.1 or not centered) and 0.8 < size / START.get(name, 1) < 1.2
-    assert norm.weight.shape == (32,), "every norm has a scale and a shift unless told otherwise"
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,9 +1,12 @@
 """Evaluate trained classifiers: top-1, top-5, loss, calibration, confusion matrix and accuracy by class; on one crop,
-10 or 144 crops, by population, batch or balanced moments, each checkpoint alone and as an ensemble.
+10 or 144 crops, by population, batch or balanced moments, each checkpoint alone and as an ensemble; and what balanced
+batches show of it (Hajaj and Gillies, 2018): batches that are balanced by predictions, images that walk through one.
 
     python tools/evaluate_classification.py runs/fbn --output out
     python tools/evaluate_classification.py runs/bn-seed1 runs/bn-seed2 --crops 144 --ensemble --output out
     python tools/evaluate_classification.py runs/fbn runs/fbn/model_best.pth --moments balanced --output out
+    python tools/evaluate_classification.py runs/balanced --moments balanced --crops 10 --spread-crops --output out
+    python tools/evaluate_classification.py runs/balanced --relabel 20 --walks 10 --output out
     python tools/evaluate_classification.py weights.pth --config-file configs/ImageNet/resnet50_FBN.yaml --output out
 
 A PATH is an OUTPUT_DIR of tools/train_classification.py, whose model_final.pth, else last checkpoint, is taken, or a
@@ -39,6 +42,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-file", metavar="FILE", type=Path, help="config of files of weights that lie alone")
     parser.add_argument("--crops", type=int, choices=(1, 10, 144), default=1, help="views that are averaged over")
     parser.add_argument("--moments", choices=("population", "batch", "balanced"), help="default: the run's")
+    parser.add_argument(
+        "--spread-crops", action="store_true", help="other company for each crop of an image, by moments of batches"
+    )
+    parser.add_argument(
+        "--relabel", type=int, metavar="ROUNDS", default=0, help="balance the batches by predictions, so many times"
+    )
+    parser.add_argument(
+        "--walks", type=int, metavar="N", default=0, help="so many images of a kind walk through a balanced batch"
+    )
     parser.add_argument("--val-images", type=int, metavar="N", help="so many, each class in its share; 0: all")
     parser.add_argument("--ensemble", action="store_true", help="add the mean of all checkpoints' probabilities")
     parser.add_argument(
@@ -54,6 +66,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def overrides_of(args: argparse.Namespace) -> list[str]:
     """Config overrides that the flags stand for, behind which the user's own come."""
     given = {"TEST.MOMENTS": args.moments, "DATASETS.VAL_IMAGES": args.val_images}
+    studies = {"RELABEL": args.relabel, "WALKS": args.walks}  # not the run's own, of its end
+    crops = args.crops if any(studies.values()) else 1
+    others = {"CROPS": crops, "MOMENTS": "()", "POPULATION": False}
+    given |= {f"TEST.AT_END.{key}": value for key, value in (studies | others).items()}
+    if args.moments is not None:
+        given["TEST.ALSO"] = "()"
     return [part for key, value in given.items() if value is not None for part in (key, str(value))] + args.opts
 
 
@@ -82,11 +100,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         options = args.config_file, overrides_of(args)
         checkpoints = [find_checkpoint(path, *options, name) for path, name in zip(args.paths, names)]
         check_same_set(checkpoints)
-        comparison = evaluate_checkpoints(checkpoints, args.crops, args.ensemble)
+        comparison = evaluate_checkpoints(checkpoints, args.crops, args.ensemble, args.spread_crops)
     with user_errors(*RUN_ERRORS):
         command = shlex.join(["python", "tools/evaluate_classification.py", *(sys.argv[1:] if argv is None else argv)])
         write_comparison(args.output, comparison, command)
-        report = comparison.title, comparison.facts, comparison.classes, comparison.entries, command
+        shown = dict(zip(names, comparison.shown))
+        report = comparison.title, comparison.facts, comparison.classes, comparison.entries, command, shown
         write_classifier_report(args.output / "report.html", *report)
     print(f"{comparison.title}\n\n{format_table(summary_rows(comparison.entries))}\n")
     for fact in comparison.facts:

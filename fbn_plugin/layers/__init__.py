@@ -17,6 +17,7 @@ from fbn_plugin.layers.gated_batch_norm import (
     RepresentativeBatchNorm2d,
 )
 from fbn_plugin.layers.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from fbn_plugin.layers.per_activation_batch_norm import PerActivationBatchNorm2d
 from fbn_plugin.layers.scaled_batch_norm import (
     InputNorm2d,
     ScaledBatchNorm1d,
@@ -49,6 +50,7 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm2d",
     "LearnedStatsNorm2d",
+    "PerActivationBatchNorm2d",
     "RepresentativeBatchNorm2d",
     "ScaledBatchNorm1d",
     "ScaledBatchNorm2d",

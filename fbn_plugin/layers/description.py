@@ -27,8 +27,9 @@ class NormDescription:
             ``"LN"``, ``"IN"``, ``"FRN"`` and ``"LearnedNorm"`` of each sample; another name is a family of its own.
             None is a norm to weight decay, which leaves its parameters alone, and nothing else is done to it.
         evaluation: ``"channel"``, a fixed scale and shift of each channel where it has running statistics; ``"image"``,
-            a scale and shift that depend on the image; ``"sample"``, by moments of its input. What scale and shift are
-            follows from the state of a batch norm, or a method ``eval_affine()`` tells: two tensors ``(C,)``.
+            a scale and shift that depend on the image; ``"activation"``, fixed ones of each channel and position;
+            ``"sample"``, by moments of its input. What scale and shift of a channel are follows from the state of a
+            batch norm, or a method ``eval_affine()`` tells: two tensors ``(C,)``.
         dims: number of spatial dimensions that it is for; None is any.
         synchronized: its moments are those of all processes' batches.
         synchronized_form: name and options of the registered norm that synchronizes it, of a module; None: there is
@@ -68,7 +69,7 @@ class NormDescription:
     """
 
     family: str | None = None
-    evaluation: Literal["channel", "image", "sample"] = "sample"
+    evaluation: Literal["channel", "image", "activation", "sample"] = "sample"
     dims: int | None = None
     synchronized: bool = False
     synchronized_form: Callable[[Any], tuple[str, dict]] | None = None

@@ -58,12 +58,16 @@ NETWORKS = {
     "all_cnn_c": Network(AllCNN, **CIFAR),
     "all_cnn_c_plain": Network(AllCNN, **CIFAR, arguments=_PLAIN),
     "all_cnn_c_dwck": Network(AllCNN, **CIFAR, arguments={"norm_layer": "ConvNorm", "kernel_stacks": True}),
+    "all_cnn_c_learned": Network(AllCNN, **CIFAR, arguments={"norm_layer": "LearnedNorm", "small_first_norm": True}),
     "mlp_3x100": Network(SigmoidMLP, **BINARY),
     "mlp_3x100_plain": Network(SigmoidMLP, **BINARY, arguments=_PLAIN),
     "bn_inception": Network(Inception, **IMAGENET, num_classes=1000),
     "bn_inception_sigmoid": Network(Inception, **IMAGENET, num_classes=1000, arguments={"act_layer": nn.Sigmoid}),
     "bn_inception_baseline": Network(Inception, **IMAGENET, num_classes=1000, arguments=_GOOGLENET),
     "bn_inception_plain": Network(Inception, **IMAGENET, num_classes=1000, arguments={**_PLAIN, **_GOOGLENET}),
+    "bn_inception_sigmoid_plain": Network(
+        Inception, **IMAGENET, num_classes=1000, arguments={**_PLAIN, **_GOOGLENET, "act_layer": nn.Sigmoid}
+    ),
     "pooled_resnet20": Network(PooledResNet, **{**CIFAR, "size": 36}),
     "pooled_resnet44": Network(PooledResNet, **{**CIFAR, "size": 36}, arguments={"depths": (7, 7, 7)}),
     "pooled_resnet34": Network(

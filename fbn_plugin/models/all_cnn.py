@@ -31,6 +31,8 @@ class AllCNN(ImageClassifier):
     Args:
         norm_layer: spec string, callable or None, see :func:`fbn_plugin.models.base.unit`.
         kernel_stacks: give the norm of each layer the ``kernel_sizes`` of the paper, for ``norm_layer="ConvNorm"``.
+        small_first_norm: give the norm of the first layer the smaller networks of the paper's section 5.1, for
+            ``norm_layer="LearnedNorm"``.
         act_layer: class of the activation.
         num_classes, in_chans, drop_rate: see :class:`fbn_plugin.models.base.ImageClassifier`.
 
@@ -42,6 +44,7 @@ class AllCNN(ImageClassifier):
         self,
         norm_layer: NormLayer = "BN",
         kernel_stacks: bool = False,
+        small_first_norm: bool = False,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         num_classes: int = 10,
         in_chans: int = 3,
@@ -50,6 +53,7 @@ class AllCNN(ImageClassifier):
         features, channels = nn.Sequential(), in_chans
         for number, (width, kernel_size, stride, stack) in enumerate(LAYERS, 1):
             norm_options = {"kernel_sizes": stack} if kernel_stacks else {}
+            norm_options |= {"first_layer": number == 1} if small_first_norm else {}
             shape = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2}
             convolution = unit(channels, width, norm_layer, act_layer, norm_options=norm_options, **shape)
             features.add_module(f"conv{number}", convolution)

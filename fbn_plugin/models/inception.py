@@ -1,7 +1,7 @@
 """The variant of Inception in figure 5 of Batch normalization, with and without norms (its figures 2 and 3)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -85,11 +85,19 @@ class Inception(ImageClassifier):
         act_layer: class of the nonlinearity.
         lrn: local response normalization around the second convolution, as in GoogLeNet, over 5 channels. The paper's
             Inception and BN-Baseline have it, BN-x5 and later do not.
+        weight_gain: factor of the convolutions' initial weights: the paper's ensemble has "increased" ones, and does
+            not say by how much.
+        per_activation: names of modules, "3a" to "5b", whose norms are ``PerActivationBN`` in the place of
+            ``norm_layer``. The paper's ensemble has such in "the last hidden layers".
         num_classes, in_chans: see :class:`fbn_plugin.models.base.ImageClassifier`.
-        drop_rate: dropout before the classifier: 0.4 in the paper's Inception and BN-Baseline, 0 from BN-x5 on.
+        drop_rate: dropout before the classifier: 0.4 in the paper's Inception and BN-Baseline, 0 from BN-x5 on,
+            0.05 or 0.1 in some of the ensemble's networks.
 
     Shape:
-        images of 224x224 pixels in the paper; any from 32x32.
+        images of 224x224 pixels in the paper; any from 32x32, with ``per_activation`` all of one size.
+
+    Raises:
+        ValueError: a ``weight_gain`` that is not above 0, or a name in ``per_activation`` that no module has.
     """
 
     def __init__(
@@ -97,10 +105,16 @@ class Inception(ImageClassifier):
         norm_layer: NormLayer = "BN",
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         lrn: bool = False,
+        weight_gain: float = 1.0,
+        per_activation: Sequence[str] = (),
         num_classes: int = 1000,
         in_chans: int = 3,
         drop_rate: float = 0.0,
     ) -> None:
+        if not weight_gain > 0:
+            raise ValueError(f"weight_gain must be above 0, got {weight_gain!r}")
+        if unknown := [name for name in per_activation if name not in MODULES]:
+            raise ValueError(f"per_activation must be names of modules, {', '.join(MODULES)}, got {unknown[0]!r}")
         conv = functools.partial(unit, norm_layer=norm_layer, act_layer=act_layer)
         features = nn.Sequential()
         features.add_module(
@@ -121,8 +135,12 @@ class Inception(ImageClassifier):
         features.add_module("pool2", nn.MaxPool2d(3, 2, 1))
         channels = 192
         for name, row in MODULES.items():
-            module = InceptionModule(channels, *row, conv=conv)
+            own = {"norm_layer": "PerActivationBN"} if name in per_activation else {}
+            module = InceptionModule(channels, *row, conv=functools.partial(conv, **own))
             features.add_module(f"inception_{name}", module)
             channels = module.out_chs
         super().__init__(features, global_average(), channels, num_classes, in_chans, drop_rate)
         revised_init(self)
+        for module in self.modules() if weight_gain != 1 else ():
+            if isinstance(module, nn.Conv2d):
+                module.weight.data.mul_(weight_gain)

@@ -45,6 +45,8 @@ def why_left(module: nn.Module) -> str | None:
         return LAZY
     if description.evaluation == "image":
         return "its scale depends on the image, which no other norm's does"
+    if description.evaluation == "activation":
+        return "each position has a scale of its own, which no other norm's has"
     return None if description.why_left is None else description.why_left(module)
 
 

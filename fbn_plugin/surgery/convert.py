@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin.adapters import load_adapters
@@ -48,6 +48,7 @@ def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
     """
     for name in _STATE:
         tensor, place = getattr(old, name, None), getattr(new, name, None)
+        tensor = _for_each_position(tensor, place, new)
         if tensor is not None and place is not None and tensor.shape == place.shape:
             if isinstance(tensor, nn.Parameter) != isinstance(place, nn.Parameter):
                 tensor = tensor.detach().clone()
@@ -60,6 +61,17 @@ def copy_norm_state(old: nn.Module, new: nn.Module) -> nn.Module:
                 owner, _, attribute = name.rpartition(".")
                 setattr(new.get_submodule(owner), attribute, parameter)
     return new.train(old.training)
+
+
+def _for_each_position(tensor: Tensor | None, place: Tensor | None, new: nn.Module) -> Tensor | None:
+    """What a channel has, once for each position of a norm that has learned how many there are; a copy."""
+    description = describe(new)
+    if description is None or description.evaluation != "activation" or tensor is None or place is None:
+        return tensor
+    if tensor.dim() == 0 or tensor.shape == place.shape or len(place) % len(tensor):
+        return tensor
+    values = tensor.detach().repeat_interleave(len(place) // len(tensor))
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 def build_like(old: nn.Module, factory: NormFactory) -> nn.Module:
@@ -140,6 +152,8 @@ def make_plain(module: nn.Module) -> None:
         return
     if description.evaluation == "image":
         raise ValueError(f"{type(module).__name__} is no batch norm in evaluation: its scale depends on the image")
+    if description.evaluation == "activation":
+        raise ValueError(f"{type(module).__name__} is no batch norm in evaluation: each position has its own scale")
     plain, says_all = outer_batch_norm(type(module)), module.weight is None or module.bias is not None
     if plain is type(module) or (description.affine_terms is None and says_all):
         return

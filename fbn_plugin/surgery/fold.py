@@ -54,6 +54,8 @@ def _why_not_norm(norm: nn.Module) -> str | None:
     if not evaluates_by_constants(norm):
         if description.evaluation == "image":
             return "in evaluation its scale depends on the image"
+        if description.evaluation == "activation":
+            return "in evaluation each position has a scale of its own"
         if has_known_forward(type(norm)):
             return "in evaluation it takes moments of its input"
         return "its evaluation is not known to be a scale and shift of each channel"

@@ -180,8 +180,8 @@ def _write(norms: dict[str, nn.Module], found: dict[str, tuple[Tensor, Tensor]])
                     "holds: compute it with the norms in float32, as by model.float()"
                 )
     for name, (mean, var) in found.items():
-        norms[name].running_mean.copy_(mean)
-        norms[name].running_var.copy_(var)
+        for buffer, values in ((norms[name].running_mean, mean), (norms[name].running_var, var)):
+            buffer.resize_(values.shape).copy_(values)  # another shape where a norm knows its positions only now
 
 
 def batch_statistics(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,7 +201,10 @@ def _algorithm_2(norms: dict[str, nn.Module], run: Callable) -> dict[str, tuple[
 
     def add(name: str, number: int, x: Tensor) -> None:
         mean, var, count = batch_statistics(norms[name], x)
-        totals[name] += torch.stack((mean, _unbiased(var, count), torch.ones_like(mean)))
+        found = torch.stack((mean, _unbiased(var, count), torch.ones_like(mean)))
+        if found.shape != totals[name].shape:  # of a norm per activation, whose first call tells the positions
+            totals[name] = totals[name].new_zeros(found.shape)
+        totals[name] += found
 
     with batch_moments(nn.ModuleList(norms.values())):
         run(add)

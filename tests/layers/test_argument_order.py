@@ -33,6 +33,7 @@ RELATIVES = {
     layers.InstanceNorm3d: nn.InstanceNorm3d,
     layers.LayerNorm2d: nn.LayerNorm,
     layers.LearnedStatsNorm2d: nn.InstanceNorm2d,
+    layers.PerActivationBatchNorm2d: nn.BatchNorm2d,
     layers.RepresentativeBatchNorm2d: nn.BatchNorm2d,
     layers.ScaledBatchNorm1d: nn.BatchNorm1d,
     layers.ScaledBatchNorm2d: nn.BatchNorm2d,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from every_norm import CHANNELS, OPTIONS, SPECS, data, layer, layers
+from every_norm import CHANNELS, ONE_SIZE, OPTIONS, SPECS, data, layer, layers
 from torch import nn
 
 import fbn_plugin
@@ -16,7 +16,7 @@ from fbn_plugin import FilteredBatchNorm2d, FilteredBatchNormAct2d, FilteredGrou
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 
-OURS = [spec for spec in SPECS if spec != "SyncBN"]  # PyTorch's own, which TorchScript does not compile
+OURS = [spec for spec in SPECS if spec not in ("SyncBN", *ONE_SIZE)]  # SyncBN, PyTorch's own, does not compile
 # Of these TorchScript has the evaluation alone.
 EVALUATE_ONLY = ("SyncFBN", "ConvNorm")
 TRAINED = [spec for spec in OURS if spec not in EVALUATE_ONLY] + OPTIONS

@@ -8,13 +8,14 @@ import warnings
 
 import pytest
 import torch
-from every_norm import OPTIONS, SPECS, data, layer
+from every_norm import ONE_SIZE, OPTIONS, SPECS, data, layer
 from torch import nn
 
 SIZES = ((3, 6, 5), (1, 12, 9), (4, 3, 16))  # images, height and width
 NO_TRAINING = ("SyncBN", "ConvNorm")  # the first is for GPUs, the second has a function of Python's
+TRACED = [spec for spec in SPECS + OPTIONS if spec not in ONE_SIZE]
 # What the norm itself allows: SyncBN is PyTorch's, and in evaluation its BatchNorm.
-EXPORTED = [spec for spec in SPECS if spec != "SyncBN"]
+EXPORTED = [spec for spec in SPECS if spec not in ("SyncBN", *ONE_SIZE)]
 # In evaluation the others are batch normalization, or one of these without its filter.
 TO_ONNX = ["FBN", "FrozenBN", "FGN(num_groups=4)", "FLN", "FIN", "FFRN", "LearnedNorm", "RBN"]
 
@@ -32,7 +33,7 @@ def traced(norm):
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("spec", SPECS + OPTIONS)
+@pytest.mark.parametrize("spec", TRACED)
 def test_traced_at_one_size_and_run_at_three(spec, training):
     if training and spec in NO_TRAINING:
         pytest.skip("it trains in Python only")

@@ -14,8 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fbn_plugin import NORMS, FilteredBatchNorm1d, FilteredBatchNorm2d, norm_factory, parse_spec
-from fbn_plugin.models import NETWORKS, VGG16, AlexNet, AllCNN, LeNet5, PooledResNet, SigmoidMLP
+from fbn_plugin import (
+    NORMS,
+    FilteredBatchNorm1d,
+    FilteredBatchNorm2d,
+    LearnedStatsNorm2d,
+    PerActivationBatchNorm2d,
+    norm_factory,
+    parse_spec,
+)
+from fbn_plugin.models import NETWORKS, VGG16, AlexNet, AllCNN, Inception, LeNet5, PooledResNet, SigmoidMLP
 from fbn_plugin.models.inception import MODULES
 
 # Figure 5 of Batch normalization as printed: name, output size, #1x1, #3x3 reduce, #3x3, double #3x3 reduce, double
@@ -187,12 +195,15 @@ def test_inception_pools_as_figure_5_says():
         assert MODULES[name][5] is (nn.AvgPool2d if pool.startswith("avg") else nn.MaxPool2d)
 
 
-@pytest.mark.parametrize("name", ["bn_inception", "bn_inception_baseline", "bn_inception_plain"])
+@pytest.mark.parametrize(
+    "name", ["bn_inception", "bn_inception_baseline", "bn_inception_plain", "bn_inception_sigmoid_plain"]
+)
 def test_only_the_first_inceptions_have_dropout_and_local_response_normalization(name):
     model = build(name, "meta")
     lrn = [module for module in model.modules() if isinstance(module, nn.LocalResponseNorm)]
     assert (len(lrn), model.drop.p) == ((0, 0.0) if name == "bn_inception" else (2, 0.4))
-    assert bool(norms_of(model)) == (name != "bn_inception_plain")
+    assert bool(norms_of(model)) == (not name.endswith("_plain"))
+    assert any(isinstance(module, nn.Sigmoid) for module in model.modules()) == ("sigmoid" in name)
     model(images(name, device="meta"))
 
 
@@ -293,6 +304,42 @@ def test_all_cnn_c_with_conv_norm():
     assert count(model) == count(build("all_cnn_c")) + extra
 
 
+def test_all_cnn_c_with_learned_statistics_has_the_parameters_that_the_paper_counts():
+    """Esposito and Ganaba, section 5.1: 170 in the first layer, 194 in each of the seven others."""
+    model = build("all_cnn_c_learned")
+    norms = [module for module in model.modules() if isinstance(module, LearnedStatsNorm2d)]
+    assert [count(norm) for norm in norms] == [170] + [194] * 7
+    channels = [[conv.out_channels for conv in net if isinstance(conv, nn.Conv1d)] for net in norms[0].children()]
+    assert channels == [[4, 4, 1], [4, 4, 1]]
+    kernels = [[conv.kernel_size[0] for conv in net if isinstance(conv, nn.Conv1d)] for net in norms[7].children()]
+    assert kernels == [[4, 3, 2, 3], [4, 3, 2, 3]]
+    model(images("all_cnn_c_learned")).sum().backward()
+    scales_and_shifts = sum(2 * norm.num_features for norm in norms_of(build("all_cnn_c")).values())
+    assert count(model) == count(build("all_cnn_c")) - scales_and_shifts + 170 + 7 * 194
+    # As many as the stacks of kernels, and as batch normalization, have far more of.
+    assert count(model) < count(build("all_cnn_c")) < count(build("all_cnn_c_dwck"))
+
+
+def test_the_ensembles_inceptions():
+    """Section 4.2.3 of Batch normalization: norms per activation in the last layers, larger weights, little dropout."""
+    with torch.device("meta"):
+        model = Inception(per_activation=("5a", "5b"), drop_rate=0.05)
+    model(images("bn_inception", device="meta"))
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, PerActivationBatchNorm2d)]
+    assert len(norms) == 14 and all(m.positions == 49 for _, m in norms)
+    assert {name.split(".")[1] for name, _ in norms} == {"inception_5a", "inception_5b"} and model.drop.p == 0.05
+    torch.manual_seed(0)
+    plain = Inception(num_classes=2)
+    torch.manual_seed(0)
+    larger = Inception(num_classes=2, weight_gain=2.0)
+    for one, other in zip(layers_of(plain), layers_of(larger), strict=True):
+        gain = 2 if isinstance(one, nn.Conv2d) else 1
+        torch.testing.assert_close(other.weight, gain * one.weight, rtol=0, atol=0)
+    for options, sentence in (({"weight_gain": 0}, "got 0"), ({"per_activation": ["5c"]}, "3a, .*, got '5c'")):
+        with pytest.raises(ValueError, match=sentence):
+            Inception(**options)
+
+
 # --- norm_layer ------------------------------------------------------------------------------------------------------
 
 
@@ -325,7 +372,7 @@ def test_norms_of_a_sample_in_dense_layers(spec):
 # --- they run --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "all_cnn_c_dwck"])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("all_cnn_c_dwck", "all_cnn_c_learned")])
 def test_logits_of_the_papers_images(name):
     model, x = build(name, "meta").eval(), images(name, 3, "meta")
     assert model(x).shape == (3, NETWORKS[name].num_classes)

@@ -68,7 +68,7 @@ def test_the_papers_networks_with_norms_that_draw_numbers(network):
 def test_networks_that_differ_in_their_norms_alone():
     timm_models.register()
     for first, *others in (
-        ("all_cnn_c", "all_cnn_c_dwck", "all_cnn_c_plain"),
+        ("all_cnn_c", "all_cnn_c_dwck", "all_cnn_c_learned", "all_cnn_c_plain"),
         ("lenet5", "lenet5_all", "lenet5_plain"),
         ("vgg16_all_cifar", "vgg16_all_cifar_plain"),
     ):

@@ -51,6 +51,25 @@ def test_everything_is_written_and_says_how_it_was_measured(tmp_path, main, runs
     assert "conditional" in (out / "report.html").read_text() and (out / "confusion_3.png").is_file()
 
 
+def test_what_balanced_batches_show(tmp_path, main, capsys):
+    """Of a network that has learned something; a run's own TEST.AT_END and TEST.ALSO are of its end."""
+    keys = {"MODEL__NAME": "mlp_3x100", "MODEL__OPTIONS": "{'image_size': 8}", "SOLVER__BASE_LR": 0.5}
+    keys |= {"TEST__ALSO": "('balanced',)", "TEST__AT_END__MOMENTS": "('batch',)", "INPUT__CROP_PCT": 0.8}
+    train(tmp_path / "run", **keys, SOLVER__MAX_ITER=60, DATASETS__VAL_IMAGES=60)
+    capsys.readouterr()
+    options = ["--moments", "balanced", "--crops", 10, "--spread-crops", "--relabel", 2, "--walks", 2]
+    main(tmp_path / "run", *options, "--output", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "; other company for each view" in said and "2 rounds of balancing the batches by predictions: error" in said
+    assert "a weak image takes the missing class in" in said and "conditional: the test labels balanced" in said
+    record = json.loads((tmp_path / "out/evaluation.json").read_text())
+    entry = record["entries"][0]
+    assert (record["spread_crops"], record["conditional"], len(entry["relabel"]["top1"])) == (True, True, 3)
+    assert len(entry["walks"]["weak"]) == len(entry["walks"]["strong"]) == 2 and len(entry["walks"]["pairs"]) == 1
+    for name in ("relabelling.png", "walks_1.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -58,6 +77,8 @@ def test_everything_is_written_and_says_how_it_was_measured(tmp_path, main, runs
         (["seed1", "--ensemble"], "--ensemble is of two checkpoints or more"),
         (["seed1", "--name", "a", "--name", "b"], "--name must be given once for each PATH, 1 times, got 2"),
         (["seed1", "seed1"], "is there more than once"),
+        (["seed1", "--spread-crops"], "--spread-crops must be with --crops 10 or 144 and --moments balanced or batch"),
+        (["seed1", "--walks", "-1"], "TEST.AT_END.WALKS must be 0 or more"),
         (["seed1", "--val-images", "0"], None),
         (["seed1", "--val-images", "-1"], "DATASETS.VAL_IMAGES must be 0 or more"),
         (["seed1", "--crops", "10"], "INPUT.CROP_PCT must be less than 1 for 10 crops"),

@@ -1,6 +1,7 @@
-"""What INPUT asks of training images beside timm's transform: crops that timm has not, the colour shift of Krizhevsky
-et al., "ImageNet Classification with Deep Convolutional Neural Networks" (2012), section 4.1, and timm's random erasing
-for images that are not normalized yet. All draw from the global generators of Python and PyTorch on the CPU.
+"""What INPUT asks of images beside timm's transform: of all of them another size or frame, and black and white pixels;
+of training images crops that timm has not, the colour shift of Krizhevsky et al., "ImageNet Classification with Deep
+Convolutional Neural Networks" (2012), section 4.1, and timm's random erasing for images that are not normalized yet.
+What is random draws from the global generators of Python and PyTorch on the CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
-from torchvision.transforms import Compose, RandomCrop, Resize
+from torchvision.transforms import CenterCrop, Compose, RandomCrop, Resize
 from torchvision.transforms.v2 import RandomShortestSize
 
 from fbn_plugin.engine.run.rules import Rule, at_least, between, exactly, one_of
@@ -23,11 +24,14 @@ from fbn_plugin.engine.run.rules import Rule, at_least, between, exactly, one_of
 __all__ = [
     "RULES",
     "TIMMS_CROPS",
+    "Binarize",
     "ColorShift",
     "PixelErasing",
     "augmentation_rules",
     "build_mixup",
     "complete",
+    "frame",
+    "framing",
     "switch_mixup",
 ]
 
@@ -42,6 +46,8 @@ _COLOR_DIRECTIONS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0
 _LONGEST = 2**13  # side of an image
 
 RULES = {
+    "INPUT.BINARY_THRESHOLD": at_least(0, 255),
+    "INPUT.CANVAS": at_least(0, _LONGEST),
     "INPUT.COLOR_SHIFT": at_least(0, 10),
     "INPUT.ERASING.COUNT": at_least(1, 100),
     "INPUT.ERASING.MODE": one_of("const", "rand", "pixel"),
@@ -51,6 +57,7 @@ RULES = {
     "INPUT.MIXUP_PROB": between(0, 1),
     "INPUT.MIXUP_SWITCH_PROB": between(0, 1),
     "INPUT.REPEATED_AUGMENTATIONS": at_least(1, 1024),
+    "INPUT.STRETCH": at_least(0, _LONGEST),
     "INPUT.TRAIN_CROP": one_of("none", "padded", "scaled", *TIMMS_CROPS),
     "INPUT.VFLIP": between(0, 1),
 }
@@ -64,6 +71,8 @@ def augmentation_rules(cfg: CfgNode) -> dict[str, Rule]:
         rules |= {f"INPUT.{key}": exactly(0.0, reason) for key in ("COLOR_SHIFT", "ERASING.PROB", "VFLIP")}
     elif given.FORMAT != "RGB":
         rules["INPUT.COLOR_SHIFT"] = exactly(0.0, f"with INPUT.FORMAT {given.FORMAT!r}, which has no colours")
+    if given.BINARY_THRESHOLD:
+        rules["INPUT.ERASING.PROB"] = exactly(0.0, "with INPUT.BINARY_THRESHOLD, which leaves two values of a pixel")
     if given.TRAIN_CROP == "scaled":
         rules["INPUT.SHORT_SIDE"] = Rule(
             f"two whole numbers from INPUT.SIZE, {given.SIZE}, to {_LONGEST}, the smaller first",
@@ -103,6 +112,53 @@ def complete(steps: list[Callable], cfg: CfgNode, prefetch: bool) -> None:
         normalized = not (prefetch or given.NORM_GAMMA_INIT)
         statistics = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD
         steps.append(erase if normalized else PixelErasing(erase, *statistics))
+
+
+def framing(cfg: CfgNode) -> list[Callable[[Image.Image], Image.Image]]:
+    """What every image goes through first: INPUT.STRETCH and INPUT.CANVAS."""
+    given, steps = cfg.INPUT, []
+    if given.STRETCH:
+        steps.append(Resize((given.STRETCH, given.STRETCH), str_to_interp_mode(given.INTERPOLATION)))
+    if given.CANVAS:
+        steps.append(CenterCrop(given.CANVAS))  # which fills up with zeros
+    return steps
+
+
+def frame(steps: list[Callable], cfg: CfgNode, prefetch: bool, erases: bool = False) -> None:
+    """Add to the steps of a transform of timm's, of training or evaluation, what INPUT asks of every image.
+
+    Args:
+        steps: which end with the tensor, without ``prefetch`` its normalization, and with ``erases`` the erasing.
+        cfg: config.
+        prefetch: whether the normalization is left to timm's PrefetchLoader.
+        erases: whether they do.
+    """
+    if cfg.INPUT.BINARY_THRESHOLD:
+        steps.insert(len(steps) - (1 if prefetch else 2) - erases, Binarize(cfg.INPUT.BINARY_THRESHOLD))
+    steps[:0] = framing(cfg)
+
+
+class Binarize:
+    """Makes the values of an image's pixels 255, from a threshold on, or 0.
+
+    Args:
+        threshold: from 1 to 255.
+
+    Examples::
+
+        >>> list(Binarize(128)(Image.new("L", (1, 1), 127)).getdata())
+        [0]
+    """
+
+    def __init__(self, threshold: int):
+        self.threshold = threshold
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """An image of 8 bits a channel."""
+        return image.point([255 * (value >= self.threshold) for value in range(256)] * len(image.getbands()))
+
+    def __repr__(self) -> str:
+        return f"Binarize({self.threshold})"
 
 
 class ColorShift:

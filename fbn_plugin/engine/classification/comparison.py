@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from fbn_plugin.engine.classification.datasets import build_data
+from fbn_plugin.engine.classification.evaluation import CONDITIONAL
+from fbn_plugin.engine.classification.final_evaluation import Conditional, conditional_studies
 from fbn_plugin.engine.classification.measures import Measures, measure
-from fbn_plugin.engine.classification.predictions import Checkpoint, Predictions, average, predict
+from fbn_plugin.engine.classification.predictions import Checkpoint, Predictions, average, load_model, predict
 from fbn_plugin.engine.files.disk import atomic_write, writing
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.run_info import hardware, package_versions
 from fbn_plugin.engine.run.source import source_commit
+from fbn_plugin.training.evaluation_modes import device_of
 
 __all__ = ["Comparison", "check_same_set", "evaluate_checkpoints", "write_comparison"]
 
@@ -30,6 +34,8 @@ class Comparison:
         entries: name of each checkpoint, and ``"ensemble of N"`` -> its measures.
         predictions: of each checkpoint, in order.
         crops: views of an image.
+        spread: each view of an image has other company.
+        shown: what balanced batches show of each checkpoint, in order.
     """
 
     dataset: str
@@ -38,6 +44,8 @@ class Comparison:
     entries: dict[str, Measures]
     predictions: Sequence[Predictions]
     crops: int
+    spread: bool = False
+    shown: Sequence[Conditional] = ()
 
     @property
     def moments(self) -> str:
@@ -62,7 +70,30 @@ class Comparison:
             norm = cfg.MODEL.NORM or "its own norm"
             done = "" if found.iteration is None else f" after {found.iteration + 1:,} iterations"
             told.append(f"{checkpoint.name}: {cfg.MODEL.NAME} with {norm}, {checkpoint.weights}{done}.")
+        for checkpoint, shown in zip(self.checkpoints, self.shown):
+            told += [f"{checkpoint.name}: {sentence}" for sentence in _sentences(shown)]
         return told
+
+
+def _sentences(shown: Conditional) -> list[str]:
+    """What balanced batches show of one model."""
+    told = []
+    if shown.relabel:
+        first, last, rounds = shown.relabel[0], shown.relabel[-1], counted(len(shown.relabel) - 1, "round")
+        told.append(
+            f"{rounds} of balancing the batches by predictions: error {100 - first:.2f} % by standard inference, "
+            f"{100 - last:.2f} % at the end (test labels measure it and nothing else)."
+        )
+    words = {
+        "weak_missing": "a weak image takes the missing class",
+        "pair_missing": "two weak images take the missing classes",
+        "strong_own": "a strong image keeps its own",
+        "company_kept": "the others keep theirs",
+    }
+    shares = [f"{text} in {shown.walks[name]:.1f} %" for name, text in words.items() if name in shown.walks]
+    if shares:
+        told.append(f"walking through a confident balanced batch, {', '.join(shares)} ({CONDITIONAL}).")
+    return told
 
 
 def check_same_set(checkpoints: Sequence[Checkpoint]) -> None:
@@ -83,32 +114,40 @@ def check_same_set(checkpoints: Sequence[Checkpoint]) -> None:
                     )
 
 
-def evaluate_checkpoints(checkpoints: Sequence[Checkpoint], crops: int = 1, ensemble: bool = False) -> Comparison:
-    """Evaluate checkpoints of one set of images, see :func:`~fbn_plugin.engine.classification.predictions.predict`.
+def evaluate_checkpoints(
+    checkpoints: Sequence[Checkpoint], crops: int = 1, ensemble: bool = False, spread: bool = False
+) -> Comparison:
+    """Evaluate checkpoints of one set of images, see :func:`~fbn_plugin.engine.classification.predictions.predict`;
+    what TEST.AT_END says of balanced batches is done, too.
 
     Args:
         checkpoints: see :func:`check_same_set`.
         crops: views of an image.
         ensemble: add the mean of all of their probabilities.
+        spread: each view of an image has other company; for TEST.MOMENTS of batches and several crops.
 
     Raises:
         FileNotFoundError, ValueError: weights that do not fit, images that are not there.
     """
+    if spread and (crops == 1 or checkpoints[0].cfg.TEST.MOMENTS == "population"):
+        raise ValueError("--spread-crops must be with --crops 10 or 144 and --moments balanced or batch")
     sets: dict[str, Any] = {}
-    found, classes = [], None
+    found, shown, classes = [], [], None
     for each in checkpoints:
         cfg = each.cfg
         if cfg.INPUT.FORMAT not in sets:
             sets[cfg.INPUT.FORMAT] = build_data(cfg)
         data = sets[cfg.INPUT.FORMAT]
-        found.append(predict(each, crops, data))
+        loaded = load_model(each, data)
+        found.append(predict(each, crops, data, spread, loaded))
         classes = data.classes
+        shown.append(conditional_studies(cfg, loaded[0], data.val, len(classes), device_of(loaded[0])))
     names = [each.name for each in checkpoints]
     entries = {name: measure(each.probabilities, each.labels) for name, each in zip(names, found)}
     if ensemble:
         joined = average(found, names)
         entries[f"ensemble of {len(found)}"] = measure(joined.probabilities, joined.labels)
-    return Comparison(data.title, classes, checkpoints, entries, found, crops)
+    return Comparison(data.title, classes, checkpoints, entries, found, crops, spread, shown)
 
 
 def write_comparison(folder: Path, comparison: Comparison, command: str) -> None:
@@ -143,6 +182,7 @@ def _record(comparison: Comparison, command: str) -> dict[str, Any]:
         "dataset": [comparison.dataset],
         "val_images": len(comparison.predictions[0].labels),
         "crops": comparison.crops,
+        "spread_crops": comparison.spread,
         "moments": comparison.moments,
         "conditional": comparison.moments == "balanced",
         "note": comparison.predictions[0].note,
@@ -169,6 +209,7 @@ def _source(comparison: Comparison, number: int) -> dict[str, Any]:
         "model": checkpoint.cfg.MODEL.NAME,
         "norm": checkpoint.cfg.MODEL.NORM or "the model's own",
         "seed": checkpoint.cfg.SEED,
+        **comparison.shown[number].as_json(),
     }
 
 

@@ -8,7 +8,7 @@ import math
 from timm.optim import list_optimizers
 
 from fbn_plugin.analysis.landscape import STEPS
-from fbn_plugin.engine.classification import augmentation, datasets, measuring
+from fbn_plugin.engine.classification import augmentation, datasets, final_evaluation, measuring
 from fbn_plugin.engine.classification.data import build_train_transform
 from fbn_plugin.engine.classification.memory_data import batch_augmentation
 from fbn_plugin.engine.classification.model import check_model_options
@@ -58,6 +58,8 @@ MAY_CHANGE = (
     "LOGGERS",
     "MEASURE.*",
     "NORM_STATS_PERIOD",
+    "TEST.ALSO",
+    "TEST.AT_END.*",
     "TEST.EVAL_ITERATIONS",
     "TEST.EVAL_PERIOD",
     "TEST.IMS_PER_BATCH",
@@ -96,6 +98,9 @@ _MODEL = {
 _INPUT = {
     "FORMAT": "RGB",  # or "L", grey
     "SIZE": 224,  # height and width that the model sees, in pixels
+    "STRETCH": 0,  # above 0: first of all, both sides of every image are resized to so many pixels
+    "CANVAS": 0,  # above 0: then every image comes into the middle of a black square of so many pixels, or is cut to it
+    "BINARY_THRESHOLD": 0,  # above 0: last of all, values of pixels from it on, of 0..255, become 255, and all others 0
     "INTERPOLATION": "bilinear",
     "CROP_PCT": 0.875,  # evaluation: resize the short side to SIZE / CROP_PCT, take the centre
     # Training: "random_resized" crops of SCALE (share of the area) and RATIO; "padded": SIZE, PADDING zeros on each
@@ -169,6 +174,18 @@ _SOLVER = {
     "CLIP_GRADIENTS": {"ENABLED": False, "CLIP_TYPE": "norm", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0},
 }
 
+# What is measured of the trained model, as final/..., on the test images where there are such, else on those of
+# validation; by the weights that were best in validation, where there are test images, else by the last.
+_AT_END = {
+    "POPULATION": False,  # before it, population statistics over an epoch of training images, for it alone
+    "CROPS": 1,  # so many views of an image, whose class probabilities are averaged: 1, 10 or 144
+    # By which moments: those of TEST.MOMENTS, and "spread": balanced batches in which each view of an image has other
+    # company. final/balanced/top1 and so on.
+    "MOMENTS": (),
+    "RELABEL": 0,  # rounds of balancing the batches by what is predicted (Hajaj and Gillies 2018, figure 6)
+    "WALKS": 0,  # weak and strong images that walk through a confident balanced batch (figure 4)
+}
+
 # What is measured while the model trains, in iterations that end a PERIOD; 0: nothing. The weights do not depend on it.
 _MEASURE = {
     "LANDSCAPE": {"PERIOD": 0, "STEPS": STEPS},  # range of loss and gradient over step sizes along the gradient
@@ -212,7 +229,9 @@ def classification_config() -> CfgNode:
                 # Normalize by "population" statistics, by those of each "batch" of IMS_PER_BATCH, or of "balanced"
                 # batches with DATALOADER.IMAGES_PER_CLASS (or 1) of each class: conditional, as test labels make them.
                 "MOMENTS": "population",
+                "ALSO": (),  # further ones: each evaluation is done by these, too, as balanced/top1 and so on
                 "IMS_PER_BATCH": 256,
+                "AT_END": copy.deepcopy(_AT_END),
             },
             "MEASURE": copy.deepcopy(_MEASURE),
             # Iterations between two measurements of the share of values that each filtered norm leaves out; 0 is off.
@@ -235,6 +254,7 @@ _RULES = {
     **COMMON_RULES,
     **augmentation.RULES,
     **datasets.RULES,
+    **final_evaluation.RULES,
     **measuring.RULES,
     "DATALOADER.IMAGES_PER_CLASS": at_least(0, 2**20),
     "DATALOADER.IN_MEMORY": one_of("auto", "always", "never"),
@@ -302,6 +322,7 @@ def check_config(cfg: CfgNode) -> None:
     check_model_options(cfg)
     optimizer_arguments(cfg)
     transform = build_train_transform(cfg, prefetch=False)
+    final_evaluation.check_final(cfg)
     if cfg.DATALOADER.IN_MEMORY == "always" and batch_augmentation(transform) is None:
         accepted = "'auto' or 'never' with INPUT.COLOR_JITTER and what else is not a crop or a flip"
         raise refusal("DATALOADER.IN_MEMORY", accepted, cfg.DATALOADER.IN_MEMORY)

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
-from timm.data import create_transform
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision.transforms import functional
 
-from fbn_plugin.engine.classification.data import pixel_statistics
+from fbn_plugin.engine.classification.augmentation import framing
+from fbn_plugin.engine.classification.data import build_val_transform, pixel_statistics
 from fbn_plugin.engine.run.rules import refusal
 
 __all__ = ["CROPS", "Views", "normalized"]
@@ -34,17 +34,22 @@ class Views:
             image the corners and the centre, then their mirror images; 144: of the image at 4 scales (the short side
             256, 288, 320, 352 where the model sees 224) the 3 squares side by side, of each the 4 corners, the centre
             and the whole, and the mirror images of all.
+        only: the number of the one view that is wanted; None is all of them.
+
+    Attributes:
+        count: of the views that an image is made into.
 
     Raises:
         ValueError: for 10 crops, a CROP_PCT that leaves no room around the centre.
     """
 
-    def __init__(self, cfg: CfgNode, crops: int = 1):
-        self.crops, self.size = crops, cfg.INPUT.SIZE
+    def __init__(self, cfg: CfgNode, crops: int = 1, only: int | None = None):
+        self.crops, self.size, self.only = crops, cfg.INPUT.SIZE, only
+        self.count = crops if only is None else 1
         self.interpolation = str_to_interp_mode(cfg.INPUT.INTERPOLATION)
         self.short = int(self.size / cfg.INPUT.CROP_PCT)  # as timm rounds it
-        options = {"crop_pct": cfg.INPUT.CROP_PCT, "interpolation": cfg.INPUT.INTERPOLATION}
-        self.centre = create_transform(self.size, use_prefetcher=True, **options)
+        self.centre = build_val_transform(cfg, prefetch=True)
+        self.first, self.threshold = framing(cfg), cfg.INPUT.BINARY_THRESHOLD
         if crops == 10 and self.short == self.size:
             what = f"less than 1 for 10 crops, so that an image is larger than INPUT.SIZE {self.size}"
             raise refusal("INPUT.CROP_PCT", what, cfg.INPUT.CROP_PCT)
@@ -52,6 +57,13 @@ class Views:
     def __call__(self, image: Image.Image) -> Tensor:
         if self.crops == 1:
             return torch.as_tensor(self.centre(image))[None]
+        for step in self.first:
+            image = step(image)
+        views = self._of_framed(image)
+        views = views if self.only is None else views[self.only : self.only + 1]
+        return views.ge(self.threshold).to(torch.uint8) * 255 if self.threshold else views
+
+    def _of_framed(self, image: Image.Image) -> Tensor:
         if self.crops == 144:
             return _stack(_144_crops(image, self.size, self.interpolation))
         return _stack(functional.ten_crop(functional.resize(image, self.short, self.interpolation), self.size))

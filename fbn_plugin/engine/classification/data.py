@@ -25,7 +25,13 @@ from fbn_plugin.engine.data.loaders import shield_workers, training_batches, tra
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.rules import refusal
 
-__all__ = ["build_train_loader", "build_train_transform", "build_val_loader", "pixel_statistics"]
+__all__ = [
+    "build_train_loader",
+    "build_train_transform",
+    "build_val_loader",
+    "build_val_transform",
+    "pixel_statistics",
+]
 
 
 def pixel_statistics(cfg: CfgNode) -> dict[str, tuple[float, ...]]:
@@ -67,6 +73,25 @@ def build_train_transform(cfg: CfgNode, prefetch: bool) -> Callable:
         raise refusal("INPUT.AUTO_AUGMENT", "a policy that timm knows", cfg.INPUT.AUTO_AUGMENT) from None
     if crop != "none":
         augmentation.complete(transform.transforms, cfg, prefetch)
+    augmentation.frame(transform.transforms, cfg, prefetch, erases=crop != "none" and cfg.INPUT.ERASING.PROB > 0)
+    return transform
+
+
+def build_val_transform(cfg: CfgNode, prefetch: bool) -> Callable:
+    """timm's transform of evaluation.
+
+    Args:
+        prefetch: leave the scaling and normalization to timm's PrefetchLoader.
+    """
+    transform = create_transform(
+        cfg.INPUT.SIZE,
+        is_training=False,
+        crop_pct=cfg.INPUT.CROP_PCT,
+        interpolation=cfg.INPUT.INTERPOLATION,
+        use_prefetcher=prefetch,
+        **pixel_statistics(cfg),
+    )
+    augmentation.frame(transform.transforms, cfg, prefetch)
     return transform
 
 
@@ -112,15 +137,14 @@ def build_val_loader(
     cfg: CfgNode, dataset: Dataset, device: torch.device
 ) -> DataLoader | PrefetchLoader | MemoryLoader:
     """timm's evaluation loader over this process's share of `dataset`, or one from memory with the same images."""
-    size, batch_size = cfg.INPUT.SIZE, max(1, cfg.TEST.IMS_PER_BATCH // distributed.world_size())
-    options = {"crop_pct": cfg.INPUT.CROP_PCT, "interpolation": cfg.INPUT.INTERPOLATION, **pixel_statistics(cfg)}
-    images = images_in_memory(cfg, dataset, create_transform(size, is_training=False, **options))
+    batch_size = max(1, cfg.TEST.IMS_PER_BATCH // distributed.world_size())
+    images = images_in_memory(cfg, dataset, build_val_transform(cfg, prefetch=False))
     if images is not None:
         return MemoryLoader(images, batch_size, device)
     prefetch = device.type == "cuda"
     loader = create_loader(
         dataset,
-        size,
+        cfg.INPUT.SIZE,
         batch_size,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         distributed=distributed.world_size() > 1,
@@ -128,8 +152,9 @@ def build_val_loader(
         pin_memory=prefetch,
         persistent_workers=False,
         device=device,
-        **options,
+        **pixel_statistics(cfg),
     )
+    dataset.transform = build_val_transform(cfg, prefetch)  # the loader has put its own there
     shield_workers(loader.loader if prefetch else loader)
     return loader
 

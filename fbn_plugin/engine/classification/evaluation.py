@@ -158,6 +158,8 @@ class Evaluator:
         num_classes: of the model.
         device: of this process.
         kind: what the images are called.
+        epoch: another one is another order of the batches.
+        processes: how many share the images; None is all of the run's.
 
     Attributes:
         images: in the order of the batches, and with those that come again as company.
@@ -174,15 +176,17 @@ class Evaluator:
         num_classes: int,
         device: torch.device,
         kind: str = "validation image",
+        epoch: int = 0,
+        processes: int | None = None,
     ):
         self.cfg, self.device, self.moments, self.kind = cfg, device, cfg.TEST.MOMENTS, kind
         self.top_k = (1, 5) if num_classes > 5 else (1,)
         self.targets, self.size, self._order = images.targets, len(images), None
         if self.moments != "population":
-            processes = distributed.world_size()
+            processes = processes or distributed.world_size()
             share = max(1, cfg.TEST.IMS_PER_BATCH // processes), cfg.DATALOADER.IMAGES_PER_CLASS or 1
             with named("TEST.MOMENTS"):
-                self._order = order = order_batches(images.targets, self.moments, *share, processes)
+                self._order = order = order_batches(images.targets, self.moments, *share, processes, epoch)
             images = images.part(order.indices.tolist())
             self.cfg = with_value(cfg, "TEST.IMS_PER_BATCH", order.batch_size * processes)
         self.images = images

@@ -26,6 +26,7 @@ from torch.utils.data import BatchSampler
 from torchvision import transforms
 from torchvision.transforms.functional import pil_modes_mapping
 
+from fbn_plugin.engine.classification.augmentation import Binarize
 from fbn_plugin.engine.data.image_data import Images
 from fbn_plugin.engine.run import distributed
 
@@ -54,6 +55,7 @@ class Augmentation:
         crop: the random one, if there is one.
         hflip, vflip: probabilities.
         mean, std: of the channels (C, 1, 1), in 0..1.
+        threshold: from which on a value of a pixel is 255 and below which 0; 0 leaves it.
     """
 
     fixed: tuple[Callable[[Image.Image], Image.Image], ...]
@@ -63,6 +65,7 @@ class Augmentation:
     vflip: float
     mean: Tensor
     std: Tensor
+    threshold: int = 0
 
     @property
     def resizes(self) -> bool:
@@ -89,17 +92,20 @@ class Augmentation:
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (N, C, H, W) as float32, with the very operations of ``ToTensor`` and ``Normalize``."""
         mean, std = (each if each.device == images.device else each.to(images.device) for each in (self.mean, self.std))
+        if self.threshold:
+            return images.ge(self.threshold).to(torch.float32).sub_(mean).div_(std)
         return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def batch_augmentation(transform: Callable) -> Augmentation | None:
     """A transform of timm's (without its prefetcher) as batches can have it; None where it has more than these:
-    ``Resize`` and ``CenterCrop``, one random crop, flips, ``ToTensor`` and ``Normalize``, in this order.
+    ``Resize`` and ``CenterCrop``, one random crop, flips, ``Binarize``, ``ToTensor`` and ``Normalize``, in this order.
     """
     steps = list(_flat(transform))
     if len(steps) < 3 or not isinstance(steps[-2], transforms.ToTensor) or type(steps[-1]) is not transforms.Normalize:
         return None
     *steps, _, normalize = steps
+    threshold = steps.pop().threshold if steps and isinstance(steps[-1], Binarize) else 0
     fixed, crop = [], None
     while steps and type(steps[0]) in (transforms.Resize, transforms.CenterCrop):
         fixed.append(steps.pop(0))
@@ -114,7 +120,7 @@ def batch_augmentation(transform: Callable) -> Augmentation | None:
         return None
     hflip, vflip = flips.values()
     mean, std = (torch.as_tensor(each, dtype=torch.float32).view(-1, 1, 1) for each in (normalize.mean, normalize.std))
-    return Augmentation(tuple(fixed), tuple(last.size), crop, hflip, vflip, mean, std)
+    return Augmentation(tuple(fixed), tuple(last.size), crop, hflip, vflip, mean, std, threshold)
 
 
 def _flat(transform: Callable) -> Iterator[Callable]:

@@ -136,6 +136,11 @@ def _refuse_options(cfg: CfgNode, options: dict[str, Any], error: Exception) -> 
     ) from None
 
 
+def _values_of_a_moment(norm: nn.Module, images: torch.Tensor) -> int:
+    """How many values of an input a batch norm's moments are of."""
+    return len(images) if describe(norm).evaluation == "activation" else images.numel() // images.shape[1]
+
+
 @torch.no_grad()
 def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device, sizes: BatchSizes | None = None) -> None:
     """Refuse an INPUT.SIZE that a model cannot take, which it would say in its first iteration, by two empty images;
@@ -154,7 +159,7 @@ def check_image_size(cfg: CfgNode, model: nn.Module, device: torch.device, sizes
     values: dict[str, int] = {}  # of each norm by the batch, values a channel of the two images
     hooks = [
         norm.register_forward_pre_hook(
-            lambda module, args, name=name: values.update({name: args[0].numel() // args[0].shape[1]})
+            lambda module, args, name=name: values.update({name: _values_of_a_moment(module, args[0])})
         )
         for name, norm in model.named_modules()
         if family(norm) == "BN"

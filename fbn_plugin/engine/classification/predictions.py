@@ -9,25 +9,28 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fbn_plugin.engine.classification.config import check_config, classification_config
-from fbn_plugin.engine.classification.crops import Views, normalized
 from fbn_plugin.engine.classification.datasets import build_data
-from fbn_plugin.engine.classification.evaluation import Evaluator, moments_of
+from fbn_plugin.engine.classification.inference import class_probabilities
 from fbn_plugin.engine.classification.model import build_model, check_image_size
 from fbn_plugin.engine.data.image_data import ImageData
-from fbn_plugin.engine.data.loaders import data_loader
-from fbn_plugin.engine.run import distributed, stopping
+from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.checkpoint import AtomicCheckpointer
 from fbn_plugin.engine.run.config import CfgNode, load_config, with_value
 from fbn_plugin.engine.run.output_dir import holds_run, last_checkpoint
 from fbn_plugin.engine.run.rules import refusal
 from fbn_plugin.engine.run.run_info import read_run_info
-from fbn_plugin.training.evaluation_modes import evaluation_mode
+from fbn_plugin.training.evaluation_modes import device_of
 
-__all__ = ["Checkpoint", "Predictions", "average", "find_checkpoint", "predict"]
+__all__ = [
+    "Checkpoint",
+    "Predictions",
+    "average",
+    "find_checkpoint",
+    "load_model",
+    "predict",
+]
 
 
 @dataclass(frozen=True)
@@ -103,54 +106,56 @@ def find_checkpoint(
     return Checkpoint(cfg, name or str(place))
 
 
-def predict(checkpoint: Checkpoint, crops: int = 1, data: ImageData | None = None) -> Predictions:
+def load_model(checkpoint: Checkpoint, data: ImageData) -> tuple[nn.Module, int | None]:
+    """A checkpoint's model on its device, and the last iteration, from 0, that the weights have behind them; None where
+    they do not tell.
+
+    Args:
+        checkpoint: weights and config.
+        data: what it is evaluated on.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights are not of this model, or it does not take the images.
+    """
+    cfg = checkpoint.cfg
+    device = distributed.init(cfg.MODEL.DEVICE)
+    model = build_model(cfg, len(data.classes)).to(device)
+    check_image_size(cfg, model, device)
+    content = AtomicCheckpointer(model).load(checkpoint.weights, checkpointables=[], strict=True)
+    iteration = content.get("iteration")
+    return model, iteration if type(iteration) is int else None
+
+
+def predict(
+    checkpoint: Checkpoint,
+    crops: int = 1,
+    data: ImageData | None = None,
+    spread: bool = False,
+    loaded: tuple[nn.Module, int | None] | None = None,
+) -> Predictions:
     """Run a checkpoint's model over its validation set; DATASETS, TEST.MOMENTS and IMS_PER_BATCH are the config's.
 
-    With moments of batches, each view's moments are those of the same view of the batch's images, and the same images
-    are together in all views.
+    With moments of batches, each view's moments are those of the same view of the batch's images.
 
     Args:
         checkpoint: weights and config.
         crops: views of an image, see :class:`~fbn_plugin.engine.classification.crops.Views`.
         data: the images, if they are loaded already.
+        spread: each view of an image has other company (Hajaj and Gillies 2018, table 5); without, the same images are
+            together in all views.
+        loaded: what :func:`load_model` gives, if that is there already.
 
     Raises:
         FileNotFoundError, ValueError: the weights are not of this model, or the images are not there.
     """
     cfg = checkpoint.cfg
     data = data or build_data(cfg)
-    device = distributed.init(cfg.MODEL.DEVICE)
-    model = build_model(cfg, len(data.classes)).to(device)
-    check_image_size(cfg, model, device)
-    content = AtomicCheckpointer(model).load(checkpoint.weights, checkpointables=[], strict=True)
-    iteration = content.get("iteration")
-    plan = Evaluator(cfg, data.val, len(data.classes), device)
-    plan.check(model)
-    probabilities = _probabilities(model, plan, crops, device, checkpoint.name)
+    model, iteration = loaded or load_model(checkpoint, data)
+    classes, device = len(data.classes), device_of(model)
+    probabilities, plan = class_probabilities(cfg, model, data.val, classes, device, crops, spread, checkpoint.name)
     labels = torch.tensor([int(label) for label in plan.targets])
-    return Predictions(probabilities, labels, iteration if type(iteration) is int else None, plan.note, data.title)
-
-
-@torch.no_grad()
-def _probabilities(model: nn.Module, plan: Evaluator, crops: int, device: torch.device, name: str) -> Tensor:
-    """(N, C) in float64, in the order of the set or of its part."""
-    images = plan.images
-    images.transform = Views(plan.cfg, crops)
-    options = {"num_workers": plan.cfg.DATALOADER.NUM_WORKERS, "pin_memory": device.type == "cuda"}
-    # As many images of all views as the model gets at a time, but for moments of a batch, which are of whole batches.
-    batch_size = plan.cfg.TEST.IMS_PER_BATCH
-    together = max(1, batch_size // crops) if plan.moments == "population" else batch_size
-    loader: DataLoader = data_loader(images, batch_size=together, **options)
-    found = []
-    with evaluation_mode(model), moments_of(model, plan.moments):
-        for pixels, _ in stopping.until_asked(tqdm(loader, name, leave=False, disable=None)):
-            if plan.moments == "population":
-                logits = model(normalized(pixels.to(device).flatten(0, 1), plan.cfg)).unflatten(0, pixels.shape[:2])
-            else:
-                each = (model(normalized(view.to(device), plan.cfg)) for view in pixels.unbind(1))
-                logits = torch.stack(list(each), dim=1)
-            found.append(logits.double().softmax(dim=2).mean(dim=1).cpu())
-    return plan.in_order(torch.cat(found))
+    note = plan.note + ("; other company for each view" if spread else "")
+    return Predictions(probabilities, labels, iteration, note, data.title)
 
 
 def average(members: Sequence[Predictions], names: Sequence[str]) -> Predictions:

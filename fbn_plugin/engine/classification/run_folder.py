@@ -50,7 +50,8 @@ class ClassificationRun(RunFolder):
 
     def last_evaluation(self) -> tuple[int | None, dict[str, float]]:
         """Finished iterations (None where the weights do not tell them) and figures of the last evaluation: ``top1``,
-        ``top5`` and ``loss``, and where they were measured ``ema/...`` of averaged weights and ``test/...``.
+        ``top5`` and ``loss``, and where they were measured ``ema/...`` of averaged weights,
+        ``balanced/...`` and the like of TEST.ALSO, ``test/...`` and ``final/...``.
 
         A folder of ``--eval-only`` has those of ``evaluation.json``.
 
@@ -67,7 +68,7 @@ class ClassificationRun(RunFolder):
                 figures |= {
                     name.removeprefix("val/"): value
                     for name, value in row.items()
-                    if name.startswith(("val/", "test/")) and value is not None and not math.isnan(value)
+                    if name.startswith(("val/", "test/", "final/")) and value is not None and not math.isnan(value)
                 }
         if finished is None:
             raise ValueError(f"{self.folder} has no evaluation yet: there is none in its metrics.json")
@@ -86,8 +87,9 @@ class ClassificationRun(RunFolder):
 
 
 def _without_marks(figures: Mapping[str, float]) -> dict[str, float]:
-    marks = ("conditional", "test/conditional", "test/epoch", "test/averaged")
-    return {name: float(value) for name, value in figures.items() if name not in marks}
+    marks = ("test/epoch", "test/averaged")
+    is_mark = {name: name in marks or name.rpartition("/")[2] == "conditional" for name in figures}
+    return {name: float(value) for name, value in figures.items() if not is_mark[name]}
 
 
 def read_classification_run(folder: str | os.PathLike) -> ClassificationRun:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -19,6 +20,12 @@ from fbn_plugin.engine.classification.config import LINEAR_RULE, MAY_CHANGE, che
 from fbn_plugin.engine.classification.data import build_train_loader
 from fbn_plugin.engine.classification.datasets import build_data, say_broken
 from fbn_plugin.engine.classification.evaluation import Evaluator
+from fbn_plugin.engine.classification.final_evaluation import (
+    check_final_batches,
+    final_figures,
+    is_wanted,
+    lent_population_stats,
+)
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.measuring import Measuring, check_measured
 from fbn_plugin.engine.classification.model import build_model, check_image_size
@@ -126,6 +133,8 @@ class ClassificationTrainer:
         num_classes = len(self.data.classes)
         self.evaluator = Evaluator(cfg, self.data.val, num_classes, self.device)
         self.tester = self.data.test and Evaluator(cfg, self.data.test, num_classes, self.device, "test image")
+        also = ((each, with_value(cfg, "TEST.MOMENTS", each)) for each in cfg.TEST.ALSO)
+        self.further = {each: Evaluator(given, self.data.val, num_classes, self.device) for each, given in also}
         if self.eval_only:
             return
         check_batch(cfg, self.data.train, num_classes)
@@ -153,7 +162,9 @@ class ClassificationTrainer:
         with same_on_all_processes(cfg.SEED):
             self.model = place_model(cfg, build_model(cfg, num_classes), self.device)
         check_image_size(cfg, self.model, self.device, None if self.eval_only else BatchSizes.of(cfg))
-        self.evaluator.check(self.model)
+        for evaluator in (self.evaluator, *self.further.values()):
+            evaluator.check(self.model)
+        check_final_batches(cfg, self.model, self.data.test or self.data.val, num_classes, self.device)
         if cfg.TEST.MOMENTS != "population" and not BatchSizes.of(cfg).norms(self.model):
             self.notes.append(
                 f'TEST.MOMENTS "{cfg.TEST.MOMENTS}" gives what "population" gives: no norm of the model takes moments '
@@ -209,11 +220,17 @@ class ClassificationTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """`top1`, with more than 5 classes `top5` (both in percent), and `loss` on the validation set, by TEST.MOMENTS;
-        with MODEL.EMA those of the averaged weights too, as `ema/top1` and so on; with `eval_only` those of the test
-        set too, if there is one, as `test/top1` and so on."""
+        with MODEL.EMA those of the averaged weights too, as `ema/top1` and so on; by TEST.ALSO as `balanced/top1` and
+        so on; with `eval_only` those of the test set too, if there is one, as `test/top1` and so on, and those of
+        TEST.AT_END, as `final/...`."""
         result = self._evaluate_all(self.evaluator)
+        for moments, evaluator in self.further.items():
+            result |= {f"{moments}/{name}": value for name, value in self._evaluate_all(evaluator).items()}
+            result |= {f"{moments}/conditional": 1.0} if evaluator.conditional else {}
         if self.eval_only and self.tester is not None:
             result |= {f"test/{name}": value for name, value in self._evaluate_all(self.tester).items()}
+        if self.eval_only and is_wanted(self.cfg):
+            result |= self._measure_final()
         return result
 
     def _evaluate_all(self, evaluator: Evaluator) -> dict[str, float]:
@@ -245,6 +262,8 @@ class ClassificationTrainer:
             kind = "averaged weights" if "test/averaged" in result else "weights"
             weights = f", {kind} of epoch {result['test/epoch']:.4g}" if "test/epoch" in result else ""
             line += f"; test {_figures(result, 'test/')} ({self.tester.note}{weights})"
+        for moments, evaluator in self.further.items():
+            line += f"; {moments} batches: {_figures(result, f'{moments}/')} ({evaluator.note})"
         if "ema/top1" in result:
             line += f"; averaged weights: {_figures(result, 'ema/')}"
         return line
@@ -313,7 +332,7 @@ class ClassificationTrainer:
                 if is_saved_after(saver, iteration):
                     saver.step(iteration, log_window=log.window)
             say_broken(data.train)
-            return result | measuring.end() | self._test(log)
+            return result | measuring.end() | self._test(log) | self._final(log)
 
     def _recalibrate(self) -> None:
         """Fit the norms of pretrained weights to training images, before the first iteration."""
@@ -367,6 +386,32 @@ class ClassificationTrainer:
         result = {f"test/{name}": value for name, value in result.items()}
         log.write(self.max_iter - 1, result | self._marks("test"))
         return result
+
+    def _final(self, log: TrainingLog) -> dict[str, float]:
+        """What TEST.AT_END measures, once for a run, by the weights that :meth:`_test` takes where there is a test set,
+        else by the last."""
+        if not is_wanted(self.cfg):
+            return {}
+        recorded = recorded_evaluation(self.cfg.OUTPUT_DIR, self.max_iter, lambda name: name.startswith("final/"))
+        if recorded:
+            return recorded
+        best = self.best.path if self.tester is not None and self.best.metric else ""
+        try:
+            with best_weights(self.model, best):
+                result = self._measure_final()
+        except stopping.EvaluationLeft:
+            stopping.leave()
+        if result:
+            log.write(self.max_iter - 1, result)
+            logger.info("at the end: %s", ", ".join(f"{name} {value:.4g}" for name, value in result.items()))
+        return result
+
+    def _measure_final(self) -> dict[str, float]:
+        cfg, data = self.cfg, self.data
+        count = self.iters_per_epoch * cfg.SOLVER.ACCUMULATION_STEPS
+        stream = partial(build_train_loader, cfg, data.train, self.device)
+        with lent_population_stats(cfg, self.model, stream, count, self.max_iter):
+            return final_figures(cfg, self.model, data.test or data.val, len(data.classes), self.device)
 
     def _marks(self, group: str) -> dict[str, float]:
         """What stands beside figures that test labels have a part in."""

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from fbn_plugin.analysis.canvas import COLORS, new_figure, to_png
+from fbn_plugin.engine.classification.final_evaluation import Conditional
 from fbn_plugin.engine.classification.measures import Measures, Reliability
+from fbn_plugin.engine.reports.conditional import plot_relabelling, plot_walks
 from fbn_plugin.engine.reports.page import (
     heading,
     listing,
@@ -182,6 +184,7 @@ def write_classifier_report(
     classes: Sequence[str],
     entries: Mapping[str, Measures],
     command: str,
+    shown: Mapping[str, Conditional] | None = None,
 ) -> list[Path]:
     """Write the page, and its pictures beside it: ``reliability.png``, ``by_class.png`` and ``confusion_1.png``, ...
 
@@ -192,29 +195,38 @@ def write_classifier_report(
         classes: their names.
         entries: title -> what was measured.
         command: the command line.
+        shown: title -> what balanced batches show of a checkpoint.
 
     Returns:
         the page and its pictures.
     """
     path, pictures = Path(path), []
 
-    def shown(name: str, png: bytes, text: str) -> str:
+    def picture_of(name: str, png: bytes, text: str) -> str:
         pictures.append(path.with_name(name))
         return picture(path, name, png, text)
 
     body = [*map(paragraph, facts), table(summary_rows(entries))]
     drawn = plot_reliability({name: measures.reliability for name, measures in entries.items()})
-    body += [heading("Calibration"), shown("reliability.png", drawn, "reliability diagrams")]
+    body += [heading("Calibration"), picture_of("reliability.png", drawn, "reliability diagrams")]
     body += [note("ECE: the expected calibration error, the mean distance of accuracy and confidence in 15 bins.")]
     drawn = plot_by_class({name: measures.by_class for name, measures in entries.items()}, classes)
-    body += [heading("Accuracy by class"), shown("by_class.png", drawn, "accuracy of each class")]
+    body += [heading("Accuracy by class"), picture_of("by_class.png", drawn, "accuracy of each class")]
     for number, (name, measures) in enumerate(entries.items(), start=1):
         body.append(heading(f"Confusion: {name}"))
         drawn = plot_confusion(measures.confusion, classes, name)
-        body.append(shown(f"confusion_{number}.png", drawn, f"confusion matrix of {name}"))
+        body.append(picture_of(f"confusion_{number}.png", drawn, f"confusion matrix of {name}"))
         if mistakes := measures.mistakes(classes):
             rows = [["true class", "predicted", "images"], *([true, said, f"{n:,}"] for true, said, n in mistakes)]
             body += [note("The most frequent confusions:"), table(rows)]
+    relabelled = {name: each.relabel for name, each in (shown or {}).items() if each.relabel}
+    if relabelled:
+        png = plot_relabelling(relabelled)
+        body += [heading("Balanced by predictions"), picture_of("relabelling.png", png, "error over the rounds")]
+    for number, (name, each) in enumerate((shown or {}).items(), start=1):
+        if (png := plot_walks(each.grids)) is not None:
+            body += [heading(f"Walks through a balanced batch: {name}")]
+            body += [picture_of(f"walks_{number}.png", png, f"classes that {name} predicts")]
     body += [heading("Command"), listing(command), note(machine())]
     write_page(path, title, body)
     return [path, *pictures]

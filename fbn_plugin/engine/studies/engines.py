@@ -24,7 +24,8 @@ class Engine:
         modules: what a run imports, which takes seconds.
         load: a config file and ``KEY VALUE`` overrides -> the checked config; ValueError or OSError in one sentence.
         metrics: metrics of its evaluations that are known, with what they are. Others may be named in full.
-        prefix: of the known metrics in the rows of ``metrics.json``, but for those of a test set (``test/...``).
+        prefix: of the known metrics in the rows of ``metrics.json``, but for those of a test set (``test/...``) and of what
+            is measured at the end alone (``final/...``).
         last: the key that says after how many iterations a run ends, whatever a row of ``metrics.json`` has; "" where
             these are always right.
     """
@@ -39,7 +40,8 @@ class Engine:
     def row_key(self, name: str) -> str:
         """The key of a metric in the rows of ``metrics.json``: that of a known one has its prefix, and any other stands
         there as it is named, such as ``total_loss`` and ``time``."""
-        return self.prefix + name if name in self.metrics and not name.startswith("test/") else name
+        stands_alone = name not in self.metrics or name.startswith(("test/", "final/"))
+        return name if stands_alone else self.prefix + name
 
     def metric(self, name: str) -> Metric | None:
         """What a metric is, where that is known; ``"my_set/bbox/AP"`` is as ``"bbox/AP"``."""
@@ -90,6 +92,20 @@ _ACCURACIES |= {
     group + name: dataclasses.replace(metric, label=before + metric.label.removeprefix("validation ") + behind)
     for group, (before, behind) in _OTHERS.items()
     for name, metric in _ACCURACIES.items()
+}
+
+# By which moments, see TEST.ALSO and TEST.AT_END.MOMENTS.
+_BY_MOMENTS = {
+    "population": "",
+    "batch": ", moments of the batch",
+    "balanced": ", balanced batches (conditional)",
+    "spread": ", balanced batches, views apart (conditional)",
+}
+_ACCURACIES |= {
+    f"{group}{moments}/{name}": dataclasses.replace(_ACCURACIES[name], label=_ACCURACIES[name].label + behind)
+    for group in ("", "final/")
+    for moments, behind in _BY_MOMENTS.items()
+    for name in ("top1", "top5", "loss")
 }
 
 _AVERAGE_PRECISIONS = {f"{task}/{name}": Metric(higher_is_better=True, unit="%") for task in _TASKS for name in METRICS}

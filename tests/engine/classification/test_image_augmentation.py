@@ -14,7 +14,15 @@ from torch.utils.data import DataLoader
 
 from fbn_plugin.engine.classification.augmentation import ColorShift, build_mixup, switch_mixup
 from fbn_plugin.engine.classification.config import check_config, classification_config
-from fbn_plugin.engine.classification.data import build_train_loader, build_train_transform, pixel_statistics
+from fbn_plugin.engine.classification.crops import Views, normalized
+from fbn_plugin.engine.classification.data import (
+    build_train_loader,
+    build_train_transform,
+    build_val_loader,
+    build_val_transform,
+    pixel_statistics,
+)
+from fbn_plugin.engine.classification.memory_data import MemoryLoader
 from fbn_plugin.engine.classification.trainer import ClassificationTrainer
 from fbn_plugin.engine.data.image_data import Images
 from fbn_plugin.engine.data.sampling import InfiniteSampler, SeededDataset
@@ -224,3 +232,61 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
     ClassificationTrainer(config(parts, **options, DATALOADER__NUM_WORKERS=2), resume=True).train()
     one, other = (load_file(folder / "model_final.pth")["model"] for folder in (whole, parts))
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# --- what every image goes through -----------------------------------------------------------------------------------
+
+
+def both(cfg, image) -> list[torch.Tensor]:
+    """An image in evaluation as the model sees it: by timm's transform, as one of several views, and from memory."""
+    single = build_val_transform(cfg, prefetch=False)(image)
+    memory = build_val_loader(cfg, Images([(np.asarray(image), 0)], cfg.INPUT.FORMAT), CPU)
+    assert isinstance(memory, MemoryLoader)
+    return [single, normalized(Views(cfg)(image), cfg)[0], next(iter(memory))[0][0]]
+
+
+def grey(size: int) -> Image.Image:
+    return noise(size).convert("L")
+
+
+def test_images_on_a_canvas():
+    """CIFAR-10 in Hajaj and Gillies (2018): 32 pixels in the middle of 40, of which the model sees 36."""
+    frame = {"INPUT__CANVAS": 40, "INPUT__SIZE": 36, "INPUT__CROP_PCT": 0.9, "MODEL__PIXEL_MEAN": (0,)}
+    cfg = config(**frame, MODEL__PIXEL_STD=(255,))
+    image = grey(32)
+    expected = torch.zeros(1, 36, 36)
+    expected[0, 2:34, 2:34] = torch.from_numpy(np.array(image))
+    for found in both(cfg, image):
+        torch.testing.assert_close(found * 255, expected)
+    ten = normalized(Views(cfg, 10)(image), cfg)
+    corner = torch.zeros(1, 36, 36)
+    corner[0, 4:, 4:] = torch.from_numpy(np.array(image))
+    torch.testing.assert_close(ten[0] * 255, corner)
+    cfg = config(**frame, MODEL__PIXEL_STD=(255,), INPUT__TRAIN_CROP="scaled", INPUT__SHORT_SIDE="(36, 36)")
+    assert transformed(cfg, image).shape == (1, 36, 36)  # resized as it is framed: a margin of 4 pixels of 40 is black
+    assert not transformed(cfg, image)[0, :3].any() and transformed(cfg, image)[0, 5:30].any()
+
+
+def test_images_are_stretched():
+    image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[:, None] * 4, (1, 128)))
+    cfg = config(INPUT__STRETCH=40, INPUT__CROP_PCT=0.8, MODEL__PIXEL_MEAN=(0,), MODEL__PIXEL_STD=(255,))
+    expected = np.asarray(image.resize((40, 40), Image.BILINEAR))[4:36, 4:36]
+    for found in both(cfg, image):
+        torch.testing.assert_close(found[0] * 255, torch.tensor(expected, dtype=torch.float32), atol=1.01, rtol=0)
+
+
+def test_black_and_white_images():
+    cfg = config(INPUT__BINARY_THRESHOLD=128, INPUT__CROP_PCT=1.0, MODEL__PIXEL_MEAN=(0,), MODEL__PIXEL_STD=(255,))
+    image = grey(32)
+    expected = torch.from_numpy(np.asarray(image) >= 128)[None].float()
+    for found in both(cfg, image):
+        assert torch.equal(found, expected)
+    trained = transformed(cfg, grey(48))  # the crop is resized, its pixels are not in between
+    assert trained.unique().tolist() == [0, 1]
+    assert set(transformed(cfg, grey(48), prefetch=True).unique().tolist()) == {0, 255}
+    in_memory = build_train_loader(cfg, Images([(np.asarray(image), 0)] * 40, "L"), CPU)
+    assert next(in_memory)[0].unique().tolist() == [0, 1]
+    with pytest.raises(ValueError, match="INPUT.ERASING.PROB must be 0.0 with INPUT.BINARY_THRESHOLD"):
+        check_config(config(INPUT__BINARY_THRESHOLD=128, INPUT__ERASING__PROB=0.5))
+    with pytest.raises(ValueError, match="INPUT.BINARY_THRESHOLD must be 0 or more, and 255 or less, got 256"):
+        check_config(config(INPUT__BINARY_THRESHOLD=256))
