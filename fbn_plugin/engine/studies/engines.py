@@ -24,8 +24,8 @@ class Engine:
         modules: what a run imports, which takes seconds.
         load: a config file and ``KEY VALUE`` overrides -> the checked config; ValueError or OSError in one sentence.
         metrics: metrics of its evaluations that are known, with what they are. Others may be named in full.
-        prefix: of the known metrics in the rows of ``metrics.json``, but for those of a test set (``test/...``) and of what
-            is measured at the end alone (``final/...``).
+        prefix: of the known metrics in the rows of ``metrics.json``, but for those of a test set (``test/...``) and of
+            what is measured at the end alone (``final/...``).
         last: the key that says after how many iterations a run ends, whatever a row of ``metrics.json`` has; "" where
             these are always right.
     """

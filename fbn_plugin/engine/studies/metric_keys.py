@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 
 __all__ = ["metric_names", "read_metrics_key"]
 
-_OPTIONS = {"higher_is_better": bool, "unit": str, "label": str, "row": str, "of": str, AT: int, **dict.fromkeys(FIRST, float)}
+_OPTIONS = {
+    "higher_is_better": bool,
+    "unit": str,
+    "label": str,
+    "row": str,
+    "of": str,
+    AT: int,
+    **dict.fromkeys(FIRST, float),
+}
 _OWN = ("higher_is_better", "unit", "label")
 
 
