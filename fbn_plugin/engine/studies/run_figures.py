@@ -1,6 +1,6 @@
 """The figure of a run that a metric means, from what ``metrics.json`` has along it: the last one, the best one, one
-over all of them, that after a number of iterations, or the iterations until a threshold is passed (as Ioffe and Szegedy,
-2015, count steps to 72.2 %).
+over all of them, that after a number of iterations, or the iterations until a threshold is passed (as Ioffe and
+Szegedy, 2015, count steps to 72.2 %).
 """
 
 import math
