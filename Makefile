@@ -22,7 +22,7 @@ CHECKED := tests/test_internals.py tests/test_modules.py tests/test_public.py te
 	tests/layers/test_filtered_group_norm.py tests/layers/test_frozen_batch_norm.py tests/surgery/test_convert.py \
 	tests/surgery/test_input_norm.py tests/training/test_parameter_groups.py \
 	tests/training/test_gamma_initialization.py tests/training/test_evaluation_modes.py tests/models/test_models.py \
-	tests/analysis/test_landscape.py \
+	tests/analysis/test_landscape.py tests/analysis/test_bands.py tests/engine/inspection \
 	tests/frameworks/test_pytorch.py tests/frameworks/test_torchvision.py tests/frameworks/test_timm_models.py \
 	tests/engine/files tests/engine/run tests/engine/data/test_sampling.py tests/engine/data/test_coco_eval.py \
 	tests/engine/data/test_image_data.py tests/engine/reports/test_report.py tests/engine/studies/test_seeds.py \

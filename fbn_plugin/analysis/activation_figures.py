@@ -43,10 +43,9 @@ def bands_figure(found: ActivationBands, title: str = "") -> bytes:
     x = np.arange(1, len(layers) + 1)
     low, high = ({share: [layer.bands[share][end] for layer in layers] for share in SHARES} for end in (0, 1))
     inner, middle, outer = SHARES
-    many = len(layers) == 1
-    marker = {"marker": "o"} if many else {}
+    marker = {"marker": "o"} if len(layers) == 1 else {}
+    axes.fill_between(x, low[inner], high[inner], color=_RED, alpha=0.85, linewidth=0, label=f"{inner} %", zorder=2)
     axes.fill_between(x, low[middle], high[middle], color=_ORANGE, alpha=0.35, linewidth=0, label=f"{middle} %")
-    axes.fill_between(x, low[inner], high[inner], color=_RED, alpha=0.85, linewidth=0, label=f"{inner} %")
     for ends, label in ((low, f"{outer} %"), (high, None)):
         axes.plot(x, ends[outer], color=_GOLD, linewidth=2, label=label, **marker)
     for ends, label in (
@@ -103,9 +102,8 @@ def kernel_figure(
     plot.stairs(density, edges, color=_RED, fill=True, alpha=0.35)
     plot.stairs(density, edges, color=_RED, linewidth=1.0, label="measured")
     _gaussian(plot, edges, density)
-    for at in (-sigma, sigma):
-        if edges[0] <= at <= edges[-1]:
-            plot.axvline(at, color=_INK, linestyle="--", linewidth=1, label=f"±{sigma:g}σ" if at > 0 else None)
+    for number, at in enumerate(at for at in (-sigma, sigma) if edges[0] <= at <= edges[-1]):
+        plot.axvline(at, color=_INK, linestyle="--", linewidth=1, label=None if number else f"±{sigma:g}σ")
     plot.set_yscale("log")
     plot.set_xlabel(
         f"normalized activation of unit {kernel.unit} of {kernel.layer} [standard deviations σ]", color=_SOFT

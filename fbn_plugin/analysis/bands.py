@@ -395,18 +395,17 @@ class _Meter:
     @contextlib.contextmanager
     def looking(self, add: Callable[[nn.Module, Tensor], None]) -> Iterator[None]:
         """Let ``add`` see what comes to norms and what others give, for the length of a block."""
-        handles = []
-        for module in self.chosen:
-            if module in self.norms:
-                hook = functools.partial(self._before_norm, add)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                handles.append(module.register_forward_hook(functools.partial(self._after_layer, add)))
-        try:
+        with contextlib.ExitStack() as undo:
+            for module in self.chosen:
+                if module in self.norms:
+                    hook = functools.partial(self._before_norm, add)
+                    undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                elif activation := _inner_function(module):
+                    module.activation = functools.partial(self._before_activation, add, module, activation)
+                    undo.callback(setattr, module, "activation", activation)
+                else:
+                    undo.callback(module.register_forward_hook(functools.partial(self._after_layer, add)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def run(self, batches: Iterable[Any], forward: Forward) -> None:
         self.batches = self.images = 0
@@ -444,6 +443,10 @@ class _Meter:
             self.calls[module] += 1
             self.order.setdefault(module)
             add(module, output)
+
+    def _before_activation(self, add: Callable, module: nn.Module, activation: Callable, x: Tensor) -> Any:
+        self._after_layer(add, module, (), x)
+        return activation(x)
 
     def add_moments(self, module: nn.Module, x: Tensor) -> None:
         """Of the first pass."""
@@ -496,7 +499,14 @@ class _Meter:
             return ""
         if _is_norm(module):
             return "a norm of which it is not known by what it normalizes: its output is measured"
-        return "after its activation" if getattr(module, "activation", None) is not None else ""
+        holds_one = getattr(module, "activation", None) is not None and _inner_function(module) is None
+        return "after its activation" if holds_one else ""
+
+
+def _inner_function(module: nn.Module) -> Callable | None:
+    """The activation function that a convolution of detectron2's calls itself, at its end; None if it has none."""
+    activation = getattr(module, "activation", None)
+    return activation if callable(activation) and not isinstance(activation, nn.Module) else None
 
 
 def _num_images(batch: Any) -> int:

@@ -99,7 +99,7 @@ def test_a_config_of_detectron2(tmp_path, main, shapes, capsys):
     kinds = {layer["name"]: (layer["kind"], layer["note"]) for layer in found["layers"]}
     assert kinds["backbone.bottom_up.stem.conv1.norm"] == ("FBN(t_sigma=5)", "")
     assert "backbone.bottom_up.stem.conv1" not in kinds
-    assert kinds["proposal_generator.rpn_head.conv"] == ("Conv2d", "after its activation")
+    assert kinds["proposal_generator.rpn_head.conv"] == ("Conv2d", "")
     assert found["kernels"][0]["images"] == 4
 
 

@@ -92,7 +92,7 @@ def layer_rows(found: ActivationBands, sigma: float) -> list[list[str]]:
                 f"{layer.minimum:.2f}",
                 f"{low:.2f} to {high:.2f}",
                 f"{layer.maximum:.2f}",
-                "-" if share is None else f"{100 * share:.4f} %",
+                "-" if share is None else f"{100 * share:.3g} %",
                 str(layer.furthest_unit),
             ]
         )

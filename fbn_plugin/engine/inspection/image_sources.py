@@ -36,7 +36,7 @@ def find_images(source: str, mode: str = "RGB") -> tuple[Images, str]:
         if not source.lower().endswith(".tar"):
             raise ValueError(f"{shown_path(source)} is neither a folder nor a tar archive")
         found = images_in_archive(path)
-        return Images(found.samples(found.classes), mode), path.resolve().name
+        return Images(found.samples(found.classes), mode), "/".join(path.resolve().parts[-2:])
     name, _, root = source.partition(":")
     if name in IMAGE_DATA:
         data = load_image_data(name, root, mode)

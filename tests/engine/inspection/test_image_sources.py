@@ -32,7 +32,7 @@ def test_an_archive_and_named_sets(folder, tmp_path, shapes):
     with tarfile.open(tmp_path / "photos.tar", "w") as archive:
         archive.add(folder / "a", "a")
     images, name = find_images(str(tmp_path / "photos.tar"))
-    assert (len(images), name) == (1, "photos.tar") and images[0][0].mode == "RGB"
+    assert (len(images), name) == (1, f"{tmp_path.name}/photos.tar") and images[0][0].mode == "RGB"
     images, name = find_images("digits", "L")
     assert (len(images), name) == (360, "handwritten digits (scikit-learn), validation")
     images, name = find_images(f"{shapes}:val")
