@@ -81,22 +81,24 @@ def build_train_loader(
     train loader draws them from the state of each worker process), so that a run may be interrupted at any iteration.
     """
     sizes = BatchSizes.of(cfg)
-    batches = {
-        "seed": cfg.SEED,
-        "batch_size": sizes.step,
-        "start": start,
-        "steps": sizes.steps,
-        "images_per_class": cfg.DATALOADER.IMAGES_PER_CLASS,
-        "repeats": cfg.INPUT.REPEATED_AUGMENTATIONS,
-    }
+    batches = training_batches(
+        dataset,
+        cfg.SEED,
+        sizes.step,
+        start,
+        steps=sizes.steps,
+        images_per_class=cfg.DATALOADER.IMAGES_PER_CLASS,
+        repeats=cfg.INPUT.REPEATED_AUGMENTATIONS,
+    )
     images = images_in_memory(cfg, dataset, build_train_transform(cfg, prefetch=False))
     if images is not None:
-        return training_stream(images, training_batches(dataset, **batches), device)
+        return training_stream(images, batches, device)
     prefetch = device.type == "cuda"
     dataset.transform = build_train_transform(cfg, prefetch)
     loader = training_loader(
         dataset,
-        **batches,
+        cfg.SEED,
+        batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=fast_collate if prefetch else None,
         pin_memory=prefetch,

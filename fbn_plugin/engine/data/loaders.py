@@ -114,27 +114,15 @@ def training_batches(
     return BatchSampler(sampler, batch_size, drop_last=False)
 
 
-def training_loader(
-    dataset: Dataset,
-    seed: int,
-    batch_size: int,
-    start: int = 0,
-    groups: Sequence[int] | None = None,
-    images_per_class: int = 0,
-    factors: np.ndarray | None = None,
-    steps: int = 1,
-    repeats: int = 1,
-    **options: Any,
-) -> DataLoader:
-    """This process's training batches, from the ``start``-th on, without end.
+def training_loader(dataset: Dataset, seed: int, batches: Sampler[list[tuple[int, int]]], **options: Any) -> DataLoader:
+    """This process's training batches, without end.
 
     The same seed gives the same batches, whatever was drawn or loaded before, and by whichever worker.
 
     Args:
         dataset: training samples; its augmentation draws from the global generators.
-        seed: of order and augmentation.
-        batch_size, start, groups, images_per_class, factors, steps, repeats: see ``training_batches``.
+        seed: of the augmentation.
+        batches: what they are of, see ``training_batches``.
         options: as ``DataLoader`` has them.
     """
-    batches = training_batches(dataset, seed, batch_size, start, groups, images_per_class, factors, steps, repeats)
     return data_loader(SeededDataset(dataset, seed), batch_sampler=batches, **options)

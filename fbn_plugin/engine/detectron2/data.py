@@ -27,7 +27,7 @@ from fbn_plugin import internals
 from fbn_plugin.engine.data.coco_data import CocoDataset
 from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
 from fbn_plugin.engine.data.decoding import enough_memory, read_image, read_label_map
-from fbn_plugin.engine.data.loaders import training_loader
+from fbn_plugin.engine.data.loaders import training_batches, training_loader
 from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.data.sampling import repeat_factors
 from fbn_plugin.engine.detectron2.registered import check_records, has_file, own_names, registered_dataset
@@ -337,13 +337,12 @@ class TrainingData:
 
     def loader(self, seed: int, start: int = 0) -> DataLoader:
         """Batches of this process, from batch ``start`` on, without end, see ``training_loader``."""
+        size = self.cfg.SOLVER.IMS_PER_BATCH // distributed.world_size()
+        groups = self._groups if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
         return training_loader(
             self._images,
             seed,
-            self.cfg.SOLVER.IMS_PER_BATCH // distributed.world_size(),
-            start,
-            self._groups if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
-            factors=self._factors,
+            training_batches(self._images, seed, size, start, groups, factors=self._factors),
             num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
         )

@@ -108,8 +108,10 @@ def status_text(study: Study, outcomes: Sequence[Outcome], at_once: int = 1) -> 
     left = sum(each.state in ("running", "waiting") for each in outcomes)
     lines = [study.heading, "", format_table(rows), "", f"{done} of {counted(len(outcomes), 'job')} done"]
     if left:
-        time = eta(seconds_left(outcomes, at_once))
-        lines[-1] += f"; the other {left} take about {time} with {counted(at_once, 'job')} at a time"
+        seconds = seconds_left(outcomes, at_once)
+        lines[-1] += f"; {left} to go"
+        if seconds is not None:
+            lines[-1] += f", about {eta(seconds)} with {counted(at_once, 'job')} at a time"
     for name in study.metrics:
         without = [each for each in outcomes if each.state == "done" and name not in each.metrics]
         if without:

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Subset
 
 from fbn_plugin.engine.data.coco_data import Augmentation, CocoDataset, CocoDetection
 from fbn_plugin.engine.data.dataset_checks import check_named_sets, check_number_of_classes, check_same_classes
-from fbn_plugin.engine.data.loaders import data_loader, training_loader
+from fbn_plugin.engine.data.loaders import data_loader, training_batches, training_loader
 from fbn_plugin.engine.data.named_sets import resolve_dataset
 from fbn_plugin.engine.data.sampling import repeat_factors
 from fbn_plugin.engine.run import distributed
@@ -66,14 +66,15 @@ class DetectionData:
             raise ValueError(f"no image of {', '.join(cfg.DATASETS.TRAIN)} has an object to train on")
         return images
 
-    def training_batches(self, seed: int, start: int) -> DataLoader:
+    def loader(self, seed: int, start: int) -> DataLoader:
         """Batches of this process in the order of a seed, from the ``start``-th on, without end."""
         data, factors = self.cfg.DATALOADER, None
         if data.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
             factors = repeat_factors(self._images.categories, data.REPEAT_THRESHOLD, data.REPEAT_SQRT)
         groups = self._images.is_portrait if self.cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
         size = self.cfg.SOLVER.IMS_PER_BATCH // distributed.world_size()
-        return training_loader(self._images, seed, size, start, groups, factors=factors, **self._options())
+        batches = training_batches(self._images, seed, size, start, groups, factors=factors)
+        return training_loader(self._images, seed, batches, **self._options())
 
     def test_images(self, data: CocoDataset) -> DataLoader:
         """This process's share of a set's images, one at a time."""

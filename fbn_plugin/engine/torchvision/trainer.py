@@ -181,7 +181,7 @@ class DetectionTrainer:
         period = self.log_period, self.log_window, cfg.SOLVER.IMS_PER_BATCH
         with TrainingLog(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, self.start, *period) as log:
             metrics = self._catch_up(periodic, log)
-            loader = iter(self.data.training_batches(self.seed, self.start))
+            loader = iter(self.data.loader(self.seed, self.start))
             model.train()
             timer = Timer()
             for iteration in range(self.start, cfg.SOLVER.MAX_ITER):
@@ -321,7 +321,7 @@ class DetectionTrainer:
             seed = self.seed + self.iteration + 1
             refresh_population_stats(
                 self.model,
-                lambda: self.data.training_batches(seed, 0),
+                lambda: self.data.loader(seed, 0),
                 self.cfg.TEST.PRECISE_BN.NUM_ITER,
                 self.iteration + 1,
                 self._forward,

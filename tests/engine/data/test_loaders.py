@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from fbn_plugin.engine.data.loaders import training_loader
+from fbn_plugin.engine.data.loaders import training_batches, training_loader
 
 
 class Labelled(Dataset):
@@ -23,8 +23,9 @@ class Labelled(Dataset):
         return index, random.random()
 
 
-def batches(number, start=0, **options):
-    loader = training_loader(Labelled(), 5, 3, start, collate_fn=list, **options)
+def batches(number, start=0, num_workers=0, **options):
+    chosen = training_batches(Labelled(), 5, 3, start, **options)
+    loader = training_loader(Labelled(), 5, chosen, collate_fn=list, num_workers=num_workers)
     return list(islice(loader, number))
 
 

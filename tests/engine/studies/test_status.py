@@ -49,7 +49,7 @@ def test_the_table():
     assert rows[2] == ["BN", "2", "0", "1", "0", "60.50", "1.25", "15"]
     assert rows[3] == ["FBN", "1", "1", "0", "1", "70.00", "-", "45"]
     text = "\n".join(lines)
-    assert "3 of 6 jobs done; the other 2 take about 00:26 with 2 jobs at a time" in text
+    assert "3 of 6 jobs done; 2 to go, about 00:26 with 2 jobs at a time" in text
     assert "1 finished job gave no loss, such as FBN, seed 2" in text
     assert "1 job failed; run --retry tries them again:\n  FBN, seed 1: no disk" in text
     assert status_text(STUDY, OUTCOMES[:1]).endswith("1 of 1 job done")

@@ -925,10 +925,8 @@ def test_images_of_rare_categories_are_repeated(config):
     options = {"DATALOADER__SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "DATALOADER__REPEAT_THRESHOLD": 1.0}
     trainer = DetectionTrainer(config(**options))
     factors = repeat_factors(trainer.data._images.categories, 1.0)
-    ids = [[target["image_id"] for target in batch[1]] for batch in islice(trainer.data.training_batches(0, 0), 100)]
-    assert ids[90:] == [
-        [target["image_id"] for target in batch[1]] for batch in islice(trainer.data.training_batches(0, 90), 10)
-    ]
+    ids = [[target["image_id"] for target in batch[1]] for batch in islice(trainer.data.loader(0, 0), 100)]
+    assert ids[90:] == [[target["image_id"] for target in batch[1]] for batch in islice(trainer.data.loader(0, 90), 10)]
     seen = np.bincount(np.concatenate(ids), minlength=len(factors))[: len(factors)]
     assert seen / seen.sum() == pytest.approx(factors / factors.sum(), abs=0.05) and factors.max() > 1
 
