@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         from fbn_plugin.engine.inspection.activation_run import bands_of, layer_rows
         from fbn_plugin.engine.inspection.image_sources import find_images, spread
         from fbn_plugin.engine.inspection.model_sources import ModelOptions, find_model
-        from fbn_plugin.engine.reports.activations import band_figures, kernel_sentence, write_activations
+        from fbn_plugin.engine.run.activation_files import band_figures, kernel_sentence, write_activations
 
         kernels = [kernel_of(text) for text in args.kernel]
         options = ModelOptions(args.weights, args.pretrained, args.num_classes, args.image_size, args.opts)

@@ -194,6 +194,8 @@ _MEASURE = {
     "ACTIVATIONS": ACTIVATION_KEYS,  # quantiles of what layers compute
     # After training: bands of each layer's normalized activations over the validation images, in activations.json.
     "BANDS": False,
+    "KERNELS": (),  # units of layers, "layer4.1.bn2[453]": BANDS tells their density, and which images pass SIGMA there
+    "SIGMA": 14.0,  # deviations
 }
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from fbn_plugin.analysis.layer_names import check_unit, find_layer, parse_layer_name
 from fbn_plugin.analysis.moments import batch_norms, check_norm, flat_distances
 from fbn_plugin.engine.classification.batch import BatchSizes
 from fbn_plugin.engine.classification.batch_measures import BatchMeasures
@@ -41,6 +42,10 @@ RULES = {
     "MEASURE.MOMENTS.PERIOD": at_least(0, MOST_ITERATIONS),
     "MEASURE.MOMENTS.SUBSET": at_least(2, 2**20),
     "MEASURE.MOMENTS.NORMS": Rule("1 to 100 norms, each once", lambda given: 0 < len(set(given)) == len(given) <= 100),
+    "MEASURE.KERNELS": Rule(
+        "units of layers, each once, such as 'layer4.1.bn2[453]'", lambda given: len(set(given)) == len(given) <= 1000
+    ),
+    "MEASURE.SIGMA": above(0, 1e6),
     **ACTIVATION_RULES,
 }
 
@@ -62,6 +67,7 @@ def check_measured(cfg: CfgNode, model: nn.Module) -> None:
         hooked = ("MEASURE.ACTIVATIONS.PERIOD", "NORM_STATS_PERIOD")
         check_values(cfg, {key: exactly(0, "with MODEL.COMPILE") for key in hooked})
     build_activation_meter(cfg, model)
+    _check_kernels(cfg, model)
     moments, images = cfg.MEASURE.MOMENTS, BatchSizes.of(cfg).step
     if not moments.PERIOD:
         return
@@ -72,6 +78,17 @@ def check_measured(cfg: CfgNode, model: nn.Module) -> None:
         raise refusal("MEASURE.MOMENTS.PERIOD", f"0 with {cfg.MODEL.NAME} without batch norms", moments.PERIOD)
     if images <= moments.SUBSET:
         raise refusal("MEASURE.MOMENTS.SUBSET", f"less than {images}, the images of a batch", moments.SUBSET)
+
+
+def _check_kernels(cfg: CfgNode, model: nn.Module) -> None:
+    if cfg.MEASURE.KERNELS:
+        check_values(cfg, {"MEASURE.BANDS": exactly(True, "with MEASURE.KERNELS")})
+    with named("MEASURE.KERNELS"):
+        for text in cfg.MEASURE.KERNELS:
+            kernel = parse_layer_name(text)
+            if kernel.unit is None or kernel.side:
+                raise ValueError(f"a kernel must be a unit of a layer, such as 'layer4.1.bn2[453]', got {text!r}")
+            check_unit(kernel, find_layer(model, kernel.name))
 
 
 class Measurement(Protocol):

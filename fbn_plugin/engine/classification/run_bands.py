@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable
 
 import torch
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from fbn_plugin.analysis.bands import measure_bands
 from fbn_plugin.engine.classification.data import build_val_loader
 from fbn_plugin.engine.data.image_data import ImageData
-from fbn_plugin.engine.reports.activations import ACTIVATIONS_FILE, band_figures, write_activations
 from fbn_plugin.engine.run import stopping
+from fbn_plugin.engine.run.activation_files import ACTIVATIONS_FILE, band_figures, write_activations
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.logging import TrainingLog
 from fbn_plugin.engine.run.schedule import recorded_evaluation
@@ -26,8 +28,8 @@ _PREFIX = "val/bands/"
 class RunBands:
     """Measures once, at the end of a run, writes ``activations.json`` and ``bands.png`` into its folder, and into
     ``metrics.json``, beside those of the last evaluation, the figures that
-    :func:`~fbn_plugin.engine.reports.activations.band_figures` makes of it. It runs in one process, by the weights that
-    training ended with and the population's moments.
+    :func:`~fbn_plugin.engine.run.activation_files.band_figures` makes of it. It runs in one process, by the weights
+    that training ended with and the population's moments.
 
     Args:
         cfg: config.
@@ -67,7 +69,8 @@ class RunBands:
         def watch(batches: Iterable, what: str) -> Iterable:
             return tqdm(batches, what, leave=False, disable=None)
 
-        found = measure_bands(self._model, loader, watch=watch)
+        measure = cfg.MEASURE
+        found = measure_bands(self._model, loader, kernels=measure.KERNELS, watch=watch)
         norm = f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else ""
         model = f"{cfg.MODEL.NAME}{norm}"
         after = f"{self._finished:,} iterations" if self._finished else "no training"
@@ -79,9 +82,17 @@ class RunBands:
             images=f"{self._data.title}, validation",
             device=self._device,
             title=f"{model} on {self._data.title}: {found.images:,} validation images",
+            sigma=measure.SIGMA,
+            image_of=self._image,
             details={"iteration": self._finished - 1, "image_size": cfg.INPUT.SIZE},
         )
-        return band_figures(found)
+        return band_figures(found, measure.SIGMA)
+
+    def _image(self, number: int) -> tuple[str, Image.Image]:
+        """Name and picture of a validation image, as it is stored."""
+        images = copy.copy(self._data.val)
+        images.transform = None
+        return images.name_of(number), images[number][0]
 
     def _is_trained(self) -> bool:
         model = self._cfg.MODEL

@@ -17,6 +17,8 @@ MEASURED = {
     "MEASURE__ACTIVATIONS__PERIOD": 2,
     "MEASURE__ACTIVATIONS__LAYERS": LAYERS,
     "MEASURE__BANDS": True,
+    "MEASURE__KERNELS": ("stages.1.0.conv1_1x1.bn[2]",),
+    "MEASURE__SIGMA": 0.05,
     "NORM_STATS_PERIOD": 4,
 }
 
@@ -46,6 +48,11 @@ def test_a_run_is_measured_and_trained_to_the_same_bits(tmp_path):
     assert (record["images"], record["trained"], record["iteration"]) == (360, True, 3)
     assert len(record["layers"]) > 5 and record["layers"][-1]["name"] == "head.fc"
     assert (tmp_path / "measured/bands.png").stat().st_size > 1000
+    (kernel,) = record["kernels"]
+    assert 0 < kernel["passing"] == record["figures"]["passing"] <= 360 and len(kernel["gallery"]) == kernel["passing"]
+    assert record["figures"]["passing_share"] == kernel["passing"] / 360
+    assert list((tmp_path / "measured").glob("kernel_*.png"))
+    assert 0 < record["figures"]["least_reach"] <= record["figures"]["reach"]
     figures = {f"bands/{name}": value for name, value in record["figures"].items()}
     results = json.loads((tmp_path / "measured/results.json").read_text())
     for given in (result, results, read_classification_run(tmp_path / "measured").last_evaluation()[1]):
@@ -85,6 +92,12 @@ def test_without_training_the_starting_weights_are_measured(tmp_path):
         (
             {"MEASURE__ACTIVATIONS__PERIOD": 1, "MEASURE__ACTIVATIONS__LAYERS": ("stages.1.0.conv1.bn",)},
             "MEASURE.ACTIVATIONS.LAYERS: the model has no layer 'stages.1.0.conv1.bn'; did you mean 'stages.",
+        ),
+        ({"MEASURE__KERNELS": ("head.fc[1]",)}, "MEASURE.BANDS must be True with MEASURE.KERNELS"),
+        ({"MEASURE__BANDS": True, "MEASURE__KERNELS": ("head.fc",)}, "MEASURE.KERNELS: a kernel must be a unit of a"),
+        (
+            {"MEASURE__BANDS": True, "MEASURE__KERNELS": ("head.fc[99]",)},
+            "MEASURE.KERNELS: layer 'head.fc' has units 0 to 9, got 99",
         ),
         ({"MEASURE__ACTIVATIONS__PERIOD": 1}, "MEASURE.ACTIVATIONS.LAYERS must be one layer or more with"),
         ({"MEASURE__ACTIVATIONS__LAYERS": ("a[x]",)}, "MEASURE.ACTIVATIONS.LAYERS must be names of layers, each once"),

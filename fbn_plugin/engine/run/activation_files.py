@@ -36,18 +36,36 @@ _SIDE = 160  # pixels of a thumbnail
 ImageOf = Callable[[int], tuple[str, Image.Image]]
 
 
-def band_figures(found: ActivationBands) -> dict[str, float]:
-    """The main figures of a network's bands: the least and the largest activation of all layers, the end furthest from
-    zero of all bands of 98 %, and the share beyond 5 deviations, as the mean over the layers."""
+def band_figures(found: ActivationBands, sigma: float = 14.0) -> dict[str, float]:
+    """The main figures of a network's bands, in deviations.
+
+    Args:
+        found: what was measured.
+        sigma: the images beyond so many deviations in a kernel are counted.
+
+    Returns:
+        ``minimum``, ``maximum``: the least and the largest activation of all layers. ``reach``: how far from zero that
+        is, and ``least_reach`` the same of the layer where it is least. ``end98``: the end furthest from zero of all
+        bands of 98 %. ``beyond5``: the share beyond 5 deviations, as the mean over the layers. With kernels,
+        ``passing``: how many images pass in one, as the mean over them, and ``passing_share``.
+    """
     layers = [layer for layer in found.layers if layer.count]
     if not layers:
-        return dict.fromkeys(("minimum", "maximum", "end98", "beyond5"), math.nan)
-    return {
+        return dict.fromkeys(("minimum", "maximum", "reach", "least_reach", "end98", "beyond5"), math.nan)
+    reaches = [max(-layer.minimum, layer.maximum) for layer in layers]
+    figures = {
         "minimum": min(layer.minimum for layer in layers),
         "maximum": max(layer.maximum for layer in layers),
+        "reach": max(reaches),
+        "least_reach": min(reaches),
         "end98": max(abs(end) for layer in layers for end in layer.bands[98]),
         "beyond5": sum(layer.beyond[5.0] for layer in layers) / len(layers) if 5.0 in layers[0].beyond else math.nan,
     }
+    told = [kernel for kernel in found.kernels if kernel.peaks is not None]
+    if told:
+        figures["passing"] = sum(len(kernel.passing(sigma)) for kernel in told) / len(told)
+        figures["passing_share"] = figures["passing"] / found.images
+    return figures
 
 
 def kernel_sentence(kernel: KernelActivations, sigma: float) -> str:
@@ -110,7 +128,7 @@ def write_activations(
         "trained": weights is not None,
         "dataset": images,
         **(details or {}),
-        "figures": {name: _number(value) for name, value in band_figures(found).items()},
+        "figures": {name: _number(value) for name, value in band_figures(found, sigma).items()},
         **found.as_dict(),
         "kernels": [_kernel(kernel, sigma, image_of) for kernel in found.kernels],
         "command": command,
