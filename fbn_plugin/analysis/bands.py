@@ -385,6 +385,7 @@ class _Meter:
         self.calls_into_norms: Counter[nn.Module] = Counter()
         self.given: dict[int, tuple[weakref.ref, nn.Module]] = {}
         self.order: dict[nn.Module, None] = {}
+        self.inside: nn.Module | None = None  # the layer that is about to call the activation that it holds
         self.batches = self.images = 0
 
     @property
@@ -400,9 +401,8 @@ class _Meter:
                 if module in self.norms:
                     hook = functools.partial(self._before_norm, add)
                     undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-                elif activation := _inner_function(module):
-                    module.activation = functools.partial(self._before_activation, add, module, activation)
-                    undo.callback(setattr, module, "activation", activation)
+                elif callable(activation := getattr(module, "activation", None)):
+                    self._look_before(activation, add, module, undo)
                 else:
                     undo.callback(module.register_forward_hook(functools.partial(self._after_layer, add)).remove)
             yield
@@ -444,9 +444,27 @@ class _Meter:
             self.order.setdefault(module)
             add(module, output)
 
-    def _before_activation(self, add: Callable, module: nn.Module, activation: Callable, x: Tensor) -> Any:
-        self._after_layer(add, module, (), x)
-        return activation(x)
+    def _look_before(self, activation: Callable, add: Callable, module: nn.Module, undo: contextlib.ExitStack) -> None:
+        """Look at what a layer gives to the activation that it holds and calls itself, as detectron2's convolution."""
+
+        def enter(module: nn.Module, args: tuple) -> None:
+            self.inside = module
+
+        def before(_: nn.Module, args: tuple) -> None:
+            if self.inside is module:  # others may share the activation
+                self.inside = None
+                self._after_layer(add, module, (), args[0])
+
+        def look_and_call(x: Tensor) -> Any:
+            self._after_layer(add, module, (), x)
+            return activation(x)
+
+        if isinstance(activation, nn.Module):
+            undo.callback(module.register_forward_pre_hook(enter).remove)
+            undo.callback(activation.register_forward_pre_hook(before).remove)
+        else:
+            module.activation = look_and_call
+            undo.callback(setattr, module, "activation", activation)
 
     def add_moments(self, module: nn.Module, x: Tensor) -> None:
         """Of the first pass."""
@@ -495,18 +513,9 @@ class _Meter:
         )
 
     def _note(self, module: nn.Module) -> str:
-        if module in self.norms:
+        if module in self.norms or not _is_norm(module):
             return ""
-        if _is_norm(module):
-            return "a norm of which it is not known by what it normalizes: its output is measured"
-        holds_one = getattr(module, "activation", None) is not None and _inner_function(module) is None
-        return "after its activation" if holds_one else ""
-
-
-def _inner_function(module: nn.Module) -> Callable | None:
-    """The activation function that a convolution of detectron2's calls itself, at its end; None if it has none."""
-    activation = getattr(module, "activation", None)
-    return activation if callable(activation) and not isinstance(activation, nn.Module) else None
+        return "a norm of which it is not known by what it normalizes: its output is measured"
 
 
 def _num_images(batch: Any) -> int:

@@ -139,24 +139,22 @@ def test_a_norm_that_is_not_known_is_measured_behind():
 class _WithActivation(nn.Conv2d):
     """As detectron2's convolution, which holds what follows it."""
 
-    activation = None
-
     def forward(self, x):
         return self.activation(super().forward(x))
 
 
-def test_a_convolution_that_holds_its_activation_is_measured_before_it():
+@pytest.mark.parametrize("activation", [torch.relu, nn.ReLU()], ids=["function", "module"])
+def test_a_convolution_that_holds_its_activation_is_measured_before_it(activation):
     torch.manual_seed(0)
-    model, batches = nn.Sequential(_WithActivation(3, 4, 1)), images(3)
-    model[0].activation = torch.relu
-    (layer,) = measure_bands(model, batches).layers
-    y = nn.Conv2d.forward(model[0], batches[0]).detach()
-    var, mean = torch.var_mean(y, (0, 2, 3), keepdim=True, correction=0)
-    assert_describes(layer, (y - mean) / var.sqrt())
-    assert model[0].activation is torch.relu and layer.note == ""
-    model[0].activation = nn.ReLU()  # a module, which others may share
-    (layer,) = measure_bands(model, batches).layers
-    assert layer.note == "after its activation" and layer.minimum > -1
+    model, batches = nn.Sequential(_WithActivation(3, 4, 1), _WithActivation(4, 4, 1)), images(3)
+    model[0].activation = model[1].activation = activation
+    first, second = measure_bands(model, batches).layers
+    with torch.no_grad():
+        outputs = nn.Conv2d.forward(model[0], batches[0]), nn.Conv2d.forward(model[1], model[0](batches[0]))
+    for layer, y in zip((first, second), outputs):
+        var, mean = torch.var_mean(y, (0, 2, 3), keepdim=True, correction=0)
+        assert_describes(layer, (y - mean) / var.sqrt())
+    assert model[0].activation is activation and not any(each._forward_pre_hooks for each in model.modules())
 
 
 def test_what_is_not_finite_is_counted_apart():
