@@ -108,13 +108,15 @@ def keep(args: argparse.Namespace) -> int:
     """Keep the figures of studies."""
     with user_errors():
         from fbn_plugin.engine.studies.catalog import find_experiments, output_of, read_catalog
+        from fbn_plugin.engine.studies.jobs import all_jobs, check_settings
         from fbn_plugin.engine.studies.kept import keep_study, kept_file
         from fbn_plugin.engine.studies.running import outcomes_of
         from fbn_plugin.engine.studies.study_file import read_study
 
         for each in find_experiments(read_catalog(args.experiments, ROOT), args.ids):
-            file = read_study(each.path, ROOT, scale=args.scale)
-            outcomes = outcomes_of(file, output_of(each, args.scale))
+            file, output = read_study(each.path, ROOT, scale=args.scale), output_of(each, args.scale)
+            check_settings(file, all_jobs(file, output))
+            outcomes = outcomes_of(file, output)
             target = keep_study(file.study, outcomes, kept_file(args.root, each.path, args.scale))
             print(f"{each.id}: kept in {target}")
     return 0

@@ -56,7 +56,7 @@ class Names:
 
 
 def _known(where: str, name: Any, known: Collection[str]) -> str:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"{where} names {shown(name)}, which is none of {', '.join(known)}{hint(name, tuple(known))}")
     return name
 

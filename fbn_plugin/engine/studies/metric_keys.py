@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fbn_plugin.engine.files.words import counted, shown
 from fbn_plugin.engine.studies.outcomes import Metric
 from fbn_plugin.engine.studies.run_figures import AT, FIRST, PICKS
-from fbn_plugin.engine.studies.study_keys import check_key, group, hint
+from fbn_plugin.engine.studies.study_keys import check_kinds, group, hint
 
 if TYPE_CHECKING:
     from fbn_plugin.engine.studies.engines import Engine
@@ -26,8 +26,9 @@ _OWN = ("higher_is_better", "unit", "label")
 
 
 def metric_names(given: Any, engine: "Engine") -> list[str]:
-    """The names in METRICS; ``given`` is None where the file has none."""
-    return list(given) if given else [next(iter(engine.metrics))]
+    """The names in METRICS, of which nothing else is checked; ``given`` is None where the file has none."""
+    given = given if isinstance(given, list | dict) else []
+    return [name for name in given if isinstance(name, str)] or [next(iter(engine.metrics))]
 
 
 def read_metrics_key(given: Any, engine: "Engine") -> dict[str, Metric]:
@@ -52,12 +53,7 @@ def read_metrics_key(given: Any, engine: "Engine") -> dict[str, Metric]:
 
 def _metric(name: str, options: Any, engine: "Engine") -> Metric:
     options = {} if options is None else group(f"metric {name!r}", options)
-    for key, value in options.items():
-        check_key(f"option of metric {name!r}", key, _OPTIONS)
-        kind = _OPTIONS[key]
-        fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or value is not True)
-        if not fits:
-            raise ValueError(f"{key} of metric {name!r} must be of type {kind.__name__}, got {shown(value)}")
+    check_kinds(f"metric {name!r}", options, _OPTIONS, "option")
     if options.get("of", "last") not in PICKS:
         known = ", ".join(PICKS)
         raise ValueError(f"of of metric {name!r} must be one of {known}, got {shown(options['of'])}")

@@ -191,9 +191,17 @@ def _kept_row(
         _figures(study, metric, found),
         str(len(set(study.seeds))),
         _p_range(verdicts),
-        Strong(joint_verdict(verdicts)) if verdicts else "no claim",
+        Strong(_verdict(verdicts)) if verdicts else "no claim",
         Mono(_command(experiment, scale)),
     ]
+
+
+def _verdict(verdicts: Sequence[ClaimVerdict]) -> str:
+    """That of the experiment, and how many claims it rests on."""
+    checked = [each.verdict for each in verdicts if each.verdict != "not run"]
+    if not checked:
+        return joint_verdict(verdicts)
+    return f"{joint_verdict(verdicts)}: {checked.count('reproduced')} of {counted(len(checked), 'claim')} reproduced"
 
 
 def _main_metric(study: Study) -> str:

@@ -303,7 +303,7 @@ class _Reading:
             if name in variants:
                 raise ValueError(f"{where} is a variant, too")
             for part in parts:
-                if part not in variants:
+                if not isinstance(part, str) or part not in variants:
                     raise ValueError(f"{where} is of {shown(part)}, which is none of {', '.join(variants)}")
             combination = Combination(parts, options.get("crops", 1), options.get("moments", ""))
             for key, value, known in (

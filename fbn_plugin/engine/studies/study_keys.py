@@ -1,6 +1,7 @@
 """What all parts of a study file are checked by: known keys, groups of them, values of a kind."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ def check_kinds(where: str, given: Mapping[str, Any], kinds: Mapping[str, type],
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind in (int, float)):
             raise ValueError(f"{key} of {where} must be of type {kind.__name__}, got {shown(value)}")
+        if kind is float:
+            number(f"{key} of {where}", value)
 
 
 def hint(given: Any, known: Sequence[str]) -> str:
@@ -47,8 +50,8 @@ def group(where: str, given: Any, example: str = "{MODEL.NORM: FBN}") -> dict[st
 
 
 def number(where: str, given: Any) -> float:
-    """A part of the file that must be a number."""
-    if not isinstance(given, int | float) or isinstance(given, bool):
+    """A part of the file that must be a finite number."""
+    if not isinstance(given, int | float) or isinstance(given, bool) or not math.isfinite(given):
         raise ValueError(f"{where} must be a number, got {shown(given)}")
     return float(given)
 

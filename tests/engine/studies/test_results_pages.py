@@ -73,7 +73,9 @@ def test_an_index_of_all_with_verdicts_and_reasons(catalog, tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:4] == ["[P0.fig5](p0.md)", "Accuracy", "cpu, reduced", "BN: 82; FBN: 84 (%)"]
     assert re.fullmatch(r"BN: 70\.\d+ ± 0\.\d+; FBN: 60\.\d+ ± 0\.\d+ \(%\)", cells[4]) and cells[5] == "4"
-    assert cells[6] == "< 0.001" and cells[7] == "**not reproduced**"  # negative results like others
+    assert (
+        cells[6] == "< 0.001" and cells[7] == "**not reproduced: 0 of 1 claim reproduced**"
+    )  # negative results like others
     assert cells[8] == "`python tools/reproduce.py run P0.fig5 --scale cpu`"
     row = next(line for line in index.splitlines() if "P2.tab1" in line)
     assert "not run: Two weeks of eight GPUs" in row and "BN: 82; FBN: 84" in row
@@ -92,7 +94,7 @@ def test_two_scales_are_two_rows_and_the_full_one_is_not_called_reduced(catalog,
         kept_at(tmp_path, catalog[0], scale, {"BN": 60.0, "FBN": 70.0})
     index = render_results(catalog, read_kept(catalog, tmp_path))["index.md"].decode()
     rows = [line for line in index.splitlines() if "P0.fig5" in line]
-    assert len(rows) == 2 and all("**reproduced**" in row for row in rows)
+    assert len(rows) == 2 and all("**reproduced: 1 of 1 claim reproduced**" in row for row in rows)
     assert "reduced" not in rows[0] and "--scale paper" in rows[0]
 
 

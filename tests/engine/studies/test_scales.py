@@ -1,7 +1,11 @@
 """The scales of a study file: what each changes, and what is said of a wrong one."""
 
+import contextlib
+import math
+
 import pytest
-from small_studies import ROOT, write_study
+import yaml
+from small_studies import BASE, ROOT, write_study
 
 from fbn_plugin.engine.studies.outcomes import Comparison, Metric
 from fbn_plugin.engine.studies.study_file import read_study, read_study_alone
@@ -106,3 +110,20 @@ def test_files_without_scales_are_as_before_and_an_id_wants_some(tmp_path):
         read(tmp_path, "cpu", text)
     with pytest.raises(ValueError, match="it has the ID of a table or figure, and no SCALES"):
         read(tmp_path, None, f"ID: P0.fig5\n{text}")
+
+
+JUNK = [3, True, None, "x", [], {}, [[]], [{}], [3], {"a": None}, {"a": [[]]}, {"a": {"b": [[]]}}, {"cpu": {"SET": 3}}]
+JUNK += [[{"variant": [["a"]], "is": "at_least", "value": 1}], [{"variant": "a", "is": []}], {"a": {"of": [["a"]]}}]
+JUNK += [[{"variant": "a", "is": "at_least", "value": math.inf}], {"top1": {"a": math.nan}}, {"a": {"made": 3}}]
+KEYS = ["ID", "SCALES", "DATA", "METRICS", "PRINTED", "CLAIMS", "COMBINE", "ONLY", "NOT_RUN", "SOURCE"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_nothing_in_a_key_is_worse_than_a_sentence(tmp_path, key):
+    """At the top of the file, and in a scale."""
+    keys = {"TOOL": "classification", "BASE": str(BASE), "SEEDS": 1, "VARIANTS": {"a": {}, "b": {"MODEL.NORM": "FBN"}}}
+    for junk in JUNK:
+        for content, scale in (({**keys, key: junk}, None), ({**keys, "SCALES": {"cpu": {key: junk}}}, "cpu")):
+            (tmp_path / "junk.yaml").write_text(yaml.safe_dump(content))
+            with contextlib.suppress(ValueError):
+                read_study_alone(tmp_path / "junk.yaml", ROOT, scale)
