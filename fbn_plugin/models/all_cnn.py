@@ -31,10 +31,10 @@ class AllCNN(ImageClassifier):
     Args:
         norm_layer: spec string, callable or None, see :func:`fbn_plugin.models.base.unit`.
         kernel_stacks: give the norm of each layer the ``kernel_sizes`` of the paper, for ``norm_layer="ConvNorm"``.
-        small_first_norm: give the norm of the first layer the smaller networks of the paper's section 5.1, for
-            ``norm_layer="LearnedNorm"``.
         act_layer: class of the activation.
         num_classes, in_chans, drop_rate: see :class:`fbn_plugin.models.base.ImageClassifier`.
+        small_first_norm: give the norm of the first layer the smaller networks of the paper's section 5.1, for
+            ``norm_layer="LearnedNorm"``.
 
     Shape:
         images of any size; the paper's are 32x32.
@@ -44,11 +44,11 @@ class AllCNN(ImageClassifier):
         self,
         norm_layer: NormLayer = "BN",
         kernel_stacks: bool = False,
-        small_first_norm: bool = False,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         num_classes: int = 10,
         in_chans: int = 3,
         drop_rate: float = 0.0,
+        small_first_norm: bool = False,
     ) -> None:
         features, channels = nn.Sequential(), in_chans
         for number, (width, kernel_size, stride, stack) in enumerate(LAYERS, 1):

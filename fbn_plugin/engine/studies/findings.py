@@ -115,6 +115,9 @@ def state_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, 
     parts = [f"{count:,} {what}" for what, count in counts.items() if count]
     if parts:
         blocks.append(Paragraph((Strong("Not all runs gave a figure"), f": {', '.join(parts)}."), "warning"))
+    if study.conditional:
+        text = f": the test labels balanced the batches that {'; '.join(study.conditional)} are evaluated on."
+        blocks.append(Paragraph((Strong("Conditional"), text), "warning"))
     if len(set(study.seeds)) < SEEDS_OF_P2:
         text = (
             f": {counted(len(set(study.seeds)), 'seed')} a variant. Davis and Frank (2022) compare {SEEDS_OF_P2}. "

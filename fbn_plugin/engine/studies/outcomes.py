@@ -193,6 +193,16 @@ class Study:
         return self.scale not in ("", FULL_SCALE)
 
     @property
+    def conditional(self) -> list[str]:
+        """Variants that are evaluated on batches which the test labels balanced."""
+        return [
+            name
+            for name, each in self.variants.items()
+            if (each.combines and each.combines.moments == "balanced")
+            or (not each.combines and (self.settings | each.settings).get("TEST.MOMENTS") == "balanced")
+        ]
+
+    @property
     def heading(self) -> str:
         """The title with the id and the scale: ``P0.fig5: Filtered BN in LeNet-5 (cpu scale, reduced)``."""
         scale = f" ({self.scale} scale{', reduced' if self.is_reduced else ''})" if self.scale else ""

@@ -186,7 +186,7 @@ def _kept_row(
     return [
         _link(experiment),
         study.title,
-        f"{scale}, reduced" if study.is_reduced else scale,
+        f"{scale}{', reduced' * study.is_reduced}{', conditional' * bool(study.conditional)}",
         _figures(study, metric, None),
         _figures(study, metric, found),
         str(len(set(study.seeds))),

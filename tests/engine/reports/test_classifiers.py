@@ -9,6 +9,7 @@ from PIL import Image
 
 from fbn_plugin.engine.classification.measures import measure
 from fbn_plugin.engine.reports.classifiers import plot_by_class, plot_confusion, summary_rows, write_classifier_report
+from fbn_plugin.engine.reports.conditional import plot_relabelling, plot_walks
 
 
 def measured(classes: int, seed: int = 0):
@@ -44,3 +45,18 @@ def test_a_page_with_all_entries(tmp_path):
         figures = entries[title].figures
         assert cells == [f"{figures[name]:.{4 if name == 'loss' else 2}f}" for name in ("top1", "top5", "loss", "ece")]
         assert all(f"<td>{cell}</td>" in page for cell in cells)
+
+
+def test_walks_and_rounds():
+    """A walker's cell is red, a mistake beside it blue, and what nobody walked through is no picture."""
+    walk = {"rows": [[1, 0, 0], [1, 0, 1]], "walkers_at": [[0], [1]]}
+    with Image.open(io.BytesIO(plot_walks({"weak": [walk], "strong": [], "pairs": [walk]}))) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    red, blue = (np.all(pixels == color, axis=1).sum() for color in ((244, 199, 195), (207, 216, 239)))
+    assert red > 1000 and blue == 0
+    walk = {"rows": [[1, 1, 0], [1, 0, 1]], "walkers_at": [[0], [1]]}
+    with Image.open(io.BytesIO(plot_walks({"weak": [walk]}))) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert np.all(pixels == (207, 216, 239), axis=1).sum() > 1000
+    assert plot_walks({}) is plot_walks({"weak": [], "strong": [], "pairs": []}) is None
+    assert plot_relabelling({"a run": [90.0, 91.0], "another": [80.0, 80.0]}).startswith(b"\x89PNG")

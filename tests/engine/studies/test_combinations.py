@@ -64,6 +64,15 @@ def test_they_follow_what_they_evaluate_and_their_figures_are_read(tmp_path):
     assert read_outcomes(tmp_path / "a.json") == (file.study, outcomes)
 
 
+def test_figures_of_balanced_test_batches_are_called_conditional(tmp_path):
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    text = TEXT.replace("moments: batch", "moments: balanced").replace("{MODEL.NORM: FBN, ", "{MODEL.NORM: FBN, {}")
+    study = file_of(tmp_path, text.replace("{}", "TEST.MOMENTS: balanced, ")).study
+    assert study.conditional == ["FBN", "144 crops"]
+    said = "**Conditional**: the test labels balanced the batches that FBN; 144 crops are evaluated on."
+    assert said in report_markdown(study, []) and "onditional" not in report_markdown(file_of(tmp_path).study, [])
+
+
 def test_checkpoints_stay_until_they_are_evaluated(tmp_path):
     file = file_of(tmp_path)
     (tmp_path / "broken").touch()
