@@ -151,7 +151,7 @@ def test_a_config_trains_two_steps(path, photographs, tmp_path, monkeypatch):
     assert len(moved) > 0.5 * len(before)
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=file_id)
+@pytest.mark.parametrize("path", [path for path in STUDIES if "\nSCALES:" not in path.read_text()], ids=file_id)
 def test_a_study_file_is_read(path):
     study = read_study(path).study
     assert len(study.variants) > 1 and len(study.seeds) > 1 and study.comparisons
