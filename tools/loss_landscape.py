@@ -52,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     with user_errors(*RUN_ERRORS):
         command = shlex.join(["python", "tools/loss_landscape.py", *(sys.argv[1:] if argv is None else argv)])
         write_measured(args.output, "landscape", record, picture, command)
-    of = "medians over the iterations" if args.from_runs else "means over the batches"
-    print(f"Loss landscape, {of}:\n\n{format_table(figure_rows(found))}\n")
+    print(f"Loss landscape, {record['over']}:\n\n{format_table(figure_rows(found))}\n")
     print(f"written to {args.output / 'landscape.png'}")
     return found
 

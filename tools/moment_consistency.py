@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     with user_errors(*RUN_ERRORS):
         command = shlex.join(["python", "tools/moment_consistency.py", *(sys.argv[1:] if argv is None else argv)])
         write_measured(args.output, "moments", record, picture, command)
-    of = "medians over the iterations" if args.from_runs else "means over the batches"
-    print(f"Distance of the moments, {of}:\n\n{format_table(figure_rows(found))}\n")
+    print(f"Distance of the moments, {record['over']}:\n\n{format_table(figure_rows(found))}\n")
     print(f"written to {args.output / 'moments.png'}")
     return found
 

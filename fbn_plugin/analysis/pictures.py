@@ -111,10 +111,13 @@ def _colors(labels: Sequence[str] | Mapping[str, object]) -> list[str]:
 
 
 def _finished(figure, axes, note: str) -> bytes:
+    shown: dict[str, object] = {}  # label -> one of the artists that have it
     for panel in axes:
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False)
+        handles, labels = panel.get_legend_handles_labels()
+        shown |= dict(zip(labels, handles))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=min(len(shown), 4), frameon=False)
     figure.suptitle(note, fontsize=9)
     return to_png(figure)

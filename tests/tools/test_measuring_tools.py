@@ -38,7 +38,7 @@ def main(monkeypatch):
 def test_landscapes_of_runs(tmp_path, main, runs, capsys):
     found = main("loss_landscape", "--from", runs / "BN", runs / "FBN", "--output", tmp_path / "out")
     said = capsys.readouterr().out
-    assert "medians over the iterations" in said and "smoothness" in said and "out/landscape.png" in said
+    assert "medians over 2 iterations" in said and "smoothness" in said and "out/landscape.png" in said
     record = json.loads((tmp_path / "out/landscape.json").read_text())
     assert [entry["name"] for entry in record["entries"]] == ["BN", "FBN"] == list(found)
     entry = record["entries"][1]
@@ -61,7 +61,7 @@ def test_landscapes_of_checkpoints(tmp_path, main, runs, capsys):
         "(1.0, 0.1)",
     ]
     found = main("loss_landscape", runs / "FBN/model_final.pth", *options)
-    assert "means over the batches" in capsys.readouterr().out
+    assert "means over 2 batches" in capsys.readouterr().out
     (entry,) = json.loads((tmp_path / "landscape.json").read_text())["entries"]
     assert entry["iteration"] == 3 and entry["weights"].endswith("model_final.pth") and entry["name"] == "mine"
     assert [batch["steps"] for batch in entry["batches"]] == [[1.0, 0.1]] * 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,7 +11,7 @@ from statistics import median
 from fbn_plugin.engine.classification.run_folder import ClassificationRun, read_classification_run
 from fbn_plugin.engine.run.logging import read_metrics
 
-__all__ = ["MeasuredRun", "medians", "read_measured_run"]
+__all__ = ["MeasuredRun", "common_iterations", "medians", "read_measured_run"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,25 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def medians(curves: dict[str, list[float]], names: Iterable[str]) -> dict[str, float]:
-    """The median of some curves over the run; NaN for one with a NaN in it, as the median of the rest would tell of a
-    run that went better."""
+def common_iterations(runs: Sequence[MeasuredRun]) -> list[int]:
+    """The iterations that all runs have measured, in order: over these they can be compared.
+
+    Raises:
+        ValueError: there is none.
+    """
+    shared = set(runs[0].iterations).intersection(*(run.iterations for run in runs))
+    if not shared:
+        names = ", ".join(run.name for run in runs)
+        raise ValueError(f"{names} have no iteration in common at which all were measured")
+    return sorted(shared)
+
+
+def medians(run: MeasuredRun, names: Iterable[str], iterations: Iterable[int]) -> dict[str, float]:
+    """The median of some curves over some iterations; NaN for one with a NaN among these, as the median of the rest
+    would tell of a run that went better."""
+    places = [run.iterations.index(iteration) for iteration in iterations]
+    found = {name: [run.curves[name][place] for place in places] for name in names if name in run.curves}
     return {
-        name: math.nan if any(map(math.isnan, curves.get(name, [math.nan]))) else median(curves[name]) for name in names
+        name: math.nan if name not in found or any(map(math.isnan, found[name])) else median(found[name])
+        for name in names
     }

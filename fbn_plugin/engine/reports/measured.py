@@ -16,8 +16,9 @@ from fbn_plugin.analysis.landscape import Landscape
 from fbn_plugin.analysis.moments import Distances, flat_distances
 from fbn_plugin.analysis.pictures import draw_distances, draw_landscapes, draw_moments, draw_steps
 from fbn_plugin.engine.classification.measured_checkpoints import Measured
-from fbn_plugin.engine.classification.measured_runs import MeasuredRun, medians
+from fbn_plugin.engine.classification.measured_runs import MeasuredRun, common_iterations, medians
 from fbn_plugin.engine.files.disk import atomic_write, writing
+from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.config import flatten
 from fbn_plugin.engine.run.run_info import hardware, package_versions
 from fbn_plugin.engine.run.source import source_commit
@@ -36,14 +37,20 @@ def run_landscapes(runs: Sequence[MeasuredRun]) -> Report:
     """Landscapes along the training of runs.
 
     Returns:
-        what ``landscape.json`` has, the figure, and of each run the medians of its figures.
+        what ``landscape.json`` has, the figure, and of each run the medians of its figures over the iterations that all
+        runs have measured.
+
+    Raises:
+        ValueError: there is none.
     """
-    found = {run.name: medians(run.curves, _SHOWN["landscape"]) for run in runs}
+    common = common_iterations(runs)
+    found = {run.name: medians(run, _SHOWN["landscape"], common) for run in runs}
     entries = [
         {**_of_run(run), "iterations": run.iterations, "curves": run.curves, "medians": found[run.name]} for run in runs
     ]
     curves = {run.name: {"iteration": run.iterations, **run.curves} for run in runs}
-    return {"entries": entries}, draw_landscapes(curves, _titles(run.run.title for run in runs)), found
+    record = {"over": _medians_over(common), "entries": entries}
+    return record, draw_landscapes(curves, _titles(run.run.title for run in runs)), found
 
 
 def run_moments(runs: Sequence[MeasuredRun], layer: str | None = None) -> Report:
@@ -54,11 +61,13 @@ def run_moments(runs: Sequence[MeasuredRun], layer: str | None = None) -> Report
         layer: the norm that the figure is of; None takes the means over all.
 
     Returns:
-        what ``moments.json`` has, the figure, and of each run and norm the medians of its figures.
+        what ``moments.json`` has, the figure, and of each run and norm the medians of its figures over the iterations
+        that all runs have measured.
 
     Raises:
-        ValueError: a run has no such layer.
+        ValueError: there is none, or a run has no such layer.
     """
+    common = common_iterations(runs)
     prefix = "" if layer is None else f"{layer}/"
     drawn, found = {}, {}
     for run in runs:
@@ -70,13 +79,14 @@ def run_moments(runs: Sequence[MeasuredRun], layer: str | None = None) -> Report
         for spec in specs:
             names = {name: f"{prefix}{spec}/{name}" for name in _SHOWN["moments"]}
             drawn[run.name][spec] |= {name: run.curves[key] for name, key in names.items()}
-            values = medians(run.curves, names.values())
+            values = medians(run, names.values(), common)
             found[f"{run.name}, {spec}"] = {name: values[key] for name, key in names.items()}
     entries = [{**_of_run(run), "iterations": run.iterations, "curves": run.curves} for run in runs]
     place = "mean over layers and channels" if layer is None else f"{layer}, mean over channels"
     norms = list(dict.fromkeys(spec for curves in drawn.values() for spec in curves))
     note = f"{_titles(run.run.title for run in runs)}; {place}"
-    return {"layer": layer, "entries": entries, "medians": found}, draw_moments(drawn, norms, note), found
+    record = {"layer": layer, "over": _medians_over(common), "entries": entries, "medians": found}
+    return record, draw_moments(drawn, norms, note), found
 
 
 def _specs(curves: Mapping[str, Sequence[float]], prefix: str) -> list[str]:
@@ -98,7 +108,8 @@ def landscape_report(measured: Sequence[Measured[Landscape]]) -> Report:
     ]
     drawn = {each.checkpoint.name: each.batches for each in measured}
     shown = {name: {key: figures[key] for key in _SHOWN["landscape"]} for name, figures in found.items()}
-    return {"entries": entries}, draw_steps(drawn, _titles(each.title for each in measured)), shown
+    record = {"over": _means_over(measured), "entries": entries}
+    return record, draw_steps(drawn, _titles(each.title for each in measured)), shown
 
 
 def moment_report(measured: Sequence[Measured[Distances]]) -> Report:
@@ -115,7 +126,16 @@ def moment_report(measured: Sequence[Measured[Distances]]) -> Report:
             found[f"{each.checkpoint.name}, {spec}"] = shown
     drawn = {each.checkpoint.name: each.batches for each in measured}
     note = f"{_titles(each.title for each in measured)}; mean over channels"
-    return {"entries": entries}, draw_distances(drawn, list(norms), note), found
+    record = {"over": _means_over(measured), "entries": entries}
+    return record, draw_distances(drawn, list(norms), note), found
+
+
+def _medians_over(iterations: Sequence[int]) -> str:
+    return f"medians over {counted(len(iterations), 'iteration')}"
+
+
+def _means_over(measured: Sequence[Measured]) -> str:
+    return f"means over {counted(len(measured[0].batches), 'batch')}"
 
 
 def _means(batches: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from tiny_classification import train
 
 from fbn_plugin.analysis.moments import flat_distances
 from fbn_plugin.engine.classification.measured_checkpoints import checkpoint_landscape, checkpoint_moments
-from fbn_plugin.engine.classification.measured_runs import MeasuredRun, medians, read_measured_run
+from fbn_plugin.engine.classification.measured_runs import MeasuredRun, common_iterations, medians, read_measured_run
 from fbn_plugin.engine.classification.predictions import find_checkpoint
 
 
@@ -77,7 +77,16 @@ def test_what_has_no_number_is_no_median(folder):
     run = read_measured_run(folder, "run", "landscape")
     path.write_text(text)
     assert math.isnan(run.curves["loss_range"][0]) and all(map(math.isnan, run.curves["other"][1:]))
-    found = medians(run.curves, ["loss", "loss_range", "missing"])
+    found = medians(run, ["loss", "loss_range", "missing"], [1, 2, 3, 4])
     assert math.isnan(found["loss_range"]) and math.isnan(found["missing"])
     low, high = sorted(run.curves["loss"])[1:3]
     assert found["loss"] == pytest.approx((low + high) / 2)
+    assert medians(run, ["loss_range"], [2])["loss_range"] == run.curves["loss_range"][1]
+
+
+def test_runs_are_compared_where_all_were_measured(folder):
+    run = read_measured_run(folder, "run", "landscape")
+    other = MeasuredRun("other", run.run, [3, 4, 5], {})
+    assert common_iterations([run, other]) == [3, 4] and common_iterations([run]) == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="run, late have no iteration in common"):
+        common_iterations([run, MeasuredRun("late", run.run, [7], {})])

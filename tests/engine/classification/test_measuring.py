@@ -22,6 +22,7 @@ RUN = {
     "SOLVER__CHECKPOINT_PERIOD": 4,
     "TEST__EVAL_PERIOD": 0,
     "MODEL__DROP_RATE": 0.3,
+    "MODEL__EMA__ENABLED": True,
     "INPUT__MIXUP": 0.2,
     "INPUT__TRAIN_CROP": "padded",
     "INPUT__PADDING": 1,
