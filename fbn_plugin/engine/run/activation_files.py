@@ -102,8 +102,7 @@ def write_activations(
         found: what was measured; a picture of what has no finite value is left out.
         model: in words.
         weights: where they are from; None where the network is not trained.
-        images: the set's name.
-        device: what measured.
+        images, device: the set's name, and what measured.
         title: of the picture of the bands.
         sigma: the images beyond so many deviations in a kernel are listed, and the first ones shown.
         image_of: name and picture of an image by its number.
@@ -119,7 +118,6 @@ def write_activations(
     folder = Path(folder)
     with writing(folder):
         os.makedirs(folder, exist_ok=True)
-    commit, dirty = source_commit() or (None, None)
     content = {
         "format": _FORMAT,
         "measured": _MEASURED,
@@ -131,11 +129,7 @@ def write_activations(
         "figures": {name: _number(value) for name, value in band_figures(found, sigma).items()},
         **found.as_dict(),
         "kernels": [_kernel(kernel, sigma, image_of) for kernel in found.kernels],
-        "command": command,
-        "commit": commit,
-        "dirty": dirty,
-        "hardware": hardware(device),
-        "versions": package_versions(),
+        **_origin(command, device),
     }
     files = {ACTIVATIONS_FILE: (json.dumps(content, indent=1) + "\n").encode()}
     if any(layer.count for layer in found.layers):
@@ -147,6 +141,18 @@ def write_activations(
     for name, data in files.items():
         atomic_write(folder / name, data)
     return [folder / name for name in files]
+
+
+def _origin(command: str | None, device: torch.device | str) -> dict[str, Any]:
+    """How it was made."""
+    commit, dirty = source_commit() or (None, None)
+    return {
+        "command": command,
+        "commit": commit,
+        "dirty": dirty,
+        "hardware": hardware(device),
+        "versions": package_versions(),
+    }
 
 
 def _kernel(kernel: KernelActivations, sigma: float, image_of: ImageOf | None) -> dict[str, Any]:
