@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fbn_plugin.engine.classification.config import classification_config
 from fbn_plugin.engine.classification.evaluation import CONDITIONAL
 from fbn_plugin.engine.classification.run_folder import ClassificationRun
 from fbn_plugin.engine.reports.seeds import (
@@ -22,6 +23,7 @@ from fbn_plugin.engine.reports.seeds import (
     summary,
     with_deviation,
 )
+from fbn_plugin.engine.run.config import flatten
 
 __all__ = ["ClassificationTable", "build_classification_tables"]
 
@@ -40,6 +42,8 @@ _NO_EFFECT = (
     "TEST.EVAL_PERIOD",
     "TEST.EVAL_ITERATIONS",
     "LOGGERS",
+    "NORM_STATS_PERIOD",
+    *(f"MEASURE.{key}" for key, _ in flatten(classification_config().MEASURE)),
 )
 _OF_THE_RUN = ("SEED", "OUTPUT_DIR", "MODEL.NORM")
 
@@ -96,7 +100,8 @@ class ClassificationTable:
         """The figures that there are: those of the validation first."""
         found = dict.fromkeys(name for row in self.lines for figures in row.figures for name in figures)
         return sorted(
-            found, key=lambda name: (name.count("/"), name.rpartition("/")[0], [*_TITLES, name].index(_last(name)))
+            found,
+            key=lambda name: (name.count("/"), name.rpartition("/")[0], [*_TITLES, _last(name)].index(_last(name))),
         )
 
     def rows(self) -> list[list[str]]:
@@ -259,7 +264,7 @@ def _title(name: str) -> str:
 
 
 def _digits(name: str) -> int:
-    return 4 if _last(name) == "loss" else 2
+    return 4 if _last(name) in ("loss", "beyond5") else 2
 
 
 def _images(runs: Sequence[ClassificationRun], which: str) -> str:

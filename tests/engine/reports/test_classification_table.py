@@ -72,13 +72,15 @@ def test_settings_are_told_apart_and_what_has_no_effect_is_not(tmp_path):
 
 
 def test_further_figures_and_runs_that_have_none(tmp_path):
-    figures = {"top1": 90.0, "loss": math.nan, "ema/top1": 95.0, "conditional": 1}
+    figures = {"top1": 90.0, "loss": math.nan, "ema/top1": 95.0, "conditional": 1, "bands/minimum": -12.5}
     run = folder(tmp_path, "ema", "GN", figures=figures)
     with (run.folder / "metrics.json").open("a") as file:
         file.write(json.dumps({"iteration": 9, "test/top1": 80.0, "test/epoch": 2.0}) + "\n")
     (table,) = build_classification_tables([run, folder(tmp_path, "plain", "GN", 2, {"top1": 91.0, "loss": 0.25})])
-    assert table.rows()[0][2:] == ["top-1 (%)", "loss", "averaged weights, top-1 (%)", "test, top-1 (%)"]
-    assert table.rows()[1][3:] == ["0.2500 (n = 1)", "95.00 (n = 1)", "80.00 (n = 1)"]
+    assert table.rows()[0][2:] == [
+        *("top-1 (%)", "loss", "bands, minimum", "averaged weights, top-1 (%)", "test, top-1 (%)"),
+    ]
+    assert table.rows()[1][3:] == ["0.2500 (n = 1)", "-12.50 (n = 1)", "95.00 (n = 1)", "80.00 (n = 1)"]
     assert "Test figures are of the weights that were the last." in table.notes()
 
     empty = folder(tmp_path, "empty", evaluations=False)
