@@ -96,15 +96,15 @@ class PerActivationBatchNorm2d(AnyDimsMixin, BatchNormMixin, nn.BatchNorm2d):
                     ) from error
         self.positions = positions
 
-    def _fit(self, input: Tensor) -> None:
-        """Take the number of positions of the first input, and refuse others."""
+    def _positions_of(self, input: Tensor) -> int:
+        """The number of positions of an input; others than those of the first one are refused."""
         positions = math.prod(input.shape[2:])
         if positions != self.positions and self.positions:
             raise ValueError(
                 f"expected maps of {self.positions} positions, as the first ones had or map_size says, got input size "
                 f"{tuple(input.shape)}: normalization per activation is for maps of one size"
             )
-        self._spread(positions)
+        return positions
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """Weights of a layer that knows its positions, or of a batch normalization for one that does."""
@@ -123,7 +123,7 @@ class PerActivationBatchNorm2d(AnyDimsMixin, BatchNormMixin, nn.BatchNorm2d):
         """Mean, biased variance and number of values that training normalizes ``input`` with, ``(C P,)`` each, in at
         least float32."""
         self._check_input_dim(input)
-        self._fit(input)
+        self._positions_of(input)
         values = input.flatten(1).to(accumulate_dtype(input.dtype))
         var, mean = torch.var_mean(values, dim=0, correction=0)
         return mean, var, torch.full_like(mean, input.shape[0])
@@ -136,7 +136,7 @@ class PerActivationBatchNorm2d(AnyDimsMixin, BatchNormMixin, nn.BatchNorm2d):
         elif input.numel() == 0:  # tells no positions
             return without_values(input, [self.weight, self.bias])
         else:
-            self._fit(input)
+            self._spread(self._positions_of(input))
         mean, var, counter, training = self._running(input)
         y = batch_norm(input.flatten(1), mean, var, self.weight, self.bias, training, self.momentum, self.eps, counter)
         return y.view(input.shape)

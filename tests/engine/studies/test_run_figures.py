@@ -37,8 +37,13 @@ def test_iterations_to_a_threshold(of, threshold, figure):
     assert found == figure or (math.isnan(found) and math.isnan(figure))
 
 
+def test_the_figure_at_an_iteration():
+    assert figure_of_run(Metric(True, of="at", threshold=30), CURVE) == 5.0
+    assert math.isnan(figure_of_run(Metric(True, of="at", threshold=31), CURVE))
+
+
 def test_every_pick_is_tested():
-    assert {*FIGURES, "first_at_least", "first_at_most"} == set(PICKS)
+    assert set(FIGURES) == set(PICKS)
 
 
 def metrics(tmp_path, text):
@@ -52,6 +57,9 @@ def test_options_of_metrics(tmp_path):
     assert metrics(tmp_path, "{steps: {row: test/top1, first_at_least: 72.2}}") == {
         "steps": Metric(False, "", "iterations to test top-1 accuracy ≥ 72.2 %", "test/top1", "first_at_least", 72.2),
     }
+    assert metrics(tmp_path, "{early: {row: top1, at: 50000}}") == {
+        "early": Metric(True, "%", "top-1 accuracy after 50,000 iterations", "top1", "at", 50000),
+    }
     assert metrics(tmp_path, "{range: {row: landscape/loss, of: median, higher_is_better: false, label: x}}") == {
         "range": Metric(False, "", "x", "landscape/loss", "median"),
     }
@@ -63,7 +71,7 @@ def test_options_of_metrics(tmp_path):
         ("{top1: {of: first}}", "of of metric 'top1' must be one of last, best, median, mean, max, min, got 'first'"),
         (
             "{top1: {of: best, first_at_least: 3}}",
-            "metric 'top1' must have one of of, first_at_least and first_at_most",
+            "metric 'top1' must have one of of, at, first_at_least and first_at_most",
         ),
         ("{top1: {first_at_least: yes}}", "first_at_least of metric 'top1' must be of type float, got True"),
         ("{range: {row: landscape/loss, of: max}}", "METRICS has 'range', of which higher_is_better must be said"),
