@@ -258,7 +258,9 @@ def refuse_two(name: str, found: Sequence[str]) -> None:
 
 def _unknown(what: str, word: str, known: list[str]) -> ValueError:
     by_lower = {name.lower(): name for name in known}
-    nearest = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    # Letters that have changed places are the likeliest slip.
+    turned = [name for name in by_lower if sorted(name) == sorted(word.lower())]
+    nearest = turned or difflib.get_close_matches(word.lower(), by_lower, n=1)
     hint = f" (did you mean {by_lower[nearest[0]]!r}?)" if nearest else ""
     return ValueError(f"{what} {word!r}{hint}: accepted are {', '.join(known) or 'none'}")
 

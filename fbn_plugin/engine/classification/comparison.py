@@ -14,7 +14,7 @@ from fbn_plugin.engine.classification.evaluation import CONDITIONAL
 from fbn_plugin.engine.classification.final_evaluation import Conditional, conditional_studies
 from fbn_plugin.engine.classification.measures import Measures, measure
 from fbn_plugin.engine.classification.predictions import Checkpoint, Predictions, average, load_model, predict
-from fbn_plugin.engine.files.disk import atomic_write, writing
+from fbn_plugin.engine.files.disk import atomic_write, remove_numbered, writing
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.run_info import hardware, package_versions
 from fbn_plugin.engine.run.source import source_commit
@@ -169,6 +169,7 @@ def write_comparison(folder: Path, comparison: Comparison, command: str) -> None
         matrix = {"name": name, "classes": list(comparison.classes), "rows": "true", "columns": "predicted"}
         content = _as_bytes({**matrix, "images": measures.confusion.tolist()}, indent=None)
         atomic_write(folder / f"confusion_{number}.json", content)
+    remove_numbered(folder, "confusion_{}.json", len(comparison.entries))
 
 
 def _as_bytes(content: dict[str, Any], indent: int | None = 2) -> bytes:

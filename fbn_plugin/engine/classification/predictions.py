@@ -86,6 +86,8 @@ def find_checkpoint(
     """
     weights = place
     if place.is_dir():
+        if config_file:
+            raise ValueError(f"{place} is a run folder with a config of its own: --config-file is of weights alone")
         weights = place / "model_final.pth"
         if not weights.is_file():
             if not holds_run(place):

@@ -222,7 +222,8 @@ def find_root(root: str) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise FileNotFoundError(f"DATASETS.ROOT '{root}' does not exist, neither as {places[0]} nor as {places[1]}")
+    where = f", neither as {places[0]} nor as {places[1]}" if places[0] != places[1] else ""
+    raise FileNotFoundError(f"DATASETS.ROOT '{root}' does not exist{where}")
 
 
 def _of_classes(

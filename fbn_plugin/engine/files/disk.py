@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["AppendedFile", "WriteError", "atomic_write", "is_full", "remove_leftovers", "writing"]
+__all__ = ["AppendedFile", "WriteError", "atomic_write", "is_full", "remove_leftovers", "remove_numbered", "writing"]
 
 # No space left, no quota left, a file larger than may be: nothing is wrong with the input.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -193,6 +193,23 @@ def remove_leftovers(folder: str | os.PathLike, below: Collection[str] = ()) -> 
             if found and not _is_alive(int(found[1])):
                 with contextlib.suppress(OSError):
                     file.unlink()
+
+
+def remove_numbered(folder: str | os.PathLike, name: str, last: int) -> None:
+    """Remove what an earlier, longer series of files left behind a newer one.
+
+    Args:
+        folder: that holds both.
+        name: of the files, ``{}`` for the number: ``"confusion_{}.png"``.
+        last: the newer one's last number.
+    """
+    head, _, tail = name.partition("{}")
+    form = re.compile(re.escape(head) + "([1-9][0-9]*)" + re.escape(tail))
+    for file in os.listdir(folder):
+        found = form.fullmatch(file)
+        if found and int(found[1]) > last:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, file))
 
 
 def _is_alive(process: int) -> bool:

@@ -274,7 +274,7 @@ class _Builder:
                 if not all(isinstance(each, dict) for each in under):
                     raise self._error(line, "merges what is no mapping into one")
             elif not isinstance(key, str):
-                raise self._error(line, f"has {shown(key)} as a key, which must be text")
+                raise self._error(line, f"has {shown(key)} as a key, which must be text: put it in quotes")
             elif key in own:
                 raise self._error(line, f"has {key!r} for the second time in one group")
             elif len(key) > _LONGEST_KEY:

@@ -193,7 +193,7 @@ def _run(folder: Path, options: ModelOptions, wants_images: bool) -> FoundModel:
     config = folder / "config.yaml"
     if is_classification(folder):
         place = named_checkpoint(folder, options.weights) if options.weights else folder
-        weights = find_checkpoint(place, config, options.overrides).weights
+        weights = find_checkpoint(place, config if options.weights else None, options.overrides).weights
         return _classifier(config, options, weights, wants_images)
     run = read_run(folder)
     weights = os.fspath(run.weights(options.weights or None))

@@ -11,6 +11,7 @@ import numpy as np
 from fbn_plugin.analysis.canvas import COLORS, new_figure, to_png
 from fbn_plugin.engine.classification.final_evaluation import Conditional
 from fbn_plugin.engine.classification.measures import Measures, Reliability
+from fbn_plugin.engine.files.disk import remove_numbered
 from fbn_plugin.engine.reports.conditional import plot_relabelling, plot_walks
 from fbn_plugin.engine.reports.page import (
     heading,
@@ -229,4 +230,6 @@ def write_classifier_report(
             body += [picture_of(f"walks_{number}.png", png, f"classes that {name} predicts")]
     body += [heading("Command"), listing(command), note(machine())]
     write_page(path, title, body)
+    remove_numbered(path.parent, "confusion_{}.png", len(entries))
+    remove_numbered(path.parent, "walks_{}.png", len(shown or {}))
     return [path, *pictures]

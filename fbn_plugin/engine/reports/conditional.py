@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fbn_plugin.engine.reports.page import new_figure, to_png
+from fbn_plugin.analysis.canvas import new_figure, to_png
 
 __all__ = ["plot_relabelling", "plot_walks"]
 

@@ -2,6 +2,7 @@
 leaves whole seeds. What is finished is not run again, and what was stopped goes on from its checkpoint.
 """
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -183,6 +184,8 @@ class _Runner:
         self.study, self.shared, self.say = study, shared, say
         self._outcomes = {job.folder: collect(study, job) for job in jobs}
         self.waiting = [job for job in jobs if is_due(self._outcomes[job.folder], retry)]
+        for job in self.waiting:  # those that failed, too
+            self._outcomes[job.folder] = dataclasses.replace(self._outcomes[job.folder], state="waiting")
         self._evaluated = {part for job in self.waiting for part in job.parts}
         self.running: dict[Path, tuple[Job, _Running]] = {}
         self._told: set[Path] = set()

@@ -259,9 +259,10 @@ class _Reading:
         return base
 
     def _named(self, base: Path) -> str:
-        """A config as a report names it: from the project's root, else from the study file's folder."""
+        """A config as a report names it, and as a command in the project's root finds it: from there, or its whole path
+        where that is what the file has."""
         inside = os.path.relpath(base, self.root)
-        return inside if not inside.startswith("..") else os.path.relpath(base, self.path.parent)
+        return os.fspath(base) if inside.startswith("..") and base.is_absolute() else inside
 
     def _variants(self) -> tuple[dict[str, list[str]], dict[str, Variant]]:
         self._given_bases: dict[str, str] = {}

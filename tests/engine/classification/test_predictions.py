@@ -113,6 +113,8 @@ def test_what_does_not_go_together(runs, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no checkpoint"):
         find_checkpoint(tmp_path)
     (tmp_path / "weights.pth").write_bytes((runs / "BN/model_final.pth").read_bytes())
+    with pytest.raises(ValueError, match="is a run folder with a config of its own: --config-file is of weights alone"):
+        find_checkpoint(tmp_path, tmp_path / "other.yaml")
     with pytest.raises(FileNotFoundError, match="--config-file names the config of weights that lie alone"):
         find_checkpoint(tmp_path / "weights.pth")
     found = find_checkpoint(tmp_path / "weights.pth", runs / "BN/config.yaml", ["MODEL.NAME", "test_resnet"])

@@ -10,7 +10,7 @@ import torch
 from full_disk import largest_file
 
 from fbn_plugin.engine.files import disk
-from fbn_plugin.engine.files.disk import AppendedFile, WriteError, atomic_write, remove_leftovers
+from fbn_plugin.engine.files.disk import AppendedFile, WriteError, atomic_write, remove_leftovers, remove_numbered
 
 
 class FullDisk:
@@ -163,3 +163,11 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path, ["inference"])
     assert set(os.listdir(tmp_path)) == others and os.listdir(tmp_path / "inference") == []
+
+
+def test_what_a_longer_series_left_is_removed_and_nothing_else(tmp_path):
+    names = ["walks_1.png", "walks_2.png", "walks_3.png", "walks_12.png", "walks_3.json", "walks_03.png", "walks_x.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_numbered(tmp_path, "walks_{}.png", 2)
+    assert {path.name for path in tmp_path.iterdir()} == set(names) - {"walks_3.png", "walks_12.png"}

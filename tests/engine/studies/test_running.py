@@ -11,6 +11,7 @@ from small_studies import ROOT, study, tool
 
 from fbn_plugin.engine.run.cli import stoppable
 from fbn_plugin.engine.run.lock import hold, let_go
+from fbn_plugin.engine.studies import running
 from fbn_plugin.engine.studies.engines import ENGINES
 from fbn_plugin.engine.studies.jobs import all_jobs, job_log, record
 from fbn_plugin.engine.studies.processes import Forks, can_fork
@@ -35,6 +36,9 @@ def test_jobs_that_fail_are_noted_and_tried_again_when_asked(tmp_path):
 
     (tmp_path / "mended").touch()
     times = [(job.folder / "job.json").stat().st_mtime_ns for job in all_jobs(file, output)]
+    lines.clear()
+    again = running._Runner(file, all_jobs(file, output), Resources(1), retry=True, say=lines.append)
+    assert states(again.outcomes) == "dwdw"  # their time is still to come
     lines.clear()
     assert states(run_study(file, output, script, Resources(2), forks=False, say=lines.append)) == "dfdf"
     assert lines == []  # nothing was to be done
