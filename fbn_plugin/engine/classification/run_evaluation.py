@@ -30,7 +30,7 @@ def evaluate_run(
         FileNotFoundError, ValueError: weights or images are not there, or do not fit.
     """
     place = folder if weights is None else named_checkpoint(folder, weights)
-    checkpoint = find_checkpoint(place, folder / "config.yaml")
+    checkpoint = find_checkpoint(place, None if place.is_dir() else folder / "config.yaml")
     cfg, found = checkpoint.cfg, predict(checkpoint)
     figures = measure(found.probabilities, found.labels).figures
     figures.pop("ece")
