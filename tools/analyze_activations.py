@@ -140,8 +140,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             details={"notes": found.notes},
         )
     print(f"{found.title} on {bands.images:,} images of {dataset}; weights: {found.weights or 'none'}\n")
-    print(f"{format_table(layer_rows(bands, args.t_sigma))}\n")
-    print("* no norm: each unit is normalized by its mean and deviation over the images")
+    rows = layer_rows(bands, args.t_sigma)
+    print(f"{format_table(rows)}\n")
+    if any("*" in cell for row in rows for cell in row):
+        print("* no norm: each unit is normalized by its mean and deviation over the images")
     if found.weights is None:
         print("note: the network is untrained, its weights are random: --weights or --pretrained gives it others")
     odd = [layer.name for layer in bands.layers if layer.nan or layer.infinite]

@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
         from fbn_plugin.engine.studies.catalog import find_experiments, read_catalog
 
         chosen = find_experiments(read_catalog(args.experiments, ROOT), args.ids)
-        without = [each.id for each in chosen if args.scale not in each.scales]
+        without = [f"{each.id} has {', '.join(each.scales)}" for each in chosen if args.scale not in each.scales]
         if without:
-            raise ValueError(f"{', '.join(without)}: there is no scale {args.scale!r}")
+            raise ValueError(f"there is no scale {args.scale!r}: {'; '.join(without)}")
     options = ["--scale", args.scale, "--threads", str(args.threads)]
     options += ["--jobs", str(args.jobs)] if args.jobs is not None else []
     options += ["--retry"] if args.retry else []

@@ -81,7 +81,7 @@ def test_several_go_on_where_one_cannot_run(tmp_path, main, capsys):
     assert main("run", "all", "--scale", "paper") == 2
     captured = capsys.readouterr()
     assert "0 of 2 experiments are done" in captured.out
-    assert captured.err.count("error: it wants what is neither here nor below $DETECTRON2_DATASETS") == 2
+    assert captured.err.count(".yaml: it wants what is neither here nor below $DETECTRON2_DATASETS") == 2
     assert "nowhere/imagenet (ImageNet)" in captured.err and "elsewhere/imagenet (ImageNet)" in captured.err
     assert not list((tmp_path / "output").rglob("job.json"))
 
@@ -90,7 +90,7 @@ def test_several_go_on_where_one_cannot_run(tmp_path, main, capsys):
     ("arguments", "sentence"),
     [
         (["run", "P0.fig7", "--scale", "cpu"], "there is no experiment 'P0.fig7'; did you mean P0.fig5?"),
-        (["run", "P0.fig5", "--scale", "gpu"], "P0.fig5: there is no scale 'gpu'"),
+        (["run", "P0.fig5", "--scale", "gpu"], "there is no scale 'gpu': P0.fig5 has paper, cpu"),
         (["run", "P0.fig5", "--scale", "cpu", "--jobs", "0"], "--jobs must be 1 or more, got 0"),
         (["keep", "P0.fig5", "--scale", "gpu"], "it has no scale 'gpu': paper, cpu"),
     ],

@@ -370,7 +370,8 @@ def run_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, Me
     for name, each in found.items():
         if study.metrics[name].of in FIRST:  # which not to reach is no failure
             continue
-        what = f"no finite {study.metrics[name].label or name}: it diverged, or was not evaluated"
+        row = study.metrics[name].row or name
+        what = f"no finite {study.metrics[name].label or name}: it diverged, or metrics.json has no {row}"
         failed += [(variant, seed, what) for variant, summary in each.summaries.items() for seed in summary.diverged]
     if not failed:
         return []

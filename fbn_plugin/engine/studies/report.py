@@ -151,7 +151,9 @@ def _description(study: Study) -> list[Block]:
     blocks: list[Block] = []
     if study.source:
         what = " at the paper's scale" if study.scale == FULL_SCALE else ""
-        scale = f", reduced: the scale {study.scale} is not the paper's setting" if study.is_reduced else what
+        beyond = study.id.startswith("X.")  # of no paper
+        reduced = ", reduced" + ("" if beyond else f": the scale {study.scale} is not the paper's setting")
+        scale = reduced if study.is_reduced else what
         blocks.append(Paragraph((f"{study.source}{scale}.",)))
     paragraphs = [" ".join(each.split()) for each in study.description.split("\n\n")]
     return [*blocks, *(Paragraph((each,)) for each in paragraphs if each)]

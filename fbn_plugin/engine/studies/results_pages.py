@@ -27,7 +27,7 @@ from fbn_plugin.engine.studies.document import (
 )
 from fbn_plugin.engine.studies.figures import Figure, study_figures
 from fbn_plugin.engine.studies.findings import Numbers, p_text
-from fbn_plugin.engine.studies.kept import KEPT, kept_file
+from fbn_plugin.engine.studies.kept import kept_file
 from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, read_outcomes
 from fbn_plugin.engine.studies.report import docs_blocks, in_job_order
 from fbn_plugin.engine.studies.statistics import MetricStatistics, study_statistics
@@ -281,5 +281,4 @@ def _scale_blocks(experiment: Experiment) -> list[Block]:
         said = name if name == FULL_SCALE else f"{name}, reduced"
         rows.append([said, f"{jobs_of(each.study):,}", wanted, Mono(_command(experiment, name))])
     file = "/".join(experiment.path.parts[-3:])
-    kept = f", whose figures are kept in {KEPT.as_posix()}:"
-    return [Paragraph((f"{counted(len(rows) - 1, 'scale')} of ", Mono(file), kept)), Table(rows, (0, 2, 3))]
+    return [Paragraph((f"{counted(len(rows) - 1, 'scale')} of ", Mono(file), ":")), Table(rows, (0, 2, 3))]

@@ -29,7 +29,7 @@ from fbn_plugin.engine.studies.outcomes import Outcome
 from fbn_plugin.engine.studies.processes import Forks, NewProcesses, Process, Start, can_fork
 from fbn_plugin.engine.studies.status import ended_line, seconds_left
 from fbn_plugin.engine.studies.study_file import StudyFile
-from fbn_plugin.engine.studies.wanted_data import make_wanted
+from fbn_plugin.engine.studies.wanted_data import make_wanted, missing
 
 __all__ = ["Resources", "is_due", "outcomes_of", "resources", "run_study", "wants_gpu"]
 
@@ -134,6 +134,9 @@ def run_study(
             not there, or the disk is full.
         KeyboardInterrupt: a signal stopped it, after the jobs have saved.
     """
+    sentence = missing(study.wanted)
+    if sentence is not None and not os.path.isdir(output):
+        raise FileNotFoundError(f"study {study.path}: {sentence}")
     make_output_dir(output)
     hold(output)
     try:

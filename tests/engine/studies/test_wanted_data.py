@@ -26,10 +26,10 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):
         run_study(file, tmp_path / "out", tool(tmp_path), Resources(1), forks=False)
     sets = tmp_path / "sets"
     assert str(error.value) == (
-        f"it wants what is neither here nor below $DETECTRON2_DATASETS ({sets}): mnist (MNIST, from its page); "
-        "w.pth (weights)"
+        f"study {file.path}: it wants what is neither here nor below $DETECTRON2_DATASETS ({sets}): mnist (MNIST, from "
+        "its page); w.pth (weights)"
     )
-    assert not (tmp_path / "out/jobs").exists()
+    assert not (tmp_path / "out").exists()
     (sets / "mnist").mkdir(parents=True)
     (tmp_path / "w.pth").touch()
     assert missing(file.wanted) is None
