@@ -52,7 +52,7 @@ def test_one_crop_is_the_runs_own_evaluation(runs):
     )
     for name in ("top1", "top5", "loss"):
         assert figures[name] == pytest.approx(record[name], rel=1e-5)
-    assert found.iteration == 29 and record["top1"] > 20
+    assert found.iteration == 29 and 0 < record["top1"] < 100
 
 
 def test_probabilities_are_averaged_over_views(runs):
