@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fbn_plugin import internals
 from fbn_plugin.engine.files.words import counted
-from fbn_plugin.engine.run.lock import hold, let_go
-from fbn_plugin.engine.run.output_dir import make_output_dir
+from fbn_plugin.engine.run.lock import let_go
 from fbn_plugin.engine.studies.jobs import (
     EVALUATION,
     Job,
@@ -30,7 +29,7 @@ from fbn_plugin.engine.studies.jobs import (
 )
 from fbn_plugin.engine.studies.outcomes import Outcome
 from fbn_plugin.engine.studies.processes import NewProcesses, Process
-from fbn_plugin.engine.studies.running import Resources, is_due, wants_gpu
+from fbn_plugin.engine.studies.running import Resources, is_due, open_folder, wants_gpu
 from fbn_plugin.engine.studies.status import ended_line, seconds_left
 from fbn_plugin.engine.studies.study_file import StudyFile
 from fbn_plugin.engine.studies.wanted_data import make_wanted
@@ -108,8 +107,7 @@ def run_on_cluster(
         ValueError, OSError: as ``run_study``; an option or an executor that submitit does not take, or no submitit.
     """
     submitting = _executor(study, Path(output), shared, executor, options)
-    make_output_dir(output)
-    hold(output)
+    open_folder(study, output)
     try:
         jobs = all_jobs(study, output)
         check_settings(study, jobs)

@@ -31,7 +31,7 @@ from fbn_plugin.engine.studies.status import ended_line, seconds_left
 from fbn_plugin.engine.studies.study_file import StudyFile
 from fbn_plugin.engine.studies.wanted_data import make_wanted, missing
 
-__all__ = ["Resources", "is_due", "outcomes_of", "resources", "run_study", "wants_gpu"]
+__all__ = ["Resources", "is_due", "open_folder", "outcomes_of", "resources", "run_study", "wants_gpu"]
 
 _PAUSE = 0.05  # seconds between two looks at the jobs
 _PATIENCE = 120.0  # seconds in which a job that is asked to stop saves
@@ -134,11 +134,7 @@ def run_study(
             not there, or the disk is full.
         KeyboardInterrupt: a signal stopped it, after the jobs have saved.
     """
-    sentence = missing(study.wanted)
-    if sentence is not None and not os.path.isdir(output):
-        raise FileNotFoundError(f"study {study.path}: {sentence}")
-    make_output_dir(output)
-    hold(output)
+    open_folder(study, output)
     try:
         jobs = all_jobs(study, output)
         check_settings(study, jobs)
@@ -154,6 +150,19 @@ def run_study(
         return runner.outcomes
     finally:
         let_go(output)
+
+
+def open_folder(study: StudyFile, output: str | os.PathLike) -> None:
+    """Make a study's folder and hold it. One that is not there is not made where data that the study wants are missing.
+
+    Raises:
+        OSError: data are missing, another process runs the study, or the folder cannot be made.
+    """
+    sentence = missing(study.wanted)
+    if sentence is not None and not os.path.isdir(output):
+        raise FileNotFoundError(f"study {study.path}: {sentence}")
+    make_output_dir(output)
+    hold(output)
 
 
 def _start(study: StudyFile, script: Path, shared: Resources, forks: bool | None) -> Start:

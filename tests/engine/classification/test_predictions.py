@@ -20,10 +20,12 @@ from fbn_plugin.engine.run.checkpoint import load_file
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs that have learned something: of FBN and of BN."""
-    folder = tmp_path_factory.mktemp("runs")
+    """Two runs that have learned something: of FBN and of BN, in one thread, as how much depends on their number."""
+    folder, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
+    torch.set_num_threads(1)
     for norm in ("FBN", "BN"):
         train(folder / norm, MODEL__NORM=norm, SOLVER__MAX_ITER=30, SOLVER__BASE_LR=0.1)
+    torch.set_num_threads(threads)
     return folder
 
 
@@ -52,7 +54,7 @@ def test_one_crop_is_the_runs_own_evaluation(runs):
     )
     for name in ("top1", "top5", "loss"):
         assert figures[name] == pytest.approx(record[name], rel=1e-5)
-    assert found.iteration == 29 and 0 < record["top1"] < 100
+    assert found.iteration == 29 and record["top1"] > 20
 
 
 def test_probabilities_are_averaged_over_views(runs):
