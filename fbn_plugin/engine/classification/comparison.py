@@ -13,6 +13,7 @@ from fbn_plugin.engine.classification.datasets import build_data
 from fbn_plugin.engine.classification.evaluation import CONDITIONAL
 from fbn_plugin.engine.classification.final_evaluation import Conditional, conditional_studies
 from fbn_plugin.engine.classification.measures import Measures, measure
+from fbn_plugin.engine.classification.model import model_title
 from fbn_plugin.engine.classification.predictions import Checkpoint, Predictions, average, load_model, predict
 from fbn_plugin.engine.files.disk import atomic_write, remove_numbered, writing
 from fbn_plugin.engine.files.words import counted
@@ -67,9 +68,8 @@ class Comparison:
             told.append("The ensemble is the mean of the class probabilities of all checkpoints.")
         for checkpoint, found in zip(self.checkpoints, self.predictions):
             cfg = checkpoint.cfg
-            norm = cfg.MODEL.NORM or "its own norm"
             done = "" if found.iteration is None else f" after {found.iteration + 1:,} iterations"
-            told.append(f"{checkpoint.name}: {cfg.MODEL.NAME} with {norm}, {checkpoint.weights}{done}.")
+            told.append(f"{checkpoint.name}: {model_title(cfg)}, {checkpoint.weights}{done}.")
         for checkpoint, shown in zip(self.checkpoints, self.shown):
             told += [f"{checkpoint.name}: {sentence}" for sentence in _sentences(shown)]
         return told

@@ -18,7 +18,7 @@ from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.frameworks import timm_models
 from fbn_plugin.layers.description import describe, family
 
-__all__ = ["build_model", "check_image_size", "check_model_options", "create_model"]
+__all__ = ["build_model", "check_image_size", "check_model_options", "create_model", "model_title"]
 
 # Arguments of a model that have a key of their own, or are not for this tool.
 _OWN_KEYS = {
@@ -34,6 +34,19 @@ _NOT_OPTIONS = (
     *("cache_dir", "cfg", "exportable", "feature_cfg", "features_only", "no_jit", "out_indices", "pretrained_cfg"),
     *("model_name", "pretrained_cfg_overlay", "pretrained_filter_fn", "pretrained_strict", "scriptable"),
 )
+
+
+def model_title(cfg: CfgNode) -> str:
+    """A config's network, with its options, and its norm, for readers.
+
+    Examples::
+
+        >>> model = {"NAME": "resnet18_cifar", "OPTIONS": {"layers": [1, 1, 1, 1]}, "NORM": "FBN"}
+        >>> model_title(CfgNode({"MODEL": model}))
+        'resnet18_cifar(layers=[1, 1, 1, 1]) with FBN'
+    """
+    options = ", ".join(f"{name}={value!r}" for name, value in cfg.MODEL.OPTIONS.items())
+    return cfg.MODEL.NAME + (f"({options})" if options else "") + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
 
 
 def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:

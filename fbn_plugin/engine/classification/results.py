@@ -114,6 +114,7 @@ def write_results(
         **({} if data.test is None else {"test_images": len(data.test)}),
         "classes": len(data.classes),
         "model": cfg.MODEL.NAME,
+        "model_options": dict(cfg.MODEL.OPTIONS),
         "norm": cfg.MODEL.NORM or "the model's own",
         "norms": dict(Counter(entry.label for entry in summarize(model).entries)),
         "parameters": sum(each.numel() for each in model.parameters()),

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fbn_plugin.analysis.bands import measure_bands
 from fbn_plugin.engine.classification.data import build_val_loader
+from fbn_plugin.engine.classification.model import model_title
 from fbn_plugin.engine.data.image_data import ImageData
 from fbn_plugin.engine.run import stopping
 from fbn_plugin.engine.run.activation_files import ACTIVATIONS_FILE, band_figures, write_activations
@@ -71,8 +72,7 @@ class RunBands:
 
         measure = cfg.MEASURE
         found = measure_bands(self._model, loader, kernels=measure.KERNELS, watch=watch)
-        norm = f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else ""
-        model = f"{cfg.MODEL.NAME}{norm}"
+        model = model_title(cfg)
         after = f"{self._finished:,} iterations" if self._finished else "no training"
         write_activations(
             cfg.OUTPUT_DIR,

@@ -28,7 +28,7 @@ from fbn_plugin.engine.classification.final_evaluation import (
 )
 from fbn_plugin.engine.classification.losses import build_loss
 from fbn_plugin.engine.classification.measuring import Measuring, check_measured
-from fbn_plugin.engine.classification.model import build_model, check_image_size
+from fbn_plugin.engine.classification.model import build_model, check_image_size, model_title
 from fbn_plugin.engine.classification.optimization import PlateauSchedule, build_optimizer, build_scheduler
 from fbn_plugin.engine.classification.recalibration import check_statistics, recalibrate
 from fbn_plugin.engine.classification.results import write_results
@@ -255,9 +255,7 @@ class ClassificationTrainer:
 
     def describe(self, result: dict[str, float]) -> str:
         """One line that says what `result` was measured with and on."""
-        cfg = self.cfg
-        model = cfg.MODEL.NAME + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
-        line = f"{model} on {self.data.title}: {_figures(result)} ({self.evaluator.note})"
+        line = f"{model_title(self.cfg)} on {self.data.title}: {_figures(result)} ({self.evaluator.note})"
         if "test/top1" in result:
             kind = "averaged weights" if "test/averaged" in result else "weights"
             weights = f", {kind} of epoch {result['test/epoch']:.4g}" if "test/epoch" in result else ""

@@ -620,7 +620,7 @@ def _affine(
     """What normalizes a lane: mean, inverse deviation, weight and bias."""
     m = tl.load(moments_ptr + s, mask=exists, other=0.0)
     var = tl.load(moments_ptr + sets + s, mask=exists, other=1.0)
-    r = tl.div_rn(1.0, tl.sqrt_rn(var + eps))  # a card's own rsqrt is an approximation, and takes denormal numbers for 0
+    r = tl.div_rn(1.0, tl.sqrt_rn(var + eps))  # a card's own rsqrt is an approximation, and takes denormals for 0
     w, b = tl.zeros_like(m) + 1, tl.zeros_like(m)
     if weight_ptr is not None:
         w = tl.load(weight_ptr + channel, mask=exists, other=0.0).to(tl.float32)
