@@ -5,7 +5,7 @@ what that says, or why nothing was. All of it is made from the study files and f
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fbn_plugin.engine.files.disk import atomic_write
@@ -36,6 +36,7 @@ from fbn_plugin.engine.studies.svg import figure_file
 __all__ = ["KeptStudy", "read_kept", "render_results", "write_results"]
 
 _MOST_NAMED = 6  # variants in a cell of the table of all
+_NONE = "-"
 _NO_SCALE = "smoke"  # which is kept nowhere
 
 
@@ -54,7 +55,8 @@ class KeptStudy:
 
 
 def read_kept(catalog: Sequence[Experiment], root: str | os.PathLike) -> dict[tuple[str, str], KeptStudy]:
-    """What is kept of experiments: (id, scale) -> study.
+    """What is kept of experiments: (id, scale) -> study. What the paper says is taken from the study files as they are
+    now; what was run, from the day that it was kept.
 
     Raises:
         OSError, ValueError: a file is none of a study, or of another one; one sentence.
@@ -68,6 +70,8 @@ def read_kept(catalog: Sequence[Experiment], root: str | os.PathLike) -> dict[tu
             study, outcomes = read_outcomes(file)
             if (study.id, study.scale) != (each.study.id, scale):
                 raise ValueError(f"{file} is of {study.heading}, and not of {each.study.id} at the scale {scale}")
+            now = each.scales[scale].study
+            study = replace(study, title=now.title, source=now.source, printed=now.printed, claims=now.claims)
             found[each.id, scale] = KeptStudy(file.relative_to(root).as_posix(), study, outcomes)
     return found
 
@@ -156,8 +160,7 @@ def _index_table(
         rows += [_kept_row(each, scale, kept[each.id, scale], statistics[each.id, scale]) for scale in mine]
         if not mine:
             scale = _scale_to_run(each)
-            study = each.scales[scale].study
-            printed = _figures(study, _main_metric(study), None)
+            printed = _printed(each, each.scales[scale].study)
             why = f"not run: {_why_not(each, scale)}"
             rows.append([_link(each), each.study.title, "-", printed, "-", "-", "-", why, Mono(_command(each, scale))])
     return Table(rows, (0, 1, 2, 3, 4, 7, 8))
@@ -182,13 +185,12 @@ def _kept_row(
 ) -> list[Inline]:
     study = kept.study
     verdicts = check_claims(study, found)
-    metric = _main_metric(study)
     return [
         _link(experiment),
         study.title,
         f"{scale}{', reduced' * study.is_reduced}{', conditional' * bool(study.conditional)}",
-        _figures(study, metric, None),
-        _figures(study, metric, found),
+        _printed(experiment, study),
+        _figures(study, _main_metric(study), found),
         str(len(set(study.seeds))),
         _p_range(verdicts),
         Strong(_verdict(verdicts)) if verdicts else "no claim",
@@ -210,6 +212,12 @@ def _main_metric(study: Study) -> str:
     return next((name for name in study.metrics if name in told), next(iter(study.metrics)))
 
 
+def _printed(experiment: Experiment, study: Study) -> str:
+    """The paper's figures of the variants of a scale; where it has none of the paper's, those of the paper's scale."""
+    texts = (_figures(each, _main_metric(each), None) for each in (study, experiment.study))
+    return next((text for text in texts if text != _NONE), _NONE)
+
+
 def _figures(study: Study, name: str, found: Mapping[str, MetricStatistics] | None) -> str:
     """Figures of the variants of which something is printed or claimed: those printed, or those found."""
     claimed = [one for each in study.claims if each.metric == name for one in (each.variant, each.baseline)]
@@ -222,7 +230,7 @@ def _figures(study: Study, name: str, found: Mapping[str, MetricStatistics] | No
         numbers, summaries = Numbers(found[name]), found[name].summaries
         parts = [f"{each}: {numbers.spread(summaries[each].mean, summaries[each].sd)}" for each in named]
     if not parts:
-        return "-"
+        return _NONE
     more = len(parts) - _MOST_NAMED
     shown = "; ".join(parts[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
     return f"{shown} ({unit})" if unit else shown

@@ -65,6 +65,22 @@ def kept_at(root, experiment, scale, means):
     keep_study(study, outcomes, kept_file(root, experiment.path, scale))
 
 
+def test_what_a_paper_says_is_read_from_the_study_file_of_today(catalog, tmp_path):
+    kept_at(tmp_path, catalog[0], "cpu", {"BN": 70.0, "FBN": 60.0})
+    described = catalog[0].scales["cpu"]
+    claims, printed = [Claim("lower", "top1", "FBN", "BN")], {"top1": {"BN": Printed(71.0)}}
+    study = dataclasses.replace(described.study, claims=claims, printed=printed, description="other words")
+    catalog[0].scales["cpu"] = dataclasses.replace(described, study=study)
+    kept = read_kept(catalog, tmp_path)["P0.fig5", "cpu"].study
+    assert (kept.claims, kept.printed, kept.description) == (claims, printed, described.study.description)
+    row = next(
+        line
+        for line in render_results(catalog, read_kept(catalog, tmp_path))["index.md"].decode().splitlines()
+        if "P0.fig5" in line
+    )
+    assert "BN: 71 (%)" in row and "**reproduced: 1 of 1 claim reproduced**" in row
+
+
 def test_an_index_of_all_with_verdicts_and_reasons(catalog, tmp_path):
     kept_at(tmp_path, catalog[0], "cpu", {"BN": 70.0, "FBN": 60.0})
     files = render_results(catalog, read_kept(catalog, tmp_path))
