@@ -25,7 +25,7 @@ from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.cli import UserError, error_sentence
 from fbn_plugin.engine.run.output_dir import last_checkpoint
 from fbn_plugin.engine.run.states import check_like, check_states
-from fbn_plugin.engine.run.weights import refuse_foreign, refuse_misfit
+from fbn_plugin.engine.run.weights import refuse_foreign, refuse_misfit, refuse_not_a_number
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,10 @@ class AtomicSaving:
         self._path = path
         self._strict = checkpointables is None if strict is None else strict
         self._wanted = [*self.checkpointables] if checkpointables is None else checkpointables
-        return super().load(path, checkpointables)
+        content = super().load(path, checkpointables)
+        if path:
+            refuse_not_a_number(f"checkpoint {path}", self.model)
+        return content
 
     def check_content(self, content: dict[str, Any]) -> dict[str, Any]:
         """What was read, if it has what is to be loaded from it; called before any of it is used.

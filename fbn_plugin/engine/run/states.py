@@ -163,6 +163,8 @@ def _check_value(name: str, parameter: Tensor, given: Any) -> None:
             fits = len(shape) < len(whole) and all(size in whole for size in shape)
         fits = fits and given.is_floating_point() == parameter.is_floating_point()
         _want(fits or given.numel() == 1, name, f"a tensor of shape {whole}", given)
+        if not given.isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity in it")
     elif isinstance(given, list):  # such as factors of a matrix for each dimension
         fits = all(each is None or isinstance(each, Tensor) for each in given)
         _want(fits, name, "a tensor, a number or a list of tensors", given)

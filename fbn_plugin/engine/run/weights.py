@@ -15,7 +15,7 @@ from fbn_plugin.adapters import load_adapters
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.layers.description import family
 
-__all__ = ["loading_report", "refuse_foreign", "refuse_misfit"]
+__all__ = ["loading_report", "refuse_foreign", "refuse_misfit", "refuse_not_a_number"]
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -95,6 +95,26 @@ def refuse_foreign(file: str, loaded: Collection[str], unused: Collection[str]) 
     """
     if not any(name.endswith("weight") for name in loaded):
         raise ValueError(f"{file} has no weight of this model; its entries are {_first(unused) or 'none'}")
+
+
+def refuse_not_a_number(file: str, model: nn.Module) -> None:
+    """Refuse weights that a run left which had diverged: nothing follows from them but NaN.
+
+    Args:
+        file: where they are from, for the sentence.
+        model: that has just loaded them.
+
+    Raises:
+        ValueError: a parameter, or a running statistic, holds NaN.
+    """
+    statistics = (
+        (name, each) for name, each in model.named_buffers() if name.endswith(("running_mean", "running_var"))
+    )
+    found = [name for name, each in (*model.named_parameters(), *statistics) if each.isnan().any()]
+    if found:
+        raise ValueError(
+            f"{file} holds NaN in {counted(len(found), 'tensor')}, such as {found[0]}: its run had diverged"
+        )
 
 
 def _statistics(norms: dict[str, nn.Module], loaded: set[str], unused: Collection[str]) -> str:

@@ -7,7 +7,7 @@ from torch import nn
 
 from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.config import CfgNode
-from fbn_plugin.engine.run.weights import loading_report, refuse_foreign, refuse_misfit
+from fbn_plugin.engine.run.weights import loading_report, refuse_foreign, refuse_misfit, refuse_not_a_number
 from fbn_plugin.engine.torchvision import detectron2_weights
 from fbn_plugin.models.mask_rcnn import load_backbone
 
@@ -59,6 +59,7 @@ class StartingWeights:
         """
         file = f"MODEL.WEIGHTS {self.source}"
         loaded, left = self._load_backbone(model, file) if self.is_backbone else self._load_all(model, file, strict)
+        refuse_not_a_number(file, model)
         return loading_report(file, model, loaded, [*left, *self.unused])
 
     def _load_backbone(self, model: nn.Module, file: str) -> tuple[set[str], list[str]]:

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, read without running code, resumed only into the same model."""
 
+import math
 import os
 import random
 import re
@@ -75,6 +76,19 @@ def test_resuming_wants_the_same_model_and_loading_weights_does_not(tmp_path):
         AtomicCheckpointer(nn.Linear(2, 2)).load(str(tmp_path / "model_9.pth"))
     with pytest.raises(FileNotFoundError, match="is a folder; name a file in it"):
         AtomicCheckpointer(nn.Linear(2, 2)).load(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_var"])
+def test_weights_of_a_run_that_had_diverged(tmp_path, name):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model.state_dict()[name].view(-1)[0] = math.nan
+    AtomicCheckpointer(model, str(tmp_path)).save("model_0")
+    sentence = f"model_0.pth holds NaN in 1 tensor, such as {name}: its run had diverged"
+    for wanted in ([], None):  # weights to start from or to evaluate, and a run that goes on
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            AtomicCheckpointer(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))).load(
+                str(tmp_path / "model_0.pth"), wanted
+            )
 
 
 def test_random_states_come_back(tmp_path):

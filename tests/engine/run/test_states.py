@@ -61,6 +61,7 @@ ODD = [
     ("optimizer.state.0.momentum_buffer", torch.ones(2, 3, 1), "momentum_buffer of parameter 0"),
     ("optimizer.state.0.momentum_buffer", "much", "must be a tensor .*got 'much'"),
     ("optimizer.state.0.momentum_buffer", math.nan, "got nan"),
+    ("optimizer.state.0.momentum_buffer", torch.full((2, 3), math.nan), "of parameter 0 must be finite"),
     ("optimizer.param_groups", [], r"its groups have \[\] parameters, this run's \[2, 2\]"),
     ("optimizer.param_groups", {}, "param_groups must be a list"),
     ("optimizer.param_groups.0", 3, r"\['no', 2\] parameters"),
