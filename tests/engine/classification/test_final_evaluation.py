@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from processes import run_processes
 from tiny_classification import config, train
 from torch.utils.data import TensorDataset
 
@@ -161,6 +162,20 @@ def test_evaluation_alone(runs, tmp_path):
     trainer.write_evaluation(result)
     assert "final/spread/top1" in json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
     assert "batch batches: top-1" in trainer.describe(result)
+
+
+def test_two_processes_measure_what_one_does(runs, tmp_path):
+    keys = {**LEARNS, **WANTED, "MODEL__WEIGHTS": runs / "plain/model_final.pth"}
+
+    def evaluate(_=0):
+        trainer = ClassificationTrainer(config(tmp_path / "out", **keys), eval_only=True)
+        trainer.checkpointer.load(str(runs / "plain/model_final.pth"), [], strict=True)
+        return trainer.evaluate()
+
+    one, two = evaluate(), run_processes(evaluate, 2, tmp_path)
+    assert two[0] == two[1] and two[0].keys() == one.keys()
+    assert {name for name in one if name.startswith("final/")} >= {"final/population/top1", "final/spread/top1"}
+    assert two[0] == pytest.approx(one, rel=1e-4)
 
 
 def test_a_model_that_has_learned_nothing_is_not_lost(tmp_path, monkeypatch):
