@@ -87,6 +87,13 @@ def test_what_was_not_run_and_why():
     pair = Claim("higher", AP, "FBN, T=3", "BN")
     assert verdict(dataclasses.replace(pair, metric="top1")).why == "this scale does not measure top1"
     assert verdict(dataclasses.replace(pair, variant="IN")).why == "this scale has no IN"
+    of_levels = dataclasses.replace(
+        study_of(pair), factors={"norm": ["BN"]}, claims=[dataclasses.replace(pair, variant="IN")]
+    )
+    of_levels = dataclasses.replace(
+        of_levels, variants={f"{each}, batch 2": one for each, one in of_levels.variants.items()}
+    )
+    assert check_claims(of_levels, {AP: None})[0].why == "this scale has no IN"  # and BN is a level that it has
     printed = verdict(Claim("printed", AP, "BN", value=60.0), scale="cpu")
     assert (printed.verdict, printed.why) == ("not run", "only the paper's scale can tell")
     study = study_of(pair)
