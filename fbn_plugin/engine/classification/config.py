@@ -75,6 +75,8 @@ LINEAR_RULE = ScaledKeys(
 _MODEL = {
     "NAME": "resnet50",  # a timm model, or one of fbn_plugin.models
     "NORM": "",  # spec of the norm in place of the model's batch normalization, "FBN(t_sigma=4)"; "": unchanged
+    # Layers, by name or pattern ("layer1.*"), in which NORM stands; (): in all. Elsewhere the model keeps its own.
+    "NORM_LAYERS": (),
     "PRETRAINED": False,  # start from timm's weights
     "WEIGHTS": "",  # start from, or with --eval-only evaluate, this checkpoint (timm's, too) or state dict
     # Batches of training images that the norms of pretrained weights are fitted to before training; 0: none.
@@ -320,6 +322,8 @@ def check_config(cfg: CfgNode) -> None:
     check_values(cfg, _RULES)
     check_values(cfg, _dependent_rules(cfg))
     check_norms({"MODEL.NORM": cfg.MODEL.NORM})
+    if cfg.MODEL.NORM_LAYERS and not cfg.MODEL.NORM:
+        raise refusal("MODEL.NORM_LAYERS", "empty without MODEL.NORM", cfg.MODEL.NORM_LAYERS)
     check_loggers(cfg.LOGGERS)
     check_model_options(cfg)
     optimizer_arguments(cfg)

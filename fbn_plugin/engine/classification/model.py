@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -41,12 +42,14 @@ def model_title(cfg: CfgNode) -> str:
 
     Examples::
 
-        >>> model = {"NAME": "resnet18_cifar", "OPTIONS": {"layers": [1, 1, 1, 1]}, "NORM": "FBN"}
+        >>> model = {"NAME": "resnet18_cifar", "OPTIONS": {"layers": [1, 1, 1, 1]}, "NORM": "FBN", "NORM_LAYERS": ()}
         >>> model_title(CfgNode({"MODEL": model}))
         'resnet18_cifar(layers=[1, 1, 1, 1]) with FBN'
     """
     options = ", ".join(f"{name}={value!r}" for name, value in cfg.MODEL.OPTIONS.items())
-    return cfg.MODEL.NAME + (f"({options})" if options else "") + (f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else "")
+    norm = f" with {cfg.MODEL.NORM}" if cfg.MODEL.NORM else ""
+    norm += f" in {', '.join(cfg.MODEL.NORM_LAYERS)}" if cfg.MODEL.NORM_LAYERS else ""
+    return cfg.MODEL.NAME + (f"({options})" if options else "") + norm
 
 
 def create_model(name: str, norm: str = "", **kwargs) -> nn.Module:
@@ -77,12 +80,14 @@ def _timm_model(name: str, **kwargs) -> nn.Module:
         raise ValueError(f"timm cannot build {name!r}: {str(error).rstrip('.')}{hint}") from error
 
 
-def _with_norm(model: nn.Module, name: str, norm: str, pretrained: bool = False, **kwargs) -> nn.Module:
+def _with_norm(
+    model: nn.Module, name: str, norm: str, pretrained: bool = False, layers: Sequence[str] = (), **kwargs
+) -> nn.Module:
     old = {module for module in model.modules() if isinstance(module, _BatchNorm)}
     if not old:
         raise ValueError(f"{name} has no batch normalization that {norm} could replace")
-    model = convert_norm(model, norm)
-    if left := [type(module).__name__ for module in model.modules() if module in old]:
+    model = convert_norm(model, norm, include=layers or None)
+    if not layers and (left := [type(module).__name__ for module in model.modules() if module in old]):
         number = counted(len(left), "norm")
         raise ValueError(f"{number} of {name} cannot be replaced by {norm}, the first is a {left[0]}")
     return model if pretrained else apply_gamma_init(model)
@@ -102,8 +107,8 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
         with named("MODEL.PRETRAINED" if pretrained and name in timm.list_models() else "MODEL.NAME"):
             raise
     if cfg.MODEL.NORM:
-        with named("MODEL.NORM"):
-            model = _with_norm(model, name, cfg.MODEL.NORM, pretrained)
+        with named("MODEL.NORM" + " with NORM_LAYERS" * bool(cfg.MODEL.NORM_LAYERS)):
+            model = _with_norm(model, name, cfg.MODEL.NORM, pretrained, cfg.MODEL.NORM_LAYERS)
     if cfg.MODEL.REVISED_INIT:
         revised_init(model)
     if cfg.INPUT.NORM_GAMMA_INIT:

@@ -77,7 +77,8 @@ def recalibrate(
     count = cfg.MODEL.RECALIBRATE
     try:
         if cfg.MODEL.NORM:
-            source = convert_norm(source, cfg.MODEL.NORM, recalibrate=islice(batches, count))
+            layers = cfg.MODEL.NORM_LAYERS or None
+            source = convert_norm(source, cfg.MODEL.NORM, include=layers, recalibrate=islice(batches, count))
         else:
             update_population_stats(source.train(), batches, count)
     except ValueError as error:
@@ -93,7 +94,7 @@ def recalibrate(
 
 def _with_own_norms(cfg: CfgNode, model: nn.Module, num_classes: int) -> nn.Module:
     """The pretrained model before its norms were converted, on the device of ``model``."""
-    source = build_model(with_value(cfg, "MODEL.NORM", ""), num_classes)
+    source = build_model(with_value(with_value(cfg, "MODEL.NORM", ""), "MODEL.NORM_LAYERS", ()), num_classes)
     if cfg.MODEL.WEIGHTS:
         ClassifierCheckpointer(source, "", cfg.MODEL.RESET_CLASSIFIER).load(cfg.MODEL.WEIGHTS, [], strict=False)
     entries = source.state_dict()  # a new classifier is the model's

@@ -116,6 +116,7 @@ def write_results(
         "model": cfg.MODEL.NAME,
         "model_options": dict(cfg.MODEL.OPTIONS),
         "norm": cfg.MODEL.NORM or "the model's own",
+        "norm_layers": list(cfg.MODEL.NORM_LAYERS),
         "norms": dict(Counter(entry.label for entry in summarize(model).entries)),
         "parameters": sum(each.numel() for each in model.parameters()),
         "trained_parameters": sum(each.numel() for each in model.parameters() if each.requires_grad),

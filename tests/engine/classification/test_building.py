@@ -1,5 +1,6 @@
 """Models from a config: arguments of their builders, and what is refused before a run, or of a file of weights."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from fbn_plugin.engine.classification.config import check_config, classification_config
-from fbn_plugin.engine.classification.model import build_model
+from fbn_plugin.engine.classification.model import build_model, model_title
 from fbn_plugin.engine.classification.trainer import ClassificationTrainer
 from fbn_plugin.engine.run import distributed
 from fbn_plugin.engine.run.config import load_config
@@ -39,6 +40,30 @@ def test_options_of_models():
     assert any(type(module).__name__ == "DropBlock2d" for module in model.modules())
     rates = [module.drop_prob for module in model.modules() if type(module).__name__ == "DropPath"]
     assert rates and max(rates) == pytest.approx(0.2)
+
+
+def test_a_norm_in_some_layers():
+    resnet = {"MODEL__NAME": "resnet10t", "MODEL__NORM": "FBN(t_sigma=2)"}
+    every, some = norms(build_model(config(**resnet), 10)), config(**resnet, MODEL__NORM_LAYERS="('layer1', '*.bn2')")
+    model = build_model(some, 10)
+    assert norms(model) == [name for name in every if name.startswith("layer1.") or name.endswith(".bn2")]
+    others = {type(module) for name, module in model.named_modules() if name in set(every) - set(norms(model))}
+    assert others and not any("Filtered" in each.__name__ for each in others)
+    assert model_title(some) == "resnet10t with FBN(t_sigma=2) in layer1, *.bn2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"MODEL__NORM_LAYERS": "('layer9',)"}, "MODEL.NORM with NORM_LAYERS: include='layer9' names no norm"),
+        ({"MODEL__NORM_LAYERS": "('fc1',)", "MODEL__NORM": ""}, "MODEL.NORM_LAYERS must be empty without MODEL.NORM"),
+    ],
+)
+def test_layers_that_are_none(overrides, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        cfg = config(**overrides)
+        check_config(cfg)
+        build_model(cfg, 10)
 
 
 @pytest.mark.parametrize(
