@@ -132,4 +132,4 @@ def test_a_process_with_threads_is_not_forked_from(tmp_path):
         "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
     )
     with pytest.raises(RuntimeError, match="has 2 threads"):
-        Forks(tool(tmp_path), ["threads"], {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+        Forks(tool(tmp_path), ["threads"], {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"})
