@@ -1,9 +1,11 @@
-"""Numbers of things, and values, in the sentences that tools print."""
+"""Numbers of things, values, and what was meant, in the sentences that tools print."""
 
+import difflib
 import os
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["counted", "on_one_line", "shown", "shown_path"]
+__all__ = ["counted", "hint", "on_one_line", "shown", "shown_path"]
 
 _PLURALS = {
     "batch": "batches",
@@ -25,6 +27,13 @@ def counted(number: int, what: str) -> str:
         return f"{number:,} {what}"
     before, space, noun = what.rpartition(" ")
     return f"{number:,} {before}{space}{_PLURALS.get(noun, noun + 's')}"
+
+
+def hint(given: Any, known: Iterable[str]) -> str:
+    """``; did you mean 'SEEDS'?``, or nothing where no known name is near."""
+    lower = {name.lower(): name for name in known}
+    nearest = difflib.get_close_matches(str(given).lower(), lower, n=1)
+    return f"; did you mean {lower[nearest[0]]!r}?" if nearest else ""
 
 
 def shown(value: Any, most: int = 200) -> str:

@@ -4,11 +4,11 @@ that refuses a value: "KEY must be ..., got ...".
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fbn_plugin.engine.files.words import shown
+from fbn_plugin.engine.files.words import hint, shown
 from fbn_plugin.registry import matching_names, parse_spec
 
 __all__ = [
@@ -47,10 +47,12 @@ class Rule:
     Attributes:
         what: in words, behind "must be".
         accepts: whether a value is that.
+        names: that are accepted, of which the one that is near to a wrong name is told.
     """
 
     what: str
     accepts: Callable[[Any], bool]
+    names: Sequence[str] = ()
 
 
 def refusal(key: str, what: str, value: Any) -> ValueError:
@@ -88,7 +90,7 @@ def check_values(cfg: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
         except TypeError:
             accepted = False
         if not accepted:
-            raise refusal(key, rule.what, value)
+            raise ValueError(f"{refusal(key, rule.what, value)}{hint(value, rule.names)}")
 
 
 def check_norms(norms: Mapping[str, str], parse: Callable[[str], Any] = parse_spec) -> None:
@@ -118,7 +120,8 @@ def exactly(value: Any, reason: str = "") -> Rule:
 
 def one_of(*values: Any) -> Rule:
     """One of a few values."""
-    return Rule(f"one of {', '.join(map(repr, values))}", lambda given: given in values)
+    names = [each for each in values if isinstance(each, str) and each]
+    return Rule(f"one of {', '.join(map(repr, values))}", lambda given: given in values, names)
 
 
 def at_least(least: float, most: float = math.inf) -> Rule:

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fbn_plugin.engine.files.words import shown
+from fbn_plugin.engine.files.words import hint, shown
 from fbn_plugin.engine.studies.claims import ABOUT_NUMBERS, ABOUT_PAIRS, KINDS
 from fbn_plugin.engine.studies.comparing import Comparing
 from fbn_plugin.engine.studies.outcomes import Claim, Comparison, Printed, Variant
-from fbn_plugin.engine.studies.study_keys import check_kinds, group, hint, number
+from fbn_plugin.engine.studies.study_keys import check_kinds, group, number
 
 __all__ = ["Names", "comparisons_of", "read_claims", "read_printed"]
 

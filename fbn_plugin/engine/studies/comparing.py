@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fbn_plugin.engine.files.words import counted, shown
+from fbn_plugin.engine.files.words import counted, hint, shown
 from fbn_plugin.engine.studies.outcomes import Comparison, Variant
-from fbn_plugin.engine.studies.study_keys import check_key, hint
+from fbn_plugin.engine.studies.study_keys import check_key
 
 __all__ = ["Comparing", "variant_name"]
 

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from fbn_plugin.engine.files.words import counted, shown
+from fbn_plugin.engine.files.words import counted, hint, shown
 from fbn_plugin.engine.studies.outcomes import Metric
 from fbn_plugin.engine.studies.run_figures import AT, FIRST, PICKS
-from fbn_plugin.engine.studies.study_keys import check_kinds, group, hint
+from fbn_plugin.engine.studies.study_keys import check_kinds, group
 
 if TYPE_CHECKING:
     from fbn_plugin.engine.studies.engines import Engine

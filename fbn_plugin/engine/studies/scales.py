@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fbn_plugin.engine.files.words import shown
-from fbn_plugin.engine.studies.study_keys import check_kinds, flat, group, hint
+from fbn_plugin.engine.files.words import hint, shown
+from fbn_plugin.engine.studies.study_keys import check_kinds, flat, group
 
 __all__ = ["KEYS_OF_A_SCALE", "at_scale", "folder_name", "scales_of"]
 

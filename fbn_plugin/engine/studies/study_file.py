@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fbn_plugin.engine.files.words import counted, shown
+from fbn_plugin.engine.files.words import counted, hint, shown
 from fbn_plugin.engine.files.yaml_file import read_yaml
 from fbn_plugin.engine.run.cli import error_sentence
 from fbn_plugin.engine.run.run_folder import norm_label
@@ -23,7 +23,7 @@ from fbn_plugin.engine.studies.metric_keys import metric_names, read_metrics_key
 from fbn_plugin.engine.studies.outcomes import Combination, Study, Variant
 from fbn_plugin.engine.studies.scales import at_scale, scales_of
 from fbn_plugin.engine.studies.seeds import SEED_RULES, config_seed, parse_seeds
-from fbn_plugin.engine.studies.study_keys import check_key, check_kinds, flat, group, hint
+from fbn_plugin.engine.studies.study_keys import check_key, check_kinds, flat, group
 from fbn_plugin.engine.studies.wanted_data import Wanted, read_wanted
 
 __all__ = ["KEEP", "Described", "StudyFile", "read_study", "read_study_alone"]

@@ -1,13 +1,12 @@
 """What all parts of a study file are checked by: known keys, groups of them, values of a kind."""
 
-import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from fbn_plugin.engine.files.words import shown
+from fbn_plugin.engine.files.words import hint, shown
 
-__all__ = ["check_key", "check_kinds", "flat", "group", "hint", "number"]
+__all__ = ["check_key", "check_kinds", "flat", "group", "number"]
 
 
 def check_key(what: str, key: str, known: Mapping[str, Any]) -> None:
@@ -33,13 +32,6 @@ def check_kinds(where: str, given: Mapping[str, Any], kinds: Mapping[str, type],
             raise ValueError(f"{key} of {where} must be of type {kind.__name__}, got {shown(value)}")
         if kind is float:
             number(f"{key} of {where}", value)
-
-
-def hint(given: Any, known: Sequence[str]) -> str:
-    """``; did you mean 'SEEDS'?``, or nothing where no known name is near."""
-    lower = {name.lower(): name for name in known}
-    nearest = difflib.get_close_matches(str(given).lower(), lower, n=1)
-    return f"; did you mean {lower[nearest[0]]!r}?" if nearest else ""
 
 
 def group(where: str, given: Any, example: str = "{MODEL.NORM: FBN}") -> dict[str, Any]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fbn_plugin.engine.files.words import shown
+from fbn_plugin.engine.files.words import hint, shown
 from fbn_plugin.engine.studies.made_data import MADE
-from fbn_plugin.engine.studies.study_keys import check_kinds, group, hint
+from fbn_plugin.engine.studies.study_keys import check_kinds, group
 
 __all__ = ["Wanted", "is_there", "make_wanted", "missing", "read_wanted"]
 

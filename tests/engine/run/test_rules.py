@@ -61,6 +61,8 @@ def test_a_value_is_refused_in_one_sentence():
         check_values(cfg, {"A.C": above(0)})
     with pytest.raises(ValueError, match="^A.B must be 3 with A.C, got 1$"):
         check_values(cfg, {"A.B": exactly(3, "with A.C")})
+    with pytest.raises(ValueError, match="^A.C must be one of 'few', 'any', got 'many'; did you mean 'any'[?]$"):
+        check_values(cfg, {"A.C": one_of("few", "any")})
 
 
 def test_norms_are_named_by_their_keys():
