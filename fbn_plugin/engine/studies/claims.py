@@ -101,9 +101,7 @@ def _check(study: Study, claim: Claim, found: Mapping[str, MetricStatistics]) ->
         return ClaimVerdict(claim, "not run", f"this scale does not measure {claim.metric}")
     variants = [each for each in (claim.variant, claim.baseline) if each]
     if left_out := [each for each in variants if each not in study.variants]:
-        levels = {
-            level for factor in study.factors.values() for level in factor
-        }  # of a claim about some that it has not
+        levels = {level for factor in study.factors.values() for level in factor}
         unknown = [each for each in left_out if each not in levels] or left_out
         return ClaimVerdict(claim, "not run", f"this scale has no {' and no '.join(unknown)}")
     if claim.kind == "printed" and study.scale != FULL_SCALE:
