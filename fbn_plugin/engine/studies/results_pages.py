@@ -4,7 +4,7 @@ what that says, or why nothing was. All of it is made from the study files and f
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,7 +106,8 @@ _READING = (
     "Each row is one study: variants of a config, each run with several seeds. Verdicts are over what the paper "
     "claims: reproduced, not reproduced and inconclusive (the seeds do not tell the variants apart) are as its page "
     "says. A reduced scale is not the paper's setting, and its figures are not to be held against the printed ones. p: "
-    "of the claims, adjusted. Negative results stand here as others do."
+    "of the claims, adjusted. With many variants, the least and the greatest figure of each that is compared, over all "
+    "else that the study varies; its page has each. Negative results stand here as others do."
 )
 
 
@@ -219,21 +220,45 @@ def _printed(experiment: Experiment, study: Study) -> str:
 
 
 def _figures(study: Study, name: str, found: Mapping[str, MetricStatistics] | None) -> str:
-    """Figures of the variants of which something is printed or claimed: those printed, or those found."""
+    """Figures of the variants of which something is printed or claimed: those printed, or those found. Of many that are
+    a product of factors, the least and the greatest at each level of what is compared."""
     claimed = [one for each in study.claims if each.metric == name for one in (each.variant, each.baseline)]
     printed = study.printed.get(name, {})
     named = [each for each in study.variants if each in printed or each in claimed] or list(study.variants)
-    unit = study.metrics[name].unit
     if found is None:
-        parts = [f"{each}: {printed_text(printed[each])}" for each in named if each in printed]
+        named = [each for each in named if each in printed]
+        texts = {each: printed_text(printed[each]) for each in named}
+        values = {each: printed[each].value for each in named}
+        show = "{:,g}".format
     else:
         numbers, summaries = Numbers(found[name]), found[name].summaries
-        parts = [f"{each}: {numbers.spread(summaries[each].mean, summaries[each].sd)}" for each in named]
-    if not parts:
+        texts = {each: numbers.spread(summaries[each].mean, summaries[each].sd) for each in named}
+        values = {each: summaries[each].mean for each in named if summaries[each].mean is not None}
+        show = numbers.plain
+    if len(named) > _MOST_NAMED and study.factors:
+        texts = _ends_by_level(study, values, show)
+    if not texts:
         return _NONE
+    parts = [f"{each}: {text}" for each, text in texts.items()]
     more = len(parts) - _MOST_NAMED
     shown = "; ".join(parts[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    unit = study.metrics[name].unit
     return f"{shown} ({unit})" if unit else shown
+
+
+def _ends_by_level(study: Study, values: Mapping[str, float], show: Callable[[float], str]) -> dict[str, str]:
+    """Level of what is compared -> the least and the greatest value of its variants."""
+    factor = next(iter(study.factors))
+    for each in study.comparisons[:1]:
+        one, other = (study.variants[name].levels for name in (each.variant, each.baseline))
+        factor = next((name for name in study.factors if one[name] != other[name]), factor)
+    texts = {}
+    for level in study.factors[factor]:
+        mine = [value for each, value in values.items() if study.variants[each].levels[factor] == level]
+        if mine:
+            ends = dict.fromkeys((show(min(mine)), show(max(mine))))
+            texts[level] = " to ".join(ends)
+    return texts
 
 
 def _p_range(verdicts: Sequence[ClaimVerdict]) -> str:

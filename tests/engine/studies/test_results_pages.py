@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from synthetic_study import TOP1, draw, plain_study
+from synthetic_study import TOP1, draw, plain_study, product_study
 
 pytest.importorskip("scipy", reason="scipy is not installed")
 from fbn_plugin.engine.studies import statistics
@@ -63,6 +63,19 @@ def kept_at(root, experiment, scale, means):
     study = experiment.scales[scale].study
     outcomes = draw(study, sd=0.1, mean=lambda levels, name: means[name])
     keep_study(study, outcomes, kept_file(root, experiment.path, scale))
+
+
+def test_many_variants_are_told_by_what_is_compared(catalog, tmp_path):
+    study = product_study(norms=("BN", "FBN"), batches=("2", "4", "8", "16"), sets=("one",), seeds=4)
+    study = dataclasses.replace(study, id="P0.fig5", scale="cpu", factors=dict(reversed(study.factors.items())))
+    catalog[0].scales["cpu"] = dataclasses.replace(catalog[0].scales["cpu"], study=study)
+    means = {"2": 60.0, "4": 63.0, "8": 70.0, "16": 66.0}
+    outcomes = draw(study, sd=0.01, mean=lambda levels, _: means[levels["batch"]] + 10 * (levels["norm"] == "FBN"))
+    keep_study(study, outcomes, kept_file(tmp_path, catalog[0].path, "cpu"))
+    index = render_results(catalog, read_kept(catalog, tmp_path))["index.md"].decode()
+    cell = next(line for line in index.splitlines() if "P0.fig5" in line).split("|")[5].strip()
+    ends = [float(number) for number in re.fullmatch(r"BN: (.+) to (.+); FBN: (.+) to (.+) \(%\)", cell).groups()]
+    assert ends == pytest.approx([60, 70, 70, 80], abs=2)
 
 
 def test_what_a_paper_says_is_read_from_the_study_file_of_today(catalog, tmp_path):
