@@ -48,7 +48,8 @@ COLORS = (
 MARKS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
 DASHES = ("", "6 3", "2 2")
 
-_LETTER = 6.3  # a letter's width at 11 pixels, rather too much than too little
+# The widths of letters at 11 pixels, rather too much than too little.
+_LETTER, _CAPITAL, _WIDE = 6.3, 8.2, 11.0
 _LINE = 14
 
 
@@ -192,13 +193,18 @@ def _title(text: str, width: float) -> tuple[list[str], float]:
     return [_text(8, 16 + 16 * i, line, "title") for i, line in enumerate(lines)], 16 * len(lines)
 
 
+def _width_of(text: str) -> float:
+    """Pixels that a text takes."""
+    return sum(_WIDE if each in "MW@%" else _CAPITAL if each.isupper() else _LETTER for each in text)
+
+
 def _lines(panel: LinePanel) -> str:
     width, height = (820, max(420, 90 + 16 * len(panel.lines))) if panel.is_direct else (340, 250)
-    labels = max((_LETTER * len(line.label) for line in panel.lines), default=0) + 34 if panel.is_direct else 24
+    labels = max((_width_of(line.label) for line in panel.lines), default=0) + 34 if panel.is_direct else 24
     parts, top = _title(panel.title, width)
     low, high = padded(*(panel.y_range or line_ends(panel.lines)))
     y_ticks = nice_ticks(low, high)
-    left = 14 + _LETTER * max(len(tick_text(tick, y_ticks)) for tick in y_ticks)
+    left = 14 + max(_width_of(tick_text(tick, y_ticks)) for tick in y_ticks)
     right, first, last = width - labels, top + 26, height - 40
     xs = [*panel.ticks, *(x for line in panel.lines for x in line.x)]
     inset = 10 if panel.ticks else 4
@@ -229,7 +235,7 @@ def _x_ticks(ticks: Sequence[float], at_x: Callable[[float], float], y: float) -
     parts, taken = [], -math.inf
     for tick in ticks:
         text = tick_text(tick, ticks if len(ticks) < 2 or not float(tick).is_integer() else [tick])
-        x, half = at_x(tick), _LETTER * len(text) / 2
+        x, half = at_x(tick), _width_of(text) / 2
         parts.append(_stroke("axis", x, y, x, y + 4))
         if x - half > taken + 4:
             parts.append(_text(x, y + 17, text, "soft", "middle"))
@@ -276,7 +282,7 @@ def _direct_labels(
 def _rows(panel: RowPanel) -> str:
     width, step = 480, 22
     parts, top = _title(panel.title, width)
-    left = 20 + _LETTER * max(len(row.label) for row in panel.rows)
+    left = 20 + max(_width_of(row.label) for row in panel.rows)
     right, first = width - 26, top + 14
     last = first + step * len(panel.rows) + 4
     values = [value for row in panel.rows for value in row_values(row)]
@@ -347,7 +353,7 @@ def _legend(entries: Sequence[tuple[str, int]], width: float) -> tuple[list[str]
     """Entries in as many lines as they need, and the height of these."""
     parts, x, y = [], 10.0, 12
     for label, style in entries:
-        needed = 44 + _LETTER * len(label)
+        needed = 44 + _width_of(label)
         if x + needed > width and x > 10:
             x, y = 10.0, y + 20
         parts.append(_entry(label, style, x, y))
@@ -357,6 +363,6 @@ def _legend(entries: Sequence[tuple[str, int]], width: float) -> tuple[list[str]
 
 def legend_svg(label: str, style: int) -> str:
     """One entry of a legend, for the page, which sets as many in a line as there is room for."""
-    width = math.ceil(34 + _LETTER * len(label))
+    width = math.ceil(34 + _width_of(label))
     drawn = _svg(width, 20, label, [_entry(label, style, 2, 10)])
     return drawn.replace("<svg ", f'<svg width="{width}" height="20" ', 1)
