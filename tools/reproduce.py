@@ -41,7 +41,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     keep = commands.add_parser("keep", help="keep the figures of studies that have ended in benchmarks/papers")
     for each in (run, keep):
         each.add_argument("ids", metavar="ID", nargs="+", help="such as P0.fig5, P0 or all")
-        each.add_argument("--scale", metavar="NAME", required=True, help="paper, cpu, smoke, or another that `list` shows")
+        each.add_argument(
+            "--scale", metavar="NAME", required=True, help="paper, cpu, smoke, or another that `list` shows"
+        )
     run.add_argument("--jobs", metavar="N", type=int, help="jobs at a time; default: GPUs, or cores")
     run.add_argument("--threads", metavar="N", type=int, default=1, help="threads of a job (1)")
     run.add_argument("--retry", action="store_true", help="try jobs that failed again, too")

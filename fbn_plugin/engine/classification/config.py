@@ -322,8 +322,6 @@ def check_config(cfg: CfgNode) -> None:
     check_values(cfg, _RULES)
     check_values(cfg, _dependent_rules(cfg))
     check_norms({"MODEL.NORM": cfg.MODEL.NORM})
-    if cfg.MODEL.NORM_LAYERS and not cfg.MODEL.NORM:
-        raise refusal("MODEL.NORM_LAYERS", "empty without MODEL.NORM", cfg.MODEL.NORM_LAYERS)
     check_loggers(cfg.LOGGERS)
     check_model_options(cfg)
     optimizer_arguments(cfg)
@@ -367,6 +365,8 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
         rules["SOLVER.WARMUP_PREFIX"] = exactly(False, "with plateau, which has no end")
     if not cfg.SOLVER.MAX_EPOCH:
         rules["SOLVER.BEST_CHECKPOINT_METRIC"] = exactly("", "with MAX_EPOCH 0, which saves no weights")
+    if not cfg.MODEL.NORM:
+        rules["MODEL.NORM_LAYERS"] = Rule("empty without MODEL.NORM", lambda given: not given)
     if cfg.MODEL.RECALIBRATE:
         rules |= _recalibration_rules(cfg)
     if cfg.MODEL.REVISED_INIT:

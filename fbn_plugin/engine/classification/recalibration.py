@@ -94,7 +94,7 @@ def recalibrate(
 
 def _with_own_norms(cfg: CfgNode, model: nn.Module, num_classes: int) -> nn.Module:
     """The pretrained model before its norms were converted, on the device of ``model``."""
-    source = build_model(with_value(with_value(cfg, "MODEL.NORM", ""), "MODEL.NORM_LAYERS", ()), num_classes)
+    source = build_model(with_value(cfg, "MODEL.NORM", ""), num_classes)
     if cfg.MODEL.WEIGHTS:
         ClassifierCheckpointer(source, "", cfg.MODEL.RESET_CLASSIFIER).load(cfg.MODEL.WEIGHTS, [], strict=False)
     entries = source.state_dict()  # a new classifier is the model's

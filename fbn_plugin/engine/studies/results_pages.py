@@ -30,7 +30,7 @@ from fbn_plugin.engine.studies.findings import Numbers, p_text
 from fbn_plugin.engine.studies.kept import kept_file
 from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, read_outcomes
 from fbn_plugin.engine.studies.report import docs_blocks, in_job_order
-from fbn_plugin.engine.studies.statistics import MetricStatistics, study_statistics
+from fbn_plugin.engine.studies.statistics import MetricStatistics, compared_factor, study_statistics
 from fbn_plugin.engine.studies.svg import figure_file
 
 __all__ = ["KeptStudy", "read_kept", "render_results", "write_results"]
@@ -248,11 +248,7 @@ def _figures(study: Study, name: str, found: Mapping[str, MetricStatistics] | No
 
 def _ends_by_level(study: Study, values: Mapping[str, float], show: Callable[[float], str]) -> dict[str, str]:
     """Level of what is compared -> the least and the greatest value of its variants."""
-    factor = next(iter(study.factors))
-    for each in study.comparisons[:1]:
-        one, other = (study.variants[name].levels for name in (each.variant, each.baseline))
-        factor = next((name for name in study.factors if one[name] != other[name]), factor)
-    texts = {}
+    factor, texts = compared_factor(study), {}
     for level in study.factors[factor]:
         mine = [value for each, value in values.items() if study.variants[each].levels[factor] == level]
         if mine:
