@@ -48,7 +48,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--threads", metavar="N", type=int, default=1, help="threads of a job (1)")
     run.add_argument("--retry", action="store_true", help="try jobs that failed again, too")
     report = commands.add_parser("report", help="make docs/results of what is kept")
-    for each in (keep, report):
+    for each in (listing, keep, report):
         each.add_argument("--root", metavar="FOLDER", type=Path, default=ROOT, help="of benchmarks/ and docs/")
     return parser.parse_args(argv)
 
@@ -60,7 +60,7 @@ def show(args: argparse.Namespace) -> int:
         from fbn_plugin.engine.studies.results_pages import read_kept
 
         catalog = read_catalog(args.experiments, ROOT)
-        kept = read_kept(catalog, ROOT)
+        kept = read_kept(catalog, args.root)
         chosen = find_experiments(catalog, args.ids)
         scales = list(dict.fromkeys(scale for each in chosen for scale in each.scales))
         rows = [["id", "what", *scales, "data"]]

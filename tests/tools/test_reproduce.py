@@ -45,7 +45,7 @@ def main(monkeypatch, tmp_path):
 
 def test_from_list_to_report(tmp_path, main, capsys):
     pytest.importorskip("scipy", reason="scipy is not installed")
-    assert main("list") == 0
+    assert main("list", "--root", str(tmp_path)) == 0
     row = capsys.readouterr().out.splitlines()[2]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         *("P0.fig5", "Two norms", "0 of 2", "0 of 2", "nowhere/imagenet missing for paper")
