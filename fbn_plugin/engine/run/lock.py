@@ -42,15 +42,19 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 _held: dict[str, tuple[int, int]] = {}
 
 
-def hold(folder: str | os.PathLike) -> None:
+def hold(folder: str | os.PathLike, name: str = "OUTPUT_DIR") -> None:
     """Take OUTPUT_DIR for this run, where it is there; called by every process, rank 0 holds it.
 
     The run has it until :func:`let_go`, or until the process ends in any way.
 
+    Args:
+        folder: the folder.
+        name: what the user calls it, for the sentences.
+
     Raises:
         UserError: another process has it; on every process.
     """
-    distributed.on_main(lambda: _take(folder))
+    distributed.on_main(lambda: _take(folder, name))
 
 
 def open_output_dir(folder: str | os.PathLike) -> None:
@@ -71,7 +75,7 @@ def _open(folder: str | os.PathLike) -> None:
     remove_leftovers(folder, ["inference*", "inference*/*"])
 
 
-def _take(folder: str | os.PathLike) -> bool:
+def _take(folder: str | os.PathLike, name: str = "OUTPUT_DIR") -> bool:
     """Whether the folder is newly taken; it is not where it is not there, or held by this process already."""
     key = os.path.realpath(folder)
     path = os.path.join(folder, ".lock")
@@ -87,7 +91,7 @@ def _take(folder: str | os.PathLike) -> bool:
                 return False
             with writing(path):
                 raise
-        if not _lock(file, folder):
+        if not _lock(file, folder, name):
             break
         # Whoever let go of the folder has removed the file, perhaps after this one was opened.
         if _is_still(file, path):
@@ -109,7 +113,7 @@ def _is_still(file: int, path: str) -> bool:
         return False
 
 
-def _lock(file: int, folder: str | os.PathLike) -> bool:
+def _lock(file: int, folder: str | os.PathLike, name: str) -> bool:
     """Lock an open file; False where the file system has no locks.
 
     Raises:
@@ -122,13 +126,13 @@ def _lock(file: int, folder: str | os.PathLike) -> bool:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             logger.warning(
-                "OUTPUT_DIR %s cannot be locked (%s): a second run there would not be noticed", folder, error.strerror
+                "%s %s cannot be locked (%s): a second run there would not be noticed", name, folder, error.strerror
             )
             return False
         text = os.read(file, 300).decode("utf-8", "replace").strip()
         os.close(file)
         by = text if re.fullmatch(r"process \d+ on [\w.-]+", text) else "another process"
-        raise UserError(f"OUTPUT_DIR {folder} is in use by {by}; choose another, or wait for its end") from None
+        raise UserError(f"{name} {folder} is in use by {by}; choose another, or wait for its end") from None
     return True
 
 

@@ -162,7 +162,7 @@ def open_folder(study: StudyFile, output: str | os.PathLike) -> None:
     if sentence is not None and not os.path.isdir(output):
         raise FileNotFoundError(f"study {study.path}: {sentence}")
     make_output_dir(output)
-    hold(output)
+    hold(output, "the study's folder")
 
 
 def _start(study: StudyFile, script: Path, shared: Resources, forks: bool | None) -> Start:

@@ -78,7 +78,7 @@ def test_one_process_runs_a_study(tmp_path):
 
     other = Forked(main, [], tmp_path)
     wait_for([tmp_path / "held"])
-    with pytest.raises(ValueError, match=f"in use by process {other.pid} on "):
+    with pytest.raises(ValueError, match=f"the study's folder .* is in use by process {other.pid} on "):
         run_study(file, output, tool(tmp_path), Resources(1), forks=False)
     other.signal(signal.SIGKILL)
     other.wait()
