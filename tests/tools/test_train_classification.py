@@ -83,6 +83,7 @@ def test_a_bad_config_ends_in_one_line(tmp_path):
     [
         (["SOLVER.BASE_LT", "1"], "unknown config key 'SOLVER.BASE_LT'; did you mean 'SOLVER.BASE_LR'?"),
         (["SOLVER.BASE_LR"], "'SOLVER.BASE_LR' has no partner"),
+        (["configs/Digits/lenet5_BN.yaml", "SEED", "1"], "a file is named by --config-file"),
         (["DATASETS.NAME", "tar", "DATASETS.ROOT", "nowhere"], "DATASETS.ROOT 'nowhere' does not exist"),
         (["MODEL.NAME", "resnet5"], "did you mean 'resnet50' or"),
         (["SOLVER.BASE_LR", "0"], "SOLVER.BASE_LR must be above 0"),

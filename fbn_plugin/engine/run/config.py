@@ -189,6 +189,8 @@ def pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
     """``[KEY, VALUE, ...]`` as pairs; ValueError where a flag is among them, or the last key has no value."""
     if flags := [each for each in overrides if each.startswith("--")]:
         raise ValueError(f"{shown(flags[0])} stands among the KEY VALUE overrides: flags go before them")
+    if files := [each for each in overrides[::2] if each.lower().endswith((".yaml", ".yml"))]:
+        raise ValueError(f"{shown(files[0])} stands among the KEY VALUE overrides: a file is named by --config-file")
     if long := [each for each in overrides[::2] if len(each) > _LONGEST_KEY]:
         raise ValueError(f"overrides come in pairs KEY VALUE, and {shown(long[0])} is no key")
     if len(overrides) % 2:
