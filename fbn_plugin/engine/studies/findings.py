@@ -29,6 +29,7 @@ __all__ = [
     "Numbers",
     "best_blocks",
     "comparison_blocks",
+    "glance_blocks",
     "mean_blocks",
     "p_text",
     "run_blocks",
@@ -167,6 +168,38 @@ def best_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]
     if any(each.left_out for each in known):
         note += " Left out: not every run gave a figure, and the mean of those that did says less than it seems."
     blocks.append(Paragraph((note,), "note"))
+    return blocks
+
+
+def glance_blocks(studies: Sequence[tuple[Study, Mapping[str, MetricStatistics]]]) -> list[Block]:
+    """What several studies say of the first metric of each: each in a paragraph, and who is not beaten where.
+
+    Args:
+        studies: each with its statistics; those that compare nothing, or have no full set of figures, are left out.
+    """
+    blocks: list[Block] = []
+    columns: dict[str, dict[str, str]] = {}  # study -> setting -> who is not beaten
+    for study, found in studies:
+        name, metric = next(iter(study.metrics.items()))
+        known = [each for each in found[name].best if each.best is not None]
+        if not known:
+            continue
+        most = f"{'highest' if metric.higher_is_better else 'lowest'} {metric.label or name}"
+        if len(known) == 1:
+            said = _one_best(study, known[0], found[name], Numbers(found[name]), most).parts
+        else:
+            said = tuple(_over_all(study, known, most))
+            heading = f"{study.heading}, {quantity(name, metric)}"
+            columns[heading] = {each.context: _names(study, each.possible) for each in known}
+        blocks.append(Paragraph((Strong(study.heading), ". ", *said)))
+    if columns:
+        rows: list[list[Inline]] = [["where", *columns]]
+        for context in dict.fromkeys(context for column in columns.values() for context in column):
+            rows.append([context, *(column.get(context, "-") for column in columns.values())])
+        note = (
+            "Each cell: who is not beaten there, the best mean first. Not to be told apart does not mean to be equal."
+        )
+        blocks += [Table(rows, tuple(range(len(rows[0])))), Paragraph((note,), "note")]
     return blocks
 
 

@@ -30,6 +30,7 @@ from fbn_plugin.engine.studies.figures import Figure, quantity, study_figures
 from fbn_plugin.engine.studies.findings import (
     best_blocks,
     comparison_blocks,
+    glance_blocks,
     mean_blocks,
     run_blocks,
     state_blocks,
@@ -271,15 +272,18 @@ def render_docs(
         Paragraph(("Nothing on this page is written by hand. Page and pictures are made from the kept figures by",)),
         Code([command]),
     ]
-    parts, pictures, stem = [markdown(head)], {}, Path(page).stem
+    parts, pictures, stem, statistics = [], {}, Path(page).stem, []
     for i, (name, (study, outcomes)) in enumerate(studies.items(), 1):
         outcomes = in_job_order(study, outcomes)
         found = study_statistics(study, outcomes)
+        statistics.append((study, found))
         prefix = f"{stem}-{i}-" if len(studies) > 1 else f"{stem}-"
         figures = [each for each in study_figures(study, outcomes, found) if each.is_main]
         pictures |= {f"{prefix}{each.name}.svg": figure_file(each) for each in figures}
         parts.append(markdown(docs_blocks(study, outcomes, found, figures, prefix, name)))
-    return DocsPage("\n".join(parts), pictures)
+    if len(studies) > 1 and (glance := glance_blocks(statistics)):
+        head += [Heading(2, "At a glance"), *glance]
+    return DocsPage("\n".join([markdown(head), *parts]), pictures)
 
 
 def docs_blocks(

@@ -122,6 +122,25 @@ def test_the_best_is_named_with_those_that_it_is_not_told_apart_from():
     assert re.search(r"\*\*7[45]\.\d+ ± 0\.\d+ °\*\*", table) and re.search(r"6[45]\.\d+ ± 0\.\d+ ↓ +\|", table)
 
 
+def test_a_page_of_several_studies_begins_with_who_is_not_beaten_where():
+    small, detectors = small_product(seeds=15), plain_study(seeds=4)
+    means = {("BN", "2"): 60, ("FBN, T=3", "2"): 70, ("GN", "2"): 65}
+    means |= {("BN", "16"): 75, ("FBN, T=3", "16"): 72, ("GN", "16"): 65}
+    studies = {
+        "small.json": (small, draw(small, 1, sd=0.3, mean=means_of(means), iterations=1)),
+        "detectors.json": (detectors, draw(detectors, mean=lambda levels, name: 9.0 if name == "GN" else 5.0)),
+        "begun.json": (detectors, []),
+    }
+    glance = render_docs(studies, "page.md", "Which norm").text.split("## ")[1]
+    assert glance.startswith("At a glance")
+    assert "**Small batches**. The highest top-1 accuracy" in glance
+    assert "**Table I, reduced**. **GN** has the highest mask AP" in glance and glance.count("Table I, reduced") == 1
+    assert re.search(r"\| where +\| Small batches, top-1 accuracy \(%\) +\|", glance)
+    assert re.search(r"\| batch 2 +\| FBN, T=3 +\|", glance) and re.search(r"\| batch 16 +\| BN +\|", glance)
+    assert "At a glance" not in render_docs({"small.json": studies["small.json"]}, "page.md").text
+    assert "At a glance" not in render_docs({"a.json": (detectors, []), "b.json": (detectors, [])}, "page.md").text
+
+
 def test_of_a_loss_the_lowest_is_named():
     study = dataclasses.replace(small_product(seeds=15), metrics={"loss": LOSS})
     text = report_markdown(study, draw(study, iterations=1))
