@@ -41,7 +41,8 @@ def build_data(cfg: CfgNode) -> ImageData:
         ValueError: fewer than two classes, empty files, or numbers that the set cannot give; see `load_image_data` too.
         FileNotFoundError: files are missing.
     """
-    whole, keys = load_image_data(cfg.DATASETS.NAME, cfg.DATASETS.ROOT, cfg.INPUT.FORMAT), cfg.DATASETS
+    keys = cfg.DATASETS
+    whole = load_image_data(keys.NAME, keys.ROOT, cfg.INPUT.FORMAT, needs_val=not keys.VAL_SHARE)
     if len(whole.classes) < 2:
         raise refusal("DATASETS.ROOT", f"of a set of 2 classes or more; {whole.title} has", whole.classes)
     skip = keys.BROKEN_IMAGES == "skip"

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 CIFAR10_JPEG_FILE = "cifar10_jpeg.npz"
 
+_Found = TypeVar("_Found")
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -45,7 +47,8 @@ class ImageData:
 
     Args:
         title: what results on this data are to be labelled with, e.g. "CIFAR-10 (JPEG)".
-        train, val: map-style datasets of (PIL image, class index) with a `transform` attribute, as timm's loaders want.
+        train, val: map-style datasets of (PIL image, class index) with a `transform` attribute, as timm's loaders want;
+            `val` is None where a set without one was asked for.
         classes: name of each class; its position is the class index.
         test: what a run is measured by once, at its end, if `val` is what it is chosen by; None where `val` is both.
         notes: sentences for the log on what was left out.
@@ -53,7 +56,7 @@ class ImageData:
 
     title: str
     train: Images
-    val: Images
+    val: Images | None
     classes: tuple[str, ...]
     test: Images | None = None
     notes: tuple[str, ...] = ()
@@ -227,9 +230,9 @@ def find_root(root: str) -> Path:
 
 
 def _of_classes(
-    title: str, train: FoundImages, val: FoundImages, mode: str, test: FoundImages | None = None
+    title: str, train: FoundImages, val: FoundImages | None, mode: str, test: FoundImages | None = None
 ) -> ImageData:
-    """The sets, with the classes of the first."""
+    """The sets that are there, with the classes of the first."""
     classes = train.classes
     if train.empty:
         raise ValueError(
@@ -268,47 +271,58 @@ def _pick(root: Path, names: Sequence[str], what: str) -> Path:
     raise FileNotFoundError(f"{root} has no {what} ({' or '.join(names)})")
 
 
-def _image_folder(root: str, mode: str) -> ImageData:
+def _or_none(needed: bool, find: Callable[..., _Found], *args) -> _Found | None:
+    """What is found; None instead of its FileNotFoundError where it need not be there."""
+    try:
+        return find(*args)
+    except FileNotFoundError:
+        if needed:
+            raise
+    return None
+
+
+def _image_folder(root: str, mode: str, needs_val: bool = True) -> ImageData:
     root = find_root(root)
     train = _pick(root, ["train"], "training folder")
-    val = _pick(root, ["val", "validation"], "validation folder")
-    return _of_classes(root.resolve().name, images_in_folder(train), images_in_folder(val), mode)
+    val = _or_none(needs_val, _pick, root, ["val", "validation"], "validation folder")
+    return _of_classes(root.resolve().name, images_in_folder(train), val and images_in_folder(val), mode)
 
 
-def _tar(root: str, mode: str) -> ImageData:
+def _tar(root: str, mode: str, needs_val: bool = True) -> ImageData:
     root = find_root(root)
-    train, val = (_pick(root, [f"{split}.tar"], f"{split} archive") for split in ("train", "val"))
-    return _of_classes(root.resolve().name, images_in_archive(train), images_in_archive(val), mode)
+    train = _pick(root, ["train.tar"], "train archive")
+    val = _or_none(needs_val, _pick, root, ["val.tar"], "val archive")
+    return _of_classes(root.resolve().name, images_in_archive(train), val and images_in_archive(val), mode)
 
 
-def _webdataset(root: str, mode: str) -> ImageData:
+def _webdataset(root: str, mode: str, needs_val: bool = True) -> ImageData:
     root = find_root(root)
-    train, val = (find_shards(root, names) for names in (("train",), ("val", "validation", "test")))
-    parts = [images_in_shards(shards) for shards in (train, val)]
-    return _of_classes(root.resolve().name, *parts, mode)
+    train = find_shards(root, ("train",))
+    val = _or_none(needs_val, find_shards, root, ("val", "validation", "test"))
+    return _of_classes(root.resolve().name, images_in_shards(train), val and images_in_shards(val), mode)
 
 
-def _hf_folder(root: str, mode: str) -> ImageData:
+def _hf_folder(root: str, mode: str, needs_val: bool = True) -> ImageData:
     root = find_root(root)
     there = {part: [name for name in names if (root / name).exists()] for part, names in SPLITS.items()}
     train, val = (there.pop(part) for part in ("train", "val"))
-    if not train or not val + there["test"]:
+    if not train or (needs_val and not val + there["test"]):
         wanted = SPLITS["val"] + SPLITS["test"] if train else SPLITS["train"]
         raise FileNotFoundError(f"{root} has no {'validation' if train else 'training'} folder ({', '.join(wanted)})")
     folders = train[:1] + val[:1] + there["test"][:1]
-    parts = [images_by_metadata(root / name) for name in folders]
-    return _of_classes(root.resolve().name, *parts[:2], mode, *parts[2:])
+    train, *others = (images_by_metadata(root / name) for name in folders)
+    return _of_classes(root.resolve().name, train, others[0] if others else None, mode, *others[1:])
 
 
-def _hf_datasets(root: str, mode: str) -> ImageData:
+def _hf_datasets(root: str, mode: str, needs_val: bool = True) -> ImageData:
     root = find_root(root)
     saved = load_saved_set(root)
     parts = [saved[name] for name in SPLITS if name in saved]
-    if "train" not in saved or len(parts) < 2:
+    if "train" not in saved or (needs_val and len(parts) < 2):
         raise ValueError(f"{shown_path(root)} must have a train part, and a validation or test part")
     classes = common_classes(parts)
-    images = [Images(list(zip(part.images, part.labels)), mode) for part in parts]
-    return ImageData(root.resolve().name, *images[:2], classes, *images[2:])
+    train, *others = (Images(list(zip(part.images, part.labels)), mode) for part in parts)
+    return ImageData(root.resolve().name, train, others[0] if others else None, classes, *others[1:])
 
 
 def _mnist(root: str, mode: str) -> ImageData:
@@ -438,7 +452,7 @@ def _digits(root: str, mode: str) -> ImageData:
     return ImageData("handwritten digits (scikit-learn)", *parts, classes)
 
 
-IMAGE_DATA: dict[str, Callable[[str, str], ImageData]] = {
+IMAGE_DATA: dict[str, Callable[..., ImageData]] = {
     "image_folder": _image_folder,
     "tar": _tar,
     "webdataset": _webdataset,
@@ -452,7 +466,11 @@ IMAGE_DATA: dict[str, Callable[[str, str], ImageData]] = {
 }
 
 
-def load_image_data(name: str, root: str = "", mode: str = "RGB") -> ImageData:
+# Of these a user's own may be the training images alone.
+_MAY_LACK_VAL = ("image_folder", "tar", "webdataset", "hf_folder", "hf_datasets")
+
+
+def load_image_data(name: str, root: str = "", mode: str = "RGB", needs_val: bool = True) -> ImageData:
     """Load the image set `name` from `root`.
 
     Args:
@@ -472,6 +490,7 @@ def load_image_data(name: str, root: str = "", mode: str = "RGB") -> ImageData:
             "digits": 1797 8x8 images that come with scikit-learn, a fixed stratified 1437 + 360 split; needs no `root`.
         root: folder of the set; a path, or a folder below $DETECTRON2_DATASETS.
         mode: PIL mode of the images, "RGB" or "L" (grey).
+        needs_val: whether a set of training images alone is an error; if not, its `val` is None.
 
     Raises:
         ValueError: unknown name or mode, damaged files, or validation classes that the training set lacks.
@@ -480,4 +499,4 @@ def load_image_data(name: str, root: str = "", mode: str = "RGB") -> ImageData:
     for key, value, known in (("DATASETS.NAME", name, IMAGE_DATA), ("INPUT.FORMAT", mode, ("RGB", "L"))):
         if value not in known:
             raise refusal(key, f"one of {', '.join(map(repr, known))}", value)
-    return IMAGE_DATA[name](root, mode)
+    return IMAGE_DATA[name](root, mode, *([needs_val] if name in _MAY_LACK_VAL else []))

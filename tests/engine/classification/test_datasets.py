@@ -1,6 +1,7 @@
 """The set of a config: parts by class, a test set behind a held-out validation set, and files that are broken."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,22 @@ def folder_config(root: Path, output_dir="unused", **overrides):
     plain = {"MODEL__PIXEL_MEAN": "[0.0]", "MODEL__PIXEL_STD": "[255.0]", "INPUT__SIZE": 8, "INPUT__TRAIN_CROP": "none"}
     few = {"SOLVER__IMS_PER_BATCH": 4, "DATALOADER__NUM_WORKERS": 0, "MODEL__NAME": "test_byobnet"}
     return config(output_dir, **{**plain, **few, "DATASETS__NAME": "image_folder", "DATASETS__ROOT": root, **overrides})
+
+
+def test_a_set_of_training_images_alone_is_held_out_of(tmp_path):
+    write_folder(tmp_path, val=0)
+    shutil.rmtree(tmp_path / "val")
+    data = build_data(folder_config(tmp_path, DATASETS__VAL_SHARE=0.25))
+    assert np.bincount(data.train.targets).tolist() == [6, 6] and np.bincount(data.val.targets).tolist() == [2, 2]
+    assert data.test is None and data.title == f"{tmp_path.name}, 12 of 16 training images, 4 held out"
+    result = ClassificationTrainer(
+        folder_config(
+            tmp_path, tmp_path / "out", DATASETS__VAL_SHARE=0.25, SOLVER__MAX_EPOCH=1, SOLVER__WARMUP_EPOCHS=0
+        )
+    ).train()
+    assert "top1" in result and not any(name.startswith("test/") for name in result)
+    with pytest.raises(FileNotFoundError, match="has no validation folder"):
+        build_data(folder_config(tmp_path))
 
 
 def greys(cfg, data, batches: int, start: int = 0) -> list[list[int]]:

@@ -74,6 +74,12 @@ def test_numbers_for_classes_and_a_test_part_alone(datasets, tmp_path):
     assert data.classes == ("0", "1", "2") and contents(data.val) == [(0, 2)] and data.test is None
 
 
+def test_a_train_part_alone_where_no_other_is_needed(datasets, tmp_path):
+    root = save(datasets, tmp_path / "set", "saved", {"train": [1, 0]})
+    data = load_image_data("hf_datasets", root, needs_val=False)
+    assert contents(data.train) == [(0, 1), (1, 0)] and data.val is None and data.test is None
+
+
 def test_a_test_part_without_labels_is_left_out(datasets, tmp_path, caplog):
     root = save(datasets, tmp_path / "set", "saved", {"train": [1, 0], "validation": [1], "test": [-1, -1]})
     assert load_image_data("hf_datasets", root).test is None and "test in " in caplog.text

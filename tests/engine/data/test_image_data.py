@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import pickle
+import re
 import struct
 import tarfile
 import tracemalloc
@@ -50,6 +51,27 @@ def write_tar(path: Path, classes: dict[str, list[int]]) -> None:
                 member = tarfile.TarInfo(f"{name}/{i}.png")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("name", ["image_folder", "hf_folder", "tar", "webdataset"])
+def test_training_images_alone_are_a_set_where_no_others_are_needed(tmp_path, name):
+    classes = {"0": [10, 20], "1": [30]}
+    if name == "tar":
+        write_tar(tmp_path / "train.tar", classes)
+    elif name == "webdataset":
+        with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+            for i, value in enumerate([10, 20, 30]):
+                for ending, data in (("png", image_bytes(colour(value))), ("cls", str(i // 2).encode())):
+                    member = tarfile.TarInfo(f"{i}.{ending}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    else:
+        write_folder(tmp_path, "train", classes)
+    data = load_image_data(name, str(tmp_path), needs_val=False)
+    assert data.val is None and data.test is None
+    assert contents(data.train) == [(10, 0), (20, 0), (30, 1)]
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path)) + " has no "):
+        load_image_data(name, str(tmp_path))
 
 
 def contents(dataset) -> list[tuple[int, int]]:
