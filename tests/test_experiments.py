@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fbn_plugin.engine.studies.catalog import jobs_of, read_catalog
-from fbn_plugin.engine.studies.outcomes import FULL_SCALE
+from fbn_plugin.engine.studies.claims import ABOUT_PAIRS
+from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Printed
 from fbn_plugin.engine.studies.study_file import read_study
 
 ROOT = Path(__file__).parents[1]
@@ -42,3 +43,25 @@ def test_each_scale_is_read_with_its_configs(experiment, scale):
         images, epochs = config.get("DATASETS.TRAIN_IMAGES", 0), config.get("SOLVER.MAX_EPOCH", 1)
         iterations = config["SOLVER.MAX_ITER"] or images / config["SOLVER.IMS_PER_BATCH"] * epochs
         assert epochs == 0 or 0 < iterations <= MOST_SMOKE_ITERATIONS  # without epochs there is no training
+
+
+@pytest.mark.parametrize("experiment", CATALOG, ids=lambda each: each.id)
+def test_no_claim_is_one_that_the_printed_figures_contradict(experiment):
+    for claim, printed in (
+        (claim, each.study.printed) for each in experiment.scales.values() for claim in each.study.claims
+    ):
+        first = printed.get(claim.metric, {}).get(claim.variant)
+        if claim.kind in ABOUT_PAIRS:
+            second = printed.get(claim.than or claim.metric, {}).get(claim.baseline or claim.variant)
+        else:
+            second = Printed(claim.value)
+        if first and second:
+            difference = first.value - second.value
+            assert {
+                "higher": difference > 0,
+                "lower": difference < 0,
+                "alike": abs(difference) <= (claim.value or 0),
+                "at_least": difference >= 0,
+                "at_most": difference <= 0,
+                "printed": difference == 0,
+            }[claim.kind], claim

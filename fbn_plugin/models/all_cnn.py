@@ -35,6 +35,7 @@ class AllCNN(ImageClassifier):
         num_classes, in_chans, drop_rate: see :class:`fbn_plugin.models.base.ImageClassifier`.
         small_first_norm: give the norm of the first layer the smaller networks of the paper's section 5.1, for
             ``norm_layer="LearnedNorm"``.
+        width_divisor: all layers but the last have so many times fewer channels, for small machines.
 
     Shape:
         images of any size; the paper's are 32x32.
@@ -49,9 +50,11 @@ class AllCNN(ImageClassifier):
         in_chans: int = 3,
         drop_rate: float = 0.0,
         small_first_norm: bool = False,
+        width_divisor: int = 1,
     ) -> None:
         features, channels = nn.Sequential(), in_chans
-        for number, (width, kernel_size, stride, stack) in enumerate(LAYERS, 1):
+        for number, (full_width, kernel_size, stride, stack) in enumerate(LAYERS, 1):
+            width = full_width // width_divisor
             norm_options = {"kernel_sizes": stack} if kernel_stacks else {}
             norm_options |= {"first_layer": number == 1} if small_first_norm else {}
             shape = {"kernel_size": kernel_size, "stride": stride, "padding": kernel_size // 2}

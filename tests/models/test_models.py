@@ -207,6 +207,12 @@ def test_only_the_first_inceptions_have_dropout_and_local_response_normalization
     model(images(name, device="meta"))
 
 
+def test_all_cnn_c_narrow():
+    narrow = build("all_cnn_c_dwck", "meta", width_divisor=4)
+    assert narrow(images("all_cnn_c_dwck", device="meta")).shape[-1] == 10
+    assert [narrow.features.conv1[0].out_channels, narrow.features.conv8[0].out_channels] == [24, 48]
+
+
 def test_alexnet_maps():
     seen = map_sizes(build("alexnet_cifar", "meta"), images("alexnet_cifar", device="meta"), r"features\.(conv|pool)\d")
     assert seen == [(96, 55), (96, 27), (256, 27), (256, 13), (384, 13), (384, 13), (256, 13), (256, 6)]

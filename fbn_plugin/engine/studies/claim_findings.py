@@ -21,10 +21,12 @@ def claim_text(study: Study, claim: Claim) -> str:
     what, unit = (metric.label or claim.metric, metric.unit) if metric else (claim.metric, "")
     number = "" if claim.value is None else f"{claim.value:g}" + (f" {unit}" if unit else "")
     higher, lower = ("more", "fewer") if metric and metric.of in FIRST else ("higher", "lower")
+    other = study.metrics.get(claim.than)
+    baseline = claim.baseline or (other.label if other and other.label else claim.than)
     said = {
-        "higher": f"{claim.variant}: {higher} {what} than {claim.baseline}",
-        "lower": f"{claim.variant}: {lower} {what} than {claim.baseline}",
-        "alike": f"{claim.variant} and {claim.baseline}: alike in {what}, to within ±{number}",
+        "higher": f"{claim.variant}: {higher} {what} than {baseline}",
+        "lower": f"{claim.variant}: {lower} {what} than {baseline}",
+        "alike": f"{claim.variant} and {baseline}: alike in {what}, to within ±{number}",
         "at_least": f"{claim.variant}: {what} of at least {number}",
         "at_most": f"{claim.variant}: {what} of at most {number}",
         "printed": f"{claim.variant}: {what} as printed, {number}",
@@ -94,7 +96,7 @@ def _note(study: Study, verdicts: Sequence[ClaimVerdict]) -> str:
     if "alike" in kinds:
         text += (
             " Alike: two one-sided t-tests say that the difference lies within the margin, or that it lies beyond, "
-            "adjusted by Holm over such claims."
+            "adjusted by Holm over such claims. Papers print no margins: they are the study file's."
         )
     if kinds & {"at_least", "at_most"}:
         text += " At least and at most: one-sided t-tests of the mean against the number, adjusted likewise."

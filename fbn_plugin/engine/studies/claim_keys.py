@@ -22,6 +22,8 @@ _CLAIM_KEYS = {
     "baseline": str,
     "margin": float,
     "value": float,
+    "than": str,
+    "where": str,
     "text": str,
 }
 _EXAMPLE = "{variant: FBN, baseline: BN, metric: top1, is: higher}"
@@ -126,16 +128,30 @@ class _Reading:
             ]
         margin = self.given.get("margin")
         value = None if margin is None else float(margin)
-        return [Claim(self.kind, self.metric, one, other, value, self.text) for one, other in self._pairs()]
+        if "than" in self.given:
+            than = _known(f"than of {self.where}", self.given["than"], self.anywhere.metrics)
+            if than == self.metric:
+                raise ValueError(f"{self.where} compares {than!r} with itself")
+            names = [_known(self.where, variant, self.anywhere.variants) for variant in self.variants]
+            return [Claim(self.kind, self.metric, name, value=value, text=self.text, than=than) for name in names]
+        pairs = self._pairs()
+        if "where" in self.given:
+            pairs = [pair for pair in pairs if self._is_printed_so(*pair)]
+        return [Claim(self.kind, self.metric, one, other, value, self.text) for one, other in pairs]
 
     def _check_keys(self) -> None:
-        wanted = {"higher": "baseline", "lower": "baseline", "alike": "margin", "at_least": "value", "at_most": "value"}
-        needed = {wanted.get(self.kind), "baseline" if self.kind in ABOUT_PAIRS else "variant"} - {None}
+        wanted = {"alike": "margin", "at_least": "value", "at_most": "value"}
+        is_pair = self.kind in ABOUT_PAIRS and "than" not in self.given
+        other = {"than"} if self.kind in ABOUT_PAIRS and not is_pair else set()
+        needed = {wanted.get(self.kind), "baseline" if is_pair else "variant", *other} - {None}
         if missing := sorted(needed - self.given.keys()):
             raise ValueError(f"{self.where} is that something is {self.kind}, and has no {missing[0]}")
-        allowed = needed | {"is", "metric", "variant", "text"} | ({"factor"} if self.kind in ABOUT_PAIRS else set())
+        allowed = needed | {"is", "metric", "variant", "text"} | ({"factor"} if is_pair else set())
+        allowed |= {"where"} if is_pair and self.kind != "alike" else set()
         if more := [key for key in self.given if key not in allowed]:
             raise ValueError(f"{self.where} is that something is {self.kind}, where {more[0]} has no meaning")
+        if self.given.get("where", "printed") != "printed":
+            raise ValueError(f"where of {self.where} must be 'printed', got {shown(self.given['where'])}")
         if self.kind == "alike" and self.given["margin"] <= 0:
             raise ValueError(f"margin of {self.where} must be above 0, got {self.given['margin']}")
 
@@ -146,6 +162,14 @@ class _Reading:
         if figure is None:
             raise ValueError(f"{self.where}: PRINTED has no {self.metric!r} of {variant!r}")
         return figure.value
+
+    def _is_printed_so(self, variant: str, baseline: str) -> bool:
+        """Whether the paper's own figures are as claimed, or not known: those of a level that this scale lacks."""
+        figures = self.printed.get(self.metric, {})
+        if variant in figures and baseline in figures:
+            difference = figures[variant].value - figures[baseline].value
+            return difference > 0 if self.kind == "higher" else difference < 0
+        return variant not in self.anywhere.variants
 
     def _pairs(self) -> list[tuple[str, str]]:
         factor, baseline = self.given.get("factor"), self.given["baseline"]

@@ -97,8 +97,8 @@ def _judged(draft: ClaimVerdict, for_it: float, against_it: float, alpha: float)
 
 
 def _check(study: Study, claim: Claim, found: Mapping[str, MetricStatistics]) -> ClaimVerdict | _Tested:
-    if claim.metric not in study.metrics:
-        return ClaimVerdict(claim, "not run", f"this scale does not measure {claim.metric}")
+    if missing := next((each for each in (claim.metric, claim.than) if each and each not in study.metrics), None):
+        return ClaimVerdict(claim, "not run", f"this scale does not measure {missing}")
     variants = [each for each in (claim.variant, claim.baseline) if each]
     if left_out := [each for each in variants if each not in study.variants]:
         levels = {level for factor in study.factors.values() for level in factor}
@@ -112,11 +112,12 @@ def _check(study: Study, claim: Claim, found: Mapping[str, MetricStatistics]) ->
         return ClaimVerdict(claim, "not run", f"{to_end} of its {counted(jobs, 'job')} are still to end")
     if claim.kind in ABOUT_NUMBERS:
         return _about_a_number(claim, summaries[0], study)
-    return _about_a_pair(claim, found[claim.metric].comparisons, study.alpha)
+    compared = found[claim.metric].with_others if claim.than else found[claim.metric].comparisons
+    return _about_a_pair(claim, compared, study.alpha)
 
 
 def _about_a_pair(claim: Claim, comparisons: Sequence[PairedComparison], alpha: float) -> ClaimVerdict | _Tested:
-    pair = (claim.variant, claim.baseline)
+    pair = (claim.variant, claim.than or claim.baseline)
     each = next((one for one in comparisons if (one.variant, one.baseline) in (pair, pair[::-1])), None)
     if each is None:
         return ClaimVerdict(claim, "not run", "this study does not compare the two")

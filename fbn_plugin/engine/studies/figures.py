@@ -43,6 +43,12 @@ __all__ = [
 
 # A curve of more points is drawn with every so-manieth.
 _MOST_POINTS = 60
+# A curve of fewer points tells no more than the figure at its end.
+_LEAST_POINTS = 3
+# Where all that was reached spans so many times the range of the last three quarters, the beginning is cut off.
+_MOST_BEGINNING = 2.5
+# Lines of which one lies so many times higher than another are drawn on a logarithmic axis.
+_MOST_APART = 8
 # A longer name is cut in its middle: names often differ at the end.
 _LONGEST_LABEL = 36
 
@@ -74,6 +80,7 @@ class LinePanel:
         ticks: of the x axis; empty where round numbers do.
         y_range: what is shown, the rest is cut off; None shows all.
         is_direct: each line's label stands at its end, beside the panel.
+        is_log_y: of the y axis.
     """
 
     title: str
@@ -84,6 +91,7 @@ class LinePanel:
     ticks: list[float] = field(default_factory=list)
     y_range: Interval | None = None
     is_direct: bool = False
+    is_log_y: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,8 @@ def study_figures(study: Study, outcomes: Sequence[Outcome], found: Mapping[str,
             figures.append(_by_variant(study, outcomes, found[name], name, what, file))
         figures.append(_differences(study, found[name], name, metric, file))
         if name in _curve_owners(study):
-            figures.append(_curves(study, outcomes, name, what if metric.of == "last" else metric.row or name, file))
+            along = what if metric.of == "last" else metric.row_label or metric.row or name
+            figures.append(_curves(study, outcomes, name, along, file))
     return [each for each in figures if each.panels]
 
 
@@ -377,31 +386,44 @@ def _curves(study: Study, outcomes: Sequence[Outcome], name: str, what: str, fil
         lines = []
         for variant in members:
             points = mean_curve(outcomes, variant, name, study.metrics[name].of in FIRST)
-            if points:
+            if len(points) >= _LEAST_POINTS:
                 level = level_name(study, variant)
                 used[_short(level)] = style[level]
                 lines.append(Line(_short(level), style[level], *([list(each) for each in zip(*points)])))
         if lines:
-            panels.append(LinePanel(context, "iteration", what, lines, y_range=_late_range(lines)))
+            is_log = _are_far_apart(lines)
+            shown = None if is_log else _late_range(lines)
+            panels.append(LinePanel(context, "iteration", what, lines, y_range=shown, is_log_y=is_log))
     caption = (
-        "Mean over the seeds whose run has ended; band: one standard deviation to each side. What is only reached in "
-        "the first quarter is cut off."
+        "Mean over the seeds whose run has ended; band: one standard deviation to each side, as far as runs have come."
     )
+    if any(panel.y_range for panel in panels):
+        caption += " What is only reached in the first quarter is cut off."
     if len(panels) == 1:  # room for the names
         panels, used = [dataclasses.replace(panels[0], is_direct=True)], {}
     legend = sorted(used.items(), key=lambda pair: pair[1])
     return Figure(f"{file}-curves", name, "curves", f"{what} along the training", caption, panels, legend, False)
 
 
-def _late_range(lines: Sequence[Line]) -> Interval:
-    """The range of what lines show behind the first quarter, where they are to be told apart."""
+def _are_far_apart(lines: Sequence[Line]) -> bool:
+    """Whether some line lies so far above another that one of them would be flat."""
+    if line_ends(lines)[0] <= 0:
+        return False
+    levels = [statistics.median(line.y) for line in lines]
+    return max(levels) > _MOST_APART * min(levels)
+
+
+def _late_range(lines: Sequence[Line]) -> Interval | None:
+    """The range of what lines show behind the first quarter, where they are to be told apart; None where the rest does
+    not hide that."""
     start = max(line.x[-1] for line in lines) / 4
     late = []
     for line in lines:
         kept = [i for i, x in enumerate(line.x) if x >= start] or [len(line.x) - 1]
         y, intervals = [line.y[i] for i in kept], [line.intervals[i] for i in kept]
         late.append(Line(line.label, line.style, [], y, intervals))
-    return line_ends(late)
+    (low, high), (least, greatest) = line_ends(late), line_ends(lines)
+    return (low, high) if greatest - least > _MOST_BEGINNING * (high - low) else None
 
 
 def drawn_curves(
@@ -434,12 +456,13 @@ def curve_value(value: float) -> float:
 def mean_curve(
     outcomes: Sequence[Outcome], variant: str, name: str, is_first: bool = False
 ) -> list[tuple[float, float, Interval | None]]:
-    """Mean and band of :func:`drawn_curves`."""
+    """Mean and band of :func:`drawn_curves`; no band leaves the range of the runs, such as below zero what never is."""
     places, curves = drawn_curves(outcomes, variant, name, is_first)
     points = []
     for at in places:
         values = sorted(each[at] for each in curves)
         mean = statistics.fmean(values)
         sd = statistics.stdev(values) if len(values) > 1 else None
-        points.append((float(at), mean, None if sd is None else (mean - sd, mean + sd)))
+        band = None if sd is None else (max(mean - sd, values[0]), min(mean + sd, values[-1]))
+        points.append((float(at), mean, band))
     return points

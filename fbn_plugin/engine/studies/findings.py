@@ -163,7 +163,9 @@ def best_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]
     note = (
         f"Beaten: some other one is better by the one-sided paired t-test, at {study.alpha:g} over the number of "
         f"others and of settings. So with a confidence of {level}, in all settings together, the truly best of those "
-        "that were tested is among those not beaten. Not to be told apart does not mean to be equal."
+        "that were tested is among those not beaten. Not to be told apart does not mean to be equal. The comparisons "
+        "are two-sided, adjusted over all of the metric and want an interval without 0 too: what is beaten here need "
+        "not be told apart there."
     )
     if any(each.left_out for each in known):
         note += " Left out: not every run gave a figure, and the mean of those that did says less than it seems."

@@ -18,11 +18,12 @@ _OPTIONS = {
     "unit": str,
     "label": str,
     "row": str,
+    "row_label": str,
     "of": str,
     AT: int,
     **dict.fromkeys(FIRST, float),
 }
-_OWN = ("higher_is_better", "unit", "label")
+_OWN = ("higher_is_better", "unit", "label", "row_label")
 
 
 def metric_names(given: Any, engine: "Engine") -> list[str]:
@@ -73,7 +74,7 @@ def _default(name: str, row: str, options: dict[str, Any], engine: "Engine") -> 
         sign = "≥" if firsts[0] == "first_at_least" else "≤"
         unit = f" {known.unit}" if known and known.unit else ""
         label = f"iterations to {known.label if known else row} {sign} {threshold:g}{unit}"
-        return Metric(False, "", label, of=firsts[0], threshold=threshold)
+        return Metric(False, "", label, of=firsts[0], threshold=threshold, row_label=_row_label(known))
     of = options.get("of", "last")
     if known is None:
         if "higher_is_better" not in options:
@@ -85,5 +86,12 @@ def _default(name: str, row: str, options: dict[str, Any], engine: "Engine") -> 
         known = Metric(higher_is_better=True, label=row)
     if AT in options:
         label = f"{known.label} after {counted(options[AT], 'iteration')}"
-        return dataclasses.replace(known, label=label, of=AT, threshold=options[AT])
-    return dataclasses.replace(known, label=known.label if of == "last" else f"{of} {known.label}", of=of)
+        return dataclasses.replace(known, label=label, of=AT, threshold=options[AT], row_label=_row_label(known))
+    if of == "last":
+        return known
+    return dataclasses.replace(known, label=f"{of} {known.label}", of=of, row_label=_row_label(known))
+
+
+def _row_label(known: Metric | None) -> str:
+    """What an axis calls a row, with its unit."""
+    return f"{known.label} ({known.unit})" if known and known.unit else known.label if known else ""

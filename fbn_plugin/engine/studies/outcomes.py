@@ -56,6 +56,7 @@ class Metric:
         of: how, one of ``run_figures.PICKS``.
         threshold: of a metric that is the iterations until one is passed, ``first_at_least`` or ``first_at_most``; the
             iterations of one that is ``at`` some.
+        row_label: what the row is, for the axis of its curve, where the label is of one figure of it; "" for its name.
     """
 
     higher_is_better: bool
@@ -64,6 +65,7 @@ class Metric:
     row: str = ""
     of: str = "last"
     threshold: float | None = None
+    row_label: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,10 @@ class Claim:
     Attributes:
         kind: one of ``claims.KINDS``.
         metric, variant: what it is about; neither has to be there at every scale.
-        baseline: what the variant is compared with; "" where it is held against a number.
+        baseline: what the variant is compared with; "" where it is held against a number, or against itself.
         value: that number, or the margin within which two variants are alike.
         text: in the paper's sense, for readers.
+        than: the other metric of the same runs that the metric is held against; "" where it is none.
     """
 
     kind: str
@@ -144,6 +147,7 @@ class Claim:
     baseline: str = ""
     value: float | None = None
     text: str = ""
+    than: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@ Matplotlib to the next."""
 
 import io
 
-from fbn_plugin.engine.studies.figures import Figure, LinePanel, RowPanel, line_ends, row_values, x_span
-from fbn_plugin.engine.studies.svg import COLORS, DASHES, MARKS, nice_ticks, padded, tick_text
+from fbn_plugin.engine.studies.figures import Figure, LinePanel, RowPanel, row_values, x_span
+from fbn_plugin.engine.studies.svg import COLORS, DASHES, MARKS, log_ticks, nice_ticks, padded, tick_text, y_span
 
 __all__ = ["figure_png"]
 
@@ -80,7 +80,11 @@ def _lines(axes, panel: LinePanel) -> None:
         elif ends:
             axes.vlines(*zip(*ends), color=color, linewidth=1.2)
         axes.plot(line.x, line.y, **_style(line.style, bool(panel.ticks) or len(line.x) == 1))
-    low, high = padded(*(panel.y_range or line_ends(panel.lines)))
+    low, high = y_span(panel)
+    if panel.is_log_y:
+        axes.set_yscale("log")
+        at = log_ticks(low, high)
+        axes.set_yticks(at, [tick_text(tick, [tick]) for tick in at])
     if panel.is_log:
         axes.set_xscale("log")
     first, last = x_span(panel)

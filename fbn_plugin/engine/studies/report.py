@@ -14,6 +14,7 @@ from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.studies.claim_findings import claim_blocks, printed_blocks
 from fbn_plugin.engine.studies.claims import check_claims, joint_verdict
+from fbn_plugin.engine.studies.comparing import variant_name
 from fbn_plugin.engine.studies.document import (
     Block,
     Code,
@@ -186,6 +187,8 @@ def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int, most_varia
     own = [f"{name}: {_settings(each)}" for name, each in study.variants.items()]
     if most_variants is None or len(own) <= most_variants:
         blocks += [Code(own, f"What {counted(len(own), 'variant')} set")]
+    elif study.factors:
+        blocks += [Code(_level_settings(study), "What the levels of each factor set")]
     machines = Counter((each.hardware, tuple(sorted(each.versions.items()))) for each in outcomes if each.hardware)
     rows: list[list] = [["hardware", "versions", "jobs"]]
     for (hardware, versions), count in machines.items():
@@ -204,12 +207,34 @@ _SCRIPTS = {
     "torchvision": "train_detection.py",
     "detectron2": "train_net.py",
 }
-# A page of the documentation lists the settings of no more; the JSON has them.
+# A page of the documentation lists the settings of no more; of a product of factors it has those of the levels, and the
+# JSON has all.
 _MOST_VARIANTS = 20
 _SEED_RULES = {
     "md5": "SEED is the last 32 bits of the MD5 digest of the number",
     "plain": "SEED is the number itself",
 }
+
+
+def _level_settings(study: Study) -> list[str]:
+    """Of each level of each factor what all variants that have it set alike, and not all of the study."""
+    everywhere = _shared([each.settings for each in study.variants.values()])
+    lines = []
+    for factor, levels in study.factors.items():
+        for level in levels:
+            mine = [each.settings for each in study.variants.values() if each.levels.get(factor) == level]
+            settings = {key: value for key, value in _shared(mine).items() if key not in everywhere}
+            lines.append(f"{variant_name({factor: level})}: {_settings(Variant(settings=settings))}")
+    return lines
+
+
+def _shared(settings: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """Keys that have the same value in all."""
+    return {
+        key: value
+        for key, value in (settings[0] if settings else {}).items()
+        if all(key in each and each[key] == value for each in settings)
+    }
 
 
 def _value(value: object) -> str:

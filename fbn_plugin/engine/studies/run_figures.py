@@ -1,6 +1,6 @@
 """The figure of a run that a metric means, from what ``metrics.json`` has along it: the last one, the best one, one
-over all of them, that after a number of iterations, or the iterations until a threshold is passed (as Ioffe and
-Szegedy, 2015, count steps to 72.2 %).
+over all of them (their mean, or how much they vary), that after a number of iterations, or the iterations until a
+threshold is passed (as Ioffe and Szegedy, 2015, count steps to 72.2 %).
 """
 
 import math
@@ -20,6 +20,7 @@ _OVER_ALL: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": statistics.fmean,
     "max": max,
     "min": min,
+    "sd": lambda values: statistics.stdev(values) if len(values) > 1 else math.nan,
 }
 PICKS = ("last", "best", *_OVER_ALL)
 

@@ -167,11 +167,19 @@ class BestOf:
 
 @dataclass(frozen=True)
 class MetricStatistics:
-    """All that is computed of one metric."""
+    """All that is computed of one metric.
+
+    Attributes:
+        summaries: of each variant.
+        comparisons: of the study.
+        best: of each set of variants that are compared.
+        with_others: of a variant with itself by another metric, which is the baseline's name, as claims have it.
+    """
 
     summaries: dict[str, Summary]
     comparisons: list[PairedComparison]
     best: list[BestOf]
+    with_others: list[PairedComparison] = field(default_factory=list)
 
 
 def study_statistics(study: Study, outcomes: Sequence[Outcome]) -> dict[str, MetricStatistics]:
@@ -194,8 +202,30 @@ def study_statistics(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Met
         lengths = {variant: _lengths(jobs[variant], name) for variant in study.variants if metric.of in FIRST}
         comparisons = [_compared(study, each, name, figures, lengths) for each in study.comparisons]
         best = _best(study, figures, summaries, metric.higher_is_better)
-        found[name] = MetricStatistics(summaries, _judged(comparisons, study.alpha), best)
+        others = _judged(_with_others(study, name, jobs, figures), study.alpha)
+        found[name] = MetricStatistics(summaries, _judged(comparisons, study.alpha), best, others)
     return found
+
+
+def _with_others(
+    study: Study, name: str, jobs: Mapping[str, Sequence[Outcome]], figures: Mapping[str, Mapping[int, float]]
+) -> list[PairedComparison]:
+    """What the claims hold a metric against that is another one of the same runs."""
+    pairs = {
+        (claim.variant, claim.than): None
+        for claim in study.claims
+        if claim.metric == name and claim.than in study.metrics and claim.variant in study.variants
+    }
+    return [
+        compare(
+            figures[variant],
+            figures_of(jobs[variant], variant, than),
+            higher_is_better=study.metrics[name].higher_is_better,
+            alpha=study.alpha,
+            names=(variant, than, ""),
+        )
+        for variant, than in pairs
+    ]
 
 
 def _compared(

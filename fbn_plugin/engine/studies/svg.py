@@ -25,11 +25,13 @@ __all__ = [
     "figure_file",
     "least_width",
     "legend_svg",
+    "log_ticks",
     "nice_ticks",
     "padded",
     "panel_svg",
     "svg_size",
     "tick_text",
+    "y_span",
 ]
 
 # (on white, on black): grey for what others are compared with, then seven that the colour-blind tell apart (Okabe and
@@ -98,6 +100,26 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(i * step, 12 - math.floor(math.log10(step))) + 0.0 for i in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers within a range of positive ones, for a logarithmic axis: the powers of ten, and what lies between
+    them as far as these are at most so many.
+
+    Examples::
+
+        >>> log_ticks(0.03, 4.0)
+        [0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
+        >>> log_ticks(0.5, 2000)
+        [1.0, 10.0, 100.0, 1000.0]
+    """
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [float(f"{factor}e{power}") for power in powers for factor in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= most:
+            break
+    return ticks or [low]
+
+
 def tick_text(value: float, ticks: Sequence[float]) -> str:
     """A tick's number, with as many decimals as all ticks of the axis need."""
     largest = max(map(abs, ticks))
@@ -156,6 +178,15 @@ def padded(low: float, high: float, share: float = 0.06) -> tuple[float, float]:
     return low - pad, high + pad
 
 
+def y_span(panel: LinePanel) -> tuple[float, float]:
+    """The range of a panel's y axis, with room at both ends."""
+    low, high = panel.y_range or line_ends(panel.lines)
+    if not panel.is_log_y:
+        return padded(low, high)
+    low, high = padded(math.log(low), math.log(high))
+    return math.exp(low), math.exp(high)
+
+
 def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Places as near to the wanted ones, which are sorted, as a gap between them allows, and within a range where there
     is room: isotonic regression of what is wanted less the gaps, by pooling neighbours that are too near."""
@@ -202,17 +233,18 @@ def _lines(panel: LinePanel) -> str:
     width, height = (820, max(420, 90 + 16 * len(panel.lines))) if panel.is_direct else (340, 250)
     labels = max((_width_of(line.label) for line in panel.lines), default=0) + 34 if panel.is_direct else 24
     parts, top = _title(panel.title, width)
-    low, high = padded(*(panel.y_range or line_ends(panel.lines)))
-    y_ticks = nice_ticks(low, high)
-    left = 14 + max(_width_of(tick_text(tick, y_ticks)) for tick in y_ticks)
+    low, high = y_span(panel)
+    y_ticks = log_ticks(low, high) if panel.is_log_y else nice_ticks(low, high)
+    y_texts = [tick_text(tick, [tick] if panel.is_log_y else y_ticks) for tick in y_ticks]
+    left = 14 + max(map(_width_of, y_texts))
     right, first, last = width - labels, top + 26, height - 40
     xs = [*panel.ticks, *(x for line in panel.lines for x in line.x)]
     inset = 10 if panel.ticks else 4
     at_x = _scale(*x_span(panel), left + inset, right - inset, panel.is_log)
-    at_y = _scale(low, high, last, first)
-    for tick in y_ticks:
+    at_y = _scale(low, high, last, first, panel.is_log_y)
+    for tick, text in zip(y_ticks, y_texts):
         parts.append(_stroke("grid", left, at_y(tick), right, at_y(tick)))
-        parts.append(_text(left - 5, at_y(tick) + 4, tick_text(tick, y_ticks), "soft", "end"))
+        parts.append(_text(left - 5, at_y(tick) + 4, text, "soft", "end"))
     parts.append(_stroke("axis", left, last, right, last))
     parts += _x_ticks(panel.ticks or nice_ticks(0, max(xs), 4 if width < 500 else 8), at_x, last)
     parts.append(_text(8, top + 16, panel.y_label, "soft"))

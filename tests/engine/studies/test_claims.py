@@ -212,6 +212,50 @@ def test_claims_of_a_file(tmp_path):
     assert study.printed == {"top1": {"a": Printed(84.0), "b": Printed(82.0, 0.5)}}
 
 
+def test_a_metric_is_held_against_another_one_of_the_same_runs(tmp_path):
+    text = FILE.replace("SEEDS: 1-2", "SEEDS: 1-6\nMETRICS: [top1, top5, loss]")
+    claims = """
+  - {variant: [a, b], is: lower, than: top5, text: Of course}
+  - {variant: a, is: alike, than: top5, margin: 1}
+  - {variant: a, is: higher, metric: loss, than: top5}"""
+    study = read(tmp_path, claims, text=text)
+    assert study.claims[:2] == [Claim("lower", "top1", name, text="Of course", than="top5") for name in "ab"]
+    assert study.comparisons == [Comparison("b", "a")]
+    figures = {"a": (70.0, 90.0), "b": (90.0, 90.0)}
+    outcomes = [
+        Outcome(
+            name, seed, seed, "done", metrics={"top1": top1 + seed % 3, "top5": top5 + seed % 2, "loss": 1.0 + seed}
+        )
+        for name, (top1, top5) in figures.items()
+        for seed in range(1, 7)
+    ]
+    study = dataclasses.replace(study, variants={name: study.variants[name] for name in figures})
+    found = study_statistics(study, outcomes)
+    verdicts = check_claims(study, found)
+    assert [each.verdict for each in verdicts] == ["reproduced", "inconclusive", "not reproduced", "not reproduced"]
+    assert verdicts[0].n == 6 and verdicts[0].seen == pytest.approx(-19.5)
+    assert [len(found[name].with_others) for name in study.metrics] == [2, 0, 1]
+    text = markdown(claim_blocks(study, found, 2))
+    assert "Of course (a: lower top-1 accuracy than top-5 accuracy)" in text
+    scale = dataclasses.replace(study, metrics={"top1": study.metrics["top1"]})
+    assert check_claims(scale, study_statistics(scale, outcomes))[0].why == "this scale does not measure top5"
+
+
+def test_a_claim_where_the_paper_prints_it_so(tmp_path):
+    text = """FACTORS:
+  norm: {BN: {MODEL.NORM: BN}, FBN: {MODEL.NORM: FBN}, GN: {MODEL.NORM: GN}}
+  batch: {"8": {SOLVER.IMS_PER_BATCH: 8}, "16": {SOLVER.IMS_PER_BATCH: 16}}
+SEEDS: 1-2
+PRINTED: {top1: {"BN, batch 8": 1, "FBN, batch 8": 2, "BN, batch 16": 5, "FBN, batch 16": 4, "GN, batch 8": 3}}
+"""
+    for kind, batch in (("higher", 8), ("lower", 16)):
+        claims = f"[{{factor: norm, variant: FBN, baseline: BN, is: {kind}, where: printed}}]"
+        study = read(tmp_path, claims, text=text)
+        assert study.claims == [Claim(kind, "top1", f"FBN, batch {batch}", f"BN, batch {batch}")]
+    claims = "[{factor: norm, variant: GN, baseline: BN, is: higher, where: printed}]"
+    assert [each.variant for each in read(tmp_path, claims, text=text).claims] == ["GN, batch 8"]
+
+
 def test_claims_by_a_factor_and_at_a_scale_without_some_levels(tmp_path):
     text = """FACTORS:
   norm: {BN: {MODEL.NORM: BN}, FBN: {MODEL.NORM: FBN}}
@@ -238,6 +282,12 @@ SCALES: {paper: {}, cpu: {ONLY: {batch: ["8"]}}, smoke: {VARIANTS: {x: {}, y: {M
         ("[{variant: a, baseline: a, is: higher}]", "claim 1 compares 'a' with itself"),
         ("[{variant: a, is: higher}]", "claim 1 is that something is higher, and has no baseline"),
         ("[{variant: a, baseline: b, is: alike}]", "claim 1 is that something is alike, and has no margin"),
+        ("[{variant: a, baseline: b, than: top1, is: higher}]", "is higher, where baseline has no meaning"),
+        ("[{variant: a, than: top1, is: higher}]", "claim 1 compares 'top1' with itself"),
+        ("[{variant: a, than: top2, is: higher}]", "than of claim 1 names 'top2', which is none of top1"),
+        ("[{variant: a, than: top1, value: 1, is: at_least}]", "is at_least, where than has no meaning"),
+        ("[{variant: a, baseline: b, is: higher, where: x}]", "where of claim 1 must be 'printed', got 'x'"),
+        ("[{variant: a, baseline: b, is: alike, margin: 1, where: printed}]", "is alike, where where has no meaning"),
         ("[{variant: a, baseline: b, is: alike, margin: 0}]", "margin of claim 1 must be above 0, got 0"),
         ("[{variant: a, baseline: b, is: higher, margin: 1}]", "is higher, where margin has no meaning"),
         ("[{variant: c, is: printed}]", "claim 1: PRINTED has no 'top1' of 'c'"),

@@ -13,6 +13,7 @@ from fbn_plugin.engine.studies.study_file import read_study
 
 CURVE = [(10, 3.0), (20, 9.0), (30, 5.0), (40, 7.0)]
 FIGURES = {"last": 7.0, "best": 9.0, "median": 6.0, "mean": 6.0, "max": 9.0, "min": 3.0}
+FIGURES["sd"] = pytest.approx(math.sqrt(20 / 3))
 TWO = "VARIANTS: {a: {MODEL.NORM: FBN}, b: {MODEL.NORM: BN}}\nSEEDS: 1\n"
 
 
@@ -52,23 +53,31 @@ def metrics(tmp_path, text):
 
 def test_options_of_metrics(tmp_path):
     assert metrics(tmp_path, "{top1: {of: best}}") == {
-        "top1": Metric(True, "%", "best top-1 accuracy", of="best"),
+        "top1": Metric(True, "%", "best top-1 accuracy", of="best", row_label="top-1 accuracy (%)"),
     }
     assert metrics(tmp_path, "{steps: {row: test/top1, first_at_least: 72.2}}") == {
-        "steps": Metric(False, "", "iterations to test top-1 accuracy ≥ 72.2 %", "test/top1", "first_at_least", 72.2),
+        "steps": Metric(
+            *(False, "", "iterations to test top-1 accuracy ≥ 72.2 %", "test/top1", "first_at_least", 72.2),
+            row_label="test top-1 accuracy (%)",
+        ),
     }
     assert metrics(tmp_path, "{early: {row: top1, at: 50000}}") == {
-        "early": Metric(True, "%", "top-1 accuracy after 50,000 iterations", "top1", "at", 50000),
+        "early": Metric(True, "%", "top-1 accuracy after 50,000 iterations", "top1", "at", 50000, "top-1 accuracy (%)"),
     }
     assert metrics(tmp_path, "{range: {row: landscape/loss, of: median, higher_is_better: false, label: x}}") == {
-        "range": Metric(False, "", "x", "landscape/loss", "median"),
+        "range": Metric(False, "", "x", "landscape/loss", "median", row_label="landscape/loss"),
     }
+    text = "{range: {row: landscape/loss, of: sd, row_label: loss, higher_is_better: false, label: x}}"
+    assert metrics(tmp_path, text) == {"range": Metric(False, "", "x", "landscape/loss", "sd", row_label="loss")}
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("{top1: {of: first}}", "of of metric 'top1' must be one of last, best, median, mean, max, min, got 'first'"),
+        (
+            "{top1: {of: first}}",
+            "of of metric 'top1' must be one of last, best, median, mean, max, min, sd, got 'first'",
+        ),
         (
             "{top1: {of: best, first_at_least: 3}}",
             "metric 'top1' must have one of of, at, first_at_least and first_at_most",

@@ -17,7 +17,8 @@ from fbn_plugin.engine.studies import statistics
 from fbn_plugin.engine.studies.document import Code, Heading, Mono, Paragraph, Strong, Table, html_page, markdown
 from fbn_plugin.engine.studies.figures import study_figures
 from fbn_plugin.engine.studies.findings import best_blocks, comparison_blocks, mean_blocks
-from fbn_plugin.engine.studies.outcomes import Comparison, Variant, read_outcomes, write_outcomes
+from fbn_plugin.engine.studies.outcomes import Comparison, Outcome, Variant, read_outcomes, write_outcomes
+from fbn_plugin.engine.studies.plots import figure_png
 from fbn_plugin.engine.studies.report import render_docs, report_markdown, report_page, write_docs, write_report
 from fbn_plugin.engine.studies.statistics import study_statistics
 from fbn_plugin.engine.studies.svg import _spread, figure_file, nice_ticks, tick_text
@@ -191,7 +192,7 @@ def test_names_are_escaped_in_all_forms():
     name = "a|b <i>*c*</i> & `d`\n_e_"
     study = plain_study(variants=("BN", name), seeds=3)
     study = dataclasses.replace(study, title=name, comparisons=[Comparison(name, "BN", "<g>|")])
-    outcomes = draw(study, iterations=2)
+    outcomes = draw(study, iterations=3)
     page, text = report_page(study, outcomes), report_markdown(study, outcomes)
     assert "<i>" not in page and "a|b &lt;i&gt;*c*&lt;/i&gt; &amp; `d`\\n_e_" in page and len(svgs(page)) >= 3
     tables = re.findall(r"(?m)(?:^\|.*\n)+", text)
@@ -248,7 +249,7 @@ def test_all_that_is_drawn_lies_within_its_picture(study):
 
 def test_styles_differ_where_there_are_more_variants_than_colours():
     study = plain_study(variants=tuple(f"norm {i}" for i in range(19)), seeds=3)
-    page = report_page(study, draw(study, iterations=2))
+    page = report_page(study, draw(study, iterations=3))
     kinds = re.findall(r'<g class="(s\d(?: d\d)?)"><path class="line"[^>]*/>(?:<circle|<path class="mark")', page)
     assert len(svgs(page)) >= 3 and len(set(re.findall(r'class="(s\d d\d)"', page))) >= 11, kinds
 
@@ -259,6 +260,42 @@ def test_long_curves_keep_their_end():
     curves = next(each for each in study_figures(study, outcomes, found) if each.kind == "curves")
     for line in curves.panels[0].lines:
         assert len(line.x) <= 60 and line.x[-1] == 500_000
+
+
+def curves_of(levels: dict[str, list[list[float]]]):
+    """The picture of curves: of each variant what its seeds reached."""
+    study = plain_study(variants=tuple(levels), seeds=max(map(len, levels.values())))
+    outcomes = [
+        Outcome(
+            name, seed, seed, "done", metrics={"segm/AP": y[-1]}, curves={"segm/AP": list(zip(range(10, 999, 10), y))}
+        )
+        for name, runs in levels.items()
+        for seed, y in enumerate(runs, 1)
+    ]
+    figures = study_figures(study, outcomes, study_statistics(study, outcomes))
+    return next((each for each in figures if each.kind == "curves"), None)
+
+
+def test_curves_show_what_is_to_be_seen():
+    assert curves_of({"BN": [[1.0, 2.0]], "GN": [[2.0, 3.0]]}) is None  # a line of two points says nothing
+    steep = curves_of({"BN": [[0.0, 98.0, 98.5, 98.5, 99.0]], "GN": [[0.0, 98.5, 99.0, 99.0, 99.5]]})
+    assert steep.panels[0].y_range == (98.0, 99.5) and "first quarter is cut off" in steep.caption
+    flat = curves_of({"BN": [[1.0, 3.0, 2.0, 3.0]], "GN": [[1.5, 3.0, 3.0, 2.0]]})
+    assert flat.panels[0].y_range is None and "cut off" not in flat.caption and not flat.panels[0].is_log_y
+    apart = curves_of({"BN": [[0.01, 0.02, 0.01]], "GN": [[1.0, 2.0, 1.5]]})
+    assert apart.panels[0].is_log_y and apart.panels[0].y_range is None
+    grid = re.findall(r'class="grid" d="M[\d.]+ ([\d.]+)L', figure_file(apart).decode())
+    heights = [float(y) for y in grid]
+    decades = [a - b for a, b in zip(heights, heights[2:])]  # a line at 1 and at 3 of each
+    assert len(decades) >= 2 and max(decades) - min(decades) < 0.3 and figure_png(apart).startswith(b"\x89PNG")
+
+
+def test_a_band_stays_within_what_runs_reached():
+    line = (
+        curves_of({"BN": [[0.0, 0.0, 9.0], [0.0, 0.0, 1.0], [9.0, 6.0, 2.0]], "GN": [[1.0] * 3] * 3}).panels[0].lines[0]
+    )
+    assert [interval[0] for interval in line.intervals] == [0.0, 0.0, 1.0]
+    assert all(low <= y <= high <= 9.0 for y, (low, high) in zip(line.y, line.intervals))
 
 
 def test_the_docs_page_is_made_from_files(tmp_path):
@@ -277,6 +314,22 @@ def test_the_docs_page_is_made_from_files(tmp_path):
     before = {each: each.read_bytes() for each in files}
     assert write_docs(names, page, "Which norm") == files
     assert before == {each: each.read_bytes() for each in files}
+
+
+def test_a_product_of_many_variants_is_told_by_its_levels():
+    study = product_study(batches=("2", "4", "16"), sets=("one",), seeds=3)
+    study = dataclasses.replace(
+        study,
+        variants={
+            name: dataclasses.replace(
+                each, settings={**each.settings, "SEED_OF_ALL": 1, "MODEL.NORM": each.levels["norm"]}
+            )
+            for name, each in study.variants.items()
+        },
+    )
+    text = render_docs({"a.json": (study, draw(study, iterations=1))}, "a.md").text
+    assert len(study.variants) == 24 and "What the levels of each factor set" in text and "SEED_OF_ALL" not in text
+    assert "\nFBN, T=3: MODEL.NORM FBN, T=3\n" in text and "\nbatch 16: SOLVER.IMS_PER_BATCH 16\n" in text
 
 
 def test_a_factor_without_numbers_and_variants_without_comparisons():
