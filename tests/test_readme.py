@@ -40,6 +40,12 @@ def test_it_links_to_every_page():
     assert pages <= set(re.findall(r"\]\(([^)#]+)", TEXT))
 
 
+def test_its_accuracies_are_those_of_the_studies():
+    studies = (ROOT / "docs/which-norm.md").read_text(encoding="utf-8")
+    found = re.findall(r"\d+\.\d ± \d+\.\d", TEXT)
+    assert len(found) >= 9 and all(re.search(rf"(?<![\d.]){re.escape(each)}(?![\d.])", studies) for each in found)
+
+
 def test_the_citation_is_of_this_version_and_names_every_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == fbn_plugin.__version__
