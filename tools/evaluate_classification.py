@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         names = names_of(args)
         if args.output.exists() and not args.output.is_dir():
             raise ValueError(f"--output {args.output} is a file, not a folder")
+        if (args.output / "config.yaml").exists():  # whose evaluation.json is another kind of record
+            raise ValueError(f"--output {args.output} holds a run or its evaluation; choose another folder")
         import_modules(args.imports)
 
         from fbn_plugin.engine.classification.comparison import check_same_set, evaluate_checkpoints, write_comparison

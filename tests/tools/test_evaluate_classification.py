@@ -97,3 +97,11 @@ def test_arguments(tmp_path, main, runs, capsys, monkeypatch, arguments, sentenc
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and sentence in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_of_the_training_tool_is_not_written_over(tmp_path, main, runs, capsys):
+    before = {path: path.read_bytes() for path in (runs / "seed1").iterdir() if path.is_file()}
+    with pytest.raises(SystemExit) as stop:
+        main(runs / "seed1", "--output", runs / "seed1")
+    assert stop.value.code == 2 and "holds a run or its evaluation; choose another folder" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (runs / "seed1").iterdir() if path.is_file()}

@@ -30,6 +30,7 @@ __all__ = [
     "check_texts",
     "flatten",
     "load_config",
+    "other_processes",
     "pairs",
     "read_config",
     "refuse_changes",
@@ -149,14 +150,20 @@ def refuse_changes(saved: Mapping[str, Any], cfg: Mapping[str, Any], may_change:
         if _as_lists(new) == _as_lists(old[key]) or any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change):
             continue
         if key == "SOLVER.REFERENCE_WORLD_SIZE" and new and old[key]:  # the linear rule sets it to their number
-            raise ValueError(
-                f"the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds was made by {counted(old[key], 'process')}, "
-                f"got {new}: resume it with as many, or choose another OUTPUT_DIR"
-            )
+            raise other_processes(cfg["OUTPUT_DIR"], old[key], new)
         raise ValueError(
             f"{key} must be {old[key]!r} as in the run that OUTPUT_DIR {cfg['OUTPUT_DIR']} holds, got {shown(new)}; "
             "resume it with the old value, or choose another OUTPUT_DIR"
         )
+
+
+def other_processes(output_dir: str, made_by: int, processes: int) -> ValueError:
+    """The error of a run that is to go on with another number of processes: images would be dealt out otherwise, and
+    its norms take the moments of others."""
+    return ValueError(
+        f"the run that OUTPUT_DIR {output_dir} holds was made by {counted(made_by, 'process')}, got {processes}: "
+        "resume it with as many, or choose another OUTPUT_DIR"
+    )
 
 
 def _as_lists(value: Any) -> Any:

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from fbn_plugin.engine.files.words import counted
-from fbn_plugin.engine.run.config import CfgNode, refuse_changes
+from fbn_plugin.engine.run.config import CfgNode, other_processes, refuse_changes
 from fbn_plugin.engine.run.logging import read_metrics
 from fbn_plugin.engine.run.output_dir import check_output_dir, holds_run
 from fbn_plugin.engine.run.rules import refusal
+from fbn_plugin.engine.run.run_info import read_run_info
 from fbn_plugin.engine.run.states import checked_iteration
 
 __all__ = ["check_enough_iterations", "check_finite", "check_run", "check_state"]
@@ -62,6 +63,9 @@ def check_run(
             f"nothing to evaluate: set MODEL.WEIGHTS{pretrained}, or --resume with a checkpoint in OUTPUT_DIR"
         )
     if continues and not eval_only:
+        made_by = read_run_info(cfg.OUTPUT_DIR).get("processes")
+        if isinstance(made_by, int) and made_by != processes:
+            raise other_processes(cfg.OUTPUT_DIR, made_by, processes)
         refuse_changes(read_saved(), cfg, may_change)
         read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))  # which the run goes on from, too
     return continues

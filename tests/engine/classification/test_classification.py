@@ -553,6 +553,20 @@ def test_weights_to_evaluate_and_to_start_from(tmp_path):
         ClassificationTrainer(config(tmp_path), resume=True)
 
 
+def test_a_run_is_resumed_by_as_many_processes(tmp_path, monkeypatch):
+    """With fewer the same batch would be normalized in other parts."""
+    cfg = config(tmp_path, SOLVER__IMS_PER_BATCH=32, SOLVER__MAX_ITER=2)
+    ClassificationTrainer(cfg).train()
+    again = config(tmp_path, SOLVER__IMS_PER_BATCH=32, SOLVER__MAX_ITER=4)
+    info = json.loads((tmp_path / "run_info.json").read_text())
+    (tmp_path / "run_info.json").write_text(json.dumps(info | {"processes": 2}))
+    with pytest.raises(ValueError, match="holds was made by 2 processes, got 1: resume it with as many"):
+        ClassificationTrainer(again, resume=True)
+    assert ClassificationTrainer(again, resume=True, eval_only=True).evaluate()  # which may be shared by any number
+    (tmp_path / "run_info.json").unlink()
+    assert ClassificationTrainer(again, resume=True).start_iter == 2
+
+
 def test_weights_that_do_not_fit_at_all_are_refused(tmp_path):
     """As the detectors refuse them; a file that fits in part is taken."""
     torch.save({f"bert.{n}.weight": torch.ones(2) for n in range(2)}, tmp_path / "foreign.pth")
