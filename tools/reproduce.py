@@ -15,6 +15,7 @@ docs/results of all that is kept there.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,8 @@ def show(args: argparse.Namespace) -> int:
             rows.append([", ".join(each.ids), each.study.title, *states, data_text(each)])
     print(format_table(rows))
     print("\nJobs done of all, by the folder output; kept: figures of the scale lie in benchmarks/papers.")
+    where = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    print(f"Data are looked for here and below $DETECTRON2_DATASETS ({where}).")
     return 0
 
 
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     import study
 
     with user_errors():
-        from fbn_plugin.engine.studies.catalog import find_experiments, read_catalog
+        from fbn_plugin.engine.studies.catalog import find_experiments, output_of, read_catalog
 
         chosen = find_experiments(read_catalog(args.experiments, ROOT), args.ids)
         without = [f"{each.id} has {', '.join(each.scales)}" for each in chosen if args.scale not in each.scales]
@@ -101,6 +104,9 @@ def run(args: argparse.Namespace) -> int:
             if stop.code in _STOPPED:
                 raise
             codes.append(stop.code if isinstance(stop.code, int) else 1)
+        if not codes[-1]:
+            file, output = os.path.relpath(each.path), output_of(each, args.scale)
+            print(f"in {output}; its report: python tools/study.py report {file} --scale {args.scale}")
     if len(codes) > 1:
         print(f"{codes.count(0)} of {len(codes)} experiments are done")
     return max(codes, default=0)

@@ -2,6 +2,7 @@
 one that trains."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,15 @@ def test_from_list_to_report(tmp_path, main, capsys):
 
     assert main("run", "p0.FIG5", "--scale", "cpu", "--jobs", "2") == 0
     out = capsys.readouterr().out
-    assert out.startswith("P0.fig5: Two norms (cpu scale, reduced)\n") and out.endswith("2 of 2 jobs done\n")
+    assert out.startswith("P0.fig5: Two norms (cpu scale, reduced)\n") and "\n2 of 2 jobs done\n" in out
+    import study
+
+    report = re.search(r"in output/p0_fig5-cpu; its report: python tools/study.py (report \S+ --scale cpu)\n$", out)
+    assert study.main(report[1].split()) == 0 and (tmp_path / "output/p0_fig5-cpu/report/report.html").is_file()
     assert (tmp_path / "output/p0_fig5-cpu/jobs/FBN/seed-1/results.json").is_file()
     assert main("run", "P0.fig5", "--scale", "cpu") == 0 and "seed 1" not in capsys.readouterr().out
     assert main(*keep) == 0 and (tmp_path / "benchmarks/papers/p0_fig5-cpu.json").is_file()
-    assert main("list", "P0") == 0 and "| 2 of 2 |" in capsys.readouterr().out
+    assert main("list", "P0", "--root", str(tmp_path)) == 0 and "| 2 of 2 (kept) |" in capsys.readouterr().out
     assert main("report", "--root", str(tmp_path)) == 0
     assert "| **inconclusive: 0 of 1 claim reproduced**" in (tmp_path / "docs/results/index.md").read_text()
 

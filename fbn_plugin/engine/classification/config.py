@@ -345,11 +345,14 @@ def _recalibration_rules(cfg: CfgNode) -> dict[str, Rule]:
 def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
     """Rules that follow from other values of the config."""
     epochs = cfg.SOLVER.MAX_EPOCH or math.inf  # without training no schedule ends
+    optimizers = [name for name in list_optimizers() if name not in _SECOND_ORDER]
     rules = {
         "SOLVER.MIN_LR": Rule(
             f"from 0 to SOLVER.BASE_LR, {cfg.SOLVER.BASE_LR}", lambda given: 0 <= given <= cfg.SOLVER.BASE_LR
         ),
-        "SOLVER.OPTIMIZER": one_of(*(name for name in list_optimizers() if name not in _SECOND_ORDER)),
+        "SOLVER.OPTIMIZER": Rule(
+            "one of timm.optim.list_optimizers() that takes no second derivatives", optimizers.__contains__, optimizers
+        ),
         "SOLVER.WARMUP_EPOCHS": Rule(f"from 0 to less than MAX_EPOCH, {epochs}", lambda given: 0 <= given < epochs),
         **augmentation.augmentation_rules(cfg),
     }

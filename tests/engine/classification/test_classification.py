@@ -139,7 +139,7 @@ def test_configs_name_models_that_can_be_built(folder):
         ({"INPUT__MIXUP": 1e300}, r"INPUT.MIXUP must be 0, or from 0.001 to 1000, got 1e\+300"),
         ({"SOLVER__WARMUP_EPOCHS": 8}, "SOLVER.WARMUP_EPOCHS must .* got 8"),
         ({"SOLVER__LR_SCHEDULER_NAME": "cosin"}, "SOLVER.LR_SCHEDULER_NAME must be .*'cosine', .* got 'cosin'"),
-        ({"SOLVER__OPTIMIZER": "sdg"}, "SOLVER.OPTIMIZER must be .*'adamw', .*got 'sdg'"),
+        ({"SOLVER__OPTIMIZER": "sdg"}, "SOLVER.OPTIMIZER must be .*got 'sdg'; did you mean 'sgd'"),
         ({"INPUT__TRAIN_CROP": "rrc"}, "INPUT.TRAIN_CROP must be .*'padded', .*got 'rrc'"),
         ({"INPUT__AUTO_AUGMENT": "rnd-m9"}, "INPUT.AUTO_AUGMENT must .*got 'rnd-m9'"),
         ({"INPUT__FORMAT": "RGB"}, "MODEL.PIXEL_MEAN must .*INPUT.FORMAT 'RGB'"),
