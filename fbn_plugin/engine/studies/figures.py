@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fbn_plugin.engine.studies.comparing import variant_name
 from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study
 from fbn_plugin.engine.studies.run_figures import FIRST
 from fbn_plugin.engine.studies.statistics import (
@@ -252,7 +253,7 @@ def _by_level(study: Study, found: MetricStatistics, name: str, what: str, file:
             continue
         ticks = sorted({x for line in lines for x in line.x})
         setting = {"x_label": number, "y_label": what, "is_log": _is_log(ticks), "ticks": ticks}
-        where = ", ".join(f"{key} {level}" for key, level in shared.items())
+        where = variant_name(shared)
         together.append(LinePanel(where, lines=_dodged(lines, setting["is_log"], ticks), is_direct=True, **setting))
         reference, rest = lines[0], lines[1:]
         ends = line_ends(lines)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.studies.comparing import variant_name
 from fbn_plugin.engine.studies.document import Block, Inline, Mono, Paragraph, Strong, Table
 from fbn_plugin.engine.studies.figures import in_order, level_name, quantity
 from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study
@@ -259,7 +260,7 @@ def mean_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]
     tables: dict[str, dict[str, list[str]]] = {}
     for members in sets.values():
         levels = study.variants[members[0]].levels
-        where = ", ".join(f"{key} {level}" for key, level in levels.items() if key not in (factor, across))
+        where = variant_name({key: level for key, level in levels.items() if key not in (factor, across)})
         tables.setdefault(where, {})[levels[across]] = members
     for where, columns in tables.items():
         rows: list[list[Inline]] = [[factor, *(f"{across} {level}" for level in columns)]]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.studies.comparing import variant_name
 from fbn_plugin.engine.studies.outcomes import Comparison, Outcome, Study
 from fbn_plugin.engine.studies.run_figures import FIRST
 
@@ -615,7 +616,7 @@ def compared_sets(study: Study) -> dict[str, list[str]]:
             if variant.levels and all(variant.levels.get(key) == level for key, level in shared.items())
         ]
         if members:
-            sets[", ".join(f"{key} {shared[key]}" for key in others)] = members
+            sets[variant_name({key: shared[key] for key in others})] = members
     return sets
 
 

@@ -271,8 +271,8 @@ def test_sets_of_a_product_share_the_other_factors():
     study = product_study(norms=("BN", "FBN"), batches=("2", "4"), sets=("a", "b"))
     assert compared_factor(study) == "norm"
     sets = compared_sets(study)
-    assert list(sets) == ["batch 2, data a", "batch 4, data a", "batch 2, data b", "batch 4, data b"]
-    assert sets["batch 4, data a"] == ["BN, batch 4, data a", "FBN, batch 4, data a"]
+    assert list(sets) == ["batch 2, a", "batch 4, a", "batch 2, b", "batch 4, b"]  # as in the names of variants
+    assert sets["batch 4, a"] == ["BN, batch 4, data a", "FBN, batch 4, data a"]
 
 
 def test_the_compared_factor_is_that_of_the_comparisons():
@@ -280,7 +280,7 @@ def test_the_compared_factor_is_that_of_the_comparisons():
     across = [Comparison(f"{norm}, batch 2", f"{norm}, batch 4", norm) for norm in ("BN", "FBN")]
     study = dataclasses.replace(study, comparisons=across)
     assert compared_factor(study) == "batch"
-    assert compared_sets(study) == {f"norm {norm}": [f"{norm}, batch 2", f"{norm}, batch 4"] for norm in ("BN", "FBN")}
+    assert compared_sets(study) == {norm: [f"{norm}, batch 2", f"{norm}, batch 4"] for norm in ("BN", "FBN")}
 
 
 def test_sets_without_factors_are_the_groups():
