@@ -196,17 +196,19 @@ def _kept_row(
         _figures(study, _main_metric(study), found),
         str(len(set(study.seeds))),
         _p_range(verdicts),
-        Strong(_verdict(verdicts)) if verdicts else "no claim",
+        _verdict(verdicts, study.is_reduced) if verdicts else "no claim",
         Mono(_command(experiment, scale)),
     ]
 
 
-def _verdict(verdicts: Sequence[ClaimVerdict]) -> str:
-    """That of the experiment, and how many claims it rests on."""
+def _verdict(verdicts: Sequence[ClaimVerdict], is_reduced: bool) -> Inline:
+    """That of the experiment, and how many claims it rests on; what a reduced scale says does not stand out."""
     checked = [each.verdict for each in verdicts if each.verdict != "not run"]
     if not checked:
         return joint_verdict(verdicts)
-    return f"{joint_verdict(verdicts)}: {checked.count('reproduced')} of {counted(len(checked), 'claim')} reproduced"
+    said = f"{checked.count('reproduced')} of {counted(len(checked), 'claim')} reproduced"
+    joint = joint_verdict(verdicts)
+    return f"{joint} on the reduced setting: {said}" if is_reduced else Strong(f"{joint}: {said}")
 
 
 def _main_metric(study: Study) -> str:

@@ -91,7 +91,7 @@ def test_what_a_paper_says_is_read_from_the_study_file_of_today(catalog, tmp_pat
         for line in render_results(catalog, read_kept(catalog, tmp_path))["index.md"].decode().splitlines()
         if "P0.fig5" in line
     )
-    assert "BN: 71 (%)" in row and "**reproduced: 1 of 1 claim reproduced**" in row
+    assert "BN: 71 (%)" in row and "| reproduced on the reduced setting: 1 of 1 claim reproduced |" in row
 
 
 def test_an_index_of_all_with_verdicts_and_reasons(catalog, tmp_path):
@@ -103,7 +103,7 @@ def test_an_index_of_all_with_verdicts_and_reasons(catalog, tmp_path):
     assert cells[:4] == ["[P0.fig5](p0.md)", "Accuracy", "cpu, reduced", "BN: 82; FBN: 84 (%)"]
     assert re.fullmatch(r"BN: 70\.\d+ ± 0\.\d+; FBN: 60\.\d+ ± 0\.\d+ \(%\)", cells[4]) and cells[5] == "4"
     assert (
-        cells[6] == "< 0.001" and cells[7] == "**not reproduced: 0 of 1 claim reproduced**"
+        cells[6] == "< 0.001" and cells[7] == "not reproduced on the reduced setting: 0 of 1 claim reproduced"
     )  # negative results like others
     assert cells[8] == "`python tools/reproduce.py run P0.fig5 --scale cpu`"
     row = next(line for line in index.splitlines() if "P2.tab1" in line)
@@ -123,8 +123,9 @@ def test_two_scales_are_two_rows_and_the_full_one_is_not_called_reduced(catalog,
         kept_at(tmp_path, catalog[0], scale, {"BN": 60.0, "FBN": 70.0})
     index = render_results(catalog, read_kept(catalog, tmp_path))["index.md"].decode()
     rows = [line for line in index.splitlines() if "P0.fig5" in line]
-    assert len(rows) == 2 and all("**reproduced: 1 of 1 claim reproduced**" in row for row in rows)
+    assert len(rows) == 2 and "**reproduced: 1 of 1 claim reproduced**" in rows[0]
     assert "reduced" not in rows[0] and "--scale paper" in rows[0]
+    assert "reproduced on the reduced setting: 1 of 1 claim reproduced" in rows[1]
 
 
 def test_old_pages_go_and_a_file_of_another_study_is_refused(catalog, tmp_path):
