@@ -201,6 +201,7 @@ class _Runner:
         self._evaluated = {part for job in self.waiting for part in job.parts}
         self.running: dict[Path, tuple[Job, _Running]] = {}
         self._told: set[Path] = set()
+        self._just_ended: set[tuple[str, int]] = set()
         self._ended = len(jobs) - len(self.waiting)
         if self._ended and self.waiting:
             say(
@@ -259,12 +260,13 @@ class _Runner:
             finish(job, code, seconds, keep, stopped or code in (130, 143))
             outcome = self._outcomes[job.folder] = collect(self.study, job)
             self._ended += 1
+            self._just_ended.add((job.variant, job.seed))
             self.say(self._line(job, outcome, seconds))
 
     def _line(self, job: Job, outcome: Outcome, seconds: float) -> str:
         now = time.monotonic()
         elapsed = {(job.variant, job.seed): now - running.since for job, running in self.running.values()}
-        left = seconds_left(self.outcomes, self.shared.at_once, elapsed)
+        left = seconds_left(self.outcomes, self.shared.at_once, elapsed, self._just_ended)
         return f"{self._ended} of {len(self._outcomes)}  {ended_line(outcome, self.study.study, seconds, left)}"
 
     def _stop(self) -> None:

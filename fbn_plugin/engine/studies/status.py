@@ -3,7 +3,7 @@ rest takes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -17,27 +17,33 @@ _MOST_FAILURES = 20
 
 
 def seconds_left(
-    outcomes: Sequence[Outcome], at_once: int, elapsed: Mapping[tuple[str, int], float] | None = None
+    outcomes: Sequence[Outcome],
+    at_once: int,
+    elapsed: Mapping[tuple[str, int], float] | None = None,
+    ended: Collection[tuple[str, int]] = (),
 ) -> float | None:
     """Expected seconds until all jobs that wait or run are done.
 
-    A job is expected to take what the finished ones of its variant took on average, or those of all variants.
+    A job is expected to take what the finished ones of its variant took on average, or those of all variants. Of those
+    that ended just now more is believed than of earlier ones, which another machine may have run: where a variant has
+    only these, their time is scaled by how the others' has changed.
 
     Args:
         outcomes: of all jobs.
         at_once: how many jobs run at a time.
         elapsed: (variant, seed) -> seconds that a running job has run; one that is not named is taken as half done.
+        ended: (variant, seed) of the jobs that ended just now.
 
     Returns:
         None where no job is done.
     """
-    taken: dict[str, list[float]] = {}
-    for each in outcomes:
-        if each.state == "done" and each.seconds is not None:
-            taken.setdefault(each.variant, []).append(each.seconds)
-    if not taken:
+    now, before = _means(outcomes, lambda each: each in ended), _means(outcomes, lambda each: each not in ended)
+    both = [name for name in now if name in before]
+    earlier = sum(before[name] for name in both)
+    pace = sum(now[name] for name in both) / earlier if earlier else 1.0
+    means = {name: seconds * pace for name, seconds in before.items()} | now
+    if not means:
         return None
-    means = {name: sum(seconds) / len(seconds) for name, seconds in taken.items()}
     overall = sum(means.values()) / len(means)
     rest = 0.0
     for each in outcomes:
@@ -47,6 +53,15 @@ def seconds_left(
         elif each.state == "running":
             rest += max(0.0, expected - (elapsed or {}).get((each.variant, each.seed), expected / 2))
     return rest / at_once
+
+
+def _means(outcomes: Sequence[Outcome], counts: Callable[[tuple[str, int]], bool]) -> dict[str, float]:
+    """Mean seconds of each variant's finished jobs."""
+    taken: dict[str, list[float]] = {}
+    for each in outcomes:
+        if each.state == "done" and each.seconds is not None and counts((each.variant, each.seed)):
+            taken.setdefault(each.variant, []).append(each.seconds)
+    return {name: sum(seconds) / len(seconds) for name, seconds in taken.items()}
 
 
 def eta(seconds: float | None) -> str:

@@ -42,6 +42,12 @@ def test_what_is_left_follows_from_each_variants_own_jobs():
     assert seconds_left(OUTCOMES[-1:], 1) is None
 
 
+def test_what_ended_just_now_tells_more_than_earlier_jobs():
+    assert seconds_left(OUTCOMES, 1, ended={("BN", 2)}) == 20 / 2 + 2 * 45  # BN takes 20 where it took 10
+    assert seconds_left(OUTCOMES, 1, ended={("BN", 1), ("BN", 2), ("FBN", 2)}) == 15 / 2 + 45
+    assert seconds_left(OUTCOMES[:1] + OUTCOMES[-1:], 1, ended={("BN", 1)}) == 10
+
+
 def test_the_table():
     lines = status_text(STUDY, OUTCOMES, 2).splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
