@@ -355,7 +355,8 @@ def parse_spec(spec: str | NormSpec) -> NormSpec:
     try:
         values, named = _arguments(match[2] or "")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError(f"a norm's options are written option=value with literal values, got {spec!r}") from error
+        written = "option=value, each value such as 4, True or 'text'"
+        raise ValueError(f"a norm's options are written {written}, got {spec!r}") from error
     options = dict(named)
     if len(options) < len(named):
         twice = next(key for key in options if [other for other, _ in named].count(key) > 1)

@@ -177,8 +177,19 @@ def _parse(text: str, name: str, reading: _Reading) -> Any:
     """The value of a YAML text; ``name`` is its file's in sentences."""
     try:
         return _Builder(name, reading).build(yaml.parse(text, _PARSER))
+    except yaml.MarkedYAMLError as error:
+        what = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        what += error.problem or "it cannot be read"
+        if error.context and error.context_mark:
+            what += f", {error.context}, begun in line {error.context_mark.line + 1}"
+        raise ValueError(f"{name} is not valid YAML: {_on_one_line(what)}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {shown(' '.join(str(error).split()), 400)[1:-1]}") from None
+        raise ValueError(f"{name} is not valid YAML: {_on_one_line(str(error))}") from None
+
+
+def _on_one_line(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 400 and text.isprintable() else shown(text, 400)[1:-1]
 
 
 class _Builder:
