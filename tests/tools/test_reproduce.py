@@ -68,7 +68,10 @@ def test_from_list_to_report(tmp_path, main, capsys):
     assert main(*keep) == 0 and (tmp_path / "benchmarks/papers/p0_fig5-cpu.json").is_file()
     assert main("list", "P0", "--root", str(tmp_path)) == 0 and "| 2 of 2 (kept) |" in capsys.readouterr().out
     assert main("report", "--root", str(tmp_path)) == 0
-    assert "| **inconclusive: 0 of 1 claim reproduced**" in (tmp_path / "docs/results/index.md").read_text()
+    assert (
+        "| inconclusive on the reduced setting: 0 of 1 claim reproduced"
+        in (tmp_path / "docs/results/index.md").read_text()
+    )
 
     import study
 

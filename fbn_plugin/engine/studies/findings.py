@@ -191,7 +191,7 @@ def glance_blocks(studies: Sequence[tuple[Study, Mapping[str, MetricStatistics]]
         if len(known) == 1:
             said = _one_best(study, known[0], found[name], Numbers(found[name]), most).parts
         else:
-            said = tuple(_over_all(study, known, most))
+            said = (*_over_all(study, known, most), *_together(found[name]))
             heading = f"{study.heading}, {quantity(name, metric)}"
             columns[heading] = {each.context: _names(study, each.possible) for each in known}
         blocks.append(Paragraph((Strong(study.heading), ". ", *said)))
@@ -204,6 +204,20 @@ def glance_blocks(studies: Sequence[tuple[Study, Mapping[str, MetricStatistics]]
         )
         blocks += [Table(rows, tuple(range(len(rows[0])))), Paragraph((note,), "note")]
     return blocks
+
+
+def _together(found: MetricStatistics) -> list[Inline]:
+    """What is told apart by the mean over settings."""
+    numbers = Numbers(found)
+    parts = [
+        f"{each.variant} {each.verdict} than {each.baseline} by {numbers.spread(abs(each.difference), each.sd)} "
+        f"(adjusted p {p_text(each.p_holm)})"
+        for each in found.over_all
+        if each.verdict != "not told apart"
+    ]
+    if not found.over_all:
+        return []
+    return [f" By the mean over the settings, told apart: {'; '.join(parts) or 'none'}."]
 
 
 def _names(study: Study, variants: Sequence[str]) -> str:
@@ -350,32 +364,53 @@ def comparison_blocks(study: Study, name: str, found: MetricStatistics) -> list[
     if blocks:
         tests = sum(each.p is not None for each in found.comparisons)
         blocks.append(Paragraph((_comparison_note(study, tests),), "note"))
+    over_all: dict[str, list[PairedComparison]] = {}
+    for each in found.over_all:
+        over_all.setdefault(each.group, []).append(each)
+    for group, members in over_all.items():
+        blocks += _comparison_table(study, name, group, members, numbers, levels=True)
+    if over_all:
+        tests = sum(each.p is not None for each in found.over_all)
+        note = (
+            "One figure a seed, its mean over the settings, so that what is small in each, and alike in all, is seen. "
+            f"Adjusted by Holm over these {counted(tests, 'comparison')} alone."
+        )
+        blocks.append(Paragraph((note,), "note"))
     return blocks
 
 
 def _comparison_table(
-    study: Study, name: str, group: str, members: Sequence[PairedComparison], numbers: Numbers
+    study: Study,
+    name: str,
+    group: str,
+    members: Sequence[PairedComparison],
+    numbers: Numbers,
+    levels: bool = False,
 ) -> list[Block]:
-    """The comparisons of one group; a baseline that all of them share stands above the table."""
+    """The comparisons of one group, of variants or of ``levels``; a baseline that all of them share stands above the
+    table."""
     unit, level = study.metrics[name].unit, _percent(1 - study.alpha)
     header: list[Inline] = ["variant", "minus", "verdict", f"difference ± sd{f' ({unit})' if unit else ''}"]
     header += [f"{level} bootstrap", "p two-sided (Holm)", "p better (Holm)", "p signed rank (Holm)"]
     header += ["d_z (g_z)", "seeds needed"]
-    rows = [header, *(_comparison_row(study, each, numbers) for each in members)]
+    called = {
+        one: one if levels else level_name(study, one) for each in members for one in (each.variant, each.baseline)
+    }
+    rows = [header, *(_comparison_row(each, numbers, called) for each in members)]
     what = study.metrics[name].label or name
     baselines = {each.baseline for each in members}
     if len(baselines) == 1:
         rows = [[row[0], *row[2:]] for row in rows]
-        what += f" minus that of {level_name(study, baselines.pop())}"
+        what += f" minus that of {called[baselines.pop()]}"
         return [Paragraph((f"{group}{', ' * bool(group)}{what}:",)), Table(rows, (0, 1))]
     return [Paragraph((f"{group}{', ' * bool(group)}{what}:",)), Table(rows, (0, 1, 2))]
 
 
-def _comparison_row(study: Study, each: PairedComparison, numbers: Numbers) -> list[Inline]:
+def _comparison_row(each: PairedComparison, numbers: Numbers, called: Mapping[str, str]) -> list[Inline]:
     label = f"{each.verdict} ({_seeds_label(each.n)}{f'; {each.note}' if each.note else ''})"
     return [
-        level_name(study, each.variant),
-        level_name(study, each.baseline),
+        called[each.variant],
+        called[each.baseline],
         label if each.verdict == "not told apart" else Strong(label),
         numbers.spread(each.difference, each.sd, "+"),
         numbers.interval(each.interval, "+"),

@@ -175,12 +175,15 @@ class MetricStatistics:
         comparisons: of the study.
         best: of each set of variants that are compared.
         with_others: of a variant with itself by another metric, which is the baseline's name, as claims have it.
+        over_all: of levels of the compared factor, by the mean of each seed's figures over all settings in which the
+            study compares the two; none where that is one setting.
     """
 
     summaries: dict[str, Summary]
     comparisons: list[PairedComparison]
     best: list[BestOf]
     with_others: list[PairedComparison] = field(default_factory=list)
+    over_all: list[PairedComparison] = field(default_factory=list)
 
 
 def study_statistics(study: Study, outcomes: Sequence[Outcome]) -> dict[str, MetricStatistics]:
@@ -204,7 +207,36 @@ def study_statistics(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Met
         comparisons = [_compared(study, each, name, figures, lengths) for each in study.comparisons]
         best = _best(study, figures, summaries, metric.higher_is_better)
         others = _judged(_with_others(study, name, jobs, figures), study.alpha)
-        found[name] = MetricStatistics(summaries, _judged(comparisons, study.alpha), best, others)
+        over_all = [] if metric.of in FIRST else _judged(_over_all(study, name, figures), study.alpha)
+        found[name] = MetricStatistics(summaries, _judged(comparisons, study.alpha), best, others, over_all)
+    return found
+
+
+def _over_all(study: Study, name: str, figures: Mapping[str, Mapping[int, float]]) -> list[PairedComparison]:
+    """Levels of the compared factor by the mean over settings, of the seeds that have a figure in all of them."""
+    factor = compared_factor(study)
+    pairs: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for each in study.comparisons if factor else ():
+        first, second = (study.variants[one].levels for one in (each.variant, each.baseline))
+        if {key for key in first if first[key] != second.get(key)} == {factor}:
+            pairs.setdefault((first[factor], second[factor]), []).append((each.variant, each.baseline))
+    found = []
+    for (level, other), members in pairs.items():
+        if len(members) < 2:
+            continue
+        seeds = set.intersection(*(set(figures[variant]) for pair in members for variant in pair))
+        means = [
+            {seed: statistics.fmean(figures[pair[i]][seed] for pair in members) for seed in sorted(seeds)}
+            for i in (0, 1)
+        ]
+        found.append(
+            compare(
+                *means,
+                higher_is_better=study.metrics[name].higher_is_better,
+                alpha=study.alpha,
+                names=(level, other, f"mean over {len(members)} settings"),
+            )
+        )
     return found
 
 

@@ -283,6 +283,28 @@ def test_the_compared_factor_is_that_of_the_comparisons():
     assert compared_sets(study) == {norm: [f"{norm}, batch 2", f"{norm}, batch 4"] for norm in ("BN", "FBN")}
 
 
+def test_levels_are_compared_over_all_settings():
+    study = product_study(norms=("BN", "FBN", "GN"), batches=("2", "4", "8"), sets=("one",), seeds=8)
+    outcomes = draw(study, sd=0.5, mean=lambda levels, name: 50.0 + 0.4 * (levels["norm"] == "FBN"), iterations=1)
+    found = study_statistics(study, outcomes)["top1"]
+    first, second = found.over_all
+    assert (first.variant, first.baseline, first.group) == ("FBN", "BN", "mean over 3 settings")
+    assert first.n == 8 and (second.variant, second.baseline) == ("GN", "BN")
+    each = {(one.variant, one.seed): one.metrics["top1"] for one in outcomes}
+    differences = [
+        np.mean([each[f"FBN, batch {batch}", seed] - each[f"BN, batch {batch}", seed] for batch in (2, 4, 8)])
+        for seed in range(1, 9)
+    ]
+    assert first.difference == pytest.approx(np.mean(differences))
+    assert first.p == pytest.approx(paired_t(differences)[1])
+    assert [first.p_holm, second.p_holm] == holm([first.p, second.p])
+    missing = changed(outcomes, "FBN, batch 4", 3, metrics={"top1": math.nan})
+    assert study_statistics(study, missing)["top1"].over_all[0].seeds == [1, 2, 4, 5, 6, 7, 8]
+    one_setting = product_study(norms=("BN", "FBN"), batches=("2",), sets=("one",))
+    assert study_statistics(one_setting, draw(one_setting))["top1"].over_all == []
+    assert study_statistics(plain_study(seeds=3), [])["segm/AP"].over_all == []
+
+
 def test_sets_without_factors_are_the_groups():
     study = plain_study(variants=("BN", "FBN", "GN", "FGN"))
     groups = [Comparison("FBN", "BN", "batch"), Comparison("FGN", "GN", "group")]
