@@ -125,7 +125,10 @@ def _about_a_pair(claim: Claim, comparisons: Sequence[PairedComparison], alpha: 
     difference = None if each.difference is None else (-each.difference if is_turned else each.difference) + 0.0
     draft = ClaimVerdict(claim, "inconclusive", each.note, each.n, difference)
     if claim.kind == "alike":
-        if not each.sd:
+        if each.sd == 0:  # nothing but the difference itself can be looked at
+            verdict = "reproduced" if abs(difference) <= claim.value else "not reproduced"
+            return dataclasses.replace(draft, verdict=verdict)
+        if each.sd is None:
             return draft
         draft = dataclasses.replace(draft, seeds_needed=seeds_for_equivalence(difference, each.sd, claim.value, alpha))
         return _Tested(draft, *equivalence_p(difference, each.sd, each.n, claim.value))

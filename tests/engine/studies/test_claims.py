@@ -111,7 +111,9 @@ def test_few_and_equal_figures():
     assert (same.verdict, same.p, same.why) == ("reproduced", None, "every run gave the same figure")
     assert verdict(Claim("at_most", AP, "GN", value=57.0), sd=0.0, seeds=2).verdict == "not reproduced"
     alike = verdict(Claim("alike", AP, "GN", "BN", 1.0), sd=0.0, seeds=2)
-    assert alike.verdict == "inconclusive" and "every difference is the same" in alike.why
+    assert alike.verdict == "not reproduced" and "every difference is the same" in alike.why
+    assert verdict(Claim("alike", AP, "GN", "BN", 2.0), sd=0.0, seeds=2).verdict == "reproduced"
+    assert verdict(Claim("alike", AP, "GN", "BN", 2.0), sd=0.0, seeds=1).verdict == "inconclusive"
 
 
 def test_claims_of_one_kind_are_adjusted_together():
