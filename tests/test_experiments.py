@@ -65,3 +65,25 @@ def test_no_claim_is_one_that_the_printed_figures_contradict(experiment):
                 "at_most": difference <= 0,
                 "printed": difference == 0,
             }[claim.kind], claim
+
+
+# Training images of sets that are named by an experiment, of which a run takes all.
+IMAGES = {"cifar10": 50_000, "mnist": 60_000}
+
+
+@pytest.mark.parametrize(("experiment", "scale"), SCALES)
+def test_figures_at_an_iteration_are_of_one_that_is_evaluated(experiment, scale):
+    study = experiment.scales[scale].study
+    at = {metric.threshold for metric in study.metrics.values() if metric.of == "at"}
+    if not at or scale == "smoke":  # of a run that short nothing is late
+        return
+    if study.tool == "detectron2":
+        pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    for name, config in read_study(experiment.path, ROOT, scale=scale).configs.items():
+        evaluated = {*map(int, config["TEST.EVAL_ITERATIONS"]), config["SOLVER.MAX_ITER"]}
+        if study.tool == "classification" and config["TEST.EVAL_PERIOD"]:
+            images = config["DATASETS.TRAIN_IMAGES"] or IMAGES[config["DATASETS.NAME"]]
+            epoch = images // config["SOLVER.IMS_PER_BATCH"] * config["TEST.EVAL_PERIOD"]
+            evaluated |= {epoch * i for i in range(1, config["SOLVER.MAX_EPOCH"] + 1)}
+        # What a shorter variant does not reach, none of its figures is of.
+        assert any(each in evaluated for each in at), name

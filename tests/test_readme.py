@@ -1,6 +1,7 @@
 """The README is short, its links lead somewhere, and its Python snippets run as they are printed."""
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from documentation import run_snippet, snippets
 
 import fbn_plugin
+from fbn_plugin.engine.studies.outcomes import read_outcomes
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -40,10 +42,21 @@ def test_it_links_to_every_page():
     assert pages <= set(re.findall(r"\]\(([^)#]+)", TEXT))
 
 
-def test_its_accuracies_are_those_of_the_studies():
-    studies = (ROOT / "docs/which-norm.md").read_text(encoding="utf-8")
-    found = re.findall(r"\d+\.\d ± \d+\.\d", TEXT)
-    assert len(found) >= 9 and all(re.search(rf"(?<![\d.]){re.escape(each)}(?![\d.])", studies) for each in found)
+@pytest.mark.parametrize(
+    ("row", "study", "where"),
+    [
+        ("mask AP, narrow Mask R-CNN", "p0_tab1-cpu", ""),
+        ("top-1, narrow ResNet on CIFAR-10 (JPEG), batches of 2", "x_small_batches-cpu", ", batch 2"),
+        ("top-1, the same, batches of 16", "x_small_batches-cpu", ", batch 16"),
+    ],
+)
+def test_its_accuracies_are_those_of_the_studies(row, study, where):
+    study, outcomes = read_outcomes(ROOT / f"benchmarks/papers/{study}.json")
+    line = next(line for line in TEXT.splitlines() if line.startswith(f"| {row}"))
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    for cell, norm in zip(cells, ("BN", "FBN, T=5", "GN"), strict=True):
+        figures = [each.metrics[next(iter(study.metrics))] for each in outcomes if each.variant == norm + where]
+        assert len(figures) == 15 and cell == f"{statistics.fmean(figures):.1f} ± {statistics.stdev(figures):.1f}"
 
 
 def test_the_citation_is_of_this_version_and_names_every_paper():

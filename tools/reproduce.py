@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             codes.append(stop.code if isinstance(stop.code, int) else 1)
         if not codes[-1]:
             file, output = os.path.relpath(each.path), output_of(each, args.scale)
-            print(f"in {output}; its report: python tools/study.py report {file} --scale {args.scale}")
+            print(f"figures lie in {output}; their report: python tools/study.py report {file} --scale {args.scale}")
     if len(codes) > 1:
         print(f"{codes.count(0)} of {len(codes)} experiments are done")
     return max(codes, default=0)

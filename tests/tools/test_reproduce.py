@@ -61,7 +61,9 @@ def test_from_list_to_report(tmp_path, main, capsys):
     assert out.startswith("P0.fig5: Two norms (cpu scale, reduced)\n") and "\n2 of 2 jobs done\n" in out
     import study
 
-    report = re.search(r"in output/p0_fig5-cpu; its report: python tools/study.py (report \S+ --scale cpu)\n$", out)
+    report = re.search(
+        r"figures lie in output/p0_fig5-cpu; their report: python tools/study.py (report \S+ --scale cpu)\n$", out
+    )
     assert study.main(report[1].split()) == 0 and (tmp_path / "output/p0_fig5-cpu/report/report.html").is_file()
     assert (tmp_path / "output/p0_fig5-cpu/jobs/FBN/seed-1/results.json").is_file()
     assert main("run", "P0.fig5", "--scale", "cpu") == 0 and "seed 1" not in capsys.readouterr().out

@@ -59,6 +59,8 @@ def build_data(cfg: CfgNode) -> ImageData:
         if not len(taken):
             raise refusal("DATASETS.VAL_SHARE", "0 with one training image a class", keys.VAL_SHARE)
         parts = {"train": parts["train"].part(stay), "val": parts["train"].part(taken), "test": parts["val"]}
+        if whole.val is None:
+            notes.append(f"{whole.title} has no validation images of its own: nothing is tested at the end")
     parts["train"] = _subset(parts["train"], "DATASETS.TRAIN_IMAGES", keys.TRAIN_IMAGES, len(whole.classes), seed)
     parts["val"] = _subset(parts["val"], "DATASETS.VAL_IMAGES", keys.VAL_IMAGES, 1, seed)
     if skip:

@@ -136,6 +136,8 @@ class _Reading:
             return [Claim(self.kind, self.metric, name, value=value, text=self.text, than=than) for name in names]
         pairs = self._pairs()
         if "where" in self.given:
+            if not self.printed.get(self.metric):
+                raise ValueError(f"{self.where} is of what is printed so, and PRINTED has nothing of {self.metric!r}")
             pairs = [pair for pair in pairs if self._is_printed_so(*pair)]
         return [Claim(self.kind, self.metric, one, other, value, self.text) for one, other in pairs]
 

@@ -396,7 +396,8 @@ def _curves(study: Study, outcomes: Sequence[Outcome], name: str, what: str, fil
             shown = None if is_log else _late_range(lines)
             panels.append(LinePanel(context, "iteration", what, lines, y_range=shown, is_log_y=is_log))
     caption = (
-        "Mean over the seeds whose run has ended; band: one standard deviation to each side, as far as runs have come."
+        "Mean over the seeds whose run has ended; band: one standard deviation to each side, but no further than the "
+        "lowest and the highest run."
     )
     if any(panel.y_range for panel in panels):
         caption += " What is only reached in the first quarter is cut off."

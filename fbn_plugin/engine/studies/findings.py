@@ -181,8 +181,8 @@ def glance_blocks(studies: Sequence[tuple[Study, Mapping[str, MetricStatistics]]
         studies: each with its statistics; those that compare nothing, or have no full set of figures, are left out.
     """
     blocks: list[Block] = []
-    columns: dict[str, dict[str, str]] = {}  # study -> setting -> who is not beaten
-    for study, found in studies:
+    columns: dict[str, dict[str, str]] = {}  # study and metric -> setting -> who is not beaten
+    for number, (study, found) in enumerate(studies, 1):
         name, metric = next(iter(study.metrics.items()))
         known = [each for each in found[name].best if each.best is not None]
         if not known:
@@ -191,8 +191,9 @@ def glance_blocks(studies: Sequence[tuple[Study, Mapping[str, MetricStatistics]]
         if len(known) == 1:
             said = _one_best(study, known[0], found[name], Numbers(found[name]), most).parts
         else:
-            said = (*_over_all(study, known, most), *_together(found[name]))
+            said = (*_over_all(study, known, most), *_together(found[name], metric.unit))
             heading = f"{study.heading}, {quantity(name, metric)}"
+            heading += f", study {number}" if heading in columns else ""
             columns[heading] = {each.context: _names(study, each.possible) for each in known}
         blocks.append(Paragraph((Strong(study.heading), ". ", *said)))
     if columns:
@@ -206,12 +207,12 @@ def glance_blocks(studies: Sequence[tuple[Study, Mapping[str, MetricStatistics]]
     return blocks
 
 
-def _together(found: MetricStatistics) -> list[Inline]:
+def _together(found: MetricStatistics, unit: str) -> list[Inline]:
     """What is told apart by the mean over settings."""
     numbers = Numbers(found)
     parts = [
-        f"{each.variant} {each.verdict} than {each.baseline} by {numbers.spread(abs(each.difference), each.sd)} "
-        f"(adjusted p {p_text(each.p_holm)})"
+        f"{each.variant} {each.verdict} than {each.baseline} by {numbers.spread(abs(each.difference), each.sd)}"
+        f"{' ' * bool(unit)}{unit} (adjusted p {p_text(each.p_holm)})"
         for each in found.over_all
         if each.verdict != "not told apart"
     ]

@@ -89,6 +89,9 @@ def _default(name: str, row: str, options: dict[str, Any], engine: "Engine") -> 
         return dataclasses.replace(known, label=label, of=AT, threshold=options[AT], row_label=_row_label(known))
     if of == "last":
         return known
+    if of == "sd":  # to vary less is to be steadier, whichever way the row itself improves
+        label = f"standard deviation along the run of {known.label}"
+        return dataclasses.replace(known, higher_is_better=False, label=label, of=of, row_label=_row_label(known))
     return dataclasses.replace(known, label=f"{of} {known.label}", of=of, row_label=_row_label(known))
 
 

@@ -188,7 +188,7 @@ def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int, most_varia
     if most_variants is None or len(own) <= most_variants:
         blocks += [Code(own, f"What {counted(len(own), 'variant')} set")]
     elif study.factors:
-        blocks += [Code(_level_settings(study), "What the levels of each factor set")]
+        blocks += [Code(_level_settings(study), "What all variants of a level set")]
     machines = Counter((each.hardware, tuple(sorted(each.versions.items()))) for each in outcomes if each.hardware)
     rows: list[list] = [["hardware", "versions", "jobs"]]
     for (hardware, versions), count in machines.items():

@@ -72,8 +72,8 @@ def read_kept(catalog: Sequence[Experiment], root: str | os.PathLike) -> dict[tu
                 raise ValueError(f"{file} is of {study.heading}, and not of {each.study.id} at the scale {scale}")
             now = each.scales[scale].study
             study = replace(study, title=now.title, source=now.source, printed=now.printed, claims=now.claims)
-            compared = [pair for pair in now.comparisons if {pair.variant, pair.baseline} <= study.variants.keys()]
-            study = replace(study, comparisons=compared)
+            if study.variants.keys() == now.variants.keys():  # with other names it cannot be told what was meant
+                study = replace(study, comparisons=now.comparisons)
             found[each.id, scale] = KeptStudy(file.relative_to(root).as_posix(), study, outcomes)
     return found
 

@@ -260,7 +260,8 @@ class _Runner:
             finish(job, code, seconds, keep, stopped or code in (130, 143))
             outcome = self._outcomes[job.folder] = collect(self.study, job)
             self._ended += 1
-            self._just_ended.add((job.variant, job.seed))
+            if outcome.seconds is not None and outcome.seconds < seconds + 1:  # no part of it is of an earlier session
+                self._just_ended.add((job.variant, job.seed))
             self.say(self._line(job, outcome, seconds))
 
     def _line(self, job: Job, outcome: Outcome, seconds: float) -> str:

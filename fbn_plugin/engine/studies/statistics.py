@@ -112,7 +112,8 @@ class PairedComparison:
         t: the statistic of the paired t-test, of n - 1 degrees of freedom.
         p, p_better: of the two-sided test, and of the one-sided one that the variant is better (P2's).
         p_signed_rank: of Wilcoxon's two-sided test.
-        p_holm, p_better_holm, p_signed_rank_holm: the same three, adjusted over all comparisons of the metric.
+        p_holm, p_better_holm, p_signed_rank_holm: the same three, adjusted over all comparisons of the metric that are
+            of one kind: those of the study, those over all settings, those with another metric.
         d_z, g_z: Cohen's effect size of pairs, difference / sd, and Hedges' correction of it for small n.
         seeds_needed: for a power of 0.8 in the two-sided test at alpha, if the true effect were ``d_z``.
         verdict: ``"higher"``, ``"lower"`` or ``"not told apart"``.
@@ -229,25 +230,30 @@ def _over_all(study: Study, name: str, figures: Mapping[str, Mapping[int, float]
             {seed: statistics.fmean(figures[pair[i]][seed] for pair in members) for seed in sorted(seeds)}
             for i in (0, 1)
         ]
-        found.append(
-            compare(
-                *means,
-                higher_is_better=study.metrics[name].higher_is_better,
-                alpha=study.alpha,
-                names=(level, other, f"mean over {len(members)} settings"),
-            )
+        compared = compare(
+            *means,
+            higher_is_better=study.metrics[name].higher_is_better,
+            alpha=study.alpha,
+            names=(level, other, f"mean over {len(members)} settings"),
         )
+        left_out = len(set(study.seeds)) - len(seeds)
+        note = f"{counted(left_out, 'seed')} without a figure in some setting left out" if left_out else ""
+        found.append(dataclasses.replace(compared, note="; ".join(filter(None, (compared.note, note)))))
     return found
 
 
 def _with_others(
     study: Study, name: str, jobs: Mapping[str, Sequence[Outcome]], figures: Mapping[str, Mapping[int, float]]
 ) -> list[PairedComparison]:
-    """What the claims hold a metric against that is another one of the same runs."""
+    """What the claims hold a metric against that is another one of the same runs. Iterations to a threshold, which a
+    run may not pass, are held against nothing."""
     pairs = {
         (claim.variant, claim.than): None
         for claim in study.claims
-        if claim.metric == name and claim.than in study.metrics and claim.variant in study.variants
+        if claim.metric == name
+        and claim.than in study.metrics
+        and claim.variant in study.variants
+        and not {study.metrics[name].of, study.metrics[claim.than].of} & set(FIRST)
     }
     return [
         compare(
@@ -306,7 +312,7 @@ def statistics_block(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Any
         "seeds_wanted": SEEDS_OF_P2,
         "power": POWER,
         "bootstrap": {"method": "BCa", "resamples": RESAMPLES, "level": 1 - study.alpha},
-        "adjusted": "Holm, over all comparisons of a metric",
+        "adjusted": "Holm, over all comparisons of a metric that are of one kind",
         "metrics": {name: asdict(each) for name, each in study_statistics(study, outcomes).items()},
     }
 

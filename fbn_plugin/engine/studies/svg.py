@@ -101,8 +101,8 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers within a range of positive ones, for a logarithmic axis: the powers of ten, and what lies between
-    them as far as these are at most so many.
+    """Round numbers within a range of positive ones, for a logarithmic axis: all powers of ten, and numbers between
+    them where that makes no more than so many.
 
     Examples::
 

@@ -181,6 +181,7 @@ def test_a_set_of_training_images_alone_is_held_out_of(tmp_path):
     data = build_data(folder_config(tmp_path, DATASETS__VAL_SHARE=0.25))
     assert np.bincount(data.train.targets).tolist() == [6, 6] and np.bincount(data.val.targets).tolist() == [2, 2]
     assert data.test is None and data.title == f"{tmp_path.name}, 12 of 16 training images, 4 held out"
+    assert data.notes == (f"{tmp_path.name} has no validation images of its own: nothing is tested at the end",)
     result = ClassificationTrainer(
         folder_config(
             tmp_path, tmp_path / "out", DATASETS__VAL_SHARE=0.25, SOLVER__MAX_EPOCH=1, SOLVER__WARMUP_EPOCHS=0

@@ -256,6 +256,12 @@ PRINTED: {top1: {"BN, batch 8": 1, "FBN, batch 8": 2, "BN, batch 16": 5, "FBN, b
         assert study.claims == [Claim(kind, "top1", f"FBN, batch {batch}", f"BN, batch {batch}")]
     claims = "[{factor: norm, variant: GN, baseline: BN, is: higher, where: printed}]"
     assert [each.variant for each in read(tmp_path, claims, text=text).claims] == ["GN, batch 8"]
+    with pytest.raises(ValueError, match="claim 1 is of what is printed so, and PRINTED has nothing of 'top1'"):
+        read(
+            tmp_path,
+            claims,
+            text=text.replace("PRINTED: {top1", "PRINTED: {loss").replace("SEEDS", "METRICS: [top1, loss]\nSEEDS"),
+        )
 
 
 def test_claims_by_a_factor_and_at_a_scale_without_some_levels(tmp_path):

@@ -67,6 +67,12 @@ def test_options_of_metrics(tmp_path):
     assert metrics(tmp_path, "{range: {row: landscape/loss, of: median, higher_is_better: false, label: x}}") == {
         "range": Metric(False, "", "x", "landscape/loss", "median", row_label="landscape/loss"),
     }
+    assert metrics(tmp_path, "{swing: {row: top1, of: sd}}") == {
+        "swing": Metric(
+            *(False, "%", "standard deviation along the run of top-1 accuracy", "top1", "sd"),
+            row_label="top-1 accuracy (%)",
+        ),
+    }
     text = "{range: {row: landscape/loss, of: sd, row_label: loss, higher_is_better: false, label: x}}"
     assert metrics(tmp_path, text) == {"range": Metric(False, "", "x", "landscape/loss", "sd", row_label="loss")}
 

@@ -136,7 +136,7 @@ def test_a_page_of_several_studies_begins_with_who_is_not_beaten_where():
     assert glance.startswith("At a glance")
     assert "**Small batches**. The highest top-1 accuracy" in glance
     assert re.search(
-        r"By the mean over the settings, told apart: FBN, T=3 higher than BN by \d\.\d+ ± 0\.\d+ \(adj", glance
+        r"By the mean over the settings, told apart: FBN, T=3 higher than BN by \d\.\d+ ± 0\.\d+ % \(adj", glance
     )
     assert "**Table I, reduced**. **GN** has the highest mask AP" in glance and glance.count("Table I, reduced") == 1
     assert re.search(r"\| where +\| Small batches, top-1 accuracy \(%\) +\|", glance)
@@ -331,7 +331,7 @@ def test_a_product_of_many_variants_is_told_by_its_levels():
         },
     )
     text = render_docs({"a.json": (study, draw(study, iterations=1))}, "a.md").text
-    assert len(study.variants) == 24 and "What the levels of each factor set" in text and "SEED_OF_ALL" not in text
+    assert len(study.variants) == 24 and "What all variants of a level set" in text and "SEED_OF_ALL" not in text
     assert "\nFBN, T=3: MODEL.NORM FBN, T=3\n" in text and "\nbatch 16: SOLVER.IMS_PER_BATCH 16\n" in text
 
 
