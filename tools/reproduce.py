@@ -59,6 +59,7 @@ def show(args: argparse.Namespace) -> int:
     with user_errors():
         from fbn_plugin.engine.studies.catalog import data_text, find_experiments, output_of, progress, read_catalog
         from fbn_plugin.engine.studies.results_pages import read_kept
+        from fbn_plugin.engine.studies.wanted_data import data_root
 
         catalog = read_catalog(args.experiments, ROOT)
         kept = read_kept(catalog, args.root)
@@ -76,8 +77,7 @@ def show(args: argparse.Namespace) -> int:
             rows.append([", ".join(each.ids), each.study.title, *states, data_text(each)])
     print(format_table(rows))
     print("\nJobs done of all, by the folder output; kept: figures of the scale lie in benchmarks/papers.")
-    where = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    print(f"Data are looked for here and below $DETECTRON2_DATASETS ({where}).")
+    print(f"Data are looked for here and below $DETECTRON2_DATASETS ({data_root()}).")
     return 0
 
 

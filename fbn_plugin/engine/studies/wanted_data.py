@@ -12,7 +12,7 @@ from fbn_plugin.engine.files.words import hint, shown
 from fbn_plugin.engine.studies.made_data import MADE
 from fbn_plugin.engine.studies.study_keys import check_kinds, group
 
-__all__ = ["Wanted", "is_there", "make_wanted", "missing", "read_wanted"]
+__all__ = ["Wanted", "data_root", "is_there", "make_wanted", "missing", "read_wanted"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ def read_wanted(given: Any) -> list[Wanted]:
     return found
 
 
+def data_root() -> str:
+    """The folder of data sets, as it is given."""
+    return os.environ.get("DETECTRON2_DATASETS", "datasets")
+
+
 def is_there(wanted: Wanted) -> bool:
     """Whether it lies where jobs look for it, or can be made."""
     return bool(wanted.made) or any(place.exists() for place in _places(wanted.path))
@@ -63,8 +68,7 @@ def missing(wanted: Sequence[Wanted]) -> str | None:
     if not gone:
         return None
     listed = "; ".join(f"{each.path} ({each.what})" for each in gone)
-    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    return f"it wants what is neither here nor below $DETECTRON2_DATASETS ({root}): {listed}"
+    return f"it wants what is neither here nor below $DETECTRON2_DATASETS ({data_root()}): {listed}"
 
 
 def make_wanted(wanted: Sequence[Wanted]) -> None:
@@ -83,4 +87,4 @@ def make_wanted(wanted: Sequence[Wanted]) -> None:
 
 def _places(path: str) -> list[Path]:
     expanded = Path(path).expanduser()
-    return [expanded, Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / path]
+    return [expanded, Path(data_root()).expanduser() / path]
