@@ -35,6 +35,7 @@ __all__ = ["Resources", "is_due", "open_folder", "outcomes_of", "resources", "ru
 
 _PAUSE = 0.05  # seconds between two looks at the jobs
 _PATIENCE = 120.0  # seconds in which a job that is asked to stop saves
+_KEPT_BYTES = str(2**32)  # below which glibc keeps freed memory, rather than return it at every step
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Resources:
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # the jobs share the cores
         }
         if self.gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        return variables
+            return variables | {"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]}
+        kept = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+        return variables | {name: os.environ.get(name, _KEPT_BYTES) for name in kept}
 
 
 def resources(study: StudyFile, at_once: int | None = None, threads: int = 1) -> Resources:

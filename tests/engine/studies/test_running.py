@@ -66,6 +66,16 @@ def test_threads_and_gpus_are_dealt_out(tmp_path, monkeypatch):
         resources(file, 0)
 
 
+def test_jobs_on_a_cpu_keep_the_memory_that_they_free(monkeypatch):
+    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert [Resources(1).environment(0)[name] for name in names] == [str(2**32)] * 2
+    assert not set(names) & Resources(1, gpus=("0",)).environment(0).keys()
+    monkeypatch.setenv(names[0], "4096")  # the user's
+    assert [Resources(1).environment(0)[name] for name in names] == ["4096", str(2**32)]
+
+
 def test_one_process_runs_a_study(tmp_path):
     file = study(tmp_path, BN=1)
     output = tmp_path / "out"
