@@ -57,9 +57,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def show(args: argparse.Namespace) -> int:
     """Print the table of all experiments."""
     with user_errors():
+        from fbn_plugin.engine.data.locations import data_root
         from fbn_plugin.engine.studies.catalog import data_text, find_experiments, output_of, progress, read_catalog
         from fbn_plugin.engine.studies.results_pages import read_kept
-        from fbn_plugin.engine.studies.wanted_data import data_root
 
         catalog = read_catalog(args.experiments, ROOT)
         kept = read_kept(catalog, args.root)

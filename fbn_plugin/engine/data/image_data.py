@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from fbn_plugin.engine.data.decoding import BrokenImageError, decode_image, enough_memory, read_image
 from fbn_plugin.engine.data.huggingface_sets import SPLITS, common_classes, load_saved_set
 from fbn_plugin.engine.data.image_files import FoundImages, images_in_archive, images_in_folder
+from fbn_plugin.engine.data.locations import places
 from fbn_plugin.engine.data.metadata_files import images_by_metadata
 from fbn_plugin.engine.data.webdataset_files import find_shards, images_in_shards
 from fbn_plugin.engine.files.words import counted, shown_path
@@ -221,11 +222,11 @@ def find_root(root: str) -> Path:
     """`root` as given, or else below $DETECTRON2_DATASETS (default "datasets"); FileNotFoundError if in neither."""
     if not root:
         raise FileNotFoundError("DATASETS.ROOT is empty; it must name the folder with the images")
-    places = [Path(root).expanduser(), Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / root]
-    for place in places:
+    looked = places(root)
+    for place in looked:
         if place.exists():
             return place
-    where = f", neither as {places[0]} nor as {places[1]}" if places[0] != places[1] else ""
+    where = f", neither as {looked[0]} nor as {looked[1]}" if looked[0] != looked[1] else ""
     raise FileNotFoundError(f"DATASETS.ROOT '{root}' does not exist{where}")
 
 

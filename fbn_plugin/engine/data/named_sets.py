@@ -1,12 +1,12 @@
 """Finding a set in COCO's format by its name: detectron2's own names, a folder and a split, or what a module of the
 user's has registered in detectron2's catalog."""
 
-import os
 import re
 import sys
 from pathlib import Path
 
 from fbn_plugin.engine.data.coco_data import CocoDataset, read_dataset
+from fbn_plugin.engine.data.locations import data_root
 
 __all__ = ["resolve_dataset"]
 
@@ -40,7 +40,7 @@ def resolve_dataset(name: str) -> CocoDataset:
     Raises:
         FileNotFoundError, ValueError: one sentence with the path or the entry that is wrong.
     """
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+    root = data_root()
     if name in _BUILTIN:
         json_file, image_root = (root / path for path in _BUILTIN[name])
         if not json_file.is_file():

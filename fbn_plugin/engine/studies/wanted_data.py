@@ -2,17 +2,17 @@
 sets that need no download are made where they are to lie.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fbn_plugin.engine.data.locations import data_root, places
 from fbn_plugin.engine.files.words import hint, shown
 from fbn_plugin.engine.studies.made_data import MADE
 from fbn_plugin.engine.studies.study_keys import check_kinds, group
 
-__all__ = ["Wanted", "data_root", "is_there", "make_wanted", "missing", "read_wanted"]
+__all__ = ["Wanted", "is_there", "make_wanted", "missing", "read_wanted"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,9 @@ def read_wanted(given: Any) -> list[Wanted]:
     return found
 
 
-def data_root() -> str:
-    """The folder of data sets, as it is given."""
-    return os.environ.get("DETECTRON2_DATASETS", "datasets")
-
-
 def is_there(wanted: Wanted) -> bool:
     """Whether it lies where jobs look for it, or can be made."""
-    return bool(wanted.made) or any(place.exists() for place in _places(wanted.path))
+    return bool(wanted.made) or any(place.exists() for place in places(wanted.path))
 
 
 def missing(wanted: Sequence[Wanted]) -> str | None:
@@ -83,8 +78,3 @@ def make_wanted(wanted: Sequence[Wanted]) -> None:
     for each in wanted:
         if each.made and not Path(each.path).exists():
             MADE[each.made].make(Path(each.path))
-
-
-def _places(path: str) -> list[Path]:
-    expanded = Path(path).expanduser()
-    return [expanded, Path(data_root()).expanduser() / path]
