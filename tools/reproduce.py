@@ -45,6 +45,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         each.add_argument(
             "--scale", metavar="NAME", required=True, help="paper, cpu, smoke, or another that `list` shows"
         )
+    keep.add_argument(
+        "--again",
+        action="store_true",
+        help="of what is kept already, without its run folders: with the titles, comparisons and claims of today",
+    )
     run.add_argument("--jobs", metavar="N", type=int, help="jobs at a time; default: GPUs, or cores")
     run.add_argument("--threads", metavar="N", type=int, default=1, help="threads of a job (1)")
     run.add_argument("--retry", action="store_true", help="try jobs that failed again, too")
@@ -117,15 +122,18 @@ def keep(args: argparse.Namespace) -> int:
     with user_errors():
         from fbn_plugin.engine.studies.catalog import find_experiments, output_of, read_catalog
         from fbn_plugin.engine.studies.jobs import all_jobs, check_settings
-        from fbn_plugin.engine.studies.kept import keep_study, kept_file
+        from fbn_plugin.engine.studies.kept import keep_again, keep_study, kept_file
         from fbn_plugin.engine.studies.running import outcomes_of
         from fbn_plugin.engine.studies.study_file import read_study
 
         for each in find_experiments(read_catalog(args.experiments, ROOT), args.ids):
             file, output = read_study(each.path, ROOT, scale=args.scale), output_of(each, args.scale)
-            check_settings(file, all_jobs(file, output))
-            outcomes = outcomes_of(file, output)
-            target = keep_study(file.study, outcomes, kept_file(args.root, each.path, args.scale))
+            target = kept_file(args.root, each.path, args.scale)
+            if args.again:
+                keep_again(file.study, target)
+            else:
+                check_settings(file, all_jobs(file, output))
+                keep_study(file.study, outcomes_of(file, output), target)
             print(f"{each.id}: kept in {target}")
     return 0
 

@@ -72,7 +72,7 @@ def claim_blocks(study: Study, found: Mapping[str, MetricStatistics], rank: int)
         )
     scale = ", at a reduced scale" if study.is_reduced else ""
     return [
-        Heading(rank, "What the paper claims"),
+        Heading(rank, "What was expected" if study.is_beyond else "What the paper claims"),
         Paragraph(
             (Strong(joint_verdict(verdicts).capitalize()), f"{scale}. Of {counted(len(rows) - 1, 'claim')}: {parts}.")
         ),

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.studies.figures import curve_value, drawn_curves
-from fbn_plugin.engine.studies.outcomes import Outcome, Study, write_outcomes
+from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.run_figures import FIRST
 from fbn_plugin.engine.studies.scales import folder_name
 
-__all__ = ["KEPT", "keep_study", "kept_file", "thinned"]
+__all__ = ["KEPT", "keep_again", "keep_study", "kept_file", "thinned"]
 
 # Where they lie, from the project's root.
 KEPT = Path("benchmarks", "papers")
@@ -51,6 +51,41 @@ def keep_study(study: Study, outcomes: Sequence[Outcome], target: str | os.PathL
     target.parent.mkdir(parents=True, exist_ok=True)
     write_outcomes(target, study, thinned(study, outcomes), is_packed=True)
     return target
+
+
+def keep_again(study: Study, target: str | os.PathLike) -> Path:
+    """Write a kept study anew with what its file says now of the same jobs: title, comparisons, claims, and of the
+    metrics those that are still wanted.
+
+    Args:
+        study: as the file has it now.
+        target: the kept file.
+
+    Raises:
+        OSError, ValueError: there is no such file, or its jobs are others than the study's; nothing is written then.
+        WriteError: the file cannot be written.
+    """
+    kept, outcomes = read_outcomes(target)
+    where = f"{study.heading}: the jobs in {target} cannot be kept again"
+    for what in ("tool", "base", "settings", "variants", "seeds", "seed_rule"):
+        if getattr(kept, what) != getattr(study, what):
+            raise ValueError(f"{where}, as they had other {what.replace('_', ' ')} than the study file has")
+    for name, metric in study.metrics.items():
+        if name not in kept.metrics or _picked(kept.metrics[name]) != _picked(metric):
+            raise ValueError(f"{where}, as nothing was kept of {name!r} as the study file has it")
+    return keep_study(study, [_of_metrics(each, study) for each in outcomes], target)
+
+
+def _picked(metric: Metric) -> tuple[str, str, float | None]:
+    """How a figure is taken from a run."""
+    return metric.row, metric.of, metric.threshold
+
+
+def _of_metrics(outcome: Outcome, study: Study) -> Outcome:
+    """Without what the study asks for no more."""
+    metrics = {name: figure for name, figure in outcome.metrics.items() if name in study.metrics}
+    curves = {name: curve for name, curve in outcome.curves.items() if name in study.metrics}
+    return dataclasses.replace(outcome, metrics=metrics, curves=curves)
 
 
 def thinned(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:

@@ -197,6 +197,11 @@ class Study:
         return self.scale not in ("", FULL_SCALE)
 
     @property
+    def is_beyond(self) -> bool:
+        """Whether its id is of no paper."""
+        return self.id.startswith("X.")
+
+    @property
     def conditional(self) -> list[str]:
         """Variants that are evaluated on batches which the test labels balanced."""
         return [

@@ -153,8 +153,7 @@ def _description(study: Study) -> list[Block]:
     blocks: list[Block] = []
     if study.source:
         what = " at the paper's scale" if study.scale == FULL_SCALE else ""
-        beyond = study.id.startswith("X.")  # of no paper
-        reduced = ", reduced" + ("" if beyond else f": the scale {study.scale} is not the paper's setting")
+        reduced = ", reduced" + ("" if study.is_beyond else f": the scale {study.scale} is not the paper's setting")
         scale = reduced if study.is_reduced else what
         blocks.append(Paragraph((f"{study.source}{scale}.",)))
     paragraphs = [" ".join(each.split()) for each in study.description.split("\n\n")]

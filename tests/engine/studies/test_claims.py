@@ -318,3 +318,9 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path, claims, sentence):
     with pytest.raises(ValueError) as error:
         read(tmp_path, claims, text=text)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "title"), [("P0.tab1", "What the paper claims"), ("X.where", "What was expected")])
+def test_what_no_paper_claims_is_not_called_so(name, title):
+    study = dataclasses.replace(study_of(Claim("alike", AP, "FBN, T=5", "BN", 1.0)), id=name)
+    assert f"# {title}\n" in report_markdown(study, outcomes_of(study))

@@ -9,8 +9,8 @@ from synthetic_study import LOSS, TOP1, changed, draw, product_study
 
 pytest.importorskip("scipy", reason="scipy is not installed")
 from fbn_plugin.engine.studies import statistics
-from fbn_plugin.engine.studies.kept import keep_study, thinned
-from fbn_plugin.engine.studies.outcomes import read_outcomes, write_outcomes
+from fbn_plugin.engine.studies.kept import keep_again, keep_study, thinned
+from fbn_plugin.engine.studies.outcomes import Comparison, Variant, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.report import report_page
 
 
@@ -61,6 +61,50 @@ def test_what_has_not_ended_or_says_nothing_is_not_kept(tmp_path):
     with pytest.raises(ValueError, match="the smoke scale shows that an experiment runs"):
         keep_study(dataclasses.replace(study, scale="smoke"), outcomes, tmp_path / "kept.json")
     assert not (tmp_path / "kept.json").exists()
+
+
+def test_what_is_kept_is_kept_again_with_other_words(tmp_path):
+    study = product_study(
+        norms=("BN", "GN"), batches=("2",), sets=("one",), seeds=2, metrics={"top1": TOP1, "loss": LOSS}
+    )
+    outcomes = draw(study, iterations=3)
+    path = keep_study(study, outcomes, tmp_path / "kept.json")
+    before = path.read_bytes()
+    keep_again(study, path)
+    assert path.read_bytes() == before
+    now = dataclasses.replace(
+        study,
+        title="Anew",
+        metrics={"top1": dataclasses.replace(TOP1, label="accuracy")},
+        comparisons=[Comparison("BN, batch 2", "GN, batch 2")],
+    )
+    keep_again(now, path)
+    only = [
+        dataclasses.replace(each, metrics={"top1": each.metrics["top1"]}, curves={"top1": each.curves["top1"]})
+        for each in outcomes
+    ]
+    assert path.read_bytes() == keep_study(now, only, tmp_path / "directly.json").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"seeds": [1, 2, 3]}, "as they had other seeds than the study file has"),
+        ({"settings": {"SOLVER.MAX_EPOCH": 2}}, "as they had other settings than"),
+        ({"variants": {"BN, batch 2": Variant()}}, "as they had other variants than"),
+        ({"metrics": {"loss": LOSS}}, "as nothing was kept of 'loss' as the study file has it"),
+        ({"metrics": {"top1": dataclasses.replace(TOP1, of="max")}}, "as nothing was kept of 'top1' as the study"),
+    ],
+)
+def test_other_jobs_are_not_kept_again(tmp_path, change, sentence):
+    study = product_study(norms=("BN", "GN"), batches=("2",), sets=("one",), seeds=2)
+    path = keep_study(study, draw(study, iterations=1), tmp_path / "kept.json")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"^Small batches: the jobs in {path} cannot be kept again, {sentence}"):
+        keep_again(dataclasses.replace(study, **change), path)
+    assert path.read_bytes() == before
+    with pytest.raises(FileNotFoundError):
+        keep_again(study, tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from synthetic_study import TOP1, draw, plain_study, product_study
 pytest.importorskip("scipy", reason="scipy is not installed")
 from fbn_plugin.engine.studies import statistics
 from fbn_plugin.engine.studies.catalog import Experiment, read_catalog
-from fbn_plugin.engine.studies.kept import keep_study, kept_file
+from fbn_plugin.engine.studies.kept import keep_again, keep_study, kept_file
 from fbn_plugin.engine.studies.outcomes import Claim, Printed
 from fbn_plugin.engine.studies.results_pages import read_kept, render_results, write_results
-from fbn_plugin.engine.studies.study_file import Described
+from fbn_plugin.engine.studies.study_file import Described, read_study
 from fbn_plugin.engine.studies.wanted_data import Wanted
 
 ROOT = Path(__file__).parents[3]
@@ -32,6 +33,16 @@ def test_every_kept_file_is_of_an_experiment():
     catalog = read_catalog(ROOT / "configs/experiments", ROOT)
     known = {kept_file(ROOT, each.path, scale) for each in catalog for scale in each.scales}
     assert set((ROOT / "benchmarks/papers").glob("*.json")) <= known
+
+
+def test_kept_files_have_the_words_and_comparisons_of_their_study_files(tmp_path):
+    catalog = read_catalog(ROOT / "configs/experiments", ROOT)
+    paths = {kept_file(ROOT, each.path, scale): (each.path, scale) for each in catalog for scale in each.scales}
+    for path in (ROOT / "benchmarks/papers").glob("*.json"):
+        file, scale = paths[path]
+        copied = shutil.copy(path, tmp_path)
+        keep_again(read_study(file, ROOT, scale=scale).study, copied)
+        assert Path(copied).read_bytes() == path.read_bytes(), "python tools/reproduce.py keep ID --scale NAME --again"
 
 
 @pytest.fixture
