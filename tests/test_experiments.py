@@ -18,6 +18,17 @@ MOST_SMOKE_JOBS = 16
 MOST_SMOKE_ITERATIONS = 10
 
 
+def test_every_table_and_figure_of_the_papers_is_an_experiment():
+    wanted = [f"P0.fig{number}" for number in range(1, 13)] + [f"P0.S{number}" for number in range(1, 10)]
+    wanted += ["P0.tab1", "P0.time", "P1.tab2", "P1.tab3", "P1.tab5", "P1.fig2", "P1.fig3", "P1.fig4", "P1.fig6"]
+    wanted += ["P2.tab1a", "P2.tab1b", "P2.tab2a", "P2.tab2b", "P2.input", "P2.A1", "P2.A2", "P2.ablations"]
+    wanted += ["P2.strong", "P3.fig1", "P3.fig2", "P3.fig3", "P3.fig4", "P4.tab", "P4.appC"]
+    wanted += ["P4.fig4", "P4.fig5", "P4.fig6"]
+    wanted += ["X.detection", "X.gaussian_correction", "X.gradients", "X.scaled", "X.filtered", "X.where"]
+    found = [name for each in CATALOG for name in each.ids]
+    assert set(wanted) <= set(found) and len(set(found)) == len(found)
+
+
 @pytest.mark.parametrize("experiment", CATALOG, ids=lambda each: each.id)
 def test_an_experiment_says_what_it_is(experiment):
     first = FULL_SCALE if experiment.paper != "X" else "cpu"  # what no paper asks has no scale of a paper
@@ -74,8 +85,10 @@ IMAGES = {"cifar10": 50_000, "mnist": 60_000}
 @pytest.mark.parametrize(("experiment", "scale"), SCALES)
 def test_figures_at_an_iteration_are_of_one_that_is_evaluated(experiment, scale):
     study = experiment.scales[scale].study
-    at = {metric.threshold for metric in study.metrics.values() if metric.of == "at"}
-    if not at or scale == "smoke":  # of a run that short nothing is late
+    rows = [(metric.row or name, metric.threshold) for name, metric in study.metrics.items() if metric.of == "at"]
+    at = {iteration for row, iteration in rows if not row.startswith("activations/")}
+    measured = {iteration for row, iteration in rows if row.startswith("activations/")}
+    if not rows or scale == "smoke":  # of a run that short nothing is late
         return
     if study.tool == "detectron2":
         pytest.importorskip("detectron2", reason="detectron2 is not installed")
@@ -86,3 +99,4 @@ def test_figures_at_an_iteration_are_of_one_that_is_evaluated(experiment, scale)
             epoch = images // config["SOLVER.IMS_PER_BATCH"] * config["TEST.EVAL_PERIOD"]
             evaluated |= {epoch * i for i in range(1, config["SOLVER.MAX_EPOCH"] + 1)}
         assert at <= evaluated, name
+        assert all(iteration % config["MEASURE.ACTIVATIONS.PERIOD"] == 0 for iteration in measured), name

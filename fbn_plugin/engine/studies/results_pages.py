@@ -205,7 +205,7 @@ def _verdict(verdicts: Sequence[ClaimVerdict], is_reduced: bool) -> Inline:
     """That of the experiment, and how many claims it rests on; what a reduced scale says does not stand out."""
     checked = [each.verdict for each in verdicts if each.verdict != "not run"]
     if not checked:
-        return joint_verdict(verdicts)
+        return "no claim is of this setting"
     said = f"{checked.count('reproduced')} of {counted(len(checked), 'claim')} reproduced"
     joint = joint_verdict(verdicts)
     return f"{joint} on the reduced setting: {said}" if is_reduced else Strong(f"{joint}: {said}")
@@ -288,7 +288,7 @@ def _page(
             blocks += docs_blocks(entry.study, outcomes, found, figures, prefix, entry.name)
         if not mine:
             blocks += _not_run_blocks(each)
-        blocks += _scale_blocks(each)
+        blocks += _scale_blocks(each, mine)
     return markdown(blocks), pictures
 
 
@@ -306,12 +306,14 @@ def _not_run_blocks(experiment: Experiment) -> list[Block]:
     ]
 
 
-def _scale_blocks(experiment: Experiment) -> list[Block]:
-    """At which scales it can be run, and by which command."""
-    rows: list[list[Inline]] = [["scale", "jobs", "data that it wants", "command"]]
+def _scale_blocks(experiment: Experiment, kept: Sequence[str]) -> list[Block]:
+    """At which scales it can be run, by which command, and why it was not at those that are not kept."""
+    rows: list[list[Inline]] = [["scale", "jobs", "figures", "data that it wants", "command"]]
     for name, each in experiment.scales.items():
         wanted = "; ".join(one.what if one.made else f"{one.path}: {one.what}" for one in each.wanted) or "none"
         said = name if name == FULL_SCALE else f"{name}, reduced"
-        rows.append([said, f"{jobs_of(each.study):,}", wanted, Mono(_command(experiment, name))])
+        why = "a check" if name == _NO_SCALE else f"not run: {_why_not(experiment, name)}"
+        state = "above" if name in kept else why
+        rows.append([said, f"{jobs_of(each.study):,}", state, wanted, Mono(_command(experiment, name))])
     file = "/".join(experiment.path.parts[-3:])
-    return [Paragraph((f"{counted(len(rows) - 1, 'scale')} of ", Mono(file), ":")), Table(rows, (0, 2, 3))]
+    return [Paragraph((f"{counted(len(rows) - 1, 'scale')} of ", Mono(file), ":")), Table(rows, (0, 2, 3, 4))]
