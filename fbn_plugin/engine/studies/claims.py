@@ -141,14 +141,16 @@ def _about_a_pair(claim: Claim, comparisons: Sequence[PairedComparison], alpha: 
 
 def _about_a_number(claim: Claim, summary: Summary, study: Study) -> ClaimVerdict | _Tested:
     draft = ClaimVerdict(claim, "inconclusive", n=summary.n, seen=summary.mean)
-    if summary.n < 2:
+    is_trained = study.setting(claim.variant, "SOLVER.MAX_EPOCH") != 0
+    if summary.n < 2 and (is_trained or not summary.n):
         why = "one run tells nothing of chance" if summary.n else "no run gave a figure"
         return dataclasses.replace(draft, why=why)
     number = claim.value
-    if not summary.sd:  # nothing but the number itself can be looked at
+    if not summary.sd:  # nothing but the number itself can be looked at; None of one run
         holds = {"at_least": summary.mean >= number, "at_most": summary.mean <= number}
         verdict = "reproduced" if holds.get(claim.kind, math.isclose(summary.mean, number)) else "not reproduced"
-        return dataclasses.replace(draft, verdict=verdict, why="every run gave the same figure")
+        why = "every run gave the same figure" if is_trained else "nothing is trained, and there is no chance in it"
+        return dataclasses.replace(draft, verdict=verdict, why=why)
     above, below = mean_p(summary.mean, summary.sd, summary.n, number)
     if claim.kind == "printed":
         p = min(1.0, 2 * min(above, below))

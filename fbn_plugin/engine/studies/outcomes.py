@@ -211,6 +211,10 @@ class Study:
             or (not each.combines and (self.settings | each.settings).get("TEST.MOMENTS") == "balanced")
         ]
 
+    def setting(self, variant: str, key: str) -> Any:
+        """What a variant sets a config key to; None where neither it nor the study sets it."""
+        return self.variants[variant].settings.get(key, self.settings.get(key))
+
     @property
     def heading(self) -> str:
         """The title with the id and the scale: ``P0.fig5: Filtered BN in LeNet-5 (cpu scale, reduced)``."""

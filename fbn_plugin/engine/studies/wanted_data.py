@@ -53,8 +53,12 @@ def read_wanted(given: Any) -> list[Wanted]:
 
 
 def is_there(wanted: Wanted) -> bool:
-    """Whether it lies where jobs look for it, or can be made."""
-    return bool(wanted.made) or any(place.exists() for place in places(wanted.path))
+    """Whether it lies where jobs look for it, in a folder something, or can be made."""
+    return bool(wanted.made) or any(place.is_file() or _holds_something(place) for place in places(wanted.path))
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.is_dir() and next(folder.iterdir(), None) is not None
 
 
 def missing(wanted: Sequence[Wanted]) -> str | None:

@@ -96,4 +96,6 @@ def test_how_far_and_which_data(folder, monkeypatch):
     assert str(progress(experiment.scales["smoke"].study, folder / "none")) == "0 of 2"
     assert data_text(experiment) == f"imagenet missing for paper, cpu; {folder} there; output/made/p made"
     (folder / "imagenet").mkdir()
+    assert data_text(experiment).startswith("imagenet missing")  # in an empty folder there is none
+    (folder / "imagenet/train").mkdir()
     assert data_text(experiment).startswith("imagenet there;")

@@ -324,3 +324,13 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path, claims, sentence):
 def test_what_no_paper_claims_is_not_called_so(name, title):
     study = dataclasses.replace(study_of(Claim("alike", AP, "FBN, T=5", "BN", 1.0)), id=name)
     assert f"# {title}\n" in report_markdown(study, outcomes_of(study))
+
+
+@pytest.mark.parametrize(("epochs", "verdict"), [(0, "not reproduced"), (1, "inconclusive")])
+def test_a_number_of_what_is_not_trained_needs_one_run(epochs, verdict):
+    study = study_of(Claim("at_least", AP, "BN", value=61.0), Claim("at_most", AP, "BN", value=61.0), seeds=1)
+    study = dataclasses.replace(study, settings={"SOLVER.MAX_EPOCH": epochs})
+    first, second = check_claims(study, study_statistics(study, outcomes_of(study)))
+    assert first.verdict == verdict and (second.verdict == "reproduced") == (epochs == 0)
+    why = "one run tells nothing of chance" if epochs else "nothing is trained, and there is no chance in it"
+    assert first.why == second.why == why

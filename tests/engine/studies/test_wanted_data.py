@@ -19,6 +19,7 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
     (tmp_path / "here").mkdir()
+    (tmp_path / "here/images.tar").touch()
     text = f"{TEXT}DATA: {{here: H, mnist: 'MNIST,  from its page', w.pth: weights}}\n"
     file = read_study(write_study(tmp_path, text), ROOT)
     assert file.wanted == [Wanted("here", "H"), Wanted("mnist", "MNIST, from its page"), Wanted("w.pth", "weights")]
@@ -32,6 +33,8 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     (sets / "mnist").mkdir(parents=True)
     (tmp_path / "w.pth").touch()
+    assert missing(file.wanted).endswith("mnist (MNIST, from its page)")  # the folder is empty
+    (sets / "mnist/images").touch()
     assert missing(file.wanted) is None
     outcomes = run_study(file, tmp_path / "out", tool(tmp_path), Resources(2), forks=False, say=lambda line: None)
     assert {each.state for each in outcomes} == {"done"}
