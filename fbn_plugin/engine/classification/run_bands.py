@@ -16,9 +16,10 @@ from fbn_plugin.engine.classification.data import build_val_loader
 from fbn_plugin.engine.classification.model import model_title
 from fbn_plugin.engine.data.image_data import ImageData
 from fbn_plugin.engine.run import stopping
-from fbn_plugin.engine.run.activation_files import ACTIVATIONS_FILE, band_figures, write_activations
+from fbn_plugin.engine.run.activation_files import band_figures, write_activations
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.logging import TrainingLog
+from fbn_plugin.engine.run.run_info import ACTIVATIONS_FILE
 from fbn_plugin.engine.run.schedule import recorded_evaluation
 
 __all__ = ["RunBands"]

@@ -18,12 +18,11 @@ from fbn_plugin.analysis.activation_figures import bands_figure, kernel_figure
 from fbn_plugin.analysis.bands import ActivationBands, KernelActivations, batch_probability
 from fbn_plugin.engine.files.disk import atomic_write, writing
 from fbn_plugin.engine.files.words import counted
-from fbn_plugin.engine.run.run_info import hardware, package_versions
+from fbn_plugin.engine.run.run_info import ACTIVATIONS_FILE, hardware, package_versions
 from fbn_plugin.engine.run.source import source_commit
 
-__all__ = ["ACTIVATIONS_FILE", "band_figures", "kernel_sentence", "write_activations"]
+__all__ = ["band_figures", "kernel_sentence", "write_activations"]
 
-ACTIVATIONS_FILE = "activations.json"
 BATCH = 16  # images of the batch whose probability to hold an image that passes is told, as in the paper
 _FORMAT = 1
 _MEASURED = (
@@ -47,7 +46,8 @@ def band_figures(found: ActivationBands, sigma: float = 14.0) -> dict[str, float
         ``minimum``, ``maximum``: the least and the largest activation of all layers. ``reach``: how far from zero that
         is, and ``least_reach`` the same of the layer where it is least. ``end98``: the end furthest from zero of all
         bands of 98 %. ``beyond5``: the share beyond 5 deviations, as the mean over the layers. With kernels,
-        ``passing``: how many images pass in one, as the mean over them, and ``passing_share``.
+        ``passing``: how many images pass in one, as the mean over them, ``passing_share``, and ``batch_probability``,
+        that a batch of 16 holds one.
     """
     layers = [layer for layer in found.layers if layer.count]
     if not layers:
@@ -65,6 +65,8 @@ def band_figures(found: ActivationBands, sigma: float = 14.0) -> dict[str, float
     if told:
         figures["passing"] = sum(len(kernel.passing(sigma)) for kernel in told) / len(told)
         figures["passing_share"] = figures["passing"] / found.images
+        chances = [batch_probability(len(kernel.passing(sigma)), len(kernel.peaks), BATCH) for kernel in told]
+        figures["batch_probability"] = sum(chances) / len(told)
     return figures
 
 

@@ -20,6 +20,7 @@ from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.run.cli import imported
 
 __all__ = [
+    "ACTIVATIONS_FILE",
     "cpu_name",
     "hardware",
     "package_versions",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 _FILE = "run_info.json"
+ACTIVATIONS_FILE = "activations.json"  # what was measured of a network's layers
 # An evaluation of a thousand categories is a tenth of this.
 _LARGEST_JSON = 10_000_000
 _PACKAGES = ("torch", "torchvision", "timm", "detectron2", "pycocotools")

@@ -17,8 +17,9 @@ from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import on_one_line, shown
 from fbn_plugin.engine.run.logging import is_figure, read_metrics
 from fbn_plugin.engine.run.output_dir import holds_run
-from fbn_plugin.engine.run.run_info import read_record, read_run_info
-from fbn_plugin.engine.studies.outcomes import Outcome, Variant
+from fbn_plugin.engine.run.run_info import ACTIVATIONS_FILE, read_record, read_run_info
+from fbn_plugin.engine.studies.figures import curve_value
+from fbn_plugin.engine.studies.outcomes import LayerRange, Outcome, Variant
 from fbn_plugin.engine.studies.run_figures import figure_of_run
 from fbn_plugin.engine.studies.seeds import config_seed
 from fbn_plugin.engine.studies.study_file import StudyFile
@@ -334,6 +335,7 @@ def collect(study: StudyFile, job: Job, is_running: bool = False) -> Outcome:
         error=error and _without_places(error, job.folder),
         hardware=info.get("hardware"),
         versions=info.get("versions", {}),
+        layers=_layers(job.folder) if state == "done" else [],
     )
 
 
@@ -369,6 +371,25 @@ def _curves(study: StudyFile, job: Job) -> dict[str, list[tuple[int, float]]]:
         if engine.metric(rows[name]) is not None and value is not ... and is_figure(value):
             curve[max(curve)] = math.nan if value is None else float(value)
     return {name: sorted(found[name].items()) for name in study.study.metrics if name in found}
+
+
+def _layers(folder: Path) -> list[LayerRange]:
+    """What the run has measured of its layers, where it has."""
+    path = folder / ACTIVATIONS_FILE
+    if not path.is_file():
+        return []
+    try:
+        return [
+            LayerRange(
+                each["name"],
+                *(curve_value(each[end]) for end in ("minimum", "maximum", "median")),
+                {percent: tuple(map(curve_value, ends)) for percent, ends in each["bands"].items()},
+            )
+            for each in read_record(path)["layers"]
+            if each["count"]
+        ]
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: it has no layers with their bands") from None
 
 
 def _results(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.studies.figures import curve_value, drawn_curves
+from fbn_plugin.engine.studies.layer_figures import first_measured
 from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.run_figures import FIRST
 from fbn_plugin.engine.studies.scales import folder_name
@@ -89,19 +90,20 @@ def _of_metrics(outcome: Outcome, study: Study) -> Outcome:
 
 
 def thinned(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """The outcomes with as much of their curves as a report draws: at most 60 points, to six digits, and each run's
-    last one."""
+    """The outcomes with as much as a report draws: of curves at most 60 points, to six digits, and each run's last one;
+    of measured layers those of the first run of each variant."""
     places = {
         (variant, name): set(drawn_curves(outcomes, variant, name, metric.of in FIRST)[0])
         for variant in study.variants
         for name, metric in study.metrics.items()
     }
-    found = []
+    measured, found = first_measured(outcomes), []
     for each in outcomes:
+        layers = each.layers if measured.get(each.variant) is each else []
         curves = {
             name: [(at, curve_value(y)) for at, y in curve if at in places[each.variant, name] or at == curve[-1][0]]
             for name, curve in each.curves.items()
             if each.state == "done" and name in study.metrics
         }
-        found.append(dataclasses.replace(each, curves=curves))
+        found.append(dataclasses.replace(each, curves=curves, layers=layers))
     return found

@@ -24,6 +24,7 @@ __all__ = [
     "Claim",
     "Combination",
     "Comparison",
+    "LayerRange",
     "Metric",
     "Outcome",
     "Printed",
@@ -223,6 +224,23 @@ class Study:
 
 
 @dataclass(frozen=True)
+class LayerRange:
+    """Between which ends the activations of a layer lie, in deviations, see ``analysis/bands.py``.
+
+    Attributes:
+        name: of the layer.
+        minimum, maximum, median: of its finite values.
+        bands: percent of the values -> the two ends between which these lie.
+    """
+
+    name: str
+    minimum: float
+    maximum: float
+    median: float
+    bands: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One job: a variant with a seed.
 
@@ -238,6 +256,7 @@ class Outcome:
         command: that runs it, from the project's root.
         error: its last words, where it failed.
         hardware, versions: as ``run_info.json`` has them.
+        layers: of a run that measured them, in the order of their calls.
     """
 
     variant: str
@@ -252,6 +271,7 @@ class Outcome:
     error: str | None = None
     hardware: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    layers: list[LayerRange] = field(default_factory=list)
 
 
 def write_outcomes(

@@ -93,6 +93,8 @@ def _packed(row: Mapping[str, Any], shared: Mapping[str, Any]) -> list[Any]:
         own["state"] = row["state"]
     if row["error"] is not None:
         own["error"] = row["error"]
+    if row["layers"]:
+        own["layers"] = row["layers"]
     if _command(shared["command"], row["seed"], row["config_seed"]) != row["command"]:
         own["command"] = row["command"]
     figures, curves = list(row["metrics"].values()), [[y for _, y in curve] for curve in row["curves"].values()]
@@ -111,6 +113,7 @@ def _unpacked(variant: str, run: Any, shared: Mapping[str, Any], levels: Mapping
     found = {
         "state": "done",
         "error": None,
+        "layers": [],
         "command": _command(shared["command"], seed, config_seed),
         "metrics": dict(zip(shared["metrics"], figures, strict=True)) if "metrics" not in own else {},
         "curves": {},

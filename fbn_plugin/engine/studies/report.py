@@ -37,6 +37,7 @@ from fbn_plugin.engine.studies.findings import (
     state_blocks,
     variant_blocks,
 )
+from fbn_plugin.engine.studies.layer_figures import LAYERS, layers_figure
 from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, Variant, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.plots import figure_png
 from fbn_plugin.engine.studies.statistics import MetricStatistics, statistics_block, study_statistics
@@ -44,6 +45,7 @@ from fbn_plugin.engine.studies.svg import STYLE, figure_file, least_width, legen
 
 __all__ = [
     "DocsPage",
+    "all_figures",
     "docs_blocks",
     "in_job_order",
     "render_docs",
@@ -84,7 +86,7 @@ def write_report(study: Study, outcomes: Sequence[Outcome], folder: str | os.Pat
     """
     outcomes = in_job_order(study, outcomes)
     found = study_statistics(study, outcomes)
-    figures = study_figures(study, outcomes, found)
+    figures = all_figures(study, outcomes, found)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{each.name}.png": figure_png(each) for each in figures}
@@ -130,7 +132,7 @@ def _report_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str
     outcomes = in_job_order(study, outcomes)
     blocks: list[Block] = [Heading(1, study.heading), *_description(study), *state_blocks(study, outcomes, found)]
     blocks += claim_blocks(study, found, 2)
-    figures = study_figures(study, outcomes, found)
+    figures = all_figures(study, outcomes, found)
     for name, metric in study.metrics.items():
         mine = [each for each in figures if each.metric == name]
         blocks += [Heading(2, quantity(name, metric)), *best_blocks(study, name, found[name])]
@@ -143,6 +145,7 @@ def _report_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str
         blocks += [block for each in mine if each.kind == "curves" for block in _curve_blocks(each)]
         if study.factors:
             blocks += [Heading(3, "Every variant"), *variant_blocks(study, name, found[name])]
+    blocks += _layer_blocks(figures, 2)
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(2, "Runs without a figure"), *failed]
     return [*blocks, *_provenance(study, outcomes, 2), *_commands(outcomes)]
@@ -162,6 +165,17 @@ def _description(study: Study) -> list[Block]:
 
 def _curve_blocks(figure: Figure) -> list[Block]:
     return [Heading(3, "Along the training"), *_pictures([figure])]
+
+
+def all_figures(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, MetricStatistics]) -> list[Figure]:
+    """The pictures of a report: those of the metrics, and that of the layers where they were measured."""
+    layers = layers_figure(study, outcomes)
+    return [*study_figures(study, outcomes, found), *([layers] if layers else [])]
+
+
+def _layer_blocks(figures: Sequence[Figure], rank: int, ending: str = "png", prefix: str = "") -> list[Block]:
+    mine = [each for each in figures if each.kind == LAYERS]
+    return [Heading(rank, "Layer by layer"), *_pictures(mine, ending, prefix)] if mine else []
 
 
 def _pictures(figures: Sequence[Figure], ending: str = "png", prefix: str = "") -> list[Block]:
@@ -302,7 +316,7 @@ def render_docs(
         found = study_statistics(study, outcomes)
         statistics.append((study, found))
         prefix = f"{stem}-{i}-" if len(studies) > 1 else f"{stem}-"
-        figures = [each for each in study_figures(study, outcomes, found) if each.is_main]
+        figures = [each for each in all_figures(study, outcomes, found) if each.is_main]
         pictures |= {f"{prefix}{each.name}.svg": figure_file(each) for each in figures}
         parts.append(markdown(docs_blocks(study, outcomes, found, figures, prefix, name)))
     if len(studies) > 1 and (glance := glance_blocks(statistics)):
@@ -323,7 +337,7 @@ def docs_blocks(
     Args:
         study, outcomes: in the order of variants and seeds.
         found: of ``study_statistics``.
-        figures: of ``study_figures``, those that are shown.
+        figures: of :func:`all_figures`, those that are shown.
         prefix: of the names of the pictures' files.
         source: name of the JSON file, as a reader finds it.
     """
@@ -338,6 +352,7 @@ def docs_blocks(
         blocks += _pictures([each for each in mine if each.kind == "differences"], "svg", prefix)
         blocks += comparison_blocks(study, name, found[name])
         blocks += _pictures([each for each in mine if each.kind == "curves"], "svg", prefix)
+    blocks += _layer_blocks(figures, 3, "svg", prefix)
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(3, "Runs without a figure"), *failed]
     blocks += _provenance(study, outcomes, 3, _MOST_VARIANTS)

@@ -25,11 +25,11 @@ from fbn_plugin.engine.studies.document import (
     Table,
     markdown,
 )
-from fbn_plugin.engine.studies.figures import Figure, study_figures
+from fbn_plugin.engine.studies.figures import Figure
 from fbn_plugin.engine.studies.findings import Numbers, p_text
 from fbn_plugin.engine.studies.kept import kept_file
 from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, read_outcomes
-from fbn_plugin.engine.studies.report import docs_blocks, in_job_order
+from fbn_plugin.engine.studies.report import all_figures, docs_blocks, in_job_order
 from fbn_plugin.engine.studies.statistics import MetricStatistics, compared_factor, study_statistics
 from fbn_plugin.engine.studies.svg import figure_file
 
@@ -283,7 +283,7 @@ def _page(
             found, entry = statistics[each.id, scale], kept[each.id, scale]
             outcomes = in_job_order(entry.study, entry.outcomes)
             prefix = f"{Path(entry.name).stem}-"
-            figures = _shown(study_figures(entry.study, outcomes, found))
+            figures = _shown(all_figures(entry.study, outcomes, found))
             pictures |= {f"{prefix}{figure.name}.svg": figure_file(figure) for figure in figures}
             blocks += docs_blocks(entry.study, outcomes, found, figures, prefix, entry.name)
         if not mine:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_classification import config, train
 
+from fbn_plugin.analysis.bands import batch_probability
 from fbn_plugin.engine.classification.run_folder import read_classification_run
 from fbn_plugin.engine.classification.trainer import ClassificationTrainer
 from fbn_plugin.engine.run.checkpoint import load_file
@@ -51,6 +52,7 @@ def test_a_run_is_measured_and_trained_to_the_same_bits(tmp_path):
     (kernel,) = record["kernels"]
     assert 0 < kernel["passing"] == record["figures"]["passing"] <= 360 and len(kernel["gallery"]) == kernel["passing"]
     assert record["figures"]["passing_share"] == kernel["passing"] / 360
+    assert record["figures"]["batch_probability"] == batch_probability(kernel["passing"], 360, 16)
     assert list((tmp_path / "measured").glob("kernel_*.png"))
     assert 0 < record["figures"]["least_reach"] <= record["figures"]["reach"]
     figures = {f"bands/{name}": value for name, value in record["figures"].items()}
