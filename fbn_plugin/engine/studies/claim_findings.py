@@ -70,12 +70,12 @@ def claim_blocks(study: Study, found: Mapping[str, MetricStatistics], rank: int)
                 "-" if each.seeds_needed is None else f"{each.seeds_needed:,}",
             ]
         )
-    scale = ", at a reduced scale" if study.is_reduced else ""
+    joint, scale = joint_verdict(verdicts), ", at a reduced scale" if study.is_reduced else ""
+    if joint == "not run":  # whatever else was
+        joint, scale = "none of it is of this setting", ""
     return [
         Heading(rank, "What was expected" if study.is_beyond else "What the paper claims"),
-        Paragraph(
-            (Strong(joint_verdict(verdicts).capitalize()), f"{scale}. Of {counted(len(rows) - 1, 'claim')}: {parts}.")
-        ),
+        Paragraph((Strong(joint.capitalize()), f"{scale}. Of {counted(len(rows) - 1, 'claim')}: {parts}.")),
         Table(rows, (0, 1)),
         Paragraph((_note(study, verdicts),), "note"),
     ]
