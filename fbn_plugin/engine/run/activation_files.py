@@ -63,9 +63,10 @@ def band_figures(found: ActivationBands, sigma: float = 14.0) -> dict[str, float
     }
     told = [kernel for kernel in found.kernels if kernel.peaks is not None]
     if told:
-        figures["passing"] = sum(len(kernel.passing(sigma)) for kernel in told) / len(told)
+        passing = [len(kernel.passing(sigma)) for kernel in told]
+        figures["passing"] = sum(passing) / len(told)
         figures["passing_share"] = figures["passing"] / found.images
-        chances = [batch_probability(len(kernel.passing(sigma)), len(kernel.peaks), BATCH) for kernel in told]
+        chances = [batch_probability(count, len(kernel.peaks), BATCH) for count, kernel in zip(passing, told)]
         figures["batch_probability"] = sum(chances) / len(told)
     return figures
 

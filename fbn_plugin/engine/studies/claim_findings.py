@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fbn_plugin.engine.files.words import counted
-from fbn_plugin.engine.studies.claims import ABOUT_PAIRS, VERDICTS, ClaimVerdict, check_claims, joint_verdict
+from fbn_plugin.engine.studies.claims import ABOUT_PAIRS, VERDICTS, ClaimVerdict, check_claims, joint_text
 from fbn_plugin.engine.studies.document import Block, Heading, Inline, Paragraph, Strong, Table
 from fbn_plugin.engine.studies.figures import quantity
 from fbn_plugin.engine.studies.findings import Numbers, p_text
@@ -70,12 +70,12 @@ def claim_blocks(study: Study, found: Mapping[str, MetricStatistics], rank: int)
                 "-" if each.seeds_needed is None else f"{each.seeds_needed:,}",
             ]
         )
-    joint, scale = joint_verdict(verdicts), ", at a reduced scale" if study.is_reduced else ""
-    if joint == "not run":  # whatever else was
-        joint, scale = "none of it is of this setting", ""
+    scale = ", at a reduced scale" if study.is_reduced else ""
     return [
         Heading(rank, "What was expected" if study.is_beyond else "What the paper claims"),
-        Paragraph((Strong(joint.capitalize()), f"{scale}. Of {counted(len(rows) - 1, 'claim')}: {parts}.")),
+        Paragraph(
+            (Strong(joint_text(verdicts).capitalize()), f"{scale}. Of {counted(len(rows) - 1, 'claim')}: {parts}.")
+        ),
         Table(rows, (0, 1)),
         Paragraph((_note(study, verdicts),), "note"),
     ]

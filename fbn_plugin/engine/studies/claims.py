@@ -12,7 +12,16 @@ from fbn_plugin.engine.studies.equivalence import equivalence_p, mean_p, seeds_f
 from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Claim, Study
 from fbn_plugin.engine.studies.statistics import MetricStatistics, PairedComparison, Summary, holm, seeds_needed
 
-__all__ = ["ABOUT_NUMBERS", "ABOUT_PAIRS", "KINDS", "VERDICTS", "ClaimVerdict", "check_claims", "joint_verdict"]
+__all__ = [
+    "ABOUT_NUMBERS",
+    "ABOUT_PAIRS",
+    "KINDS",
+    "VERDICTS",
+    "ClaimVerdict",
+    "check_claims",
+    "joint_text",
+    "joint_verdict",
+]
 
 ABOUT_PAIRS = ("higher", "lower", "alike")
 ABOUT_NUMBERS = ("at_least", "at_most", "printed")
@@ -86,6 +95,12 @@ def joint_verdict(verdicts: Sequence[ClaimVerdict]) -> str:
     """
     given = {each.verdict for each in verdicts}
     return next((each for each in ("not reproduced", "inconclusive", "reproduced") if each in given), "not run")
+
+
+def joint_text(verdicts: Sequence[ClaimVerdict]) -> str:
+    """:func:`joint_verdict` beside figures, which were run even where no claim could be checked."""
+    joint = joint_verdict(verdicts)
+    return "no claim was checked" if joint == "not run" else joint
 
 
 def _judged(draft: ClaimVerdict, for_it: float, against_it: float, alpha: float) -> ClaimVerdict:

@@ -74,7 +74,7 @@ def keep_again(study: Study, target: str | os.PathLike) -> Path:
     for name, metric in study.metrics.items():
         if name not in kept.metrics or _picked(kept.metrics[name]) != _picked(metric):
             raise ValueError(f"{where}, as nothing was kept of {name!r} as the study file has it")
-    return keep_study(study, [_of_metrics(each, study) for each in outcomes], target)
+    return keep_study(study, outcomes, target)
 
 
 def _picked(metric: Metric) -> tuple[str, str, float | None]:
@@ -82,16 +82,9 @@ def _picked(metric: Metric) -> tuple[str, str, float | None]:
     return metric.row, metric.of, metric.threshold
 
 
-def _of_metrics(outcome: Outcome, study: Study) -> Outcome:
-    """Without what the study asks for no more."""
-    metrics = {name: figure for name, figure in outcome.metrics.items() if name in study.metrics}
-    curves = {name: curve for name, curve in outcome.curves.items() if name in study.metrics}
-    return dataclasses.replace(outcome, metrics=metrics, curves=curves)
-
-
 def thinned(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The outcomes with as much as a report draws: of curves at most 60 points, to six digits, and each run's last one;
-    of measured layers those of the first run of each variant."""
+    of measured layers those of the first run of each variant, and no figures but those of the study's metrics."""
     places = {
         (variant, name): set(drawn_curves(outcomes, variant, name, metric.of in FIRST)[0])
         for variant in study.variants
@@ -105,5 +98,6 @@ def thinned(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
             for name, curve in each.curves.items()
             if each.state == "done" and name in study.metrics
         }
-        found.append(dataclasses.replace(each, curves=curves, layers=layers))
+        metrics = {name: figure for name, figure in each.metrics.items() if name in study.metrics}
+        found.append(dataclasses.replace(each, metrics=metrics, curves=curves, layers=layers))
     return found

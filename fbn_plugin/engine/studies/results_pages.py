@@ -12,7 +12,7 @@ from fbn_plugin.engine.files.disk import atomic_write
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.studies.catalog import PAPERS, Experiment, jobs_of
 from fbn_plugin.engine.studies.claim_findings import printed_text
-from fbn_plugin.engine.studies.claims import ClaimVerdict, check_claims, joint_verdict
+from fbn_plugin.engine.studies.claims import ClaimVerdict, check_claims, joint_text
 from fbn_plugin.engine.studies.document import (
     Block,
     Code,
@@ -205,9 +205,9 @@ def _verdict(verdicts: Sequence[ClaimVerdict], is_reduced: bool) -> Inline:
     """That of the experiment, and how many claims it rests on; what a reduced scale says does not stand out."""
     checked = [each.verdict for each in verdicts if each.verdict != "not run"]
     if not checked:
-        return "no claim is of this setting"
+        return joint_text(verdicts)
     said = f"{checked.count('reproduced')} of {counted(len(checked), 'claim')} reproduced"
-    joint = joint_verdict(verdicts)
+    joint = joint_text(verdicts)
     return f"{joint} on the reduced setting: {said}" if is_reduced else Strong(f"{joint}: {said}")
 
 
