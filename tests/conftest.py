@@ -98,6 +98,12 @@ def fresh_logging():
         logger.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(autouse=True)
+def fresh_imports(monkeypatch):
+    """What ``--import`` brought in for a test is not written down as the next one's."""
+    monkeypatch.setattr("fbn_plugin.engine.run.cli._imported", [])
+
+
 @pytest.fixture
 def one_thread():
     """For tests of many small tensor operations, which more threads slow down."""

@@ -10,7 +10,6 @@ import pytest
 
 import fbn_plugin
 from fbn_plugin import __main__ as command
-from fbn_plugin.engine.run import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,7 +95,6 @@ def process(monkeypatch):
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(cli, "_imported", [])
     monkeypatch.setattr(multiprocessing.spawn, "get_preparation_data", multiprocessing.spawn.get_preparation_data)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     monkeypatch.setenv("FBN_PLUGIN_SCRIPT", "")

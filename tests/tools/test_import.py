@@ -59,7 +59,6 @@ def module(folder, name="QuietBN"):
 def forgotten(monkeypatch):
     """What a test imports and registers is gone afterwards."""
     modules, path, norms = set(sys.modules), list(sys.path), dict(NORMS._obj_map)
-    monkeypatch.setattr(cli, "_imported", [])
     yield
     for name in set(sys.modules) - modules:
         if name.startswith("norms_of_"):
