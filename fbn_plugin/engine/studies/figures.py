@@ -24,6 +24,7 @@ from fbn_plugin.engine.studies.statistics import (
 )
 
 __all__ = [
+    "LEAST_POINTS",
     "Figure",
     "Line",
     "LinePanel",
@@ -45,7 +46,7 @@ __all__ = [
 # A curve of more points is drawn with every so-manieth.
 _MOST_POINTS = 60
 # A curve of fewer points tells no more than the figure at its end.
-_LEAST_POINTS = 3
+LEAST_POINTS = 3
 # Where all that was reached spans so many times the range of the last three quarters, the beginning is cut off.
 _MOST_BEGINNING = 2.5
 # Lines of which one lies so many times higher than another are drawn on a logarithmic axis.
@@ -161,7 +162,7 @@ def study_figures(study: Study, outcomes: Sequence[Outcome], found: Mapping[str,
     Args:
         found: of :func:`~fbn_plugin.engine.studies.statistics.study_statistics`.
     """
-    figures = []
+    figures, owners = [], _curve_owners(study)
     for name, metric in study.metrics.items():
         what = quantity(name, metric)
         file = "".join(each if each.isalnum() else "-" for each in name).strip("-") or "metric"
@@ -170,18 +171,20 @@ def study_figures(study: Study, outcomes: Sequence[Outcome], found: Mapping[str,
         else:
             figures.append(_by_variant(study, outcomes, found[name], name, what, file))
         figures.append(_differences(study, found[name], name, metric, file))
-        if name in _curve_owners(study):
+        if name in owners:
             along = what if metric.of == "last" else metric.row_label or metric.row or name
             figures.append(_curves(study, outcomes, name, along, file))
     return [each for each in figures if each.panels]
 
 
 def _curve_owners(study: Study) -> list[str]:
-    """Of the metrics that are taken from the same row along the run the one whose curves are drawn."""
+    """Of the metrics that are taken from the same row along the run the one whose curves are drawn; of rows that are
+    drawn together none."""
     owners: dict[str, str] = {}
+    together = {row for each in study.together.values() for row in each.rows.values()}
     for name, metric in sorted(study.metrics.items(), key=lambda pair: pair[1].of != "last"):
         owners.setdefault(metric.row or name, name)
-    return list(owners.values())
+    return [name for row, name in owners.items() if row not in together]
 
 
 def quantity(name: str, metric: Metric, less: str = "") -> str:
@@ -203,9 +206,9 @@ def row_values(row: Row) -> list[float]:
 
 
 def x_span(panel: LinePanel) -> Interval:
-    """The range of a panel's x axis: without ticks from 0 on."""
+    """The range of a panel's x axis: without ticks with 0 in it."""
     values = [*panel.ticks, *(x for line in panel.lines for x in line.x)]
-    low, high = min(values) if panel.ticks else 0.0, max(values)
+    low, high = min(values) if panel.ticks else min(0.0, *values), max(values)
     if low < high:
         return low, high
     return (low / 2, high * 2) if low > 0 else (low - 1, high + 1)
@@ -386,8 +389,8 @@ def _curves(study: Study, outcomes: Sequence[Outcome], name: str, what: str, fil
     for context, members in sets.items():
         lines = []
         for variant in members:
-            points = mean_curve(outcomes, variant, name, study.metrics[name].of in FIRST)
-            if len(points) >= _LEAST_POINTS:
+            points = mean_curve(study, outcomes, variant, name)
+            if len(points) >= LEAST_POINTS:
                 level = level_name(study, variant)
                 used[_short(level)] = style[level]
                 lines.append(Line(_short(level), style[level], *([list(each) for each in zip(*points)])))
@@ -429,18 +432,20 @@ def _late_range(lines: Sequence[Line]) -> Interval | None:
 
 
 def drawn_curves(
-    outcomes: Sequence[Outcome], variant: str, name: str, is_first: bool = False
+    study: Study, outcomes: Sequence[Outcome], variant: str, name: str
 ) -> tuple[list[int], list[dict[int, float]]]:
     """What is drawn of the curves of a variant's finished runs: iterations at which all that have a final figure were
-    evaluated, at most 60, and the figures there, to six digits.
+    evaluated, at most 60, and the figures there, to six digits. Where the figure is the iterations to a threshold, or
+    the curve is that of a row alone, runs are drawn without one.
 
     Args:
-        is_first: the figure is the iterations to a threshold, which a run may be drawn without.
+        name: one of ``study.curve_rows``.
     """
+    needs_figure = name in study.metrics and study.metrics[name].of not in FIRST
     curves = [
         {at: curve_value(value) for at, value in each.curves.get(name, []) if is_figure(value)}
         for each in outcomes
-        if each.variant == variant and each.state == "done" and (is_first or is_figure(each.metrics.get(name)))
+        if each.variant == variant and each.state == "done" and (not needs_figure or is_figure(each.metrics.get(name)))
     ]
     curves = [each for each in curves if each]
     if not curves:
@@ -456,10 +461,10 @@ def curve_value(value: float) -> float:
 
 
 def mean_curve(
-    outcomes: Sequence[Outcome], variant: str, name: str, is_first: bool = False
+    study: Study, outcomes: Sequence[Outcome], variant: str, name: str
 ) -> list[tuple[float, float, Interval | None]]:
     """Mean and band of :func:`drawn_curves`; no band leaves the range of the runs, such as below zero what never is."""
-    places, curves = drawn_curves(outcomes, variant, name, is_first)
+    places, curves = drawn_curves(study, outcomes, variant, name)
     points = []
     for at in places:
         values = sorted(each[at] for each in curves)

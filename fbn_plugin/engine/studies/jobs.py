@@ -19,7 +19,7 @@ from fbn_plugin.engine.run.logging import is_figure, read_metrics
 from fbn_plugin.engine.run.output_dir import holds_run
 from fbn_plugin.engine.run.run_info import ACTIVATIONS_FILE, read_record, read_run_info
 from fbn_plugin.engine.studies.figures import curve_value
-from fbn_plugin.engine.studies.outcomes import LayerRange, Outcome, Variant
+from fbn_plugin.engine.studies.outcomes import KernelDensity, LayerRange, Outcome, Variant
 from fbn_plugin.engine.studies.run_figures import figure_of_run
 from fbn_plugin.engine.studies.seeds import config_seed
 from fbn_plugin.engine.studies.study_file import StudyFile
@@ -320,7 +320,8 @@ def collect(study: StudyFile, job: Job, is_running: bool = False) -> Outcome:
         metrics, info = _evaluation(study, job)
     elif known:
         curves, info = _curves(study, job), read_run_info(job.folder)
-        metrics = {name: figure_of_run(study.study.metrics[name], curve) for name, curve in curves.items()}
+        known_metrics = study.study.metrics.items()
+        metrics = {name: figure_of_run(metric, curves[name]) for name, metric in known_metrics if name in curves}
     error = known.get("error") if state == "failed" else None
     return Outcome(
         variant=job.variant,
@@ -335,7 +336,7 @@ def collect(study: StudyFile, job: Job, is_running: bool = False) -> Outcome:
         error=error and _without_places(error, job.folder),
         hardware=info.get("hardware"),
         versions=info.get("versions", {}),
-        layers=_layers(job.folder) if state == "done" else [],
+        **(_measured(job.folder) if state == "done" else {}),
     )
 
 
@@ -355,13 +356,13 @@ def _evaluation(study: StudyFile, job: Job) -> tuple[dict[str, float], dict[str,
 
 
 def _curves(study: StudyFile, job: Job) -> dict[str, list[tuple[int, float]]]:
-    """Metric -> (finished iterations, figure) of each evaluation, in order."""
+    """What the runs have curves of, see ``Study.curve_rows`` -> (finished iterations, figure), in order."""
     engine, last = study.engine, study.configs[job.variant].get(study.engine.last, math.inf)
-    rows = {name: metric.row or name for name, metric in study.study.metrics.items()}
+    rows = study.study.curve_rows
     keys = {name: engine.row_key(row) for name, row in rows.items()}
     found: dict[str, dict[int, float]] = {}
     for row in read_metrics(job.folder / "metrics.json"):
-        for name in study.study.metrics:
+        for name in rows:
             if (value := row.get(keys[name], ...)) is not ...:
                 finished = min(row["iteration"] + 1, last)
                 found.setdefault(name, {})[finished] = math.nan if value is None else float(value)
@@ -370,26 +371,39 @@ def _curves(study: StudyFile, job: Job) -> dict[str, list[tuple[int, float]]]:
         value = results.get(rows[name], ...)
         if engine.metric(rows[name]) is not None and value is not ... and is_figure(value):
             curve[max(curve)] = math.nan if value is None else float(value)
-    return {name: sorted(found[name].items()) for name in study.study.metrics if name in found}
+    return {name: sorted(found[name].items()) for name in rows if name in found}
 
 
-def _layers(folder: Path) -> list[LayerRange]:
-    """What the run has measured of its layers, where it has."""
+def _measured(folder: Path) -> dict[str, list[LayerRange] | list[KernelDensity]]:
+    """What the run has measured of its layers, and of single units, where it has."""
     path = folder / ACTIVATIONS_FILE
     if not path.is_file():
-        return []
+        return {}
+    content = read_record(path)
     try:
-        return [
+        layers = [
             LayerRange(
                 each["name"],
                 *(curve_value(each[end]) for end in ("minimum", "maximum", "median")),
                 {percent: tuple(map(curve_value, ends)) for percent, ends in each["bands"].items()},
             )
-            for each in read_record(path)["layers"]
+            for each in content["layers"]
             if each["count"]
         ]
     except (AttributeError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: it has no layers with their bands") from None
+    try:
+        kernels = [
+            KernelDensity(
+                *(each[key] for key in ("layer", "unit", "sigma", "images", "passing")),
+                *(list(map(curve_value, each["density"][key])) for key in ("edges", "values")),
+            )
+            for each in content.get("kernels", [])
+            if each["count"]
+        ]
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: it has no kernels with their density") from None
+    return {"layers": layers, "kernels": kernels}
 
 
 def _results(folder: Path) -> dict[str, Any]:

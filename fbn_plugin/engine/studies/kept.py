@@ -11,7 +11,6 @@ from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.studies.figures import curve_value, drawn_curves
 from fbn_plugin.engine.studies.layer_figures import first_measured
 from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study, read_outcomes, write_outcomes
-from fbn_plugin.engine.studies.run_figures import FIRST
 from fbn_plugin.engine.studies.scales import folder_name
 
 __all__ = ["KEPT", "keep_again", "keep_study", "kept_file", "thinned"]
@@ -74,6 +73,8 @@ def keep_again(study: Study, target: str | os.PathLike) -> Path:
     for name, metric in study.metrics.items():
         if name not in kept.metrics or _picked(kept.metrics[name]) != _picked(metric):
             raise ValueError(f"{where}, as nothing was kept of {name!r} as the study file has it")
+    if missing := [name for name in study.curve_rows if name not in kept.curve_rows]:
+        raise ValueError(f"{where}, as nothing was kept of {missing[0]!r} as the study file has it")
     return keep_study(study, outcomes, target)
 
 
@@ -84,20 +85,22 @@ def _picked(metric: Metric) -> tuple[str, str, float | None]:
 
 def thinned(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
     """The outcomes with as much as a report draws: of curves at most 60 points, to six digits, and each run's last one;
-    of measured layers those of the first run of each variant, and no figures but those of the study's metrics."""
+    of measured layers and kernels those of the first run of each variant, and no figures but those of the study's
+    metrics."""
     places = {
-        (variant, name): set(drawn_curves(outcomes, variant, name, metric.of in FIRST)[0])
+        (variant, name): set(drawn_curves(study, outcomes, variant, name)[0])
         for variant in study.variants
-        for name, metric in study.metrics.items()
+        for name in study.curve_rows
     }
-    measured, found = first_measured(outcomes), []
+    first = {what: first_measured(outcomes, what) for what in ("layers", "kernels")}
+    found = []
     for each in outcomes:
-        layers = each.layers if measured.get(each.variant) is each else []
+        measured = {what: getattr(each, what) if runs.get(each.variant) is each else [] for what, runs in first.items()}
         curves = {
             name: [(at, curve_value(y)) for at, y in curve if at in places[each.variant, name] or at == curve[-1][0]]
             for name, curve in each.curves.items()
-            if each.state == "done" and name in study.metrics
+            if each.state == "done" and name in study.curve_rows
         }
         metrics = {name: figure for name, figure in each.metrics.items() if name in study.metrics}
-        found.append(dataclasses.replace(each, metrics=metrics, curves=curves, layers=layers))
+        found.append(dataclasses.replace(each, metrics=metrics, curves=curves, **measured))
     return found

@@ -4,14 +4,14 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from fbn_plugin.engine.files.words import counted, hint, shown
-from fbn_plugin.engine.studies.outcomes import Metric
+from fbn_plugin.engine.studies.outcomes import Metric, Together
 from fbn_plugin.engine.studies.run_figures import AT, FIRST, PICKS
 from fbn_plugin.engine.studies.study_keys import check_kinds, group
 
 if TYPE_CHECKING:
     from fbn_plugin.engine.studies.engines import Engine
 
-__all__ = ["metric_names", "read_metrics_key"]
+__all__ = ["metric_names", "read_metrics_key", "read_together"]
 
 _OPTIONS = {
     "higher_is_better": bool,
@@ -50,6 +50,26 @@ def read_metrics_key(given: Any, engine: "Engine") -> dict[str, Metric]:
     if not isinstance(given, dict) or not given:
         raise ValueError(f"METRICS must be a list of names or a mapping, such as top1: {{}}, got {shown(given)}")
     return {name: _metric(name, options, engine) for name, options in given.items()}
+
+
+def read_together(given: dict[str, Any]) -> dict[str, Together]:
+    """TOGETHER: title of a picture -> its label, and the rows in it.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    found = {}
+    for title, options in given.items():
+        where = f"TOGETHER {title!r}"
+        options = group(where, options, "{label: top1 (%), rows: {validation: val/top1}}")
+        check_kinds(where, options, {"label": str, "rows": dict})
+        rows = options.get("rows") or {}
+        if not rows or not all(isinstance(each, str) for pair in rows.items() for each in pair):
+            raise ValueError(f"rows of {where} must be a mapping of names to rows of metrics.json, got {shown(rows)}")
+        if len(set(rows.values())) < len(rows):
+            raise ValueError(f"rows of {where} must be different ones, got {shown(rows)}")
+        found[str(title)] = Together(options.get("label", ""), rows)
+    return found
 
 
 def _metric(name: str, options: Any, engine: "Engine") -> Metric:

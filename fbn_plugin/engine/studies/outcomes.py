@@ -24,11 +24,13 @@ __all__ = [
     "Claim",
     "Combination",
     "Comparison",
+    "KernelDensity",
     "LayerRange",
     "Metric",
     "Outcome",
     "Printed",
     "Study",
+    "Together",
     "Variant",
     "read_outcomes",
     "write_outcomes",
@@ -67,6 +69,19 @@ class Metric:
     of: str = "last"
     threshold: float | None = None
     row_label: str = ""
+
+
+@dataclass(frozen=True)
+class Together:
+    """Rows of the runs that are drawn in one picture, such as quantiles of the same values.
+
+    Attributes:
+        label: what they are, for the axis, with its unit.
+        rows: name of each for readers -> as an evaluation or a row of ``metrics.json`` names it.
+    """
+
+    label: str
+    rows: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,7 @@ class Study:
         scale: at which of its scales the study was read; "" where it has none.
         printed: metric -> variant -> what the paper prints.
         claims: what the paper says of it.
+        together: title of a picture -> the rows in it.
     """
 
     title: str
@@ -191,6 +207,15 @@ class Study:
     scale: str = ""
     printed: dict[str, dict[str, Printed]] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
+    together: dict[str, Together] = field(default_factory=dict)
+
+    @property
+    def curve_rows(self) -> dict[str, str]:
+        """Name of a curve of the runs -> the row that it is of: those of the metrics, each under the metric's name, and
+        those that are drawn together and no metric is taken from, under the row's."""
+        rows = {name: metric.row or name for name, metric in self.metrics.items()}
+        drawn = [row for each in self.together.values() for row in each.rows.values()]
+        return rows | {row: row for row in drawn if row not in rows.values()}
 
     @property
     def is_reduced(self) -> bool:
@@ -241,6 +266,27 @@ class LayerRange:
 
 
 @dataclass(frozen=True)
+class KernelDensity:
+    """How the activations of one unit of a layer are distributed, in deviations, see ``analysis/bands.py``.
+
+    Attributes:
+        layer, unit: whose.
+        sigma: beyond it, to either side, an activation counts as passing.
+        images, passing: how many were measured, and how many of them have such an activation.
+        edges: of the bins, one more than there are.
+        values: the density within each, per deviation.
+    """
+
+    layer: str
+    unit: int
+    sigma: float
+    images: int
+    passing: int
+    edges: list[float]
+    values: list[float]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One job: a variant with a seed.
 
@@ -251,12 +297,12 @@ class Outcome:
         config_seed: SEED that the job was given.
         state: one of :data:`STATES`.
         metrics: metric -> final figure; NaN where the run has none, empty until it is done.
-        curves: metric -> (finished iterations, figure) of the evaluations along the run.
+        curves: metric, or row, see ``Study.curve_rows`` -> (finished iterations, figure) along the run.
         seconds: that the job took, all of its attempts; None where unknown.
         command: that runs it, from the project's root.
         error: its last words, where it failed.
         hardware, versions: as ``run_info.json`` has them.
-        layers: of a run that measured them, in the order of their calls.
+        layers, kernels: of a run that measured them, in the order of their calls.
     """
 
     variant: str
@@ -272,6 +318,7 @@ class Outcome:
     hardware: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     layers: list[LayerRange] = field(default_factory=list)
+    kernels: list[KernelDensity] = field(default_factory=list)
 
 
 def write_outcomes(

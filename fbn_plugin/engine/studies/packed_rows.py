@@ -93,8 +93,7 @@ def _packed(row: Mapping[str, Any], shared: Mapping[str, Any]) -> list[Any]:
         own["state"] = row["state"]
     if row["error"] is not None:
         own["error"] = row["error"]
-    if row["layers"]:
-        own["layers"] = row["layers"]
+    own |= {what: row[what] for what in ("layers", "kernels") if row[what]}
     if _command(shared["command"], row["seed"], row["config_seed"]) != row["command"]:
         own["command"] = row["command"]
     figures, curves = list(row["metrics"].values()), [[y for _, y in curve] for curve in row["curves"].values()]
@@ -114,6 +113,7 @@ def _unpacked(variant: str, run: Any, shared: Mapping[str, Any], levels: Mapping
         "state": "done",
         "error": None,
         "layers": [],
+        "kernels": [],
         "command": _command(shared["command"], seed, config_seed),
         "metrics": dict(zip(shared["metrics"], figures, strict=True)) if "metrics" not in own else {},
         "curves": {},

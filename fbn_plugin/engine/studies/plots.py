@@ -89,7 +89,7 @@ def _lines(axes, panel: LinePanel) -> None:
         axes.set_xscale("log")
     first, last = x_span(panel)
     axes.set_xlim(*((first / 1.12, last * 1.12) if panel.is_log else padded(first, last, 0.03)))
-    ticks = panel.ticks or nice_ticks(0, last, 4)
+    ticks = panel.ticks or nice_ticks(min(0.0, first), last, 4)
     axes.set_xticks(ticks, [tick_text(tick, [tick]) for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(low, high)

@@ -37,11 +37,12 @@ from fbn_plugin.engine.studies.findings import (
     state_blocks,
     variant_blocks,
 )
-from fbn_plugin.engine.studies.layer_figures import LAYERS, layers_figure
+from fbn_plugin.engine.studies.layer_figures import KERNELS, LAYERS, kernels_figure, layers_figure
 from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, Variant, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.plots import figure_png
 from fbn_plugin.engine.studies.statistics import MetricStatistics, statistics_block, study_statistics
 from fbn_plugin.engine.studies.svg import STYLE, figure_file, least_width, legend_svg, panel_svg, svg_size
+from fbn_plugin.engine.studies.together_figures import TOGETHER, together_figures
 
 __all__ = [
     "DocsPage",
@@ -145,7 +146,7 @@ def _report_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str
         blocks += [block for each in mine if each.kind == "curves" for block in _curve_blocks(each)]
         if study.factors:
             blocks += [Heading(3, "Every variant"), *variant_blocks(study, name, found[name])]
-    blocks += _layer_blocks(figures, 2)
+    blocks += _measured_blocks(figures, 2)
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(2, "Runs without a figure"), *failed]
     return [*blocks, *_provenance(study, outcomes, 2), *_commands(outcomes)]
@@ -168,14 +169,24 @@ def _curve_blocks(figure: Figure) -> list[Block]:
 
 
 def all_figures(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, MetricStatistics]) -> list[Figure]:
-    """The pictures of a report: those of the metrics, and that of the layers where they were measured."""
-    layers = layers_figure(study, outcomes)
-    return [*study_figures(study, outcomes, found), *([layers] if layers else [])]
+    """The pictures of a report: those of the metrics, of rows that are drawn together, and of layers and kernels where
+    they were measured."""
+    measured = [draw(study, outcomes) for draw in (layers_figure, kernels_figure)]
+    return [
+        *study_figures(study, outcomes, found),
+        *together_figures(study, outcomes),
+        *(each for each in measured if each),
+    ]
 
 
-def _layer_blocks(figures: Sequence[Figure], rank: int, ending: str = "png", prefix: str = "") -> list[Block]:
-    mine = [each for each in figures if each.kind == LAYERS]
-    return [Heading(rank, "Layer by layer"), *_pictures(mine, ending, prefix)] if mine else []
+def _measured_blocks(figures: Sequence[Figure], rank: int, ending: str = "png", prefix: str = "") -> list[Block]:
+    """What is of no metric, each picture with a heading."""
+    headings = {LAYERS: "Layer by layer", KERNELS: "Kernel by kernel"}
+    blocks: list[Block] = []
+    for each in figures:
+        if each.kind in (TOGETHER, LAYERS, KERNELS):
+            blocks += [Heading(rank, headings.get(each.kind, each.title)), *_pictures([each], ending, prefix)]
+    return blocks
 
 
 def _pictures(figures: Sequence[Figure], ending: str = "png", prefix: str = "") -> list[Block]:
@@ -352,7 +363,7 @@ def docs_blocks(
         blocks += _pictures([each for each in mine if each.kind == "differences"], "svg", prefix)
         blocks += comparison_blocks(study, name, found[name])
         blocks += _pictures([each for each in mine if each.kind == "curves"], "svg", prefix)
-    blocks += _layer_blocks(figures, 3, "svg", prefix)
+    blocks += _measured_blocks(figures, 3, "svg", prefix)
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(3, "Runs without a figure"), *failed]
     blocks += _provenance(study, outcomes, 3, _MOST_VARIANTS)

@@ -19,7 +19,7 @@ from fbn_plugin.engine.run.run_folder import norm_label
 from fbn_plugin.engine.studies.claim_keys import Names, comparisons_of, read_claims, read_printed
 from fbn_plugin.engine.studies.comparing import Comparing, variant_name
 from fbn_plugin.engine.studies.engines import ENGINES, Engine
-from fbn_plugin.engine.studies.metric_keys import metric_names, read_metrics_key
+from fbn_plugin.engine.studies.metric_keys import metric_names, read_metrics_key, read_together
 from fbn_plugin.engine.studies.outcomes import Combination, Study, Variant
 from fbn_plugin.engine.studies.scales import at_scale, scales_of
 from fbn_plugin.engine.studies.seeds import SEED_RULES, config_seed, parse_seeds
@@ -46,6 +46,7 @@ _KEYS = {
     "SEEDS": object,
     "SEED_RULE": str,
     "METRICS": object,
+    "TOGETHER": dict,
     "COMPARE": object,
     "ALPHA": float,
     "KEEP": str,
@@ -218,6 +219,7 @@ class _Reading:
             scale=scale or "",
             printed=printed,
             claims=claims,
+            together=read_together(content.get("TOGETHER", {})),
         )
 
     def result(self, imports: Sequence[str]) -> StudyFile:

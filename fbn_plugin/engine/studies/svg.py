@@ -220,7 +220,7 @@ def panel_svg(panel: LinePanel | RowPanel) -> str:
 
 def _title(text: str, width: float) -> tuple[list[str], float]:
     """Lines of the title, and the height that they take."""
-    lines = textwrap.wrap(text, max(int(width / 7.2), 12))
+    lines = textwrap.wrap(text, max(int(width / 7.8), 12))
     return [_text(8, 16 + 16 * i, line, "title") for i, line in enumerate(lines)], 16 * len(lines)
 
 
@@ -246,7 +246,7 @@ def _lines(panel: LinePanel) -> str:
         parts.append(_stroke("grid", left, at_y(tick), right, at_y(tick)))
         parts.append(_text(left - 5, at_y(tick) + 4, text, "soft", "end"))
     parts.append(_stroke("axis", left, last, right, last))
-    parts += _x_ticks(panel.ticks or nice_ticks(0, max(xs), 4 if width < 500 else 8), at_x, last)
+    parts += _x_ticks(panel.ticks or nice_ticks(min(0.0, *xs), max(xs), 4 if width < 500 else 8), at_x, last)
     parts.append(_text(8, top + 16, panel.y_label, "soft"))
     parts.append(_text((left + right) / 2, height - 6, panel.x_label, "soft", "middle"))
     place = f"{left:.0f} {first:.0f} {right - left:.0f} {last - first:.0f}"
