@@ -78,6 +78,7 @@ _MODEL = {
     # Layers, by name or pattern ("layer1.*"), in which NORM stands; (): in all. Elsewhere the model keeps its own.
     "NORM_LAYERS": (),
     "PRETRAINED": False,  # start from timm's weights
+    "PRETRAINED_PATH": "",  # a file in the place of the download, in timm's form or in that which timm converts
     "WEIGHTS": "",  # start from, or with --eval-only evaluate, this checkpoint (timm's, too) or state dict
     # Batches of training images that the norms of pretrained weights are fitted to before training; 0: none.
     "RECALIBRATE": 0,
@@ -370,6 +371,8 @@ def _dependent_rules(cfg: CfgNode) -> dict[str, Rule]:
         rules["SOLVER.BEST_CHECKPOINT_METRIC"] = exactly("", "with MAX_EPOCH 0, which saves no weights")
     if not cfg.MODEL.NORM:
         rules["MODEL.NORM_LAYERS"] = Rule("empty without MODEL.NORM", lambda given: not given)
+    if not cfg.MODEL.PRETRAINED:
+        rules["MODEL.PRETRAINED_PATH"] = exactly("", "without MODEL.PRETRAINED")
     if cfg.MODEL.RECALIBRATE:
         rules |= _recalibration_rules(cfg)
     if cfg.MODEL.REVISED_INIT:

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fbn_plugin import apply_gamma_init, convert_norm, prepend_input_norm, revised_init
 from fbn_plugin.engine.classification.batch import BatchSizes
+from fbn_plugin.engine.data.locations import places
 from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.run.checkpoint import load_file
 from fbn_plugin.engine.run.config import CfgNode
 from fbn_plugin.engine.run.rules import named, refusal
 from fbn_plugin.frameworks import timm_models
@@ -97,6 +99,9 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     """The model that a config describes, on the CPU; errors as :func:`create_model`."""
     name, pretrained = cfg.MODEL.NAME, cfg.MODEL.PRETRAINED
     options = {"in_chans": len(cfg.INPUT.FORMAT), "pretrained": pretrained, "drop_rate": cfg.MODEL.DROP_RATE}
+    weights = _read_weights(cfg.MODEL.PRETRAINED_PATH) if pretrained and cfg.MODEL.PRETRAINED_PATH else {}
+    if weights:  # timm converts them, for other classes and channels too
+        options["pretrained_cfg_overlay"] = {"state_dict": dict(weights)}
     further = dict(cfg.MODEL.OPTIONS)
     if cfg.MODEL.DROP_PATH_RATE:
         further["drop_path_rate"] = cfg.MODEL.DROP_PATH_RATE
@@ -104,8 +109,12 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
         model = _timm_model(name, num_classes=num_classes, **options, **further)
     except Exception as error:  # of an option a model may say anything
         _refuse_options(cfg, further, error)
+        if weights and _plain(cfg) is not None:  # PyTorch would name all that are missing
+            raise _do_not_fit(cfg) from None
         with named("MODEL.PRETRAINED" if pretrained and name in timm.list_models() else "MODEL.NAME"):
             raise
+    if weights and not _has_any(model, weights):
+        raise _do_not_fit(cfg)
     if cfg.MODEL.NORM:
         with named("MODEL.NORM" + " with NORM_LAYERS" * bool(cfg.MODEL.NORM_LAYERS)):
             model = _with_norm(model, name, cfg.MODEL.NORM, pretrained, cfg.MODEL.NORM_LAYERS)
@@ -114,6 +123,26 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     if cfg.INPUT.NORM_GAMMA_INIT:
         prepend_input_norm(model, cfg.INPUT.NORM_GAMMA_INIT)
     return model
+
+
+def _read_weights(path: str) -> dict[str, torch.Tensor]:
+    """Weights as a file has them."""
+    with named("MODEL.PRETRAINED_PATH"):
+        return load_file(next((place for place in places(path) if place.is_file()), path))["model"]
+
+
+def _do_not_fit(cfg: CfgNode) -> ValueError:
+    return ValueError(f"MODEL.PRETRAINED_PATH {cfg.MODEL.PRETRAINED_PATH} has no weights of {cfg.MODEL.NAME}")
+
+
+def _has_any(model: nn.Module, weights: Mapping[str, Any]) -> bool:
+    """Whether some parameter of a model has the values of a weight, in whatever shape and under whatever name: where
+    the classes are others, timm warns at most of names that fit nothing."""
+    own, given = (
+        {(each.numel(), each.double().sum().item()) for each in tensors if torch.is_tensor(each) and each.dim() > 1}
+        for tensors in (model.parameters(), weights.values())
+    )
+    return bool(own & given)
 
 
 def check_model_options(cfg: CfgNode) -> None:
@@ -129,15 +158,19 @@ def check_model_options(cfg: CfgNode) -> None:
             raise ValueError(f"MODEL.OPTIONS must be arguments that describe the network, got {argument!r}")
 
 
+def _plain(cfg: CfgNode) -> nn.Module | None:
+    """The model without options and weights, without storage; None where timm cannot build it."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(cfg.MODEL.NAME, in_chans=len(cfg.INPUT.FORMAT))
+    except Exception:  # a model may say anything
+        return None
+
+
 def _refuse_options(cfg: CfgNode, options: dict[str, Any], error: Exception) -> None:
     """Say which of the options a model does not take; nothing where it cannot be built without them either."""
     name = cfg.MODEL.NAME
-    if not options:
-        return
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(name, in_chans=len(cfg.INPUT.FORMAT))
-    except Exception:
+    if not options or (model := _plain(cfg)) is None:
         return
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if unexpected is None or unexpected[1] not in options:

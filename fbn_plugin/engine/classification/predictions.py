@@ -103,7 +103,8 @@ def find_checkpoint(
     if config_file is None and engine != "classification":
         raise ValueError(f"{weights.parent} is no run of a classifier: by its run_info.json it is one of {engine}")
     cfg = load_config(classification_config(), config, [*overrides, "MODEL.WEIGHTS", str(weights)])
-    cfg = with_value(cfg, "MODEL.PRETRAINED", False)  # nothing of it would be left
+    for key, value in (("MODEL.PRETRAINED", False), ("MODEL.PRETRAINED_PATH", "")):  # nothing of it would be left
+        cfg = with_value(cfg, key, value)
     check_config(cfg)
     return Checkpoint(cfg, name or str(place))
 

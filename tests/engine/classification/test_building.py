@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -99,6 +100,49 @@ def test_options_that_are_refused(overrides, sentence):
         cfg = config(**overrides)
         check_config(cfg)
         build_model(cfg, 10)
+
+
+# --- weights of timm's from a file -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Of timm's smallest ResNet, for three channels and 1000 classes."""
+    torch.manual_seed(3)
+    model = timm.create_model("test_resnet")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("is_below_the_data", [False, True])
+def test_a_file_in_the_place_of_the_download(tmp_path, monkeypatch, weights, is_below_the_data):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    path = "weights.pth" if is_below_the_data else tmp_path / "weights.pth"
+    given = {"MODEL__NAME": "test_resnet", "MODEL__PRETRAINED": True, "MODEL__PRETRAINED_PATH": path}
+    found = build_model(config(**given, INPUT__FORMAT="RGB"), 1000).state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in weights.items())
+    found = build_model(config(**given), 10).state_dict()  # grey, ten classes: as timm adapts them
+    assert torch.allclose(found["conv1.0.weight"], weights["conv1.0.weight"].sum(1, keepdim=True))
+    inner = "layer4.0.conv1.weight"
+    assert len(found["fc.weight"]) == 10 and torch.equal(found[inner], weights[inner])
+
+
+@pytest.mark.parametrize("classes", [10, 1000])  # of others timm loads what fits, of the same ones all or nothing
+def test_a_file_of_another_model(tmp_path, weights, classes):
+    given = {"MODEL__PRETRAINED": True, "MODEL__PRETRAINED_PATH": tmp_path / "weights.pth"}
+    for name in ("test_vit", "lenet5"):
+        with pytest.raises(ValueError, match=rf"^MODEL.PRETRAINED_PATH .*weights.pth has no weights of {name}$"):
+            build_model(config(**given, MODEL__NAME=name, MODEL__NORM="", INPUT__SIZE=160), classes)
+    with pytest.raises(ValueError, match="timm cannot build 'resnet51'"):
+        build_model(config(**given, MODEL__NAME="resnet51"), classes)
+
+
+def test_a_file_that_is_not_there_or_not_asked_for(tmp_path):
+    given = {"MODEL__NAME": "test_resnet", "MODEL__PRETRAINED_PATH": tmp_path / "none.pth"}
+    with pytest.raises(FileNotFoundError, match="MODEL.PRETRAINED_PATH: checkpoint .*none.pth is not there"):
+        build_model(config(**given, MODEL__PRETRAINED=True), 10)
+    with pytest.raises(ValueError, match="MODEL.PRETRAINED_PATH must be '' without MODEL.PRETRAINED, got '.*none.pth'"):
+        check_config(config(**given))
 
 
 # --- one value a channel ---------------------------------------------------------------------------------------------

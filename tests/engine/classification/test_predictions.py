@@ -1,6 +1,7 @@
 """Predictions of checkpoints: as the run measured them, averaged over views and models, by moments of batches."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -55,6 +56,14 @@ def test_one_crop_is_the_runs_own_evaluation(runs):
     for name in ("top1", "top5", "loss"):
         assert figures[name] == pytest.approx(record[name], rel=1e-5)
     assert found.iteration == 29 and record["top1"] > 20
+
+
+def test_pretrained_weights_are_not_wanted_again(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs / "FBN", folder)
+    text = (folder / "config.yaml").read_text().replace("PRETRAINED: false", "PRETRAINED: true")
+    (folder / "config.yaml").write_text(text.replace("PRETRAINED_PATH: ''", "PRETRAINED_PATH: gone.pth"))
+    assert "gone.pth" in (folder / "config.yaml").read_text() and predict(checkpoint(folder)).iteration == 29
 
 
 def test_probabilities_are_averaged_over_views(runs):
