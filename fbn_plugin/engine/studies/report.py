@@ -40,9 +40,9 @@ from fbn_plugin.engine.studies.findings import (
 from fbn_plugin.engine.studies.layer_figures import KERNELS, LAYERS, kernels_figure, layers_figure
 from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, Variant, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.plots import figure_png
+from fbn_plugin.engine.studies.row_figures import TOGETHER, together_figures
 from fbn_plugin.engine.studies.statistics import MetricStatistics, statistics_block, study_statistics
 from fbn_plugin.engine.studies.svg import STYLE, figure_file, least_width, legend_svg, panel_svg, svg_size
-from fbn_plugin.engine.studies.together_figures import TOGETHER, together_figures
 
 __all__ = [
     "DocsPage",

@@ -13,8 +13,8 @@ from fbn_plugin.engine.studies.jobs import all_jobs, begin, collect, finish
 from fbn_plugin.engine.studies.kept import keep_again, keep_study
 from fbn_plugin.engine.studies.outcomes import Together, read_outcomes
 from fbn_plugin.engine.studies.report import all_figures, report_markdown, write_report
+from fbn_plugin.engine.studies.row_figures import together_figures
 from fbn_plugin.engine.studies.study_file import read_study
-from fbn_plugin.engine.studies.together_figures import together_figures
 
 FILE = """VARIANTS: {one: {}, two: {SOLVER.MAX_ITER: 3}}
 SEEDS: 1
