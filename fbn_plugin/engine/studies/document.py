@@ -20,6 +20,7 @@ __all__ = [
     "Picture",
     "Strong",
     "Table",
+    "anchor",
     "html_page",
     "markdown",
 ]
@@ -136,6 +137,17 @@ Block = Heading | Paragraph | Table | Code | Picture | Legend
 
 # What Markdown would read as more than text; underscores within a word, and "<" before a space or a digit, it does not.
 _SPECIAL = re.compile(r"([\\`*\[\]|#~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<!\w)_|_(?!\w))")
+
+
+def anchor(heading: str) -> str:
+    """What a page of Markdown calls a heading, as GitHub and MyST make it.
+
+    Examples::
+
+        >>> anchor("P0.fig4: Moments, small ones (cpu scale, reduced)")
+        'p0fig4-moments-small-ones-cpu-scale-reduced'
+    """
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _markdown_text(part: Inline) -> str:

@@ -23,13 +23,16 @@ from fbn_plugin.engine.studies.document import (
     Paragraph,
     Strong,
     Table,
+    anchor,
     markdown,
 )
 from fbn_plugin.engine.studies.figures import Figure
 from fbn_plugin.engine.studies.findings import Numbers, p_text
 from fbn_plugin.engine.studies.kept import kept_file
+from fbn_plugin.engine.studies.layer_figures import KERNELS, LAYERS
 from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, read_outcomes
 from fbn_plugin.engine.studies.report import all_figures, docs_blocks, in_job_order
+from fbn_plugin.engine.studies.row_figures import TOGETHER
 from fbn_plugin.engine.studies.statistics import MetricStatistics, compared_factor, study_statistics
 from fbn_plugin.engine.studies.svg import figure_file
 
@@ -90,13 +93,17 @@ def render_results(catalog: Sequence[Experiment], kept: Mapping[tuple[str, str],
     """
     statistics = {key: study_statistics(each.study, each.outcomes) for key, each in kept.items()}
     papers = [name for name in PAPERS if any(each.paper == name for each in catalog)]
+    figures = {
+        key: _shown(all_figures(each.study, in_job_order(each.study, each.outcomes), statistics[key]))
+        for key, each in kept.items()
+    }
     files: dict[str, bytes] = {}
     blocks = _head("Tables and figures of the papers")
     blocks.append(Paragraph((_READING,)))
     for paper in papers:
         mine = [each for each in catalog if each.paper == paper]
-        blocks += [Heading(2, _paper_title(paper)), _index_table(mine, kept, statistics)]
-        page, pictures = _page(paper, mine, kept, statistics)
+        blocks += [Heading(2, _paper_title(paper)), _index_table(mine, kept, statistics, figures)]
+        page, pictures = _page(paper, mine, kept, statistics, figures)
         files[_page_name(paper)] = page.encode()
         files |= pictures
     toctree = "\n".join(["```{toctree}", ":hidden:", "", *(Path(_page_name(each)).stem for each in papers), "```", ""])
@@ -156,21 +163,38 @@ def _index_table(
     experiments: Sequence[Experiment],
     kept: Mapping[tuple[str, str], KeptStudy],
     statistics: Mapping[tuple[str, str], Mapping[str, MetricStatistics]],
+    figures: Mapping[tuple[str, str], Sequence[Figure]],
 ) -> Table:
-    rows: list[list[Inline]] = [["id", "what", "scale", "printed", "here", "seeds", "p", "verdict", "command"]]
+    header: list[Inline] = ["id", "what", "scale", "printed", "here", "seeds", "p", "verdict", "figure", "command"]
+    rows = [header]
     for each in experiments:
         mine = [scale for scale in each.scales if (each.id, scale) in kept]
-        rows += [_kept_row(each, scale, kept[each.id, scale], statistics[each.id, scale]) for scale in mine]
+        for scale in mine:
+            key = each.id, scale
+            rows.append(_kept_row(each, scale, kept[key], statistics[key], figures[key]))
         if not mine:
             scale = _scale_to_run(each)
             printed = _printed(each, each.scales[scale].study)
             why = f"not run: {_why_not(each, scale)}"
-            rows.append([_link(each), each.study.title, "-", printed, "-", "-", "-", why, Mono(_command(each, scale))])
-    return Table(rows, (0, 1, 2, 3, 4, 7, 8))
+            command = Mono(_command(each, scale))
+            rows.append([_link(each, _title(each)), each.study.title, "-", printed, "-", "-", "-", why, "-", command])
+    return Table(rows, (0, 1, 2, 3, 4, 7, 8, 9))
 
 
-def _link(experiment: Experiment) -> Link:
-    return Link(", ".join(experiment.ids), _page_name(experiment.paper))
+def _link(experiment: Experiment, heading: str) -> Link:
+    return Link(", ".join(experiment.ids), f"{_page_name(experiment.paper)}#{anchor(heading)}")
+
+
+def _title(experiment: Experiment) -> str:
+    """The heading of one that was not run."""
+    return f"{experiment.study.id}: {experiment.study.title}"
+
+
+def _picture(file: str, figures: Sequence[Figure], metric: str) -> Inline:
+    """The picture that stands for a study: one in the form of the paper's, else that of its main metric."""
+    own = [each for kind in (TOGETHER, KERNELS, LAYERS) for each in figures if each.kind == kind]
+    found = next(iter(own), None) or next((each for each in figures if each.metric == metric), None)
+    return Link("picture", f"{Path(file).stem}-{found.name}.svg") if found else _NONE
 
 
 def _scale_to_run(experiment: Experiment) -> str:
@@ -184,12 +208,16 @@ def _why_not(experiment: Experiment, scale: str) -> str:
 
 
 def _kept_row(
-    experiment: Experiment, scale: str, kept: KeptStudy, found: Mapping[str, MetricStatistics]
+    experiment: Experiment,
+    scale: str,
+    kept: KeptStudy,
+    found: Mapping[str, MetricStatistics],
+    figures: Sequence[Figure],
 ) -> list[Inline]:
     study = kept.study
     verdicts = check_claims(study, found)
     return [
-        _link(experiment),
+        _link(experiment, study.heading),
         study.title,
         f"{scale}{', reduced' * study.is_reduced}{', conditional' * bool(study.conditional)}",
         _printed(experiment, study),
@@ -197,6 +225,7 @@ def _kept_row(
         str(len(set(study.seeds))),
         _p_range(verdicts),
         _verdict(verdicts, study.is_reduced) if verdicts else "no claim",
+        _picture(kept.name, figures, _main_metric(study)),
         Mono(_command(experiment, scale)),
     ]
 
@@ -274,6 +303,7 @@ def _page(
     experiments: Sequence[Experiment],
     kept: Mapping[tuple[str, str], KeptStudy],
     statistics: Mapping[tuple[str, str], Mapping[str, MetricStatistics]],
+    figures: Mapping[tuple[str, str], Sequence[Figure]],
 ) -> tuple[str, dict[str, bytes]]:
     """A paper's page with its pictures."""
     blocks, pictures = _head(_paper_title(paper)), {}
@@ -283,9 +313,9 @@ def _page(
             found, entry = statistics[each.id, scale], kept[each.id, scale]
             outcomes = in_job_order(entry.study, entry.outcomes)
             prefix = f"{Path(entry.name).stem}-"
-            figures = _shown(all_figures(entry.study, outcomes, found))
-            pictures |= {f"{prefix}{figure.name}.svg": figure_file(figure) for figure in figures}
-            blocks += docs_blocks(entry.study, outcomes, found, figures, prefix, entry.name)
+            drawn = figures[each.id, scale]
+            pictures |= {f"{prefix}{figure.name}.svg": figure_file(figure) for figure in drawn}
+            blocks += docs_blocks(entry.study, outcomes, found, drawn, prefix, entry.name)
         if not mine:
             blocks += _not_run_blocks(each)
         blocks += _scale_blocks(each, mine)
@@ -301,7 +331,7 @@ def _not_run_blocks(experiment: Experiment) -> list[Block]:
     study, scale = experiment.study, _scale_to_run(experiment)
     source = f"{study.source}. " if study.source else ""
     return [
-        Heading(2, f"{study.id}: {study.title}"),
+        Heading(2, _title(experiment)),
         Paragraph((source, Strong("Not run"), f": {_why_not(experiment, scale)}.")),
     ]
 

@@ -11,8 +11,9 @@ from synthetic_study import TOP1, draw, plain_study, product_study
 pytest.importorskip("scipy", reason="scipy is not installed")
 from fbn_plugin.engine.studies import statistics
 from fbn_plugin.engine.studies.catalog import Experiment, read_catalog
+from fbn_plugin.engine.studies.document import anchor
 from fbn_plugin.engine.studies.kept import keep_again, keep_study, kept_file
-from fbn_plugin.engine.studies.outcomes import Claim, Printed
+from fbn_plugin.engine.studies.outcomes import Claim, KernelDensity, LayerRange, Printed
 from fbn_plugin.engine.studies.results_pages import read_kept, render_results, write_results
 from fbn_plugin.engine.studies.study_file import Described, read_study
 from fbn_plugin.engine.studies.wanted_data import Wanted
@@ -111,14 +112,19 @@ def test_an_index_of_all_with_verdicts_and_reasons(catalog, tmp_path):
     index = files["index.md"].decode()
     row = next(line for line in index.splitlines() if "P0.fig5" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[:4] == ["[P0.fig5](p0.md)", "Accuracy", "cpu, reduced", "BN: 82; FBN: 84 (%)"]
+    link = "[P0.fig5](p0.md#p0fig5-accuracy-cpu-scale-reduced)"
+    assert cells[:4] == [link, "Accuracy", "cpu, reduced", "BN: 82; FBN: 84 (%)"]
+    assert "## P0.fig5: Accuracy (cpu scale, reduced)" in files["p0.md"].decode()
     assert re.fullmatch(r"BN: 70\.\d+ ± 0\.\d+; FBN: 60\.\d+ ± 0\.\d+ \(%\)", cells[4]) and cells[5] == "4"
     assert (
         cells[6] == "< 0.001" and cells[7] == "not reproduced on the reduced setting: 0 of 1 claim reproduced"
     )  # negative results like others
-    assert cells[8] == "`python tools/reproduce.py run P0.fig5 --scale cpu`"
+    assert cells[8] == "[picture](p0_fig5-cpu-top1-by-variant.svg)" and "p0_fig5-cpu-top1-by-variant.svg" in files
+    assert cells[9] == "`python tools/reproduce.py run P0.fig5 --scale cpu`"
     row = next(line for line in index.splitlines() if "P2.tab1" in line)
     assert "not run: Two weeks of eight GPUs" in row and "BN: 82; FBN: 84" in row
+    heading = next(line for line in files["p2.md"].decode().splitlines() if line.startswith("## P2.tab1"))
+    assert f"(p2.md#{anchor(heading.strip('# '))})" in row
     assert "## P2: Revisiting Batch Norm Initialization" in index and "```{toctree}\n:hidden:\n\np0\np2\n```" in index
 
     page = files["p0.md"].decode()
@@ -149,3 +155,18 @@ def test_old_pages_go_and_a_file_of_another_study_is_refused(catalog, tmp_path):
     kept_file(tmp_path, catalog[0].path, "cpu").rename(kept_file(tmp_path, catalog[1].path, "cpu"))
     with pytest.raises(ValueError, match=r"is of P0\.fig5: Accuracy .*, and not of P2\.tab1 at the scale cpu"):
         read_kept(catalog, tmp_path)
+
+
+def test_the_picture_of_the_papers_form_comes_first(catalog, tmp_path):
+    kept_at(tmp_path, catalog[0], "cpu", {"BN": 60.0, "FBN": 70.0})
+    kept = read_kept(catalog, tmp_path)
+    ((key, entry),) = kept.items()
+    kernel = KernelDensity("conv1", 3, 2.0, 10, 7, [-3.0, 0.0, 3.0], [0.1, 0.2])
+    for changes, picture in (
+        ({"layers": [LayerRange("conv1", -4.0, 5.0, 0.25, {"50": (-0.5, 0.5)})]}, "layers"),
+        ({"kernels": [kernel]}, "kernels"),
+    ):
+        outcomes = [dataclasses.replace(each, **changes) for each in entry.outcomes]
+        files = render_results(catalog, {key: dataclasses.replace(entry, outcomes=outcomes)})
+        assert f"[picture](p0_fig5-cpu-{picture}.svg)" in files["index.md"].decode()
+        assert f"p0_fig5-cpu-{picture}.svg" in files
