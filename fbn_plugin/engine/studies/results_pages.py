@@ -214,18 +214,18 @@ def _kept_row(
     found: Mapping[str, MetricStatistics],
     figures: Sequence[Figure],
 ) -> list[Inline]:
-    study = kept.study
-    verdicts = check_claims(study, found)
+    study, main = kept.study, _main_metric(kept.study)
+    verdicts, what = check_claims(study, found), study.metrics[main].label or main
     return [
         _link(experiment, study.heading),
         study.title,
         f"{scale}{', reduced' * study.is_reduced}{', conditional' * bool(study.conditional)}",
         _printed(experiment, study),
-        _figures(study, _main_metric(study), found),
+        f"{what}: {_figures(study, main, found)}",
         str(len(set(study.seeds))),
         _p_range(verdicts),
         _verdict(verdicts, study.is_reduced) if verdicts else "no claim",
-        _picture(kept.name, figures, _main_metric(study)),
+        _picture(kept.name, figures, main),
         Mono(_command(experiment, scale)),
     ]
 

@@ -86,7 +86,10 @@ def test_many_variants_are_told_by_what_is_compared(catalog, tmp_path):
     keep_study(study, outcomes, kept_file(tmp_path, catalog[0].path, "cpu"))
     index = render_results(catalog, read_kept(catalog, tmp_path))["index.md"].decode()
     cell = next(line for line in index.splitlines() if "P0.fig5" in line).split("|")[5].strip()
-    ends = [float(number) for number in re.fullmatch(r"BN: (.+) to (.+); FBN: (.+) to (.+) \(%\)", cell).groups()]
+    ends = [
+        float(number)
+        for number in re.fullmatch(r"top-1 accuracy: BN: (.+) to (.+); FBN: (.+) to (.+) \(%\)", cell).groups()
+    ]
     assert ends == pytest.approx([60, 70, 70, 80], abs=2)
 
 
@@ -115,7 +118,9 @@ def test_an_index_of_all_with_verdicts_and_reasons(catalog, tmp_path):
     link = "[P0.fig5](p0.md#p0fig5-accuracy-cpu-scale-reduced)"
     assert cells[:4] == [link, "Accuracy", "cpu, reduced", "BN: 82; FBN: 84 (%)"]
     assert "## P0.fig5: Accuracy (cpu scale, reduced)" in files["p0.md"].decode()
-    assert re.fullmatch(r"BN: 70\.\d+ ± 0\.\d+; FBN: 60\.\d+ ± 0\.\d+ \(%\)", cells[4]) and cells[5] == "4"
+    assert (
+        re.fullmatch(r"top-1 accuracy: BN: 70\.\d+ ± 0\.\d+; FBN: 60\.\d+ ± 0\.\d+ \(%\)", cells[4]) and cells[5] == "4"
+    )
     assert (
         cells[6] == "< 0.001" and cells[7] == "not reproduced on the reduced setting: 0 of 1 claim reproduced"
     )  # negative results like others
