@@ -2,8 +2,10 @@
 
 import difflib
 import inspect
+import logging
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -22,6 +24,8 @@ from fbn_plugin.frameworks import timm_models
 from fbn_plugin.layers.description import describe, family
 
 __all__ = ["build_model", "check_image_size", "check_model_options", "create_model", "model_title"]
+
+logger = logging.getLogger(__name__)
 
 # Arguments of a model that have a key of their own, or are not for this tool.
 _OWN_KEYS = {
@@ -99,22 +103,17 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     """The model that a config describes, on the CPU; errors as :func:`create_model`."""
     name, pretrained = cfg.MODEL.NAME, cfg.MODEL.PRETRAINED
     options = {"in_chans": len(cfg.INPUT.FORMAT), "pretrained": pretrained, "drop_rate": cfg.MODEL.DROP_RATE}
-    weights = _read_weights(cfg.MODEL.PRETRAINED_PATH) if pretrained and cfg.MODEL.PRETRAINED_PATH else {}
-    if weights:  # timm converts them, for other classes and channels too
-        options["pretrained_cfg_overlay"] = {"state_dict": dict(weights)}
     further = dict(cfg.MODEL.OPTIONS)
     if cfg.MODEL.DROP_PATH_RATE:
         further["drop_path_rate"] = cfg.MODEL.DROP_PATH_RATE
+    if pretrained and cfg.MODEL.PRETRAINED_PATH:
+        options["pretrained_cfg_overlay"] = _weights_of(cfg, num_classes)
     try:
         model = _timm_model(name, num_classes=num_classes, **options, **further)
     except Exception as error:  # of an option a model may say anything
         _refuse_options(cfg, further, error)
-        if weights and _plain(cfg) is not None:  # PyTorch would name all that are missing
-            raise _do_not_fit(cfg) from None
         with named("MODEL.PRETRAINED" if pretrained and name in timm.list_models() else "MODEL.NAME"):
             raise
-    if weights and not _has_any(model, weights):
-        raise _do_not_fit(cfg)
     if cfg.MODEL.NORM:
         with named("MODEL.NORM" + " with NORM_LAYERS" * bool(cfg.MODEL.NORM_LAYERS)):
             model = _with_norm(model, name, cfg.MODEL.NORM, pretrained, cfg.MODEL.NORM_LAYERS)
@@ -125,24 +124,37 @@ def build_model(cfg: CfgNode, num_classes: int) -> nn.Module:
     return model
 
 
-def _read_weights(path: str) -> dict[str, torch.Tensor]:
-    """Weights as a file has them."""
+def _weights_of(cfg: CfgNode, num_classes: int) -> dict[str, Any]:
+    """MODEL.PRETRAINED_PATH as timm takes it: what a file has, and of how many classes it is.
+
+    Where these are not the model's, timm leaves the classifier out and would take whatever else fits, so that a model
+    of the file's own classes is tried first, whose weights must all be there.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is of another model; one sentence.
+    """
+    name, path = cfg.MODEL.NAME, cfg.MODEL.PRETRAINED_PATH
+    if _plain(cfg, **cfg.MODEL.OPTIONS) is None:  # as timm will say
+        return {}
+    arguments = {"in_chans": len(cfg.INPUT.FORMAT), **cfg.MODEL.OPTIONS}
     with named("MODEL.PRETRAINED_PATH"):
-        return load_file(next((place for place in places(path) if place.is_file()), path))["model"]
-
-
-def _do_not_fit(cfg: CfgNode) -> ValueError:
-    return ValueError(f"MODEL.PRETRAINED_PATH {cfg.MODEL.PRETRAINED_PATH} has no weights of {cfg.MODEL.NAME}")
-
-
-def _has_any(model: nn.Module, weights: Mapping[str, Any]) -> bool:
-    """Whether some parameter of a model has the values of a weight, in whatever shape and under whatever name: where
-    the classes are others, timm warns at most of names that fit nothing."""
-    own, given = (
-        {(each.numel(), each.double().sum().item()) for each in tensors if torch.is_tensor(each) and each.dim() > 1}
-        for tensors in (model.parameters(), weights.values())
-    )
-    return bool(own & given)
+        weights = load_file(next((place for place in places(path) if place.is_file()), path))["model"]
+    usual = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    last = next((len(each) for each in reversed(weights.values()) if torch.is_tensor(each) and each.dim() > 1), 0)
+    reason = "it has no weights"
+    tried = (num_classes, last, usual and usual.num_classes) if weights else ()  # without, timm would download some
+    for classes in dict.fromkeys(each for each in tried if each):
+        found = {"state_dict": dict(weights), "num_classes": classes}
+        try:
+            overlay = {**found, "state_dict": dict(weights)}  # which timm changes
+            timm.create_model(name, True, pretrained_cfg_overlay=overlay, num_classes=classes, **arguments)
+        except Exception as error:  # PyTorch names all that are missing, and a model's conversion fails in any way
+            reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+            continue
+        left = "" if classes == num_classes else f"; the classifier begins anew, as the data have {num_classes}"
+        logger.info("%s: all weights of %s, with %s%s", path, name, counted(classes, "class"), left)
+        return found
+    raise ValueError(f"MODEL.PRETRAINED_PATH {path} is not of {name}: {reason}")
 
 
 def check_model_options(cfg: CfgNode) -> None:
@@ -158,11 +170,12 @@ def check_model_options(cfg: CfgNode) -> None:
             raise ValueError(f"MODEL.OPTIONS must be arguments that describe the network, got {argument!r}")
 
 
-def _plain(cfg: CfgNode) -> nn.Module | None:
-    """The model without options and weights, without storage; None where timm cannot build it."""
+def _plain(cfg: CfgNode, **options: Any) -> nn.Module | None:
+    """The model without weights and storage; None where timm cannot build it."""
+    timm_models.register()
     try:
         with torch.device("meta"):
-            return timm.create_model(cfg.MODEL.NAME, in_chans=len(cfg.INPUT.FORMAT))
+            return timm.create_model(cfg.MODEL.NAME, in_chans=len(cfg.INPUT.FORMAT), **options)
     except Exception:  # a model may say anything
         return None
 

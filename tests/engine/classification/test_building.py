@@ -127,14 +127,50 @@ def test_a_file_in_the_place_of_the_download(tmp_path, monkeypatch, weights, is_
     assert len(found["fc.weight"]) == 10 and torch.equal(found[inner], weights[inner])
 
 
-@pytest.mark.parametrize("classes", [10, 1000])  # of others timm loads what fits, of the same ones all or nothing
-def test_a_file_of_another_model(tmp_path, weights, classes):
+@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("name", ["test_vit", "lenet5"])
+def test_a_file_of_another_model(tmp_path, weights, classes, name):
     given = {"MODEL__PRETRAINED": True, "MODEL__PRETRAINED_PATH": tmp_path / "weights.pth"}
-    for name in ("test_vit", "lenet5"):
-        with pytest.raises(ValueError, match=rf"^MODEL.PRETRAINED_PATH .*weights.pth has no weights of {name}$"):
-            build_model(config(**given, MODEL__NAME=name, MODEL__NORM="", INPUT__SIZE=160), classes)
+    with pytest.raises(ValueError, match=rf"^MODEL.PRETRAINED_PATH .*weights.pth is not of {name}: ") as error:
+        build_model(config(**given, MODEL__NAME=name, MODEL__NORM="", INPUT__SIZE=160), classes)
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_a_wrong_model_is_not_blamed_on_the_file(tmp_path, weights):
+    given = {"MODEL__PRETRAINED": True, "MODEL__PRETRAINED_PATH": tmp_path / "weights.pth"}
     with pytest.raises(ValueError, match="timm cannot build 'resnet51'"):
-        build_model(config(**given, MODEL__NAME="resnet51"), classes)
+        build_model(config(**given, MODEL__NAME="resnet51"), 10)
+    with pytest.raises(ValueError, match="MODEL.OPTIONS must be arguments of test_resnet, got 'norm_aftr'"):
+        build_model(config(**given, MODEL__NAME="test_resnet", MODEL__OPTIONS__norm_aftr=1), 10)
+
+
+@pytest.mark.parametrize("classes", [10, 7, 1000])
+def test_a_file_that_lacks_weights_is_refused(tmp_path, weights, classes):
+    del weights["layer1.0.conv1.weight"]
+    torch.save(weights, tmp_path / "weights.pth")
+    given = {
+        "MODEL__NAME": "test_resnet",
+        "MODEL__PRETRAINED": True,
+        "MODEL__PRETRAINED_PATH": tmp_path / "weights.pth",
+    }
+    with pytest.raises(ValueError, match=r"is not of test_resnet: .*Missing key.* \"layer1.0.conv1.weight\""):
+        build_model(config(**given), classes)
+    torch.save({}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="MODEL.PRETRAINED_PATH .* is not of test_resnet: it has no weights"):
+        build_model(config(**given), classes)
+
+
+@pytest.mark.parametrize(("classes", "stays"), [(7, True), (10, False), (1000, False)])
+def test_a_classifier_comes_over_where_the_classes_are_the_files(tmp_path, caplog, classes, stays):
+    source = timm.create_model("test_resnet", num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "seven.pth")
+    given = {"MODEL__NAME": "test_resnet", "MODEL__PRETRAINED": True, "MODEL__PRETRAINED_PATH": tmp_path / "seven.pth"}
+    with caplog.at_level("INFO"):
+        model = build_model(config(**given, INPUT__FORMAT="RGB"), classes)
+    assert len(model.fc.weight) == classes and torch.equal(model.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
+    assert (len(source.fc.weight) == classes and torch.equal(model.fc.weight, source.fc.weight)) == stays
+    said = "seven.pth: all weights of test_resnet, with 7 classes"
+    assert said + ("" if stays else f"; the classifier begins anew, as the data have {classes}") in caplog.text
 
 
 def test_a_file_that_is_not_there_or_not_asked_for(tmp_path):
