@@ -142,12 +142,17 @@ def report(args: argparse.Namespace) -> int:
     """Make the pages."""
     with user_errors():
         from fbn_plugin.engine.studies.catalog import read_catalog
-        from fbn_plugin.engine.studies.results_pages import read_kept, write_results
+        from fbn_plugin.engine.studies.results_pages import read_kept, strays, write_results
 
+        if not args.root.is_dir():
+            raise FileNotFoundError(f"--root {args.root} is not there")
         catalog = read_catalog(args.experiments, ROOT)
         folder = args.root / "docs" / "results"
-        files = write_results(catalog, read_kept(catalog, args.root), folder)
+        kept = read_kept(catalog, args.root)
+        files = write_results(catalog, kept, folder)
     print(f"{len(files)} files written to {folder}")
+    if left := strays(args.root, {each.name for each in kept.values()}):
+        print(f"warning: of no study and scale in {args.experiments}, and left out: {', '.join(left)}")
     return 0
 
 

@@ -76,8 +76,11 @@ def read_catalog(folder: str | os.PathLike, root: str | os.PathLike = ".") -> li
         root: of the project.
 
     Raises:
-        OSError, ValueError: a file is wrong, an id is there twice, or its paper is unknown; one sentence.
+        OSError, ValueError: a file is wrong, an id is there twice, its paper is unknown, or there is no file; one
+            sentence.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"folder of experiments {folder} is not there")
     found, owners = [], {}
     for path in sorted(Path(folder).glob("*.yaml")):
         content = read_yaml(path)
@@ -95,6 +98,8 @@ def read_catalog(folder: str | os.PathLike, root: str | os.PathLike = ".") -> li
             if each.partition(".")[0] not in PAPERS:
                 raise ValueError(f"the id {each} of {path} is of a paper that is none of {', '.join(PAPERS)}")
         found.append(Experiment(path, ids, scales))
+    if not found:
+        raise ValueError(f"folder of experiments {folder} has no study file with an ID and a TOOL")
     return sorted(found, key=lambda each: _in_papers_order(each.id))
 
 

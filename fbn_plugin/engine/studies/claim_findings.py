@@ -20,13 +20,14 @@ def claim_text(study: Study, claim: Claim) -> str:
     metric = study.metrics.get(claim.metric)
     what, unit = (metric.label or claim.metric, metric.unit) if metric else (claim.metric, "")
     number = "" if claim.value is None else f"{claim.value:g}" + (f" {unit}" if unit else "")
+    margin = number.replace(" %", " point" if claim.value == 1 else " points")  # of a difference of percentages
     higher, lower = ("more", "fewer") if metric and metric.of in FIRST else ("higher", "lower")
     other = study.metrics.get(claim.than)
     baseline = claim.baseline or (other.label if other and other.label else claim.than)
     said = {
         "higher": f"{claim.variant}: {higher} {what} than {baseline}",
         "lower": f"{claim.variant}: {lower} {what} than {baseline}",
-        "alike": f"{claim.variant} and {baseline}: alike in {what}, to within ±{number}",
+        "alike": f"{claim.variant} and {baseline}: alike in {what}, to within ±{margin}",
         "at_least": f"{claim.variant}: {what} of at least {number}",
         "at_most": f"{claim.variant}: {what} of at most {number}",
         "printed": f"{claim.variant}: {what} as printed, {number}",
@@ -34,11 +35,14 @@ def claim_text(study: Study, claim: Claim) -> str:
     return f"{claim.text.rstrip('.')} ({said})" if claim.text else said
 
 
+_OPEN = {"alike": ", neither alike nor different", **dict.fromkeys(("higher", "lower"), ", not told apart")}
+
+
 def verdict_text(each: ClaimVerdict) -> str:
     """A verdict with its reason, where it has one."""
     said = each.verdict
     if said == "inconclusive" and each.p is not None:
-        said += ", not told apart" if each.claim.kind in ABOUT_PAIRS else ", not told from the number"
+        said += _OPEN.get(each.claim.kind, ", not told from the number")
     return f"{said}: {each.why}" if each.why else said
 
 

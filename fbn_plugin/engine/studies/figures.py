@@ -155,6 +155,11 @@ class Figure:
     legend: list[tuple[str, int]] = field(default_factory=list)
     is_main: bool = True
 
+    @property
+    def has_marks(self) -> bool:
+        """Whether its points have the marks of their styles, and the legend, too."""
+        return any(isinstance(panel, RowPanel) or panel.ticks for panel in self.panels)
+
 
 def study_figures(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, MetricStatistics]) -> list[Figure]:
     """All pictures of a study, of each metric in turn; those with nothing to show are left out.

@@ -73,7 +73,7 @@ _KERNELS_CAPTION = (
 
 
 def _density_panel(variant: str, kernel: KernelDensity) -> LinePanel:
-    passing = f"{kernel.passing:,} of {counted(kernel.images, 'image')} beyond {kernel.sigma:g}"
+    passing = f"{kernel.passing:,} of {counted(kernel.images, 'image')} beyond {kernel.sigma:g} deviations"
     name = f"{kernel.layer}[{kernel.unit}]"
     title = f"{variant + ': ' if variant else ''}{name}: {passing}"
     lowest = min((value for value in kernel.values if value > 0), default=1.0)

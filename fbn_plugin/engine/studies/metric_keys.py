@@ -64,11 +64,13 @@ def read_together(given: dict[str, Any]) -> dict[str, Together]:
         options = group(where, options, "{label: top1 (%), rows: {validation: val/top1}}")
         check_kinds(where, options, {"label": str, "rows": dict})
         rows = options.get("rows") or {}
-        if not rows or not all(isinstance(each, str) for pair in rows.items() for each in pair):
+        if not rows or not all(isinstance(each, str) and each.strip() for pair in rows.items() for each in pair):
             raise ValueError(f"rows of {where} must be a mapping of names to rows of metrics.json, got {shown(rows)}")
         if len(set(rows.values())) < len(rows):
             raise ValueError(f"rows of {where} must be different ones, got {shown(rows)}")
-        found[str(title)] = Together(options.get("label", ""), rows)
+        if not options.get("label", "").strip():
+            raise ValueError(f"{where} must have a label for the axis, such as 'top-1 accuracy (%)'")
+        found[str(title)] = Together(options["label"], rows)
     return found
 
 

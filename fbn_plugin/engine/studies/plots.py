@@ -40,7 +40,10 @@ def figure_png(figure: Figure) -> bytes:
             axes.tick_params(axis="y", length=0)
             (_lines if isinstance(panel, LinePanel) else _rows)(axes, panel)
     if figure.legend:
-        handles = [canvas.axes[0].plot([], [], label=label, **_style(style))[0] for label, style in figure.legend]
+        marks = figure.has_marks
+        handles = [
+            canvas.axes[0].plot([], [], label=label, **_style(style, marks))[0] for label, style in figure.legend
+        ]
         longest = max(len(label) for label, _ in figure.legend)
         columns = min(len(handles), max(1, int(12 * columns * width / (longest + 8))))
         canvas.legend(handles=handles, loc="outside upper left", ncols=columns, frameon=False, fontsize=8)

@@ -40,7 +40,7 @@ from fbn_plugin.engine.studies.findings import (
 from fbn_plugin.engine.studies.layer_figures import KERNELS, LAYERS, kernels_figure, layers_figure
 from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, Variant, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.plots import figure_png
-from fbn_plugin.engine.studies.row_figures import TOGETHER, together_figures
+from fbn_plugin.engine.studies.row_figures import TOGETHER, together_figures, undrawn_rows
 from fbn_plugin.engine.studies.statistics import MetricStatistics, statistics_block, study_statistics
 from fbn_plugin.engine.studies.svg import STYLE, figure_file, least_width, legend_svg, panel_svg, svg_size
 
@@ -146,7 +146,7 @@ def _report_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str
         blocks += [block for each in mine if each.kind == "curves" for block in _curve_blocks(each)]
         if study.factors:
             blocks += [Heading(3, "Every variant"), *variant_blocks(study, name, found[name])]
-    blocks += _measured_blocks(figures, 2)
+    blocks += _measured_blocks(study, outcomes, figures, 2)
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(2, "Runs without a figure"), *failed]
     return [*blocks, *_provenance(study, outcomes, 2), *_commands(outcomes)]
@@ -179,14 +179,21 @@ def all_figures(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, M
     ]
 
 
-def _measured_blocks(figures: Sequence[Figure], rank: int, ending: str = "png", prefix: str = "") -> list[Block]:
+def _measured_blocks(
+    study: Study,
+    outcomes: Sequence[Outcome],
+    figures: Sequence[Figure],
+    rank: int,
+    ending: str = "png",
+    prefix: str = "",
+) -> list[Block]:
     """What is of no metric, each picture with a heading."""
     headings = {LAYERS: "Layer by layer", KERNELS: "Kernel by kernel"}
     blocks: list[Block] = []
     for each in figures:
         if each.kind in (TOGETHER, LAYERS, KERNELS):
             blocks += [Heading(rank, headings.get(each.kind, each.title)), *_pictures([each], ending, prefix)]
-    return blocks
+    return [*blocks, *(Paragraph((sentence,), "warning") for sentence in undrawn_rows(study, outcomes))]
 
 
 def _pictures(figures: Sequence[Figure], ending: str = "png", prefix: str = "") -> list[Block]:
@@ -194,7 +201,7 @@ def _pictures(figures: Sequence[Figure], ending: str = "png", prefix: str = "") 
     for each in figures:
         svg = tuple(map(panel_svg, each.panels))
         widths = tuple(svg_size(one)[0] for one in svg)
-        blocks += [Legend(tuple(legend_svg(*entry) for entry in each.legend))] if each.legend else []
+        blocks += [Legend(tuple(legend_svg(*entry, each.has_marks) for entry in each.legend))] if each.legend else []
         blocks.append(Picture(f"{prefix}{each.name}.{ending}", each.title, svg, least_width(each.panels[0]), widths))
         blocks.append(Paragraph((each.caption,), "note"))
     return blocks
@@ -363,7 +370,7 @@ def docs_blocks(
         blocks += _pictures([each for each in mine if each.kind == "differences"], "svg", prefix)
         blocks += comparison_blocks(study, name, found[name])
         blocks += _pictures([each for each in mine if each.kind == "curves"], "svg", prefix)
-    blocks += _measured_blocks(figures, 3, "svg", prefix)
+    blocks += _measured_blocks(study, outcomes, figures, 3, "svg", prefix)
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(3, "Runs without a figure"), *failed]
     blocks += _provenance(study, outcomes, 3, _MOST_VARIANTS)

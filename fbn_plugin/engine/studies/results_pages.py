@@ -4,7 +4,7 @@ what that says, or why nothing was. All of it is made from the study files and f
 
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.studies.catalog import PAPERS, Experiment, jobs_of
 from fbn_plugin.engine.studies.claim_findings import printed_text
 from fbn_plugin.engine.studies.claims import ClaimVerdict, check_claims, joint_text
+from fbn_plugin.engine.studies.comparing import variant_name
 from fbn_plugin.engine.studies.document import (
     Block,
     Code,
@@ -28,7 +29,7 @@ from fbn_plugin.engine.studies.document import (
 )
 from fbn_plugin.engine.studies.figures import Figure
 from fbn_plugin.engine.studies.findings import Numbers, p_text
-from fbn_plugin.engine.studies.kept import kept_file
+from fbn_plugin.engine.studies.kept import KEPT, kept_file
 from fbn_plugin.engine.studies.layer_figures import KERNELS, LAYERS
 from fbn_plugin.engine.studies.outcomes import FULL_SCALE, Outcome, Study, read_outcomes
 from fbn_plugin.engine.studies.report import all_figures, docs_blocks, in_job_order
@@ -36,7 +37,7 @@ from fbn_plugin.engine.studies.row_figures import TOGETHER
 from fbn_plugin.engine.studies.statistics import MetricStatistics, compared_factor, study_statistics
 from fbn_plugin.engine.studies.svg import figure_file
 
-__all__ = ["KeptStudy", "read_kept", "render_results", "write_results"]
+__all__ = ["KeptStudy", "read_kept", "render_results", "strays", "write_results"]
 
 _MOST_NAMED = 6  # variants in a cell of the table of all
 _NONE = "-"
@@ -81,6 +82,17 @@ def read_kept(catalog: Sequence[Experiment], root: str | os.PathLike) -> dict[tu
     return found
 
 
+def strays(root: str | os.PathLike, known: Container[str]) -> list[str]:
+    """Names, from the project's root, of kept files that belong to no experiment, as after one was renamed.
+
+    Args:
+        root: of the project.
+        known: names of those that do.
+    """
+    names = (path.relative_to(root).as_posix() for path in sorted(Path(root, KEPT).glob("*.json")))
+    return [name for name in names if name not in known]
+
+
 def render_results(catalog: Sequence[Experiment], kept: Mapping[tuple[str, str], KeptStudy]) -> dict[str, bytes]:
     """The pages and their pictures.
 
@@ -114,9 +126,10 @@ def render_results(catalog: Sequence[Experiment], kept: Mapping[tuple[str, str],
 _READING = (
     "Each row is one study: variants of a config, each run with several seeds. Verdicts are over what the paper "
     "claims: reproduced, not reproduced and inconclusive (the seeds do not tell the variants apart) are as its page "
-    "says. A reduced scale is not the paper's setting, and its figures are not to be held against the printed ones. p: "
-    "of the claims, adjusted. With many variants, the least and the greatest figure of each that is compared, over all "
-    "else that the study varies; its page has each. Negative results stand here as others do."
+    "says. A reduced scale is not the paper's setting, and its figures are not to be held against the printed ones. "
+    "p: of the claims, adjusted. With many variants, the least and the greatest figure of each that is compared, "
+    "over all else that the study varies; its page has each. Printed are those of the scale's own variants. "
+    "Negative results stand here as others do."
 )
 
 
@@ -286,7 +299,7 @@ def _ends_by_level(study: Study, values: Mapping[str, float], show: Callable[[fl
         mine = [value for each, value in values.items() if study.variants[each].levels[factor] == level]
         if mine:
             ends = dict.fromkeys((show(min(mine)), show(max(mine))))
-            texts[level] = " to ".join(ends)
+            texts[variant_name({factor: level})] = " to ".join(ends)
     return texts
 
 

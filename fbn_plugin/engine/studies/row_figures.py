@@ -1,19 +1,25 @@
-"""Pictures of several rows of the runs, such as quantiles of a layer's activations over training, as Ioffe and Szegedy
-(2015, figure 1) and Horváth and Al-afandi (2020, figure 4) draw them: a panel for each variant, all at one scale."""
+"""Pictures of several rows of a run, such as quantiles of a layer's activations over training: a panel for each
+variant, all at one scale. They are of one run of each, as Ioffe and Szegedy (2015, figure 1) and Horváth and Al-afandi
+(2020, figure 4) draw them of one network: a mean over runs would hide how much such a row varies along one."""
 
 import dataclasses
 from collections.abc import Sequence
 
-from fbn_plugin.engine.studies.figures import LEAST_POINTS, Figure, Line, LinePanel, line_ends, mean_curve
+from fbn_plugin.engine.studies.figures import (
+    LEAST_POINTS,
+    Figure,
+    Line,
+    LinePanel,
+    curve_value,
+    drawn_curves,
+    line_ends,
+)
 from fbn_plugin.engine.studies.outcomes import Outcome, Study, Together
 
-__all__ = ["TOGETHER", "together_figures"]
+__all__ = ["TOGETHER", "together_figures", "undrawn_rows"]
 
 TOGETHER = "together"  # their kind
-_CAPTION = (
-    "A panel for each variant, at one scale. Mean over the seeds; band: one standard deviation to each side, but no "
-    "further than the lowest and the highest run."
-)
+_CAPTION = "Of the first run of each variant. All panels have one scale."
 
 
 def together_figures(study: Study, outcomes: Sequence[Outcome]) -> list[Figure]:
@@ -25,16 +31,33 @@ def together_figures(study: Study, outcomes: Sequence[Outcome]) -> list[Figure]:
         if panels:
             ends = line_ends([line for panel in panels for line in panel.lines])
             panels = [dataclasses.replace(panel, y_range=ends) for panel in panels]
-            legend = [(name, style) for style, name in enumerate(each.rows, 1)]
+            drawn = dict.fromkeys((line.label, line.style) for panel in panels for line in panel.lines)
+            legend = sorted(drawn, key=lambda entry: entry[1])
             figures.append(Figure(f"together-{number}", "", TOGETHER, title, _CAPTION, panels, legend))
     return figures
 
 
+def undrawn_rows(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
+    """A sentence for each of ``study.together`` with rows that no variant's picture has."""
+    drawn = {figure.title: {label for label, _ in figure.legend} for figure in together_figures(study, outcomes)}
+    sentences = []
+    for title, each in study.together.items():
+        if left := [row for name, row in each.rows.items() if name not in drawn.get(title, ())]:
+            rows = ", ".join(left)
+            why = f"the first run of no variant has {LEAST_POINTS} values or more of it"
+            sentences.append(f"{title}: not drawn, as {why}: {rows}.")
+    return sentences
+
+
 def _panel(study: Study, outcomes: Sequence[Outcome], variant: str, drawn: Together) -> LinePanel:
     names = {row: name for name, row in reversed(study.curve_rows.items())}
+    mine = [each for each in outcomes if each.variant == variant and each.state == "done"]
+    run = min(mine, key=lambda each: each.seed, default=None)
     lines = []
     for style, (label, row) in enumerate(drawn.rows.items(), 1):
-        points = mean_curve(study, outcomes, variant, names[row])
-        if len(points) >= LEAST_POINTS:
-            lines.append(Line(label, style, *(list(each) for each in zip(*points))))
+        places, _ = drawn_curves(study, outcomes, variant, names[row])
+        curve = dict(run.curves.get(names[row], [])) if run else {}
+        if len(places) >= LEAST_POINTS and curve.keys() >= set(places):
+            y = [curve_value(curve[at]) for at in places]
+            lines.append(Line(label, style, [float(at) for at in places], y, [None] * len(y)))
     return LinePanel(variant, "iteration", drawn.label, lines)

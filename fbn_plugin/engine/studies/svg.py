@@ -352,7 +352,7 @@ def figure_file(figure: Figure) -> bytes:
     columns = max(1, min(len(sizes), 1030 // widest))
     total, y, parts = columns * widest, 12, []
     if figure.legend:
-        items, height = _legend(figure.legend, total)
+        items, height = _legend(figure.legend, total, figure.has_marks)
         parts += items
         y += height
     for start in range(0, len(drawn), columns):
@@ -375,26 +375,27 @@ def svg_size(svg: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _entry(label: str, style: int, x: float, y: float) -> str:
-    """A piece of line with its mark, and the name."""
-    piece = f'<g class="{_classes(style)}">{_stroke("line", x, y, x + 24, y)}{_mark(x + 12, y, style)}</g>'
+def _entry(label: str, style: int, x: float, y: float, has_mark: bool) -> str:
+    """A piece of line, with its mark where the lines have some, and the name."""
+    mark = _mark(x + 12, y, style) if has_mark else ""
+    piece = f'<g class="{_classes(style)}">{_stroke("line", x, y, x + 24, y)}{mark}</g>'
     return piece + _text(x + 29, y + 4, label)
 
 
-def _legend(entries: Sequence[tuple[str, int]], width: float) -> tuple[list[str], int]:
+def _legend(entries: Sequence[tuple[str, int]], width: float, has_marks: bool) -> tuple[list[str], int]:
     """Entries in as many lines as they need, and the height of these."""
     parts, x, y = [], 10.0, 12
     for label, style in entries:
         needed = 44 + _width_of(label)
         if x + needed > width and x > 10:
             x, y = 10.0, y + 20
-        parts.append(_entry(label, style, x, y))
+        parts.append(_entry(label, style, x, y, has_marks))
         x += needed
     return parts, y + 18
 
 
-def legend_svg(label: str, style: int) -> str:
+def legend_svg(label: str, style: int, has_mark: bool = True) -> str:
     """One entry of a legend, for the page, which sets as many in a line as there is room for."""
     width = math.ceil(34 + _width_of(label))
-    drawn = _svg(width, 20, label, [_entry(label, style, 2, 10)])
+    drawn = _svg(width, 20, label, [_entry(label, style, 2, 10, has_mark)])
     return drawn.replace("<svg ", f'<svg width="{width}" height="20" ', 1)

@@ -151,7 +151,7 @@ def test_the_report_says_so(tmp_path):
     text = markdown(claim_blocks(study, found, 2))
     assert "**Reproduced**, at a reduced scale. Of 4 claims: 2 reproduced, 2 not run." in text
     assert "Filtering helps (FBN, T=3: higher mask AP than BN)" in text
-    assert "FBN, T=5 and BN: alike in mask AP, to within ±0.5 %" in text
+    assert "FBN, T=5 and BN: alike in mask AP, to within ±0.5 points" in text
     assert "not run: only the paper's scale can tell" in text and "not run: this scale has no IN" in text
     table = markdown(printed_blocks(study, AP, found[AP]))
     assert "60 ± 0.25" in table and "here at a reduced one" in table and "IN" not in table

@@ -89,7 +89,7 @@ def test_the_density_of_a_kernel_is_drawn_as_steps_beside_a_gaussian(measured):
     described, outcomes = measured
     (panel,) = kernels_figure(described, outcomes).panels
     steps, gaussian, *limits = panel.lines
-    assert panel.title == "conv1[3]: 7 of 1,000 images beyond 2" and panel.is_log_y
+    assert panel.title == "conv1[3]: 7 of 1,000 images beyond 2 deviations" and panel.is_log_y
     assert steps.x == [-3, -1, -1, 1, 1, 3] and steps.y[:2] == steps.y[4:] == [0.25, 0.25]
     assert 0 < steps.y[2] == steps.y[3] < panel.y_range[0] < 0.25  # an empty bin lies below what is shown
     assert max(gaussian.y) == pytest.approx(1 / math.sqrt(2 * math.pi)) and gaussian.x[0] == -gaussian.x[-1]

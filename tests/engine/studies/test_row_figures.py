@@ -13,7 +13,7 @@ from fbn_plugin.engine.studies.jobs import all_jobs, begin, collect, finish
 from fbn_plugin.engine.studies.kept import keep_again, keep_study
 from fbn_plugin.engine.studies.outcomes import Together, read_outcomes
 from fbn_plugin.engine.studies.report import all_figures, report_markdown, write_report
-from fbn_plugin.engine.studies.row_figures import together_figures
+from fbn_plugin.engine.studies.row_figures import together_figures, undrawn_rows
 from fbn_plugin.engine.studies.study_file import read_study
 
 FILE = """VARIANTS: {one: {}, two: {SOLVER.MAX_ITER: 3}}
@@ -50,15 +50,33 @@ def test_rows_are_read_beside_those_of_the_metrics(tmp_path):
     assert outcome.metrics == {"last": 8, "top1": 40}
 
 
-def test_a_panel_for_each_variant_at_one_scale(drawn):
+def test_a_panel_of_the_first_run_of_each_variant_at_one_scale(drawn):
+    _, outcomes = drawn
     (figure,) = together_figures(*drawn)
     assert [panel.title for panel in figure.panels] == ["BN", "FBN"] and figure.title == "Both"
     assert figure.panels[0].y_range == figure.panels[1].y_range and figure.panels[0].y_label == "mask AP (%)"
     high, low = figure.panels[1].lines
-    assert (high.label, low.label) == ("of the metric", "lower")
-    assert low.y == pytest.approx([y - 9 for y in high.y]) and all(low.intervals)
-    assert figure.panels[0].y_range[0] == min(low for panel in figure.panels for low, _ in panel.lines[1].intervals)
-    assert together_figures(drawn[0], draw(drawn[0], iterations=2)) == []  # two points are no curve
+    assert (high.label, low.label) == ("of the metric", "lower") and not any(low.intervals)
+    run = next(each for each in outcomes if each.variant == "FBN" and each.seed == 1)
+    assert high.y == pytest.approx([y for _, y in run.curves["segm/AP"]], rel=1e-5)
+    assert low.y == pytest.approx([y for _, y in run.curves["low"]], rel=1e-5)
+    assert figure.panels[0].y_range[0] == min(y for panel in figure.panels for y in panel.lines[1].y)
+    assert undrawn_rows(*drawn) == []
+
+
+def test_rows_that_no_run_has_are_named(drawn):
+    described, outcomes = drawn
+    rows = {"of the metric": "segm/AP", "lower": "low", "none": "loww"}
+    described = dataclasses.replace(
+        described, together={"Both": Together("AP", rows), "Neither": Together("x", {"a": "b"})}
+    )
+    (figure,) = together_figures(described, outcomes)
+    assert [label for label, _ in figure.legend] == ["of the metric", "lower"]
+    why = "not drawn, as the first run of no variant has 3 values or more of it"
+    assert undrawn_rows(described, outcomes) == [f"Both: {why}: loww.", f"Neither: {why}: b."]
+    assert f"Neither: {why}: b." in report_markdown(described, outcomes)
+    assert together_figures(described, draw(described, iterations=2)) == []  # two points are no curve
+    assert len(undrawn_rows(described, draw(described, iterations=2))) == 2
 
 
 def test_their_own_curves_are_not_drawn_as_well(drawn):

@@ -98,6 +98,11 @@ def test_variants_by_name_with_configs_of_their_own(tmp_path):
         (f"{TWO}SEEDS: 1\nMETRICS: [top2]", "of which higher_is_better must be said, as it is none of top1, top5, los"),
         (f"{TWO}SEEDS: 1\nMETRICS: {{top1: {{better: 1}}}}", "unknown option of metric 'top1' 'better'"),
         (f"{TWO}SEEDS: 1\nTOGETHER: {{a: {{rows: [x]}}}}", "rows of TOGETHER 'a' must be of type dict"),
+        (f"{TWO}SEEDS: 1\nTOGETHER: {{a: {{rows: {{b: c}}}}}}", "TOGETHER 'a' must have a label for the axis, such as"),
+        (
+            f"{TWO}SEEDS: 1\nTOGETHER: {{a: {{label: x, rows: {{b: ''}}}}}}",
+            "rows of TOGETHER 'a' must be a mapping of n",
+        ),
         (f"{TWO}SEEDS: 1\nTOGETHER: {{a: {{label: x}}}}", "rows of TOGETHER 'a' must be a mapping of names to rows"),
         (f"{TWO}SEEDS: 1\nTOGETHER: {{a: {{rows: {{b: 5}}}}}}", "rows of TOGETHER 'a' must be a mapping of names to"),
         (f"{TWO}SEEDS: 1\nTOGETHER: {{a: {{rows: {{b: x, c: x}}}}}}", "rows of TOGETHER 'a' must be different ones"),
