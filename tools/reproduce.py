@@ -22,7 +22,7 @@ from pathlib import Path
 
 import interruption  # noqa: F401
 
-from fbn_plugin.engine.run.cli import format_table, stoppable, user_errors
+from fbn_plugin.engine.run.cli import stoppable, user_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "configs" / "experiments"
@@ -64,6 +64,7 @@ def show(args: argparse.Namespace) -> int:
     with user_errors():
         from fbn_plugin.engine.data.locations import data_root
         from fbn_plugin.engine.studies.catalog import data_text, find_experiments, output_of, progress, read_catalog
+        from fbn_plugin.engine.studies.document import Table, markdown
         from fbn_plugin.engine.studies.results_pages import read_kept
 
         catalog = read_catalog(args.experiments, ROOT)
@@ -80,8 +81,8 @@ def show(args: argparse.Namespace) -> int:
                 found = progress(each.scales[scale].study, output_of(each, scale))
                 states.append(f"{found}{' (kept)' if (each.id, scale) in kept else ''}")
             rows.append([", ".join(each.ids), each.study.title, *states, data_text(each)])
-    print(format_table(rows))
-    print("\nJobs done of all, by the folder output; kept: figures of the scale lie in benchmarks/papers.")
+    print(markdown([Table(rows, (0, 1, len(rows[0]) - 1))]))
+    print("Jobs done of all, by the folder output; kept: figures of the scale lie in benchmarks/papers.")
     print(f"Data are looked for here and below $DETECTRON2_DATASETS ({data_root()}).")
     return 0
 

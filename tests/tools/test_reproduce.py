@@ -49,7 +49,7 @@ def test_from_list_to_report(tmp_path, main, capsys):
     assert main("list", "--root", str(tmp_path)) == 0
     row = capsys.readouterr().out.splitlines()[2]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        *("P0.fig5", "Two norms", "0 of 2", "0 of 2", "nowhere/imagenet missing for paper")
+        *("P0.fig5", "Two norms", "0 of 2", "0 of 2", "missing for paper: nowhere/imagenet")
     ]
     keep = "keep", "P0.fig5", "--scale", "cpu", "--root", str(tmp_path)
     with pytest.raises(SystemExit) as stop:
@@ -83,6 +83,25 @@ def test_from_list_to_report(tmp_path, main, capsys):
     with pytest.raises(SystemExit) as stop:
         study.main(["report", "--from", "a.json", "--scale", "cpu"])
     assert stop.value.code == 2 and "--scale is of a study file" in capsys.readouterr().err
+
+
+def test_wrong_folders_are_refused_and_a_kept_file_of_no_study_is_named(tmp_path, main, capsys):
+    pytest.importorskip("scipy", reason="scipy is not installed")
+    nowhere = tmp_path / "none"
+    for arguments, sentence in (
+        (("--experiments", str(nowhere), "list"), f"folder of experiments {nowhere} is not there"),
+        (("--experiments", str(tmp_path), "list"), f"folder of experiments {tmp_path} has no study file with an ID"),
+        (("report", "--root", str(nowhere)), f"--root {nowhere} is not there"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(*arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f"error: {sentence}") and error.count("\n") == 1
+    assert not nowhere.exists()
+    (tmp_path / "benchmarks/papers").mkdir(parents=True)
+    (tmp_path / "benchmarks/papers/p0_old-cpu.json").write_text("{}")
+    assert main("report", "--root", str(tmp_path)) == 0
+    assert "and left out: benchmarks/papers/p0_old-cpu.json\n" in capsys.readouterr().out
 
 
 def test_several_go_on_where_one_cannot_run(tmp_path, main, capsys):

@@ -174,16 +174,17 @@ def progress(study: Study, folder: str | os.PathLike) -> Progress:
 
 
 def data_text(experiment: Experiment) -> str:
-    """The data that an experiment wants, and what of it is not there at which scale."""
+    """The data that an experiment wants and that nobody makes: what is there, and what is missing for which scale."""
     scales: dict[Wanted, list[str]] = {}
     for name, each in experiment.scales.items():
         for wanted in each.wanted:
             scales.setdefault(wanted, []).append(name)
-    parts = []
+    states: dict[str, list[str]] = {}
     for wanted, names in scales.items():
-        state = "made" if wanted.made else "there" if is_there(wanted) else f"missing for {', '.join(names)}"
-        parts.append(f"{wanted.path} {state}")
-    return "; ".join(parts) or "none"
+        if not wanted.made:
+            state = "there" if is_there(wanted) else f"missing for {' and '.join(names)}"
+            states.setdefault(state, []).append(wanted.path)
+    return "; ".join(f"{state}: {', '.join(paths)}" for state, paths in states.items()) or "none"
 
 
 def output_of(experiment: Experiment, scale: str) -> Path:

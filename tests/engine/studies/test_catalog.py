@@ -94,8 +94,8 @@ def test_how_far_and_which_data(folder, monkeypatch):
     found = progress(experiment.scales["cpu"].study, folder / "out")
     assert found == Progress(1, 1, 4) and str(found) == "1 of 4, 1 failed"
     assert str(progress(experiment.scales["smoke"].study, folder / "none")) == "0 of 2"
-    assert data_text(experiment) == f"imagenet missing for paper, cpu; {folder} there; output/made/p made"
+    assert data_text(experiment) == f"missing for paper and cpu: imagenet; there: {folder}"
     (folder / "imagenet").mkdir()
-    assert data_text(experiment).startswith("imagenet missing")  # in an empty folder there is none
+    assert data_text(experiment).startswith("missing for paper and cpu: imagenet;")  # in an empty folder there is none
     (folder / "imagenet/train").mkdir()
-    assert data_text(experiment).startswith("imagenet there;")
+    assert data_text(experiment) == f"there: imagenet, {folder}"
