@@ -138,7 +138,7 @@ class Figure:
     Attributes:
         name: of its file, without the ending.
         metric: that it shows.
-        kind: ``"means"``, ``"differences"`` or ``"curves"`` of a metric, or that of what is of none, such as ``"layers"``.
+        kind: ``"means"``, ``"differences"`` or ``"curves"`` of a metric; of none ``"layers"`` and the like.
         title: for readers.
         caption: what its marks mean.
         panels: all of one kind.
