@@ -144,16 +144,15 @@ def _weights_of(cfg: CfgNode, num_classes: int) -> dict[str, Any]:
     reason = "it has no weights"
     tried = (num_classes, last, usual and usual.num_classes) if weights else ()  # without, timm would download some
     for classes in dict.fromkeys(each for each in tried if each):
-        found = {"state_dict": dict(weights), "num_classes": classes}
         try:
-            overlay = {**found, "state_dict": dict(weights)}  # which timm changes
+            overlay = {"state_dict": dict(weights), "num_classes": classes}  # a copy, as timm changes it
             timm.create_model(name, True, pretrained_cfg_overlay=overlay, num_classes=classes, **arguments)
         except Exception as error:  # PyTorch names all that are missing, and a model's conversion fails in any way
             reason = textwrap.shorten(str(error), 200, placeholder=" ...")
             continue
         left = "" if classes == num_classes else f"; the classifier begins anew, as the data have {num_classes}"
         logger.info("%s: all weights of %s, with %s%s", path, name, counted(classes, "class"), left)
-        return found
+        return {"state_dict": weights, "num_classes": classes}
     raise ValueError(f"MODEL.PRETRAINED_PATH {path} is not of {name}: {reason}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.studies.figures import curve_value, drawn_curves
-from fbn_plugin.engine.studies.layer_figures import first_measured
+from fbn_plugin.engine.studies.layer_figures import KERNELS, LAYERS, first_measured
 from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.scales import folder_name
 
@@ -92,7 +92,7 @@ def thinned(study: Study, outcomes: Sequence[Outcome]) -> list[Outcome]:
         for variant in study.variants
         for name in study.curve_rows
     }
-    first = {what: first_measured(outcomes, what) for what in ("layers", "kernels")}
+    first = {what: first_measured(outcomes, what) for what in (LAYERS, KERNELS)}
     found = []
     for each in outcomes:
         measured = {what: getattr(each, what) if runs.get(each.variant) is each else [] for what, runs in first.items()}

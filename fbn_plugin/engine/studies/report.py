@@ -146,7 +146,7 @@ def _report_blocks(study: Study, outcomes: Sequence[Outcome], found: Mapping[str
         blocks += [block for each in mine if each.kind == "curves" for block in _curve_blocks(each)]
         if study.factors:
             blocks += [Heading(3, "Every variant"), *variant_blocks(study, name, found[name])]
-    blocks += _measured_blocks(study, outcomes, figures, 2)
+    blocks += _measured_blocks(study, figures, 2)
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(2, "Runs without a figure"), *failed]
     return [*blocks, *_provenance(study, outcomes, 2), *_commands(outcomes)]
@@ -180,12 +180,7 @@ def all_figures(study: Study, outcomes: Sequence[Outcome], found: Mapping[str, M
 
 
 def _measured_blocks(
-    study: Study,
-    outcomes: Sequence[Outcome],
-    figures: Sequence[Figure],
-    rank: int,
-    ending: str = "png",
-    prefix: str = "",
+    study: Study, figures: Sequence[Figure], rank: int, ending: str = "png", prefix: str = ""
 ) -> list[Block]:
     """What is of no metric, each picture with a heading."""
     headings = {LAYERS: "Layer by layer", KERNELS: "Kernel by kernel"}
@@ -193,7 +188,7 @@ def _measured_blocks(
     for each in figures:
         if each.kind in (TOGETHER, LAYERS, KERNELS):
             blocks += [Heading(rank, headings.get(each.kind, each.title)), *_pictures([each], ending, prefix)]
-    return [*blocks, *(Paragraph((sentence,), "warning") for sentence in undrawn_rows(study, outcomes))]
+    return [*blocks, *(Paragraph((sentence,), "warning") for sentence in undrawn_rows(study, figures))]
 
 
 def _pictures(figures: Sequence[Figure], ending: str = "png", prefix: str = "") -> list[Block]:
@@ -370,7 +365,7 @@ def docs_blocks(
         blocks += _pictures([each for each in mine if each.kind == "differences"], "svg", prefix)
         blocks += comparison_blocks(study, name, found[name])
         blocks += _pictures([each for each in mine if each.kind == "curves"], "svg", prefix)
-    blocks += _measured_blocks(study, outcomes, figures, 3, "svg", prefix)
+    blocks += _measured_blocks(study, figures, 3, "svg", prefix)
     if failed := run_blocks(study, outcomes, found):
         blocks += [Heading(3, "Runs without a figure"), *failed]
     blocks += _provenance(study, outcomes, 3, _MOST_VARIANTS)

@@ -50,7 +50,8 @@ class KeptStudy:
 
     Attributes:
         name: of its file, from the project's root.
-        study, outcomes: what is in it.
+        study: what is in it.
+        outcomes: in the order of variants and seeds.
     """
 
     name: str
@@ -78,7 +79,7 @@ def read_kept(catalog: Sequence[Experiment], root: str | os.PathLike) -> dict[tu
             study = replace(study, title=now.title, source=now.source, printed=now.printed, claims=now.claims)
             if study.variants.keys() == now.variants.keys():  # with other names it cannot be told what was meant
                 study = replace(study, comparisons=now.comparisons)
-            found[each.id, scale] = KeptStudy(file.relative_to(root).as_posix(), study, outcomes)
+            found[each.id, scale] = KeptStudy(file.relative_to(root).as_posix(), study, in_job_order(study, outcomes))
     return found
 
 
@@ -105,10 +106,7 @@ def render_results(catalog: Sequence[Experiment], kept: Mapping[tuple[str, str],
     """
     statistics = {key: study_statistics(each.study, each.outcomes) for key, each in kept.items()}
     papers = [name for name in PAPERS if any(each.paper == name for each in catalog)]
-    figures = {
-        key: _shown(all_figures(each.study, in_job_order(each.study, each.outcomes), statistics[key]))
-        for key, each in kept.items()
-    }
+    figures = {key: _shown(all_figures(each.study, each.outcomes, statistics[key])) for key, each in kept.items()}
     files: dict[str, bytes] = {}
     blocks = _head("Tables and figures of the papers")
     blocks.append(Paragraph((_READING,)))
@@ -324,11 +322,10 @@ def _page(
         mine = [scale for scale in each.scales if (each.id, scale) in kept]
         for scale in mine:
             found, entry = statistics[each.id, scale], kept[each.id, scale]
-            outcomes = in_job_order(entry.study, entry.outcomes)
             prefix = f"{Path(entry.name).stem}-"
             drawn = figures[each.id, scale]
             pictures |= {f"{prefix}{figure.name}.svg": figure_file(figure) for figure in drawn}
-            blocks += docs_blocks(entry.study, outcomes, found, drawn, prefix, entry.name)
+            blocks += docs_blocks(entry.study, entry.outcomes, found, drawn, prefix, entry.name)
         if not mine:
             blocks += _not_run_blocks(each)
         blocks += _scale_blocks(each, mine)

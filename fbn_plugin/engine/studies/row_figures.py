@@ -37,9 +37,9 @@ def together_figures(study: Study, outcomes: Sequence[Outcome]) -> list[Figure]:
     return figures
 
 
-def undrawn_rows(study: Study, outcomes: Sequence[Outcome]) -> list[str]:
-    """A sentence for each of ``study.together`` with rows that no variant's picture has."""
-    drawn = {figure.title: {label for label, _ in figure.legend} for figure in together_figures(study, outcomes)}
+def undrawn_rows(study: Study, figures: Sequence[Figure]) -> list[str]:
+    """A sentence for each of ``study.together`` with rows that none of the pictures of a report has."""
+    drawn = {each.title: {label for label, _ in each.legend} for each in figures if each.kind == TOGETHER}
     sentences = []
     for title, each in study.together.items():
         if left := [row for name, row in each.rows.items() if name not in drawn.get(title, ())]:

@@ -51,7 +51,7 @@ def test_rows_are_read_beside_those_of_the_metrics(tmp_path):
 
 
 def test_a_panel_of_the_first_run_of_each_variant_at_one_scale(drawn):
-    _, outcomes = drawn
+    described, outcomes = drawn
     (figure,) = together_figures(*drawn)
     assert [panel.title for panel in figure.panels] == ["BN", "FBN"] and figure.title == "Both"
     assert figure.panels[0].y_range == figure.panels[1].y_range and figure.panels[0].y_label == "mask AP (%)"
@@ -61,7 +61,7 @@ def test_a_panel_of_the_first_run_of_each_variant_at_one_scale(drawn):
     assert high.y == pytest.approx([y for _, y in run.curves["segm/AP"]], rel=1e-5)
     assert low.y == pytest.approx([y for _, y in run.curves["low"]], rel=1e-5)
     assert figure.panels[0].y_range[0] == min(y for panel in figure.panels for y in panel.lines[1].y)
-    assert undrawn_rows(*drawn) == []
+    assert undrawn_rows(described, [figure]) == []
 
 
 def test_rows_that_no_run_has_are_named(drawn):
@@ -73,10 +73,10 @@ def test_rows_that_no_run_has_are_named(drawn):
     (figure,) = together_figures(described, outcomes)
     assert [label for label, _ in figure.legend] == ["of the metric", "lower"]
     why = "not drawn, as the first run of no variant has 3 values or more of it"
-    assert undrawn_rows(described, outcomes) == [f"Both: {why}: loww.", f"Neither: {why}: b."]
+    assert undrawn_rows(described, [figure]) == [f"Both: {why}: loww.", f"Neither: {why}: b."]
     assert f"Neither: {why}: b." in report_markdown(described, outcomes)
     assert together_figures(described, draw(described, iterations=2)) == []  # two points are no curve
-    assert len(undrawn_rows(described, draw(described, iterations=2))) == 2
+    assert len(undrawn_rows(described, together_figures(described, draw(described, iterations=2)))) == 2
 
 
 def test_their_own_curves_are_not_drawn_as_well(drawn):
