@@ -85,7 +85,8 @@ def check_channels(
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var, **others}
     for name, tensor in named.items():
         if tensor is not None and tensor.numel() != channels:
-            raise ValueError(f"{name} has {tensor.numel()} elements, but the input has {channels} channels")
+            shape = f"the second dimension of {tuple(x.shape)}"
+            raise ValueError(f"{name} has {tensor.numel()} elements, but the input has {channels} channels, {shape}")
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but the input is on {device}")
 

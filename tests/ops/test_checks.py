@@ -81,3 +81,10 @@ def test_a_norm_without_eps_is_converted_to_one_that_trains(spec):
     assert new.eps == 1e-5 and "eps is 1e-05 in the place of 0" in report.changed[0].note
     torch.testing.assert_close(new(x), expected, rtol=1e-4, atol=1e-5)
     assert new.train()(torch.zeros(2, 4, 3, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["FBN", "RBN", "IEBN", "FGN(num_groups=4)", "FIN(affine=True)"])
+def test_an_input_with_channels_last_is_refused_by_the_place_of_its_channels(norm):
+    message = r"has 8 elements, but the input has 6 channels, the second dimension of \(2, 6, 7, 8\)"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        fbn_plugin.get_norm(norm, 8)(torch.randn(2, 6, 7, 8))
