@@ -278,7 +278,7 @@ def mean_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]
         where = variant_name({key: level for key, level in levels.items() if key not in (factor, across)})
         tables.setdefault(where, {})[levels[across]] = members
     for where, columns in tables.items():
-        rows: list[list[Inline]] = [[factor, *(f"{across} {level}" for level in columns)]]
+        rows: list[list[Inline]] = [[factor, *(variant_name({across: level}) for level in columns)]]
         for level in study.factors[factor]:
             by_column = [
                 next((each for each in members if study.variants[each].levels[factor] == level), None)
