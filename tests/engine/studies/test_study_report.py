@@ -123,6 +123,14 @@ def test_the_best_is_named_with_those_that_it_is_not_told_apart_from():
     assert re.search(r"\*\*7[45]\.\d+ ± 0\.\d+ °\*\*", table) and re.search(r"6[45]\.\d+ ± 0\.\d+ ↓ +\|", table)
 
 
+@pytest.mark.parametrize("batches, heads", [(("2", "16"), ["batch 2", "batch 16"]), (("2 images", "16 images"),) * 2])
+def test_a_column_is_headed_by_its_level_which_says_its_factor_only_if_it_is_a_number(batches, heads):
+    study = product_study(norms=("BN", "GN"), batches=batches, sets=("CIFAR-10",))
+    outcomes = draw(study, mean=lambda levels, name: 50.0)
+    table = markdown(mean_blocks(study, "top1", study_statistics(study, outcomes)["top1"]))
+    assert [cell.strip() for cell in table.split("|")[2:4]] == list(heads)
+
+
 def test_a_page_of_several_studies_begins_with_who_is_not_beaten_where():
     small, detectors = small_product(seeds=15), plain_study(seeds=4)
     means = {("BN", "2"): 60, ("FBN, T=3", "2"): 70, ("GN", "2"): 65}
