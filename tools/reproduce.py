@@ -68,6 +68,8 @@ def show(args: argparse.Namespace) -> int:
         from fbn_plugin.engine.studies.results_pages import read_kept
 
         catalog = read_catalog(args.experiments, ROOT)
+        if not args.root.is_dir():
+            raise FileNotFoundError(f"--root {args.root} is not there")
         kept = read_kept(catalog, args.root)
         chosen = find_experiments(catalog, args.ids)
         scales = list(dict.fromkeys(scale for each in chosen for scale in each.scales))
@@ -94,10 +96,16 @@ def run(args: argparse.Namespace) -> int:
     with user_errors():
         from fbn_plugin.engine.studies.catalog import find_experiments, output_of, read_catalog
 
-        chosen = find_experiments(read_catalog(args.experiments, ROOT), args.ids)
-        without = [f"{each.id} has {', '.join(each.scales)}" for each in chosen if args.scale not in each.scales]
-        if without:
-            raise ValueError(f"there is no scale {args.scale!r}: {'; '.join(without)}")
+        catalog = read_catalog(args.experiments, ROOT)
+        for name in args.ids:  # of a paper those that have the scale
+            named = find_experiments(catalog, [name])
+            if not any(args.scale in each.scales for each in named):
+                scales = dict.fromkeys(scale for each in named for scale in each.scales)
+                raise ValueError(f"{name} has no scale {args.scale!r}; it has {', '.join(scales)}")
+        chosen = find_experiments(catalog, args.ids)
+        if without := [each.id for each in chosen if args.scale not in each.scales]:
+            print(f"without a scale {args.scale}, and left out: {'; '.join(without)}")
+        chosen = [each for each in chosen if args.scale in each.scales]
     options = ["--scale", args.scale, "--threads", str(args.threads)]
     options += ["--jobs", str(args.jobs)] if args.jobs is not None else []
     options += ["--retry"] if args.retry else []
@@ -143,11 +151,12 @@ def report(args: argparse.Namespace) -> int:
     """Make the pages."""
     with user_errors():
         from fbn_plugin.engine.studies.catalog import read_catalog
+        from fbn_plugin.engine.studies.kept import KEPT
         from fbn_plugin.engine.studies.results_pages import read_kept, strays, write_results
 
-        if not args.root.is_dir():
-            raise FileNotFoundError(f"--root {args.root} is not there")
         catalog = read_catalog(args.experiments, ROOT)
+        if not (args.root / KEPT).is_dir():  # all pages would say that nothing was run
+            raise FileNotFoundError(f"--root {args.root} has no {KEPT.as_posix()}, where figures are kept")
         folder = args.root / "docs" / "results"
         kept = read_kept(catalog, args.root)
         files = write_results(catalog, kept, folder)

@@ -71,6 +71,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("--scale is of a study file, and --from names none")
         if len(args.sources) > 1 and not args.markdown:
             parser.error("several --from make one page, which --markdown names")
+        if args.sources and args.sources[0].name != "study.json" and not (args.to or args.markdown):
+            parser.error(f"a report of --from {args.sources[0]} wants a folder, named by --to")
     if args.file is not None:
         args.output = args.output or Path("output", folder_name(args.file, args.scale))
     return args
@@ -95,7 +97,12 @@ def add_report_arguments(report: argparse.ArgumentParser) -> None:
         "--markdown", metavar="PAGE", type=Path, help="write one short page of what --from names, with SVG beside it"
     )
     report.add_argument("--title", metavar="TEXT", help="of that page; default: that of the first study")
-    report.add_argument("--to", metavar="FOLDER", type=Path, help="of the report; default: report in that of the study")
+    report.add_argument(
+        "--to",
+        metavar="FOLDER",
+        type=Path,
+        help="of the report; default: report in that of the study, or that of a study.json",
+    )
 
 
 def read_options(given: Sequence[str]) -> dict[str, object]:

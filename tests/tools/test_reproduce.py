@@ -54,7 +54,8 @@ def test_from_list_to_report(tmp_path, main, capsys):
     keep = "keep", "P0.fig5", "--scale", "cpu", "--root", str(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(*keep)
-    assert stop.value.code == 2 and "2 of 2 jobs are still to end, and none is kept" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "2 of 2 jobs are still to end, and a study is kept when all have ended" in capsys.readouterr().err
 
     assert main("run", "p0.FIG5", "--scale", "cpu", "--jobs", "2") == 0
     out = capsys.readouterr().out
@@ -91,7 +92,7 @@ def test_wrong_folders_are_refused_and_a_kept_file_of_no_study_is_named(tmp_path
     for arguments, sentence in (
         (("--experiments", str(nowhere), "list"), f"folder of experiments {nowhere} is not there"),
         (("--experiments", str(tmp_path), "list"), f"folder of experiments {tmp_path} has no study file with an ID"),
-        (("report", "--root", str(nowhere)), f"--root {nowhere} is not there"),
+        (("report", "--root", str(nowhere)), f"--root {nowhere} has no benchmarks/papers, where figures are kept"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(*arguments)
@@ -104,13 +105,21 @@ def test_wrong_folders_are_refused_and_a_kept_file_of_no_study_is_named(tmp_path
     assert "and left out: benchmarks/papers/p0_old-cpu.json\n" in capsys.readouterr().out
 
 
+def test_of_a_paper_those_run_that_have_the_scale(tmp_path, main, capsys):
+    text = EXPERIMENT.format(root=ROOT).replace("P0.fig5", "P0.fig6")
+    (tmp_path / "experiments/p0_fig6.yaml").write_text(text.replace("  cpu:", "  gpu:"))
+    assert main("run", "P0", "--scale", "gpu", "--jobs", "2") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("without a scale gpu, and left out: P0.fig5\n") and "P0.fig6" in said
+
+
 def test_several_go_on_where_one_cannot_run(tmp_path, main, capsys):
     text = EXPERIMENT.format(root=ROOT).replace("P0.fig5", "P0.fig6")
     (tmp_path / "experiments/p0_fig6.yaml").write_text(text.replace("nowhere", "elsewhere"))
     assert main("run", "all", "--scale", "paper") == 2
     captured = capsys.readouterr()
     assert "0 of 2 experiments are done" in captured.out
-    assert captured.err.count(".yaml: it wants what is neither here nor below $DETECTRON2_DATASETS") == 2
+    assert captured.err.count(".yaml: data are missing, neither here nor below $DETECTRON2_DATASETS") == 2
     assert "nowhere/imagenet (ImageNet)" in captured.err and "elsewhere/imagenet (ImageNet)" in captured.err
     assert not list((tmp_path / "output").rglob("job.json"))
 
@@ -119,7 +128,7 @@ def test_several_go_on_where_one_cannot_run(tmp_path, main, capsys):
     ("arguments", "sentence"),
     [
         (["run", "P0.fig7", "--scale", "cpu"], "there is no experiment 'P0.fig7'; did you mean P0.fig5?"),
-        (["run", "P0.fig5", "--scale", "gpu"], "there is no scale 'gpu': P0.fig5 has paper, cpu"),
+        (["run", "P0.fig5", "--scale", "gpu"], "P0.fig5 has no scale 'gpu'; it has paper, cpu"),
         (["run", "P0.fig5", "--scale", "cpu", "--jobs", "0"], "--jobs must be 1 or more, got 0"),
         (["keep", "P0.fig5", "--scale", "gpu"], "it has no scale 'gpu': paper, cpu"),
     ],

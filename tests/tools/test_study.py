@@ -76,7 +76,7 @@ def test_runs_once_and_says_how_far_it_is(tmp_path, main, capsys):
         (["run", "two.yaml", "--jobs", "0"], "--jobs must be 1 or more, got 0"),
         (["run", "two.yaml", "--threads", "-1"], "--threads must be 1 or more, got -1"),
         (["run", "two.yaml", "--executor", "local", "--executor-option", "x"], "must be KEY=VALUE, got 'x'"),
-        (["report", "--from", "nowhere.json"], "nowhere.json"),
+        (["report", "--from", "nowhere/study.json"], "nowhere/study.json"),
     ],
 )
 def test_bad_input_is_named(tmp_path, main, capsys, monkeypatch, arguments, sentence):
@@ -96,6 +96,7 @@ def test_bad_input_is_named(tmp_path, main, capsys, monkeypatch, arguments, sent
         (["two.yaml", "--markdown", "a.md"], "neither a study file nor --to"),
         (["--from", "a.json", "--to", "b", "--markdown", "a.md"], "neither a study file nor --to"),
         (["--from", "a.json", "--from", "b.json"], "--markdown names"),
+        (["--from", "a.json"], "a report of --from a.json wants a folder, named by --to"),
     ],
 )
 def test_report_is_of_one_study_or_a_page_of_several(main, capsys, arguments, sentence):

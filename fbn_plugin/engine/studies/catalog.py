@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fbn_plugin.engine.files.yaml_file import read_yaml
-from fbn_plugin.engine.run.run_info import read_record
+from fbn_plugin.engine.studies.jobs import record
 from fbn_plugin.engine.studies.outcomes import Study
 from fbn_plugin.engine.studies.scales import folder_name, scales_of
 from fbn_plugin.engine.studies.study_file import Described, read_study_alone
@@ -167,9 +167,7 @@ def progress(study: Study, folder: str | os.PathLike) -> Progress:
     states = []
     for variant in study.variants:
         for seed in study.seeds:
-            record = Path(folder, "jobs", variant, f"seed-{seed}", "job.json")
-            if record.is_file():
-                states.append(read_record(record).get("state"))
+            states.append(record(Path(folder, "jobs", variant, f"seed-{seed}")).get("state"))
     return Progress(states.count("done"), states.count("failed"), jobs_of(study))
 
 

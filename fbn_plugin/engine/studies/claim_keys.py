@@ -59,7 +59,8 @@ class Names:
 
 def _known(where: str, name: Any, known: Collection[str]) -> str:
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"{where} names {shown(name)}, which is none of {', '.join(known)}{hint(name, tuple(known))}")
+        listed = f"which is none of {', '.join(known)}{hint(name, tuple(known))}" if known else "and the study has none"
+        raise ValueError(f"{where} names {shown(name)}, {listed}")
     return name
 
 

@@ -56,7 +56,7 @@ class _Attempt:
     keep: str
 
     def __call__(self) -> None:
-        if record(self.job).get("state") == "done" or is_held(self.job.folder):  # submitted twice
+        if record(self.job.folder).get("state") == "done" or is_held(self.job.folder):  # submitted twice
             return
         begin(self.job)
         start = NewProcesses(self.script, (signal.SIGUSR2,))  # which Slurm sends to all processes, for submitit

@@ -25,14 +25,17 @@ from fbn_plugin.engine.studies.statistics import (
 
 __all__ = [
     "LEAST_POINTS",
+    "ComparisonGroup",
     "Figure",
     "Line",
     "LinePanel",
     "Row",
     "RowPanel",
+    "called",
+    "comparison_groups",
     "curve_value",
+    "difference_unit",
     "drawn_curves",
-    "in_order",
     "level_name",
     "line_ends",
     "mean_curve",
@@ -53,6 +56,8 @@ _MOST_BEGINNING = 2.5
 _MOST_APART = 8
 # A longer name is cut in its middle: names often differ at the end.
 _LONGEST_LABEL = 36
+# Each side of a difference, where both together are longer than twice this.
+_HALF = 24
 
 
 @dataclass(frozen=True)
@@ -192,10 +197,17 @@ def _curve_owners(study: Study) -> list[str]:
     return [name for row, name in owners.items() if row not in together]
 
 
-def quantity(name: str, metric: Metric, less: str = "") -> str:
-    """A metric as an axis names it, with its unit, or its difference to something."""
+def quantity(name: str, metric: Metric, less: str | None = None) -> str:
+    """A metric as an axis names it, with its unit, or its difference to something: ``"top-1 accuracy minus BN
+    (points)"``."""
     what = (metric.label or name) + (f" minus {less}" if less else "")
-    return f"{what} ({metric.unit})" if metric.unit else what
+    unit = metric.unit if less is None else difference_unit(metric)
+    return f"{what} ({unit})" if unit else what
+
+
+def difference_unit(metric: Metric) -> str:
+    """The unit of a difference of two figures; of percentages it is percentage points."""
+    return "points" if metric.unit == "%" else metric.unit
 
 
 def line_ends(lines: Iterable[Line]) -> Interval:
@@ -221,24 +233,35 @@ def x_span(panel: LinePanel) -> Interval:
 
 def level_name(study: Study, variant: str) -> str:
     """A variant's level of the compared factor, or its own name where the study has no factors."""
+    factor, levels = compared_factor(study), study.variants[variant].levels
+    return called(study, levels[factor]) if factor in levels else variant
+
+
+def called(study: Study, level: str) -> str:
+    """A level of the compared factor as a reader understands it alone: ``"scale 0.1"`` for ``"0.1"``."""
     factor = compared_factor(study)
-    return study.variants[variant].levels.get(factor, variant) if factor else variant
+    return variant_name({factor: level}) if factor else level
 
 
 def _level(study: Study) -> str:
     return f"{100 * (1 - study.alpha):.4g} %"
 
 
-def _short(name: str) -> str:
-    half = _LONGEST_LABEL // 2
-    return name if len(name) <= _LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
+def _short(name: str, longest: int = _LONGEST_LABEL) -> str:
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def _pair_label(variant: str, baseline: str) -> str:
+    label = f"{variant} minus {baseline}"
+    return label if len(label) <= 2 * _HALF else f"{_short(variant, _HALF)} minus {_short(baseline, _HALF)}"
 
 
 def styles(study: Study) -> dict[str, int]:
     """Number of the style of each level of the compared factor, or of each variant; what most are compared with is
     0."""
     factor = compared_factor(study)
-    names = list(study.factors[factor]) if factor else list(study.variants)
+    names = [called(study, level) for level in study.factors[factor]] if factor else list(study.variants)
     baselines = [level_name(study, each.baseline) for each in study.comparisons]
     if baselines:
         first = max(dict.fromkeys(baselines), key=baselines.count)
@@ -255,7 +278,8 @@ def _by_level(study: Study, found: MetricStatistics, name: str, what: str, file:
     others = [each for each in study.factors if each not in (number, factor)]
     for levels in itertools.product(*(study.factors[each] for each in others)):
         shared = dict(zip(others, levels))
-        lines = [_line(study, found, shared | {factor: level}, number, style[level]) for level in style]
+        ordered = sorted(study.factors[factor], key=lambda level: style[called(study, level)])
+        lines = [_line(study, found, shared | {factor: one}, number, style[called(study, one)]) for one in ordered]
         lines = [line for line in lines if line.x]
         if not lines:
             continue
@@ -303,7 +327,7 @@ def _line(study: Study, found: MetricStatistics, levels: Mapping[str, str], numb
         if summary.n and all(variant.levels.get(key) == level for key, level in levels.items()):
             points.append((as_number(variant.levels[number]), summary.mean, summary.interval))
     points.sort(key=lambda point: point[0])
-    label = _short(levels[compared_factor(study)])
+    label = _short(called(study, levels[compared_factor(study)]))
     return Line(label, style, *([list(each) for each in zip(*points)] or [[], [], []]))
 
 
@@ -350,33 +374,73 @@ def _by_variant(
     return Figure(f"{file}-by-variant", name, "means", f"{what} of each variant", caption, panels)
 
 
-def in_order(study: Study, comparisons: Sequence[PairedComparison]) -> list[PairedComparison]:
-    """Comparisons in the order of the sets that the variants belong to, else in their own."""
+@dataclass(frozen=True)
+class ComparisonGroup:
+    """Comparisons that a reader sees together.
+
+    Attributes:
+        title: what all of them are within, such as ``"batch 4"``, or what is held against what, as
+            ``"batch 4 minus batch 2"``; "" where neither is shared.
+        baseline: what all are held against; "" where they have several, or the title says it.
+        rows: each comparison with the names of its two sides.
+    """
+
+    title: str
+    baseline: str
+    rows: list[tuple[PairedComparison, str, str]]
+
+    @property
+    def has_own_baselines(self) -> bool:
+        """Whether a row is to name what it is held against."""
+        return not self.baseline and any(baseline for _, _, baseline in self.rows)
+
+
+def comparison_groups(study: Study, comparisons: Sequence[PairedComparison]) -> list[ComparisonGroup]:
+    """Comparisons by what tells their sides apart: those of levels of the compared factor, in each setting; those of
+    two levels of another factor, whatever else is equal; the rest with the full names of their variants."""
+    factor = compared_factor(study)
     places = {name: i for i, members in enumerate(compared_sets(study).values()) for name in members}
-    return sorted(comparisons, key=lambda each: places.get(each.variant, len(places)))
+    groups: dict[tuple[int, str], list[tuple[PairedComparison, str, str]]] = {}
+    for each in sorted(comparisons, key=lambda each: places.get(each.variant, len(places))):
+        first, second = study.variants[each.variant].levels, study.variants[each.baseline].levels
+        apart = [key for key in study.factors if first.get(key) != second.get(key)]
+        shared = variant_name({key: level for key, level in first.items() if key not in apart})
+        if not first or not second:
+            key, names = (0, each.group), (each.variant, each.baseline)
+        elif apart == [factor]:
+            key, names = (0, shared), (called(study, first[factor]), called(study, second[factor]))
+        elif len(apart) == 1:
+            ends = (variant_name({apart[0]: levels[apart[0]]}) for levels in (first, second))
+            key, names = (1, " minus ".join(ends)), (shared or each.variant, "")
+        else:
+            key, names = (2, ""), (each.variant, each.baseline)
+        groups.setdefault(key, []).append((each, *names))
+    found = []
+    for (_, title), rows in sorted(groups.items(), key=lambda group: group[0][0]):
+        baselines = {baseline for _, _, baseline in rows}
+        found.append(ComparisonGroup(title, baselines.pop() if len(baselines) == 1 else "", rows))
+    return found
 
 
 def _differences(study: Study, found: MetricStatistics, name: str, metric: Metric, file: str) -> Figure:
     """The differences to the baselines with their intervals, a panel a group."""
     style = styles(study)
-    groups: dict[str, list[Row]] = {}
-    against: dict[str, set[str]] = {}
-    for each in found.comparisons:
-        against.setdefault(each.group, set()).add(each.baseline)
-    for each in in_order(study, found.comparisons):
-        if each.difference is None:
-            continue
-        level = level_name(study, each.variant)
-        to = "" if len(against[each.group]) == 1 else f" minus {level_name(study, each.baseline)}"
-        mark = {"higher": "↑", "lower": "↓"}.get(each.verdict, "")
-        row = Row(_short(level + to), style[level], each.difference, each.interval, each.t_interval, note=mark)
-        groups.setdefault(each.group, []).append(row)
-    values = [value for rows in groups.values() for row in rows for value in row_values(row)]
-    ends = (min(0.0, *values), max(0.0, *values)) if values else None
     panels = []
-    for group, rows in groups.items():
-        one = level_name(study, next(iter(against[group]))) if len(against[group]) == 1 else "its baseline"
-        panels.append(RowPanel(group, quantity(name, metric, one), rows, True, ends))
+    for group in comparison_groups(study, found.comparisons):
+        rows = []
+        for each, variant, baseline in group.rows:
+            if each.difference is None:
+                continue
+            label = _pair_label(variant, baseline) if group.has_own_baselines else _short(variant)
+            mark = {"higher": "↑", "lower": "↓"}.get(each.verdict, "")
+            number = style[level_name(study, each.variant)]
+            rows.append(Row(label, number, each.difference, each.interval, each.t_interval, note=mark))
+        less = group.baseline or ("its baseline" if group.has_own_baselines else "")
+        label = quantity(name, metric, less) if less else f"difference of {quantity(name, metric, less)}"
+        panels += [RowPanel(group.title, label, rows, True)] if rows else []
+    values = [value for panel in panels for row in panel.rows for value in row_values(row)]
+    ends = (min(0.0, *values), max(0.0, *values)) if values else None
+    panels = [dataclasses.replace(panel, x_range=ends) for panel in panels]
     caption = (
         f"Mean of the differences, seed by seed, and its {_level(study)} intervals. Thick: by the bootstrap, which is "
         "too short for few seeds; thin: that of the t-test. ↑ ↓: told apart after Holm's adjustment over all "

@@ -9,7 +9,14 @@ from collections.abc import Mapping, Sequence
 from fbn_plugin.engine.files.words import counted
 from fbn_plugin.engine.studies.comparing import variant_name
 from fbn_plugin.engine.studies.document import Block, Inline, Mono, Paragraph, Strong, Table
-from fbn_plugin.engine.studies.figures import in_order, level_name, quantity
+from fbn_plugin.engine.studies.figures import (
+    ComparisonGroup,
+    called,
+    comparison_groups,
+    difference_unit,
+    level_name,
+    quantity,
+)
 from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study
 from fbn_plugin.engine.studies.run_figures import FIRST
 from fbn_plugin.engine.studies.statistics import (
@@ -191,7 +198,7 @@ def glance_blocks(studies: Sequence[tuple[Study, Mapping[str, MetricStatistics]]
         if len(known) == 1:
             said = _one_best(study, known[0], found[name], Numbers(found[name]), most).parts
         else:
-            said = (*_over_all(study, known, most), *_together(found[name], metric.unit))
+            said = (*_over_all(study, known, most), *_together(study, found[name], difference_unit(metric)))
             heading = f"{study.heading}, {quantity(name, metric)}"
             heading += f", study {number}" if heading in columns else ""
             columns[heading] = {each.context: _names(study, each.possible) for each in known}
@@ -207,11 +214,12 @@ def glance_blocks(studies: Sequence[tuple[Study, Mapping[str, MetricStatistics]]
     return blocks
 
 
-def _together(found: MetricStatistics, unit: str) -> list[Inline]:
+def _together(study: Study, found: MetricStatistics, unit: str) -> list[Inline]:
     """What is told apart by the mean over settings."""
     numbers = Numbers(found)
     parts = [
-        f"{each.variant} {each.verdict} than {each.baseline} by {numbers.spread(abs(each.difference), each.sd)}"
+        f"{called(study, each.variant)} {each.verdict} than {called(study, each.baseline)} by "
+        f"{numbers.spread(abs(each.difference), each.sd)}"
         f"{' ' * bool(unit)}{unit} (adjusted p {p_text(each.p_holm)})"
         for each in found.over_all
         if each.verdict != "not told apart"
@@ -308,9 +316,10 @@ def _cell(study: Study, found: MetricStatistics, variant: str | None, numbers: N
 
 def _cell_note(study: Study, metric: Metric) -> str:
     most = "highest" if metric.higher_is_better else "lowest"
+    best = f"Bold: the {most} mean of the column, if every run gave a figure; °: not told apart from it. "
     return (
         f"Mean ± standard deviation of {counted(len(set(study.seeds)), 'seed')}; n where fewer runs gave a figure. "
-        f"Bold: the {most} mean of the column, if every run gave a figure; °: not told apart from it. ↑ ↓: "
+        f"{best if metric.is_ranked else ''}↑ ↓: "
         "higher or lower than what it is compared with first below, told apart from chance after Holm's adjustment."
     )
 
@@ -356,20 +365,20 @@ def _without(summary: Summary, metric: Metric) -> str:
 
 def comparison_blocks(study: Study, name: str, found: MetricStatistics) -> list[Block]:
     """A table of comparisons for each group, and how it is to be read."""
-    groups: dict[str, list[PairedComparison]] = {}
-    for each in in_order(study, found.comparisons):
-        groups.setdefault(each.group, []).append(each)
     numbers, blocks = Numbers(found), []
-    for group, members in groups.items():
-        blocks += _comparison_table(study, name, group, members, numbers)
+    for group in comparison_groups(study, found.comparisons):
+        blocks += _comparison_table(study, name, group, numbers)
     if blocks:
         tests = sum(each.p is not None for each in found.comparisons)
         blocks.append(Paragraph((_comparison_note(study, tests),), "note"))
     over_all: dict[str, list[PairedComparison]] = {}
     for each in found.over_all:
         over_all.setdefault(each.group, []).append(each)
-    for group, members in over_all.items():
-        blocks += _comparison_table(study, name, group, members, numbers, levels=True)
+    for title, members in over_all.items():
+        baselines = {called(study, each.baseline) for each in members}
+        rows = [(each, called(study, each.variant), called(study, each.baseline)) for each in members]
+        group = ComparisonGroup(title, baselines.pop() if len(baselines) == 1 else "", rows)
+        blocks += _comparison_table(study, name, group, numbers)
     if over_all:
         tests = sum(each.p is not None for each in found.over_all)
         note = (
@@ -380,38 +389,26 @@ def comparison_blocks(study: Study, name: str, found: MetricStatistics) -> list[
     return blocks
 
 
-def _comparison_table(
-    study: Study,
-    name: str,
-    group: str,
-    members: Sequence[PairedComparison],
-    numbers: Numbers,
-    levels: bool = False,
-) -> list[Block]:
-    """The comparisons of one group, of variants or of ``levels``; a baseline that all of them share stands above the
-    table."""
-    unit, level = study.metrics[name].unit, _percent(1 - study.alpha)
+def _comparison_table(study: Study, name: str, group: ComparisonGroup, numbers: Numbers) -> list[Block]:
+    """The comparisons of one group; a baseline that all of them share stands above the table."""
+    unit, level = difference_unit(study.metrics[name]), _percent(1 - study.alpha)
     header: list[Inline] = ["variant", "minus", "verdict", f"difference ± sd{f' ({unit})' if unit else ''}"]
     header += [f"{level} bootstrap", "p two-sided (Holm)", "p better (Holm)", "p signed rank (Holm)"]
     header += ["d_z (g_z)", "seeds needed"]
-    called = {
-        one: one if levels else level_name(study, one) for each in members for one in (each.variant, each.baseline)
-    }
-    rows = [header, *(_comparison_row(each, numbers, called) for each in members)]
-    what = study.metrics[name].label or name
-    baselines = {each.baseline for each in members}
-    if len(baselines) == 1:
-        rows = [[row[0], *row[2:]] for row in rows]
-        what += f" minus that of {called[baselines.pop()]}"
-        return [Paragraph((f"{group}{', ' * bool(group)}{what}:",)), Table(rows, (0, 1))]
-    return [Paragraph((f"{group}{', ' * bool(group)}{what}:",)), Table(rows, (0, 1, 2))]
+    rows = [header, *(_comparison_row(each, numbers, names) for each, *names in group.rows)]
+    if not study.metrics[name].is_ranked:
+        rows = [[*row[:6], *row[7:]] for row in rows]
+    what = f"{group.title}{', ' * bool(group.title)}{study.metrics[name].label or name}"
+    if group.has_own_baselines:
+        return [Paragraph((f"{what}:",)), Table(rows, (0, 1, 2))]
+    what += f" minus that of {group.baseline}" if group.baseline else ""
+    return [Paragraph((f"{what}:",)), Table([[row[0], *row[2:]] for row in rows], (0, 1))]
 
 
-def _comparison_row(each: PairedComparison, numbers: Numbers, called: Mapping[str, str]) -> list[Inline]:
+def _comparison_row(each: PairedComparison, numbers: Numbers, names: Sequence[str]) -> list[Inline]:
     label = f"{each.verdict} ({_seeds_label(each.n)}{f'; {each.note}' if each.note else ''})"
     return [
-        called[each.variant],
-        called[each.baseline],
+        *names,
         label if each.verdict == "not told apart" else Strong(label),
         numbers.spread(each.difference, each.sd, "+"),
         numbers.interval(each.interval, "+"),

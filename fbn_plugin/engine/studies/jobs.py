@@ -184,17 +184,20 @@ def job_log(job: Job) -> Path:
     return job.folder / _LOG
 
 
-def record(job: Job) -> dict[str, Any]:
-    """``job.json``: ``state`` (``"running"``, ``"done"``, ``"failed"`` or ``"stopped"``), ``error``, ``seconds`` and
-    ``attempts``; of a job that has not begun an empty one.
+def record(folder: Path) -> dict[str, Any]:
+    """``job.json`` of a job's folder: ``state`` (``"running"``, ``"done"``, ``"failed"`` or ``"stopped"``), ``error``,
+    ``seconds`` and ``attempts``; of a job that has not begun an empty one.
 
     Raises:
         ValueError: it is damaged.
     """
-    path = job.folder / _RECORD
+    path = folder / _RECORD
     if not path.is_file():
         return {}
-    content = read_record(path)
+    try:
+        content = read_record(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove the file to have the job looked at anew") from None
     known = {"state": str, "error": str | None, "seconds": float | int, "attempts": int}
     for key, kind in known.items():
         if not isinstance(content.get(key), kind):
@@ -209,7 +212,7 @@ def begin(job: Job) -> None:
         OSError: its folder cannot be written to.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    before = record(job)
+    before = record(job.folder)
     _write(job, "running", None, before.get("seconds", 0.0), before.get("attempts", 0) + 1)
 
 
@@ -228,7 +231,7 @@ def finish(job: Job, code: int, seconds: float, keep: str, stopped: bool = False
     Returns:
         the error, where it failed.
     """
-    before = record(job)
+    before = record(job.folder)
     seconds += before.get("seconds", 0.0)
     attempts = before.get("attempts", 1)
     if code == 0:
@@ -309,7 +312,7 @@ def collect(study: StudyFile, job: Job, is_running: bool = False) -> Outcome:
     Raises:
         ValueError: a file in its folder is damaged.
     """
-    known = record(job)
+    known = record(job.folder)
     state = known.get("state", "waiting")
     if state not in ("done", "failed"):
         runs = (is_running and state == "running") or is_held(job.folder)
@@ -430,7 +433,7 @@ def check_settings(study: StudyFile, jobs: Sequence[Job]) -> None:
             _check_combination(study.study.variants[job.variant], job)
             continue
         path = job.folder / "config.yaml"
-        if not path.is_file() or not (holds_run(job.folder) or record(job).get("state") == "done"):
+        if not path.is_file() or not (holds_run(job.folder) or record(job.folder).get("state") == "done"):
             continue
         saved = flat(study.engine.load(str(path), []))
         wanted = {**study.configs[job.variant], "SEED": job.config_seed}
@@ -445,7 +448,7 @@ def check_settings(study: StudyFile, jobs: Sequence[Job]) -> None:
 def _check_combination(variant: Variant, job: Job) -> None:
     """Refuse a study file that combines otherwise than was done."""
     path = job.folder / "evaluation.json"
-    if record(job).get("state") != "done" or not path.is_file():
+    if record(job.folder).get("state") != "done" or not path.is_file():
         return
     content = read_record(path)
     wanted = variant.combines

@@ -6,8 +6,9 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from fbn_plugin.engine.files.words import counted
+from fbn_plugin.engine.files.words import counted, shown
 from fbn_plugin.engine.studies.figures import curve_value, drawn_curves
 from fbn_plugin.engine.studies.layer_figures import KERNELS, LAYERS, first_measured
 from fbn_plugin.engine.studies.outcomes import Metric, Outcome, Study, read_outcomes, write_outcomes
@@ -46,7 +47,8 @@ def keep_study(study: Study, outcomes: Sequence[Outcome], target: str | os.PathL
         raise ValueError("the smoke scale shows that an experiment runs, and its figures are not kept")
     jobs = len(study.variants) * len(set(study.seeds))
     if left := jobs - sum(each.state in ("done", "failed") for each in outcomes):
-        raise ValueError(f"{study.heading}: {left} of {counted(jobs, 'job')} are still to end, and none is kept before")
+        ended = f"{left} of {counted(jobs, 'job')} are still to end, and a study is kept when all have ended"
+        raise ValueError(f"{study.heading}: {ended}")
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_outcomes(target, study, thinned(study, outcomes), is_packed=True)
@@ -69,13 +71,23 @@ def keep_again(study: Study, target: str | os.PathLike) -> Path:
     where = f"{study.heading}: the jobs in {target} cannot be kept again"
     for what in ("tool", "base", "settings", "variants", "seeds", "seed_rule"):
         if getattr(kept, what) != getattr(study, what):
-            raise ValueError(f"{where}, as they had other {what.replace('_', ' ')} than the study file has")
+            name, then, now = _first_difference(what.replace("_", " "), getattr(kept, what), getattr(study, what))
+            said = f"{shown(then, 80)} then, {shown(now, 80)} in the study file now"
+            raise ValueError(f"{where}: {name}: {said}")
     for name, metric in study.metrics.items():
         if name not in kept.metrics or _picked(kept.metrics[name]) != _picked(metric):
             raise ValueError(f"{where}, as nothing was kept of {name!r} as the study file has it")
     if missing := [name for name in study.curve_rows if name not in kept.curve_rows]:
         raise ValueError(f"{where}, as nothing was kept of {missing[0]!r} as the study file has it")
     return keep_study(study, outcomes, target)
+
+
+def _first_difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
+    """Of two values that differ what differs first: of mappings one key, with None where it is not there."""
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return name, then, now
+    key = next(key for key in [*then, *now] if then.get(key) != now.get(key) or (key in then) != (key in now))
+    return f"{name} {key!r}", then.get(key), now.get(key)
 
 
 def _picked(metric: Metric) -> tuple[str, str, float | None]:

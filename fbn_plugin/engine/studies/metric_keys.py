@@ -15,6 +15,7 @@ __all__ = ["metric_names", "read_metrics_key", "read_together"]
 
 _OPTIONS = {
     "higher_is_better": bool,
+    "ranked": bool,
     "unit": str,
     "label": str,
     "row": str,
@@ -82,7 +83,8 @@ def _metric(name: str, options: Any, engine: "Engine") -> Metric:
         raise ValueError(f"of of metric {name!r} must be one of {known}, got {shown(options['of'])}")
     row = options.get("row", name)
     default = _default(name, row, options, engine)
-    return dataclasses.replace(default, row=options.get("row", ""), **{k: options[k] for k in _OWN if k in options})
+    own = {key: options[key] for key in _OWN if key in options}
+    return dataclasses.replace(default, row=options.get("row", ""), is_ranked=options.get("ranked", True), **own)
 
 
 def _default(name: str, row: str, options: dict[str, Any], engine: "Engine") -> Metric:
@@ -99,10 +101,10 @@ def _default(name: str, row: str, options: dict[str, Any], engine: "Engine") -> 
         return Metric(False, "", label, of=firsts[0], threshold=threshold, row_label=_row_label(known))
     of = options.get("of", "last")
     if known is None:
-        if "higher_is_better" not in options:
+        if "higher_is_better" not in options and options.get("ranked", True):
             names = tuple(engine.metrics)
             raise ValueError(
-                f"METRICS has {name!r}, of which higher_is_better must be said, as it is none of "
+                f"METRICS has {name!r}, of which higher_is_better must be said, or ranked: false, as it is none of "
                 f"{', '.join(names)}{hint(row, names)}"
             )
         known = Metric(higher_is_better=True, label=row)

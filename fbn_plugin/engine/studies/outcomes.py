@@ -60,6 +60,7 @@ class Metric:
         threshold: of a metric that is the iterations until one is passed, ``first_at_least`` or ``first_at_most``; the
             iterations of one that is ``at`` some.
         row_label: what the row is, for the axis of its curve, where the label is of one figure of it; "" for its name.
+        is_ranked: whether one end is better at all; of others no best is named.
     """
 
     higher_is_better: bool
@@ -69,6 +70,7 @@ class Metric:
     of: str = "last"
     threshold: float | None = None
     row_label: str = ""
+    is_ranked: bool = True
 
 
 @dataclass(frozen=True)

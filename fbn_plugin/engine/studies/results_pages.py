@@ -3,6 +3,7 @@ what that says, or why nothing was. All of it is made from the study files and f
 """
 
 import os
+import re
 import shlex
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -126,15 +127,21 @@ _READING = (
     "claims: reproduced, not reproduced and inconclusive (the seeds do not tell the variants apart) are as its page "
     "says. A reduced scale is not the paper's setting, and its figures are not to be held against the printed ones. "
     "p: of the claims, adjusted. With many variants, the least and the greatest figure of each that is compared, "
-    "over all else that the study varies; its page has each. Printed are those of the scale's own variants. "
+    "over all else that the study varies; its page has each. Printed are those of the scale's own variants; of a scale "
+    "that has none of the paper's they are those of the paper's, and it is said. "
     "Negative results stand here as others do."
 )
+
+
+# What a paper's page and the pictures of its studies are called: after the study files, which are named by their ids.
+_OWN_FILE = re.compile(r"(p\d|x)(\.md|_\w+-[a-z][a-z0-9_]*-.+\.svg)")
 
 
 def write_results(
     catalog: Sequence[Experiment], kept: Mapping[tuple[str, str], KeptStudy], folder: str | os.PathLike
 ) -> list[Path]:
-    """Write :func:`render_results` into a folder, and take out of it the pages and pictures of an earlier time.
+    """Write :func:`render_results` into a folder, and take out of it the pages and pictures of an earlier time; what is
+    called otherwise than those stays.
 
     Raises:
         WriteError: a file cannot be written.
@@ -143,7 +150,7 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     files = render_results(catalog, kept)
     for old in folder.iterdir():
-        if old.suffix in (".md", ".svg") and old.name not in files:
+        if _OWN_FILE.fullmatch(old.name) and old.name not in files:
             old.unlink()
     for name, content in files.items():
         atomic_write(folder / name, content)
@@ -259,8 +266,10 @@ def _main_metric(study: Study) -> str:
 
 def _printed(experiment: Experiment, study: Study) -> str:
     """The paper's figures of the variants of a scale; where it has none of the paper's, those of the paper's scale."""
-    texts = (_figures(each, _main_metric(each), None) for each in (study, experiment.study))
-    return next((text for text in texts if text != _NONE), _NONE)
+    own, papers = (_figures(each, _main_metric(each), None) for each in (study, experiment.study))
+    if own != _NONE or papers == _NONE or study.variants.keys() == experiment.study.variants.keys():
+        return own if own != _NONE else papers
+    return f"of other variants: {papers}"
 
 
 def _figures(study: Study, name: str, found: Mapping[str, MetricStatistics] | None) -> str:

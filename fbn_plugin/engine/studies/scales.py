@@ -15,6 +15,7 @@ __all__ = ["KEYS_OF_A_SCALE", "at_scale", "folder_name", "scales_of"]
 
 # SET goes over the file's, DESCRIPTION behind it; the others take its place.
 KEYS_OF_A_SCALE = {
+    "TITLE": str,
     "BASE": str,
     "SET": dict,
     "FACTORS": dict,
@@ -23,6 +24,7 @@ KEYS_OF_A_SCALE = {
     "ONLY": object,
     "SEEDS": object,
     "METRICS": object,
+    "TOGETHER": dict,
     "COMPARE": object,
     "DESCRIPTION": str,
     "TOOL": str,

@@ -206,7 +206,7 @@ def study_statistics(study: Study, outcomes: Sequence[Outcome]) -> dict[str, Met
         }
         lengths = {variant: _lengths(jobs[variant], name) for variant in study.variants if metric.of in FIRST}
         comparisons = [_compared(study, each, name, figures, lengths) for each in study.comparisons]
-        best = _best(study, figures, summaries, metric.higher_is_better)
+        best = _best(study, figures, summaries, metric.higher_is_better) if metric.is_ranked else []
         others = _judged(_with_others(study, name, jobs, figures), study.alpha)
         over_all = [] if metric.of in FIRST else _judged(_over_all(study, name, figures), study.alpha)
         found[name] = MetricStatistics(summaries, _judged(comparisons, study.alpha), best, others, over_all)

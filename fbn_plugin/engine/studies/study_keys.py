@@ -12,7 +12,8 @@ __all__ = ["check_key", "check_kinds", "flat", "group", "number"]
 def check_key(what: str, key: str, known: Mapping[str, Any]) -> None:
     """Refuse a key that is none of those known, with the nearest one."""
     if key not in known:
-        raise ValueError(f"unknown {what} {shown(key)}{hint(key, tuple(known))}; it has {', '.join(known)}")
+        near = hint(key, tuple(known))
+        raise ValueError(f"unknown {what} {shown(key)}{f'{near} It' if near else '; it'} has {', '.join(known)}")
 
 
 def check_kinds(where: str, given: Mapping[str, Any], kinds: Mapping[str, type], what: str = "key") -> None:

@@ -229,10 +229,26 @@ def _width_of(text: str) -> float:
     return sum(_WIDE if each in "MW@%" else _CAPITAL if each.isupper() else _LETTER for each in text)
 
 
+def _wrapped(text: str, width: float) -> list[str]:
+    """A text in as many lines as it needs."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _width_of(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
 def _lines(panel: LinePanel) -> str:
     width, height = (820, max(420, 90 + 16 * len(panel.lines))) if panel.is_direct else (340, 250)
     labels = max((_width_of(line.label) for line in panel.lines), default=0) + 34 if panel.is_direct else 24
     parts, top = _title(panel.title, width)
+    y_label = _wrapped(panel.y_label, width - 16)
+    parts += [_text(8, top + 16 + _LINE * i, line, "soft") for i, line in enumerate(y_label)]
+    top += _LINE * (len(y_label) - 1)
+    height += _LINE * (len(y_label) - 1)
     low, high = y_span(panel)
     y_ticks = log_ticks(low, high) if panel.is_log_y else nice_ticks(low, high)
     y_texts = [tick_text(tick, [tick] if panel.is_log_y else y_ticks) for tick in y_ticks]
@@ -247,7 +263,6 @@ def _lines(panel: LinePanel) -> str:
         parts.append(_text(left - 5, at_y(tick) + 4, text, "soft", "end"))
     parts.append(_stroke("axis", left, last, right, last))
     parts += _x_ticks(panel.ticks or nice_ticks(min(0.0, *xs), max(xs), 4 if width < 500 else 8), at_x, last)
-    parts.append(_text(8, top + 16, panel.y_label, "soft"))
     parts.append(_text((left + right) / 2, height - 6, panel.x_label, "soft", "middle"))
     place = f"{left:.0f} {first:.0f} {right - left:.0f} {last - first:.0f}"
     x, y, across, down = place.split()
@@ -312,9 +327,9 @@ def _direct_labels(
 
 
 def _rows(panel: RowPanel) -> str:
-    width, step = 480, 22
+    left, step = 20 + max(_width_of(row.label) for row in panel.rows), 22
+    width = max(480, math.ceil(left) + 220)
     parts, top = _title(panel.title, width)
-    left = 20 + max(_width_of(row.label) for row in panel.rows)
     right, first = width - 26, top + 14
     last = first + step * len(panel.rows) + 4
     values = [value for row in panel.rows for value in row_values(row)]
@@ -325,10 +340,14 @@ def _rows(panel: RowPanel) -> str:
         parts.append(_stroke("axis" if panel.has_zero and tick == 0 else "grid", at_x(tick), first, at_x(tick), last))
     parts.append(_stroke("axis", left, last, right, last))
     parts += _x_ticks(ticks, at_x, last)
-    parts.append(_text((left + right) / 2, last + 34, panel.x_label, "soft", "middle"))
+    x_label = _wrapped(panel.x_label, width - 16)
+    for i, line in enumerate(x_label):
+        half = _width_of(line) / 2
+        middle = max(min((left + right) / 2, width - 8 - half), 8 + half)
+        parts.append(_text(middle, last + 34 + _LINE * i, line, "soft", "middle"))
     for i, row in enumerate(panel.rows):
         parts += _row(row, at_x, first + step * (i + 0.5), left, right)
-    return _svg(width, last + 42, f"{panel.x_label}: {panel.title}", parts)
+    return _svg(width, last + 42 + _LINE * (len(x_label) - 1), f"{panel.x_label}: {panel.title}", parts)
 
 
 def _row(row: Row, at_x: Callable[[float], float], y: float, left: float, right: float) -> list[str]:

@@ -67,7 +67,7 @@ def missing(wanted: Sequence[Wanted]) -> str | None:
     if not gone:
         return None
     listed = "; ".join(f"{each.path} ({each.what})" for each in gone)
-    return f"it wants what is neither here nor below $DETECTRON2_DATASETS ({data_root()}): {listed}"
+    return f"data are missing, neither here nor below $DETECTRON2_DATASETS ({data_root()}): {listed}"
 
 
 def make_wanted(wanted: Sequence[Wanted]) -> None:

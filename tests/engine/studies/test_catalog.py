@@ -90,7 +90,7 @@ def test_how_far_and_which_data(folder, monkeypatch):
     for variant, state in (("BN", "done"), ("FBN", "failed")):
         place = folder / "out/jobs" / variant / "seed-1"
         place.mkdir(parents=True)
-        (place / "job.json").write_text(json.dumps({"state": state}))
+        (place / "job.json").write_text(json.dumps({"state": state, "error": None, "seconds": 1.0, "attempts": 1}))
     found = progress(experiment.scales["cpu"].study, folder / "out")
     assert found == Progress(1, 1, 4) and str(found) == "1 of 4, 1 failed"
     assert str(progress(experiment.scales["smoke"].study, folder / "none")) == "0 of 2"

@@ -302,7 +302,10 @@ SCALES: {paper: {}, cpu: {ONLY: {batch: ["8"]}}, smoke: {VARIANTS: {x: {}, y: {M
         ("[{variant: a, is: at_least}]", "claim 1 is that something is at_least, and has no value"),
         ("[{variant: a, is: at_least, value: x}]", "value of claim 1 must be of type float, got 'x'"),
         ("[{variant: a, baseline: b, is: higher, metric: top5}]", "claim 1 names 'top5', which is none of top1"),
-        ("[{factor: norm, variant: a, baseline: b, is: higher}]", "factor of claim 1 names 'norm', which is none of"),
+        (
+            "[{factor: norm, variant: a, baseline: b, is: higher}]",
+            "factor of claim 1 names 'norm', and the study has none",
+        ),
         ("[{varient: a, is: printed}]", "unknown key of claim 1 'varient'; did you mean 'variant'?"),
         ("[]\nPRINTED: {top2: {a: 1}}", "PRINTED names 'top2', which is none of top1"),
         ("[]\nPRINTED: {top1: {d: 1}}", "PRINTED of 'top1' names 'd', which is none of a, b, c"),

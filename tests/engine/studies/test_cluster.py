@@ -27,7 +27,7 @@ def test_jobs_are_submitted(tmp_path):
     (tmp_path / "mended").touch()
     outcomes = run_on_cluster(file, output, script, Resources(2), "local", {}, retry=True, say=lines.append)
     assert [each.state for each in outcomes] == ["done", "done"]
-    assert [record(job)["attempts"] for job in all_jobs(file, output)] == [1, 2]
+    assert [record(job.folder)["attempts"] for job in all_jobs(file, output)] == [1, 2]
 
 
 @needs_submitit
@@ -52,11 +52,11 @@ def test_a_job_whose_time_is_over_saves_and_goes_on(tmp_path):
         time.sleep(0.02)
     rest = attempt.checkpoint()  # as submitit calls it when the time is nearly over
     thread.join()
-    assert record(job)["state"] == "stopped"
+    assert record(job.folder)["state"] == "stopped"
     submitit.core.utils.cloudpickle.loads(submitit.core.utils.cloudpickle.dumps(rest)).result()
-    assert record(job)["state"] == "done" and record(job)["attempts"] == 2
+    assert record(job.folder)["state"] == "done" and record(job.folder)["attempts"] == 2
     attempt()  # submitted twice
-    assert record(job)["attempts"] == 2
+    assert record(job.folder)["attempts"] == 2
 
 
 @needs_submitit

@@ -80,9 +80,9 @@ def test_checkpoints_stay_until_they_are_evaluated(tmp_path):
     assert found["both", 1].state == "failed" and found["both", 1].error == "no checkpoint"
     assert checkpoints(tmp_path) == ["BN/seed-1", "BN/seed-2", "FBN/seed-1", "FBN/seed-2"]
     (tmp_path / "broken").unlink()
-    attempts = [record(job)["attempts"] for job in all_jobs(file, tmp_path / "out")]
+    attempts = [record(job.folder)["attempts"] for job in all_jobs(file, tmp_path / "out")]
     assert {each.state for each in run(tmp_path, file, retry=True).values()} == {"done"}
-    assert [record(job)["attempts"] for job in all_jobs(file, tmp_path / "out")] == [
+    assert [record(job.folder)["attempts"] for job in all_jobs(file, tmp_path / "out")] == [
         n + (job.parts != ()) for n, job in zip(attempts, all_jobs(file, tmp_path / "out"))
     ]
     assert checkpoints(tmp_path) == []

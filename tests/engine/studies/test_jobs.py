@@ -58,7 +58,7 @@ def test_a_command_is_the_jobs_own_without_places(tmp_path):
 
 def test_a_job_from_beginning_to_end(two):
     file, job = two
-    assert collect(file, job).state == "waiting" and record(job) == {}
+    assert collect(file, job).state == "waiting" and record(job.folder) == {}
     begin(job)
     assert collect(file, job, is_running=True).state == "running" and collect(file, job).state == "waiting"
     assert finish(job, 143, 2.0, "none", stopped=True) is None and collect(file, job).state == "waiting"
@@ -74,7 +74,7 @@ def test_a_job_from_beginning_to_end(two):
     assert (outcome.state, outcome.seconds, outcome.error) == ("done", 5.0, None)
     assert outcome.metrics == {"top1": 61.25} and outcome.curves == {"top1": [(10, 40.0), (20, 61.25)]}
     assert outcome.hardware == "a CPU" and outcome.versions == {"torch": "2.6"}
-    assert outcome.config_seed == config_seed(1) and record(job)["attempts"] == 2
+    assert outcome.config_seed == config_seed(1) and record(job.folder)["attempts"] == 2
 
 
 def test_a_metric_that_is_no_number(two):

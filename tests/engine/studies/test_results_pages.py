@@ -154,9 +154,13 @@ def test_old_pages_go_and_a_file_of_another_study_is_refused(catalog, tmp_path):
     kept_at(tmp_path, catalog[0], "cpu", {"BN": 60.0, "FBN": 70.0})
     folder = tmp_path / "docs"
     folder.mkdir()
-    (folder / "p7.md").touch()
+    for name in ("p7.md", "p0_fig5-cpu-old-by-variant.svg"):
+        (folder / name).touch()
+    own = [folder / name for name in ("notes.md", "picture.svg", "p0.txt")]
+    for path in own:
+        path.touch()
     files = write_results(catalog, read_kept(catalog, tmp_path), folder)
-    assert sorted(folder.iterdir()) == sorted(files)
+    assert sorted(folder.iterdir()) == sorted([*files, *own])
     kept_file(tmp_path, catalog[0].path, "cpu").rename(kept_file(tmp_path, catalog[1].path, "cpu"))
     with pytest.raises(ValueError, match=r"is of P0\.fig5: Accuracy .*, and not of P2\.tab1 at the scale cpu"):
         read_kept(catalog, tmp_path)

@@ -125,7 +125,7 @@ def test_a_study_that_is_stopped_goes_on(tmp_path, monkeypatch, number, forks, c
     assert states(outcomes_of(file, output)) == "www"
 
     assert states(run_study(file, output, script, Resources(2), forks=False)) == "ddd"
-    assert [record(job)["attempts"] for job in all_jobs(file, output)] == [2, 2, 1]
+    assert [record(job.folder)["attempts"] for job in all_jobs(file, output)] == [2, 2, 1]
 
 
 def wait_for(files, seconds: float = 60) -> None:

@@ -62,6 +62,16 @@ def test_a_scale_changes_what_it_names(tmp_path):
     assert read_study_alone(write_study(tmp_path, FILE), ROOT, "smoke").study == study
 
 
+def test_a_scale_has_a_title_and_pictures_of_its_own(tmp_path):
+    text = FILE.replace(
+        "  cpu:\n", "  cpu:\n    TITLE: Two norms on less\n    TOGETHER: {Loss: {label: loss, rows: {a: x}}}\n"
+    )
+    study = read(tmp_path, "cpu", text).study
+    assert study.heading == "P0.fig5: Two norms on less (cpu scale, reduced)" and list(study.together) == ["Loss"]
+    study = read(tmp_path, "paper", text).study
+    assert study.title == "Two norms" and study.together == {}
+
+
 def test_only_some_variants(tmp_path):
     text = """VARIANTS: {a: {MODEL.NORM: FBN}, b: {MODEL.NORM: BN}, c: {MODEL.NORM: IN}}
 COMBINE: {a and b: {of: [a, b]}, c in 10: {of: c, crops: 10}}

@@ -95,7 +95,10 @@ def test_variants_by_name_with_configs_of_their_own(tmp_path):
             "VARIANTS: {a: {MODEL.NORM: FBN}, b: {MODEL.NORM: FBN(t_sigma=5.0)}}\nSEEDS: 1",
             "'a' and 'b' have the same s",
         ),
-        (f"{TWO}SEEDS: 1\nMETRICS: [top2]", "of which higher_is_better must be said, as it is none of top1, top5, los"),
+        (
+            f"{TWO}SEEDS: 1\nMETRICS: [top2]",
+            "of which higher_is_better must be said, or ranked: false, as it is none of",
+        ),
         (f"{TWO}SEEDS: 1\nMETRICS: {{top1: {{better: 1}}}}", "unknown option of metric 'top1' 'better'"),
         (f"{TWO}SEEDS: 1\nTOGETHER: {{a: {{rows: [x]}}}}", "rows of TOGETHER 'a' must be of type dict"),
         (f"{TWO}SEEDS: 1\nTOGETHER: {{a: {{rows: {{b: c}}}}}}", "TOGETHER 'a' must have a label for the axis, such as"),

@@ -15,13 +15,15 @@ from synthetic_study import LOSS, TOP1, changed, draw, plain_study, product_stud
 pytest.importorskip("scipy", reason="scipy is not installed")
 from fbn_plugin.engine.studies import statistics
 from fbn_plugin.engine.studies.document import Code, Heading, Mono, Paragraph, Strong, Table, html_page, markdown
-from fbn_plugin.engine.studies.figures import study_figures
+from fbn_plugin.engine.studies.figures import comparison_groups, study_figures
 from fbn_plugin.engine.studies.findings import best_blocks, comparison_blocks, mean_blocks
-from fbn_plugin.engine.studies.outcomes import Comparison, Outcome, Variant, read_outcomes, write_outcomes
+from fbn_plugin.engine.studies.outcomes import Comparison, Metric, Outcome, Variant, read_outcomes, write_outcomes
 from fbn_plugin.engine.studies.plots import figure_png
 from fbn_plugin.engine.studies.report import render_docs, report_markdown, report_page, write_docs, write_report
 from fbn_plugin.engine.studies.statistics import study_statistics
 from fbn_plugin.engine.studies.svg import _spread, figure_file, nice_ticks, tick_text
+
+SHARE_BEFORE = {"start": 0.0, "middle": 0.5, "end": 1.0}  # of a text, before its place
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +146,7 @@ def test_a_page_of_several_studies_begins_with_who_is_not_beaten_where():
     assert glance.startswith("At a glance")
     assert "**Small batches**. The highest top-1 accuracy" in glance
     assert re.search(
-        r"By the mean over the settings, told apart: FBN, T=3 higher than BN by \d\.\d+ ± 0\.\d+ % \(adj", glance
+        r"By the mean over the settings, told apart: FBN, T=3 higher than BN by \d\.\d+ ± 0\.\d+ points \(adj", glance
     )
     assert "**Table I, reduced**. **GN** has the highest mask AP" in glance and glance.count("Table I, reduced") == 1
     assert re.search(r"\| where +\| Small batches, top-1 accuracy \(%\) +\|", glance)
@@ -243,6 +245,7 @@ def test_pictures_show_the_summaries():
     [
         small_product(seeds=3),
         plain_study(variants=("BN", "a" * 60 + "b" * 60, *(f"a norm of a long name {i}" for i in range(24))), seeds=3),
+        small_product(seeds=3, metrics={"top1": dataclasses.replace(TOP1, label="what takes many words to say " * 8)}),
     ],
 )
 def test_all_that_is_drawn_lies_within_its_picture(study):
@@ -254,8 +257,67 @@ def test_all_that_is_drawn_lies_within_its_picture(study):
             places = [(each.get("x"), each.get("y"))] if each.get("x") else [(each.get("cx"), each.get("cy"))]
             places = [place for place in places if place[0]] + re.findall(r"(-?[\d.]+) (-?[\d.]+)", each.get("d", ""))
             assert all(0 <= float(x) <= width and 0 <= float(y) <= height for x, y in places), each.attrib
-            reach = 5.2 * len(each.text or "") * {"end": 1, "middle": 0.5}.get(each.get("text-anchor"), 0)
-            assert each.get("x") is None or float(each.get("x")) - reach > -8, each.text
+            if each.get("x"):
+                start = float(each.get("x")) - 5.2 * len(each.text) * SHARE_BEFORE[each.get("text-anchor", "start")]
+                assert start > -8 and start + 5.2 * len(each.text) < width + 8, each.text
+
+
+def test_each_comparison_says_within_what_it_is():
+    """Also those that a claim adds, of which the study names no group."""
+    study = small_product(seeds=3)
+    more = [
+        Comparison("GN, batch 2", "FBN, T=3, batch 2"),
+        Comparison("BN, batch 16", "BN, batch 2"),
+        Comparison("GN, batch 16", "GN, batch 2"),
+        Comparison("GN, batch 16", "BN, batch 2"),
+    ]
+    study = dataclasses.replace(study, comparisons=[*study.comparisons, *more])
+    outcomes = draw(study, iterations=3)
+    found = study_statistics(study, outcomes)
+    groups = comparison_groups(study, found["top1"].comparisons)
+    assert [(each.title, each.baseline, [tuple(row[1:]) for row in each.rows]) for each in groups] == [
+        ("batch 2", "", [("FBN, T=3", "BN"), ("GN", "BN"), ("GN", "FBN, T=3")]),
+        ("batch 16", "BN", [("FBN, T=3", "BN"), ("GN", "BN")]),
+        ("batch 16 minus batch 2", "", [("BN", ""), ("GN", "")]),
+        ("", "BN, batch 2", [("GN, batch 16", "BN, batch 2")]),
+    ]
+    text = markdown(comparison_blocks(study, "top1", found["top1"]))
+    assert "batch 16 minus batch 2, top-1 accuracy:" in text and "top-1 accuracy minus that of BN, batch 2:" in text
+    assert "difference ± sd (points)" in text
+    (figure,) = (each for each in study_figures(study, outcomes, found) if each.kind == "differences")
+    assert [(panel.title, panel.x_label) for panel in figure.panels] == [
+        ("batch 2", "top-1 accuracy minus its baseline (points)"),
+        ("batch 16", "top-1 accuracy minus BN (points)"),
+        ("batch 16 minus batch 2", "difference of top-1 accuracy (points)"),
+        ("", "top-1 accuracy minus BN, batch 2 (points)"),
+    ]
+    assert [row.label for row in figure.panels[0].rows] == ["FBN, T=3 minus BN", "GN minus BN", "GN minus FBN, T=3"]
+    assert len({panel.x_range for panel in figure.panels}) == 1
+
+
+def test_of_what_has_no_better_end_no_best_is_named():
+    share = Metric(False, "", "share of values left out", is_ranked=False)
+    study = small_product(seeds=3, metrics={"share": share})
+    outcomes = draw(study, iterations=3)
+    found = study_statistics(study, outcomes)["share"]
+    assert found.best == [] and best_blocks(study, "share", found) == []
+    means = markdown(mean_blocks(study, "share", found))
+    assert "Bold" not in means and "**" not in means and "°" not in means
+    header = markdown(comparison_blocks(study, "share", found))
+    assert "p two-sided" in header and "p better (Holm)" not in header
+
+
+def test_levels_that_are_numbers_are_told_with_their_factor():
+    study = product_study(norms=("0.05", "0.1"), batches=("2", "16"), sets=("one",), seeds=3)
+    outcomes = draw(study, mean=lambda levels, name: 60.0 + 100 * float(levels["norm"]), iterations=3)
+    found = study_statistics(study, outcomes)
+    text = report_markdown(study, outcomes, found)
+    assert "**norm 0.1** in 2 of 2 settings" in text and "minus that of norm 0.05:" in text
+    assert "mean over 2 settings, top-1 accuracy minus that of norm 0.05:\n\n| variant" in text
+    figures = study_figures(study, outcomes, found)
+    lines = [line.label for panel in figures[0].panels for line in panel.lines]
+    assert lines == ["norm 0.05", "norm 0.1"]
+    assert all(len({line.style for line in panel.lines}) == 2 for panel in figures[0].panels)
 
 
 def test_styles_differ_where_there_are_more_variants_than_colours():

@@ -26,9 +26,9 @@ def test_what_is_missing_is_said_before_anything_runs(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
         run_study(file, tmp_path / "out", tool(tmp_path), Resources(1), forks=False)
     sets = tmp_path / "sets"
+    where = f"neither here nor below $DETECTRON2_DATASETS ({sets})"
     assert str(error.value) == (
-        f"study {file.path}: it wants what is neither here nor below $DETECTRON2_DATASETS ({sets}): mnist (MNIST, from "
-        "its page); w.pth (weights)"
+        f"study {file.path}: data are missing, {where}: mnist (MNIST, from its page); w.pth (weights)"
     )
     assert not (tmp_path / "out").exists()
     (sets / "mnist").mkdir(parents=True)
@@ -52,7 +52,7 @@ def test_small_sets_are_made_once(tmp_path, monkeypatch):
     make_wanted(wanted)
     make_wanted(wanted)
     assert len(made) == 1
-    with pytest.raises(FileNotFoundError, match=r"it wants .*nothing \(N\)"):
+    with pytest.raises(FileNotFoundError, match=r"data are missing, .*nothing \(N\)"):
         make_wanted([Wanted(str(tmp_path / "other"), "photos", "photographs"), Wanted("nothing", "N")])
     assert len(made) == 1
 
