@@ -16,7 +16,7 @@ _BANDS, _ENDS = 1, 2  # styles
 _GAUSSIAN, _MEASURED, _LIMITS = 0, 1, 2
 _CAPTION = (
     "Of the first run of each variant: median, and the bands of {} % of a layer's values; the least and the greatest "
-    "value. Layers in the order in which they are called."
+    "value. Layers in the order in which they are called; each variant at a scale of its own."
 )
 
 

@@ -48,6 +48,9 @@ __all__ = [
 
 # P2's number of seeds. A comparison of fewer pairs is labelled underpowered.
 SEEDS_OF_P2 = 15
+# So many pairs of one sign have a two-sided p below 0.05 in a sign test.
+_LEAST_OF_ONE_SIGN = 6
+_ALL_ALIKE = "in every pair both figures are the same, so there is no t-test"
 POWER = 0.8
 RESAMPLES = 9_999
 # The bootstrap of two values is their range.
@@ -401,7 +404,8 @@ def compare(
     known["p_signed_rank"] = signed_rank(differences)
     test = paired_t(differences)
     if test is None:
-        return PairedComparison(**known, note="every difference is the same, so there is no t-test")
+        note = "every difference is the same, so there is no t-test" if any(differences) else _ALL_ALIKE
+        return PairedComparison(**known, note=note)
     t, p, p_greater, p_less = test
     effect = known["difference"] / known["sd"]
     return PairedComparison(
@@ -414,7 +418,16 @@ def compare(
         d_z=effect,
         g_z=effect * _hedges_correction(len(seeds) - 1),
         seeds_needed=seeds_needed(effect, alpha),
+        note=_one_sided(differences) if p >= alpha else "",
     )
+
+
+def _one_sided(differences: Sequence[float]) -> str:
+    """That all pairs say the same, where this is more than chance (sign test at 0.05) and one, such as with a run that
+    failed to learn, is so far from the others that the t-test does not see it; else ""."""
+    if len(differences) < _LEAST_OF_ONE_SIGN or not (max(differences) < 0 or min(differences) > 0):
+        return ""
+    return f"{'higher' if differences[0] > 0 else 'lower'} in each of the {len(differences)} pairs"
 
 
 def _differences(first: Sequence[float], second: Sequence[float]) -> list[float]:

@@ -363,3 +363,17 @@ def test_holm_is_no_smaller_and_keeps_the_order(p_values):
     known = sorted((p, a) for p, a in zip(p_values, adjusted) if p is not None)
     assert [p is None for p in p_values] == [a is None for a in adjusted]
     assert all(p <= a <= 1 for p, a in known) and [a for _, a in known] == sorted(a for _, a in known)
+
+
+def test_pairs_that_all_say_the_same_are_named_where_the_t_test_does_not_tell_them_apart():
+    """As of ten runs of which one failed to learn."""
+    baseline = dict.fromkeys(range(10), 98.0)
+    variant = {seed: 98.5 + 0.1 * (seed % 3) for seed in baseline} | {3: 185.0}
+    found = compare(variant, baseline)
+    assert found.p > 0.05 and found.note == "higher in each of the 10 pairs"
+    assert compare(baseline, variant).note == "lower in each of the 10 pairs"
+    assert compare({**variant, 3: 99.0}, baseline).note == ""  # told apart without
+    assert compare({**variant, 4: 97.9}, baseline).note == ""
+    few = {seed: variant[seed] for seed in range(1, 6)}
+    assert compare(few, baseline).p > 0.05 and compare(few, baseline).note == ""
+    assert compare(baseline, baseline).note == "in every pair both figures are the same, so there is no t-test"
