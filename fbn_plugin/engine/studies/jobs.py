@@ -325,6 +325,10 @@ def collect(study: StudyFile, job: Job, is_running: bool = False) -> Outcome:
         curves, info = _curves(study, job), read_run_info(job.folder)
         known_metrics = study.study.metrics.items()
         metrics = {name: figure_of_run(metric, curves[name]) for name, metric in known_metrics if name in curves}
+        if state == "done" and not curves:
+            rows = ", ".join(study.study.curve_rows.values())
+            known |= {"error": f"metrics.json has no row of {rows}; remove the run's folder to have it made again"}
+            state = "failed"
     error = known.get("error") if state == "failed" else None
     return Outcome(
         variant=job.variant,

@@ -85,6 +85,18 @@ def test_a_metric_that_is_no_number(two):
     assert math.isnan(collect(file, job).metrics["top1"])
 
 
+@pytest.mark.parametrize("content", [None, "", '{"iteration": 9, "total_loss": 2.0}\n'])
+def test_a_finished_run_whose_rows_are_gone_has_not_diverged(two, content):
+    file, job = two
+    begin(job)
+    if content is not None:
+        (job.folder / "metrics.json").write_text(content)
+    finish(job, 0, 3.0, "none")
+    outcome = collect(file, job)
+    assert (outcome.state, outcome.metrics) == ("failed", {})
+    assert outcome.error == "metrics.json has no row of top1; remove the run's folder to have it made again"
+
+
 @pytest.mark.parametrize(
     ("log", "code", "error"),
     [
@@ -130,6 +142,9 @@ def test_a_damaged_record_is_named(two):
     begin(job)
     (job.folder / "job.json").write_text(json.dumps({"state": "done"}))
     with pytest.raises(ValueError, match=r"job\.json has no 'error' of the right type|has no 'seconds'"):
+        collect(file, job)
+    (job.folder / "job.json").write_text('{"state": "do')
+    with pytest.raises(ValueError, match=r"job\.json .*; remove the file to have the job looked at anew$"):
         collect(file, job)
 
 
