@@ -9,6 +9,7 @@ import pytest
 from documentation import run_snippet, snippets
 
 import fbn_plugin
+from fbn_plugin.engine.studies.document import anchor
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -29,6 +30,28 @@ def test_every_file_that_is_named_exists():
     others = {name for text in texts for name in re.findall(r"(?:tools|examples)/\w+\.py\b", text)}
     assert len(configs) > 3 and len(others) > 8
     assert [name for name in sorted(configs | others) if not (ROOT / name).is_file()] == []
+
+
+def test_links_lead_to_files_and_headings_that_are_there():
+    """By the rule of GitHub, and of MyST, for the anchors of headings."""
+    found = 0
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/**/*.md")]:
+        for name, mark, heading in re.findall(
+            r"\]\((?!\w+:)([^)#\s]*)(#?)([^)\s]*)\)", page.read_text(encoding="utf-8")
+        ):
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name}: {name}"
+            if mark and target.suffix == ".md":
+                found += 1
+                assert heading in headings_of(target), f"{page.name}: {name}#{heading}"
+    assert found > 60
+
+
+@functools.cache
+def headings_of(page: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines = re.findall(r"^#{1,6} (.+)$", text, re.MULTILINE)
+    return {anchor(re.sub(r"\[(.*?)\]\(.*?\)", r"\1", line)) for line in lines}
 
 
 def test_shell_examples_quote_what_a_shell_reads_otherwise():
