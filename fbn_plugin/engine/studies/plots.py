@@ -2,6 +2,7 @@
 Matplotlib to the next."""
 
 import io
+import textwrap
 
 from fbn_plugin.engine.studies.figures import Figure, LinePanel, RowPanel, row_values, x_span
 from fbn_plugin.engine.studies.svg import COLORS, DASHES, MARKS, log_ticks, nice_ticks, padded, tick_text, y_span
@@ -97,7 +98,7 @@ def _lines(axes, panel: LinePanel) -> None:
     axes.minorticks_off()
     axes.set_ylim(low, high)
     axes.set_xlabel(panel.x_label, fontsize=8.5, color=_SOFT)
-    axes.set_ylabel(panel.y_label, fontsize=8.5, color=_SOFT)
+    axes.set_ylabel(textwrap.fill(panel.y_label, 64 if panel.is_direct else 40), fontsize=8.5, color=_SOFT)
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     if panel.is_direct:
@@ -130,4 +131,4 @@ def _rows(axes, panel: RowPanel) -> None:
     axes.set_axisbelow(True)
     if panel.has_zero:
         axes.axvline(0, color=_SOFT, linewidth=1.2, zorder=1)
-    axes.set_xlabel(panel.x_label, fontsize=8.5, color=_SOFT)
+    axes.set_xlabel(textwrap.fill(panel.x_label, 64), fontsize=8.5, color=_SOFT)

@@ -267,9 +267,7 @@ def _main_metric(study: Study) -> str:
 def _printed(experiment: Experiment, study: Study) -> str:
     """The paper's figures of the variants of a scale; where it has none of the paper's, those of the paper's scale."""
     own, papers = (_figures(each, _main_metric(each), None) for each in (study, experiment.study))
-    if own != _NONE or papers == _NONE or study.variants.keys() == experiment.study.variants.keys():
-        return own if own != _NONE else papers
-    return f"of other variants: {papers}"
+    return own if own != _NONE or papers == _NONE else f"of other variants: {papers}"
 
 
 def _figures(study: Study, name: str, found: Mapping[str, MetricStatistics] | None) -> str:

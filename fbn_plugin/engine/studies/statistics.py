@@ -48,11 +48,11 @@ __all__ = [
 
 # P2's number of seeds. A comparison of fewer pairs is labelled underpowered.
 SEEDS_OF_P2 = 15
-# So many pairs of one sign have a two-sided p below 0.05 in a sign test.
-_LEAST_OF_ONE_SIGN = 6
-_ALL_ALIKE = "in every pair both figures are the same, so there is no t-test"
 POWER = 0.8
 RESAMPLES = 9_999
+# So many pairs that differ to one side have a two-sided p below 0.05 in a sign test.
+_LEAST_TO_ONE_SIDE = 6
+_ALL_ALIKE = "in every pair both figures are the same, so there is no t-test"
 # The bootstrap of two values is their range.
 _LEAST_FOR_BOOTSTRAP = 3
 # Beyond, squares overflow: a run that ends there has diverged.
@@ -418,16 +418,16 @@ def compare(
         d_z=effect,
         g_z=effect * _hedges_correction(len(seeds) - 1),
         seeds_needed=seeds_needed(effect, alpha),
-        note=_one_sided(differences) if p >= alpha else "",
+        note=_all_to_one_side(differences) if p >= alpha else "",
     )
 
 
-def _one_sided(differences: Sequence[float]) -> str:
+def _all_to_one_side(differences: Sequence[float]) -> str:
     """That all pairs say the same, where this is more than chance (sign test at 0.05) and one, such as with a run that
     failed to learn, is so far from the others that the t-test does not see it; else ""."""
-    if len(differences) < _LEAST_OF_ONE_SIGN or not (max(differences) < 0 or min(differences) > 0):
+    if len(differences) < _LEAST_TO_ONE_SIDE or not (max(differences) < 0 or min(differences) > 0):
         return ""
-    return f"{'higher' if differences[0] > 0 else 'lower'} in each of the {len(differences)} pairs"
+    return f"all {len(differences)} pairs differ to the same side"
 
 
 def _differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
