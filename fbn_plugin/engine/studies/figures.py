@@ -276,9 +276,9 @@ def _by_level(study: Study, found: MetricStatistics, name: str, what: str, file:
     style = styles(study)
     together, apart = [], []
     others = [each for each in study.factors if each not in (number, factor)]
+    ordered = sorted(study.factors[factor], key=lambda level: style[called(study, level)])
     for levels in itertools.product(*(study.factors[each] for each in others)):
         shared = dict(zip(others, levels))
-        ordered = sorted(study.factors[factor], key=lambda level: style[called(study, level)])
         lines = [_line(study, found, shared | {factor: one}, number, style[called(study, one)]) for one in ordered]
         lines = [line for line in lines if line.x]
         if not lines:
@@ -381,13 +381,17 @@ class ComparisonGroup:
     Attributes:
         title: what all of them are within, such as ``"batch 4"``, or what is held against what, as
             ``"batch 4 minus batch 2"``; "" where neither is shared.
-        baseline: what all are held against; "" where they have several, or the title says it.
-        rows: each comparison with the names of its two sides.
+        rows: each comparison with the names of its two sides; the second is "" where the title says it.
     """
 
     title: str
-    baseline: str
     rows: list[tuple[PairedComparison, str, str]]
+
+    @property
+    def baseline(self) -> str:
+        """What all are held against; "" where they have several, or the title says it."""
+        baselines = {baseline for _, _, baseline in self.rows}
+        return baselines.pop() if len(baselines) == 1 else ""
 
     @property
     def has_own_baselines(self) -> bool:
@@ -415,11 +419,8 @@ def comparison_groups(study: Study, comparisons: Sequence[PairedComparison]) -> 
         else:
             key, names = (2, ""), (each.variant, each.baseline)
         groups.setdefault(key, []).append((each, *names))
-    found = []
-    for (_, title), rows in sorted(groups.items(), key=lambda group: group[0][0]):
-        baselines = {baseline for _, _, baseline in rows}
-        found.append(ComparisonGroup(title, baselines.pop() if len(baselines) == 1 else "", rows))
-    return found
+    ordered = sorted(groups.items(), key=lambda group: group[0][0])
+    return [ComparisonGroup(title, rows) for (_, title), rows in ordered]
 
 
 def _differences(study: Study, found: MetricStatistics, name: str, metric: Metric, file: str) -> Figure:

@@ -48,6 +48,7 @@ __all__ = [
 _UNDERPOWERED = "underpowered"
 _MARKS = {"higher": " ↑", "lower": " ↓", "not told apart": ""}
 _MOST_NAMED = 20
+_P_BETTER = "p better (Holm)"
 
 
 class Numbers:
@@ -375,10 +376,8 @@ def comparison_blocks(study: Study, name: str, found: MetricStatistics) -> list[
     for each in found.over_all:
         over_all.setdefault(each.group, []).append(each)
     for title, members in over_all.items():
-        baselines = {called(study, each.baseline) for each in members}
         rows = [(each, called(study, each.variant), called(study, each.baseline)) for each in members]
-        group = ComparisonGroup(title, baselines.pop() if len(baselines) == 1 else "", rows)
-        blocks += _comparison_table(study, name, group, numbers)
+        blocks += _comparison_table(study, name, ComparisonGroup(title, rows), numbers)
     if over_all:
         tests = sum(each.p is not None for each in found.over_all)
         note = (
@@ -393,16 +392,14 @@ def _comparison_table(study: Study, name: str, group: ComparisonGroup, numbers: 
     """The comparisons of one group; a baseline that all of them share stands above the table."""
     unit, level = difference_unit(study.metrics[name]), _percent(1 - study.alpha)
     header: list[Inline] = ["variant", "minus", "verdict", f"difference ± sd{f' ({unit})' if unit else ''}"]
-    header += [f"{level} bootstrap", "p two-sided (Holm)", "p better (Holm)", "p signed rank (Holm)"]
+    header += [f"{level} bootstrap", "p two-sided (Holm)", _P_BETTER, "p signed rank (Holm)"]
     header += ["d_z (g_z)", "seeds needed"]
+    hidden = {"" if group.has_own_baselines else "minus", "" if study.metrics[name].is_ranked else _P_BETTER}
     rows = [header, *(_comparison_row(each, numbers, names) for each, *names in group.rows)]
-    if not study.metrics[name].is_ranked:
-        rows = [[*row[:6], *row[7:]] for row in rows]
+    rows = [[cell for head, cell in zip(header, row) if head not in hidden] for row in rows]
     what = f"{group.title}{', ' * bool(group.title)}{study.metrics[name].label or name}"
-    if group.has_own_baselines:
-        return [Paragraph((f"{what}:",)), Table(rows, (0, 1, 2))]
     what += f" minus that of {group.baseline}" if group.baseline else ""
-    return [Paragraph((f"{what}:",)), Table([[row[0], *row[2:]] for row in rows], (0, 1))]
+    return [Paragraph((f"{what}:",)), Table(rows, (0, 1, 2) if group.has_own_baselines else (0, 1))]
 
 
 def _comparison_row(each: PairedComparison, numbers: Numbers, names: Sequence[str]) -> list[Inline]:

@@ -162,20 +162,15 @@ def is_ready(job: Job) -> bool:
     Raises:
         ValueError: the record of such a job is damaged.
     """
-    return all(_state(part) == "done" for part in job.parts)
-
-
-def _state(folder: Path) -> str:
-    path = folder / _RECORD
-    return read_record(path).get("state", "") if path.is_file() else ""
+    return all(record(part).get("state") == "done" for part in job.parts)
 
 
 def tidy(jobs: Sequence[Job]) -> None:
     """Remove the checkpoints of finished jobs that are not to stay, once no combination waits for them."""
-    wanted = {part for job in jobs for part in job.parts if _state(job.folder) != "done"}
+    wanted = {part for job in jobs for part in job.parts if record(job.folder).get("state") != "done"}
     evaluated = {part for job in jobs for part in job.parts}
     for job in jobs:
-        if job.folder in evaluated - wanted and _state(job.folder) == "done":
+        if job.folder in evaluated - wanted and record(job.folder).get("state") == "done":
             _tidy(job.folder, job.keep)
 
 
