@@ -230,15 +230,8 @@ def _width_of(text: str) -> float:
 
 
 def _wrapped(text: str, width: float) -> list[str]:
-    """A text in as many lines as it needs."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _width_of(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
+    """A label in as many lines as it needs, one at least."""
+    return textwrap.wrap(text, int(width / _LETTER)) or [""]
 
 
 def _lines(panel: LinePanel) -> str:
