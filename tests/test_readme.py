@@ -31,12 +31,6 @@ def test_it_is_short():
     assert len(lines) <= 120 and max(map(len, lines)) <= 150
 
 
-def test_links_lead_to_files():
-    targets = re.findall(r"\]\(([^)#]+)", TEXT)
-    assert len(targets) > 10
-    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
-
-
 def test_it_links_to_every_page():
     pages = {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")} - {"docs/index.md"}
     assert pages <= set(re.findall(r"\]\(([^)#]+)", TEXT))
