@@ -60,7 +60,7 @@ def claim_blocks(study: Study, found: Mapping[str, MetricStatistics], rank: int)
     counts = Counter(each.verdict for each in verdicts)
     parts = ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name])
     rows: list[list[Inline]] = [["claim", "verdict", "seen", "n", "p", "seeds needed"]]
-    for each in verdicts:
+    for each in sorted(verdicts, key=lambda verdict: verdict.verdict == "not run"):  # these last
         numbers = Numbers(found[each.claim.metric]) if each.claim.metric in found else None
         seen = "-" if numbers is None else _seen(each, numbers)
         verdict = verdict_text(each)
