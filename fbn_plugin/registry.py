@@ -23,7 +23,7 @@ from fbn_plugin import layers
 from fbn_plugin.layers.batch_norm import check_gamma_init
 from fbn_plugin.layers.description import NormDescription, describe_class, describe_type, spatial_dims
 from fbn_plugin.layers.random_start import separate_stream
-from fbn_plugin.ops.checks import check_filter
+from fbn_plugin.ops.checks import check_filter, check_groups
 
 _BOUNDS = {"eps": (0, 1), "momentum": (0, 1), "num_groups": (1, math.inf)}
 _LARGEST = 1e30  # what a float32 holds, with room for sums
@@ -168,8 +168,10 @@ def class_builder(name: str, *classes: type[nn.Module] | None, **defaults) -> Ca
         if cls is None:
             raise ValueError(f"{name} has no form for {dims} spatial dimensions, only {known[0].__name__}")
         num_channels, options = given.pop("num_channels"), {**defaults, **given}
-        if options.get("num_groups", 0) is None:
-            options["num_groups"] = default_num_groups(num_channels)
+        if "num_groups" in options:
+            if options["num_groups"] is None:
+                options["num_groups"] = default_num_groups(num_channels)
+            check_groups(options["num_groups"], num_channels)  # PyTorch 2.6 does not say which
         return cls(**{channels: num_channels}, **options)
 
     build.__signature__ = inspect.Signature([first, *others, dims_parameter])

@@ -15,7 +15,7 @@ from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.layers.filtered_batch_norm import FilterMixin
 from fbn_plugin.layers.graph import Proxy, call_node
 from fbn_plugin.ops import scripted
-from fbn_plugin.ops.checks import check_device, check_eps_of_moments
+from fbn_plugin.ops.checks import check_device, check_eps_of_moments, check_groups
 from fbn_plugin.ops.functional import filtered_group_norm, filtered_share
 from fbn_plugin.ops.reference import Options
 
@@ -86,10 +86,7 @@ class FilteredGroupNorm(_GroupFilterMixin, OptionalBiasMixin, nn.GroupNorm):
         grad_mode: str = "exact",
         gaussian_correction: bool = False,
     ) -> None:
-        if num_groups < 1 or num_channels % num_groups:
-            raise ValueError(
-                f"num_groups must divide num_channels, got {num_groups} groups for {num_channels} channels"
-            )
+        check_groups(num_groups, num_channels)
         super().__init__(num_groups, num_channels, eps, affine, bias=bias, device=device, dtype=dtype)
         self._init_filter(t_sigma, grad_mode, gaussian_correction)
 

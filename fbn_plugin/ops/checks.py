@@ -46,6 +46,14 @@ def check_eps_of_moments(eps: float) -> float:
     return eps
 
 
+def check_groups(num_groups: int, num_channels: int) -> None:
+    """ValueError unless the channels fall into that many equal groups."""
+    if num_groups < 1 or num_channels % num_groups:
+        raise ValueError(
+            f"num_groups must divide the number of channels, got {num_groups} groups for {num_channels} channels"
+        )
+
+
 def check_device(device: str | int | torch.device | None) -> None:
     """ValueError if ``device`` is none: it stands where a cut may be given that belongs by name."""
     number = isinstance(device, int) and not 0 <= device < torch.accelerator.device_count()

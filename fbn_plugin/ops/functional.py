@@ -18,6 +18,7 @@ from fbn_plugin.ops.checks import (
     check_eps,
     check_eps_of_moments,
     check_filter,
+    check_groups,
 )
 from fbn_plugin.ops.reference import Options, RunningStats
 
@@ -317,11 +318,7 @@ def filtered_group_norm(
     if y is not None:
         return y
     check_channels(x, weight, bias)
-    channels = x.shape[1]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(
-            f"num_groups must divide the number of channels, got {num_groups} groups for {channels} channels"
-        )
+    check_groups(num_groups, x.shape[1])
     if x.numel() == 0:  # of which PyTorch refuses maps of height or width 0
         return plain.without_values(x, [weight, bias])
     if options.t_sigma == math.inf:

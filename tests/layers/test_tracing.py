@@ -81,6 +81,8 @@ def test_exported_with_sizes_left_open():
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_onnx_with_sizes_left_open(dynamo, tmp_path):
     pytest.importorskip("onnxscript", reason="export to ONNX needs the package onnxscript")
+    if dynamo and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("the exporter by graphs of PyTorch 2.6 cannot write what filters")
     onnxruntime = pytest.importorskip("onnxruntime", reason="what ONNX computes is asked of onnxruntime")
     model, path = EveryNorm(TO_ONNX).eval(), str(tmp_path / "norms.onnx")
     if dynamo:

@@ -236,7 +236,7 @@ def test_wrong_weights_are_named(tmp_path):
             {"backbone": "wide_resnet50_2", "backbone_options": {"res2_channels": 64}},
             "wide_resnet50_2 .*res2_channels.*resnet18, resnet34",
         ),
-        ({"norm_fpn": "GN(num_groups=32)"}, "divisible|divide"),
+        ({"norm_fpn": "GN(num_groups=32)"}, "32 groups for"),
         ({"trainable_layers": 6}, "trainable_layers .*0.*5.*6"),
         ({"anchor_sizes": ((8,), (16,))}, "anchor_sizes .*5 .*2"),
         ({"anchor_sizes": ((8,), (16,), (32,), (64,), (128, 256))}, "same number of anchors"),
