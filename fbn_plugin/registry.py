@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -168,6 +169,8 @@ def class_builder(name: str, *classes: type[nn.Module] | None, **defaults) -> Ca
         if cls is None:
             raise ValueError(f"{name} has no form for {dims} spatial dimensions, only {known[0].__name__}")
         num_channels, options = given.pop("num_channels"), {**defaults, **given}
+        if not isinstance(num_channels, numbers.Integral) or num_channels < 0:
+            raise ValueError(f"{name} wants a number of channels, got {num_channels!r}")
         if "num_groups" in options:
             if options["num_groups"] is None:
                 options["num_groups"] = default_num_groups(num_channels)

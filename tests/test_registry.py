@@ -114,6 +114,13 @@ def test_as_many_groups_as_divide_the_channels_up_to_32(name):
         get_norm(f"{name}(num_groups=None)", 24)
 
 
+@pytest.mark.parametrize("channels", ["8", None, -1, 8.0])
+@pytest.mark.parametrize("spec", ["BN", "FBN", "GN(num_groups=2)", "FGN", "LN", "ConvNorm", "RBN"])
+def test_what_is_no_number_of_channels_is_named(spec, channels):
+    with pytest.raises(ValueError, match=rf"wants a number of channels, got {channels!r}"):
+        get_norm(spec, channels)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_batch_without_images(name, training):

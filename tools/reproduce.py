@@ -1,10 +1,10 @@
 """The tables and figures of the papers: what there is to run, how far it is, and what came out.
 
     python tools/reproduce.py list
-    python tools/reproduce.py run P0.fig5 --scale cpu
-    python tools/reproduce.py run P0.fig5 P0.fig8 --scale cpu --jobs 2
+    python tools/reproduce.py run P0.fig8 --scale cpu
+    python tools/reproduce.py run P0.fig4 P0.fig8 --scale cpu --jobs 2
     python tools/reproduce.py run all --scale smoke
-    python tools/reproduce.py keep P0.fig5 --scale cpu
+    python tools/reproduce.py keep P0.fig8 --scale cpu
     python tools/reproduce.py report
 
 Each is a study, see docs/reproducing.md and docs/studies.md: a file in configs/experiments with an ID, at the scales
@@ -81,10 +81,11 @@ def show(args: argparse.Namespace) -> int:
                     states.append("-")
                     continue
                 found = progress(each.scales[scale].study, output_of(each, scale))
-                states.append(f"{found}{' (kept)' if (each.id, scale) in kept else ''}")
+                is_kept = (each.id, scale) in kept
+                states.append("kept" if is_kept and found.untouched else f"{found}{', kept' if is_kept else ''}")
             rows.append([", ".join(each.ids), each.study.title, *states, data_text(each)])
     print(markdown([Table(rows, (0, 1, len(rows[0]) - 1))]))
-    print("Jobs done of all, by the folder output; kept: figures of the scale lie in benchmarks/papers.")
+    print("Kept: figures of the scale lie in benchmarks/papers, and docs/results shows them. Else: jobs done.")
     print(f"Data are looked for here and below $DETECTRON2_DATASETS ({data_root()}).")
     return 0
 

@@ -222,7 +222,7 @@ def _note(old: nn.Module, new: nn.Module, spec: NormSpec) -> str:
     notes = [f"not carried over: {', '.join(lost)}"] if lost else []
     if has(new, "running_mean") and not has(old, "running_mean"):
         notes.append("running statistics are fresh")
-    if has(new, "t_sigma") and "t_sigma" not in spec.options and new.t_sigma != norm_options(spec.name)["t_sigma"]:
+    if has(new, "t_sigma") and new.t_sigma != {**norm_options(spec.name), **spec.options}.get("t_sigma", new.t_sigma):
         notes.append(f"keeps t_sigma={new.t_sigma:g}")
     if _has_no_eps(old) and not _has_no_eps(new) and family(old) != "FrozenBN":
         notes.append(f"eps is {new.eps:g} in the place of {old.eps:g}")

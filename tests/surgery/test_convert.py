@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fbn_plugin
-from fbn_plugin import NormReport, convert_norm, convert_sync
+from fbn_plugin import NormReport, convert_norm, convert_sync, registry
 from fbn_plugin.layers import description
 from fbn_plugin.layers.description import NormDescription
 from fbn_plugin.registry import NormSpec
@@ -75,6 +75,18 @@ def test_there_and_back():
     assert type(model[1]) is nn.BatchNorm2d and type(model[7]) is nn.BatchNorm1d
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+
+
+def test_a_function_whose_norms_filter_and_that_takes_no_cut(monkeypatch):
+    def CutAtFour(num_channels, eps=1e-5, *, dims=2, device=None, dtype=None):
+        return fbn_plugin.norm_factory("FBN(t_sigma=4)", dims)(num_channels, eps=eps, device=device, dtype=dtype)
+
+    monkeypatch.setattr(registry, "_NAMES", {cls: list(names) for cls, names in registry._NAMES.items()})
+    monkeypatch.setitem(fbn_plugin.NORMS._obj_map, "CutAtFour", CutAtFour)
+    model = nn.Sequential(nn.BatchNorm2d(4, eps=1e-3), nn.BatchNorm1d(4), fbn_plugin.FilteredBatchNorm2d(4))
+    convert_norm(model, "CutAtFour", report=(report := NormReport()))
+    assert [module.t_sigma for module in model] == [4, 4, 4] and model[0].eps == 1e-3
+    assert not any("t_sigma" in each.note for each in report.changed)
 
 
 @pytest.mark.parametrize("spec", ["GN(num_groups=4)", "FGN(num_groups=4)", "LN", "FLN"])

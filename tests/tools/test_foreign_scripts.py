@@ -64,8 +64,9 @@ from fbn_plugin import NORMS, norm_factory
 
 
 @NORMS.register()
-def FBN4(num_channels, *, dims=2, device=None, dtype=None):
-    return norm_factory("FBN(t_sigma=4)", dims)(num_channels, device=device, dtype=dtype)
+def FBN4(num_channels, eps=1e-5, momentum=0.1, *, dims=2, device=None, dtype=None):
+    factory = norm_factory("FBN(t_sigma=4)", dims)
+    return factory(num_channels, eps=eps, momentum=momentum, device=device, dtype=dtype)
 """
 
 

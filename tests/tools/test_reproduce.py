@@ -69,7 +69,7 @@ def test_from_list_to_report(tmp_path, main, capsys):
     assert (tmp_path / "output/p0_fig5-cpu/jobs/FBN/seed-1/results.json").is_file()
     assert main("run", "P0.fig5", "--scale", "cpu") == 0 and "seed 1" not in capsys.readouterr().out
     assert main(*keep) == 0 and (tmp_path / "benchmarks/papers/p0_fig5-cpu.json").is_file()
-    assert main("list", "P0", "--root", str(tmp_path)) == 0 and "| 2 of 2 (kept) |" in capsys.readouterr().out
+    assert main("list", "P0", "--root", str(tmp_path)) == 0 and "| 2 of 2, kept |" in capsys.readouterr().out
     assert main("report", "--root", str(tmp_path)) == 0
     assert (
         "| inconclusive on the reduced setting: 0 of 1 claim reproduced"
@@ -91,6 +91,7 @@ def test_wrong_folders_are_refused_and_a_kept_file_of_no_study_is_named(tmp_path
     nowhere = tmp_path / "none"
     for arguments, sentence in (
         (("--experiments", str(nowhere), "list"), f"folder of experiments {nowhere} is not there"),
+        (("--experiments", __file__, "list"), f"folder of experiments {__file__} is not a folder"),
         (("--experiments", str(tmp_path), "list"), f"folder of experiments {tmp_path} has no study file with an ID"),
         (("report", "--root", str(nowhere)), f"--root {nowhere} has no benchmarks/papers, where figures are kept"),
     ):

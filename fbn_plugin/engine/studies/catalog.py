@@ -80,7 +80,8 @@ def read_catalog(folder: str | os.PathLike, root: str | os.PathLike = ".") -> li
             sentence.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"folder of experiments {folder} is not there")
+        what = "is not a folder" if Path(folder).exists() else "is not there"
+        raise FileNotFoundError(f"folder of experiments {folder} {what}")
     found, owners = [], {}
     for path in sorted(Path(folder).glob("*.yaml")):
         content = read_yaml(path)
@@ -148,6 +149,11 @@ class Progress:
     done: int
     failed: int
     all: int
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing has ended."""
+        return not self.done and not self.failed
 
     def __str__(self) -> str:
         return f"{self.done} of {self.all}" + (f", {self.failed} failed" if self.failed else "")

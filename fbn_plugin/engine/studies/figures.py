@@ -340,7 +340,7 @@ def _dodged(lines: Sequence[Line], is_log: bool, ticks: Sequence[float]) -> list
     count = len(lines)
     places = [(i - (count - 1) / 2) / max(count - 1, 1) for i in range(count)]  # -0.5 to 0.5
     steps = [math.log(b / a) if is_log else b - a for a, b in itertools.pairwise(ticks)] or [1.0]
-    width = min(0.35 * min(steps), 0.03 * sum(steps) * (count - 1))  # few lines stand close at levels far apart
+    width = min(0.35 * min(steps), 0.03 * sum(steps) * min(count - 1, 4))  # they stand close at levels far apart
     if is_log:
         moved = [[x * math.exp(width * place) for x in line.x] for line, place in zip(lines, places)]
     else:

@@ -67,6 +67,8 @@ def keep_again(study: Study, target: str | os.PathLike) -> Path:
         OSError, ValueError: there is no such file, or its jobs are others than the study's; nothing is written then.
         WriteError: the file cannot be written.
     """
+    if not Path(target).exists():
+        raise FileNotFoundError(f"{study.heading}: nothing is kept of it, {target} is not there")
     kept, outcomes = read_outcomes(target)
     where = f"{study.heading}: the jobs in {target} cannot be kept again"
     for what in ("tool", "base", "settings", "variants", "seeds", "seed_rule"):

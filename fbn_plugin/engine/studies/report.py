@@ -207,7 +207,9 @@ def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int, most_varia
     facts: list[list] = [["setting", "value"]]
     facts += [["tool", Mono(f"tools/{_SCRIPTS.get(study.tool, study.tool)}")]]
     facts += [["base config", Mono(study.base)]] if study.base else []
-    facts += [[Mono(key), Mono(_value(value))] for key, value in study.settings.items()]
+    always = set.intersection(*(set(each.settings) for each in study.variants.values()))  # in the place of the study's
+    shared = {key: value for key, value in study.settings.items() if key not in always}
+    facts += [[Mono(key), Mono(_value(value))] for key, value in shared.items()]
     facts += [["seeds", f"{_ranges(study.seeds)} ({_SEED_RULES.get(study.seed_rule, study.seed_rule)})"]]
     blocks: list[Block] = [Heading(rank, "Settings"), Table(facts, (0, 1))]
     own = [f"{name}: {_settings(each)}" for name, each in study.variants.items()]
