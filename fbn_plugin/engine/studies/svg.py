@@ -25,6 +25,7 @@ __all__ = [
     "figure_file",
     "least_width",
     "legend_svg",
+    "log_tick_text",
     "log_ticks",
     "nice_ticks",
     "padded",
@@ -127,6 +128,20 @@ def tick_text(value: float, ticks: Sequence[float]) -> str:
         return f"{value:.3g}"
     decimals = next((d for d in range(6) if all(abs(round(t, d) - t) <= 1e-9 * largest for t in ticks)), 6)
     return f"{value:,.{decimals}f}"
+
+
+def log_tick_text(value: float, ticks: Sequence[float]) -> str:
+    """A tick's number on a logarithmic axis: as a power of ten where the axis reaches far.
+
+    Examples::
+
+        >>> log_tick_text(0.01, [0.001, 0.01]), log_tick_text(0.01, [1e-6, 0.0001, 0.01])
+        ('0.01', '1e-2')
+    """
+    if min(ticks) >= 1e-4 and max(ticks) < 1e6:
+        return tick_text(value, [value])
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
@@ -244,7 +259,7 @@ def _lines(panel: LinePanel) -> str:
     height += _LINE * (len(y_label) - 1)
     low, high = y_span(panel)
     y_ticks = log_ticks(low, high) if panel.is_log_y else nice_ticks(low, high)
-    y_texts = [tick_text(tick, [tick] if panel.is_log_y else y_ticks) for tick in y_ticks]
+    y_texts = [(log_tick_text if panel.is_log_y else tick_text)(tick, y_ticks) for tick in y_ticks]
     left = 14 + max(map(_width_of, y_texts))
     right, first, last = width - labels, top + 26, height - 40
     xs = [*panel.ticks, *(x for line in panel.lines for x in line.x)]
