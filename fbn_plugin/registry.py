@@ -329,7 +329,8 @@ def _check_value(name: str, key: str, value, default) -> None:
         infinite = key not in _BOUNDS and value in (-math.inf, math.inf)
         low, high = _BOUNDS.get(key, (-_LARGEST, _LARGEST))
         if value is not None and not infinite and not low <= value <= high:
-            raise ValueError(f"option {key!r} of {name} must lie between {low} and {high}, got {value!r}")
+            allowed = f"be at least {low}" if high == math.inf else f"lie between {low} and {high}"
+            raise ValueError(f"option {key!r} of {name} must {allowed}, got {value!r}")
 
 
 def parse_spec(spec: str | NormSpec) -> NormSpec:

@@ -167,6 +167,7 @@ def test_no_norm_and_callables():
         ("RBN--", "unknown norm 'RBN--' \\(did you mean 'RBN-'"),
         ("FGN(num_groups=2.5)", "'num_groups' of FGN .*number.*2.5"),
         ("GN(num_groups=3)", "3 groups .*8 channels"),
+        ("GN(num_groups=0)", "'num_groups' of GN must be at least 1, got 0$"),
         ("FGN(num_groups=3)", "3 groups .*8 channels"),
         ("FBN(4)", r"options are written by name, got 'FBN\(4\)': did you mean 'FBN\(t_sigma=4\)'\?$"),
         ("fgn(16)", r"did you mean 'FGN\(num_groups=16\)'"),

@@ -38,7 +38,7 @@ def layers_figure(study: Study, outcomes: Sequence[Outcome]) -> Figure | None:
     percents = list(dict.fromkeys(percent for layers in measured.values() for each in layers for percent in each.bands))
     panels = [_panel(name, layers, percents) for name, layers in measured.items()]
     shares = ", ".join(percents[:-1]) + " and " * (len(percents) > 1) + percents[-1]
-    legend = [(f"median, {shares} %", _BANDS), ("least and greatest", _ENDS)]
+    legend = [(f"median, and bands of {shares} %, dark to light", _BANDS), ("least and greatest", _ENDS)]
     title = "Activations of each layer"
     return Figure(LAYERS, "", LAYERS, title, _CAPTION.format(shares), panels, legend)
 

@@ -72,7 +72,7 @@ def test_they_are_drawn_for_each_variant_that_has_them(measured):
     assert panel.title == "BN" and list(lines) == ["98 %", "50 %", "greatest", "least"]
     assert lines["98 %"].intervals == [(-2.5, 3.0)] * 2 and lines["98 %"].y == [0.25, 0.25]
     assert lines["greatest"].y == [5.0, 40.0] and lines["least"].y == [-4.0, -4.0]
-    assert b"median, 50 and 98 %" in figure_file(figure)
+    assert b"median, and bands of 50 and 98 %" in figure_file(figure)
     assert layers_figure(described, draw(described, iterations=1)) is None
 
 
