@@ -189,7 +189,6 @@ def test_no_norm_and_callables():
         ("FBN(eps={[]: 1})", "option=value"),
         ("FBN(eps=-1)", "'eps' of FBN .*0.*1.*-1"),
         ("FBN(momentum=3)", "'momentum' of FBN .*0.*1.*3"),
-        ("GN(num_groups=0)", "'num_groups' of GN .*1.*inf.*0"),
         ("FBN(t_sigma=2))(", "NAME.*option=value"),
         ("FBN(t_sigma=2", "NAME.*option=value"),
         ("3", "NAME.*option=value"),
