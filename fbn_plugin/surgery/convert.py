@@ -222,8 +222,9 @@ def _note(old: nn.Module, new: nn.Module, spec: NormSpec) -> str:
     notes = [f"not carried over: {', '.join(lost)}"] if lost else []
     if has(new, "running_mean") and not has(old, "running_mean"):
         notes.append("running statistics are fresh")
-    if has(new, "t_sigma") and new.t_sigma != {**norm_options(spec.name), **spec.options}.get("t_sigma", new.t_sigma):
-        notes.append(f"keeps t_sigma={new.t_sigma:g}")
+    cut = getattr(new, "t_sigma", None)
+    if cut is not None and "t_sigma" not in spec.options and cut != norm_options(spec.name).get("t_sigma", cut):
+        notes.append(f"keeps t_sigma={cut:g}")
     if _has_no_eps(old) and not _has_no_eps(new) and family(old) != "FrozenBN":
         notes.append(f"eps is {new.eps:g} in the place of {old.eps:g}")
     meaning = describe(new)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from documentation import snippets
 from PIL import Image
 from tiny_detectron2 import CONFIG, TINY
 
@@ -59,17 +60,6 @@ def run(*arguments):
     return done.stdout + done.stderr
 
 
-NAMED = """
-from fbn_plugin import NORMS, norm_factory
-
-
-@NORMS.register()
-def FBN4(num_channels, eps=1e-5, momentum=0.1, *, dims=2, device=None, dtype=None):
-    factory = norm_factory("FBN(t_sigma=4)", dims)
-    return factory(num_channels, eps=eps, momentum=momentum, device=device, dtype=dtype)
-"""
-
-
 @pytest.mark.parametrize("norm", ["fbn4", "fbn(t_sigma=4)"])
 def test_timms_train(norm, tmp_path):
     pytest.importorskip("timm")
@@ -82,9 +72,10 @@ def test_timms_train(norm, tmp_path):
             (tmp_path / split / label).mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8))
             image.save(tmp_path / split / label / f"{number}.png")
-    (tmp_path / "my_norms.py").write_text(NAMED)
-    named = ["--import", tmp_path / "my_norms.py", folder / "train.py", tmp_path]
-    options = [*named, "--model", "test_resnet", "--model-kwargs", f"norm_layer={norm}", "--num-classes", 2]
+    named = next(each.values[0] for each in snippets(ROOT / "docs" / "timm.md") if "def FBN4" in each.values[0])
+    (tmp_path / "my_norms.py").write_text(named)
+    options = ["--import", tmp_path / "my_norms.py", folder / "train.py", tmp_path]
+    options += ["--model", "test_resnet", "--model-kwargs", f"norm_layer={norm}", "--num-classes", 2]
     options += ["--img-size", 32, "--epochs", 1, "-b", 4, "--device", "cpu", "--workers", 1]
     run(*options, "--output", tmp_path / "out")
     assert list(tmp_path.glob("out/*/last.pth.tar"))

@@ -207,9 +207,10 @@ def _provenance(study: Study, outcomes: Sequence[Outcome], rank: int, most_varia
     facts: list[list] = [["setting", "value"]]
     facts += [["tool", Mono(f"tools/{_SCRIPTS.get(study.tool, study.tool)}")]]
     facts += [["base config", Mono(study.base)]] if study.base else []
-    always = set.intersection(*(set(each.settings) for each in study.variants.values()))  # in the place of the study's
-    shared = {key: value for key, value in study.settings.items() if key not in always}
-    facts += [[Mono(key), Mono(_value(value))] for key, value in shared.items()]
+    varied = [each.settings for each in study.variants.values()]
+    common, alike = study.settings, _shared(varied)
+    replaced = {key for key in common if all(key in each for each in varied)} - alike.keys()  # by each with its own
+    facts += [[Mono(key), Mono(_value(alike.get(key, common[key])))] for key in common if key not in replaced]
     facts += [["seeds", f"{_ranges(study.seeds)} ({_SEED_RULES.get(study.seed_rule, study.seed_rule)})"]]
     blocks: list[Block] = [Heading(rank, "Settings"), Table(facts, (0, 1))]
     own = [f"{name}: {_settings(each)}" for name, each in study.variants.items()]

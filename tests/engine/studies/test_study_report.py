@@ -405,6 +405,17 @@ def test_a_product_of_many_variants_is_told_by_its_levels():
     assert "\nFBN, T=3: MODEL.NORM FBN, T=3\n" in text and "\nbatch 16: SOLVER.IMS_PER_BATCH 16\n" in text
 
 
+def test_a_setting_that_all_variants_replace_is_told_as_they_have_it():
+    study = small_product(seeds=3)
+    variants = {
+        name: dataclasses.replace(each, settings={**each.settings, "REPLACED": "two", "OWN": name})
+        for name, each in study.variants.items()
+    }
+    study = dataclasses.replace(study, settings={"SHARED": 1, "REPLACED": 2, "OWN": 3}, variants=variants)
+    facts = dict(re.findall(r"\| `(\w+)` +\| `(\w+)` +\|", report_markdown(study, draw(study, iterations=1))))
+    assert facts == {"SHARED": "1", "REPLACED": "two"}
+
+
 def test_a_factor_without_numbers_and_variants_without_comparisons():
     study = small_product(seeds=3)
     renamed = {
